@@ -1,0 +1,41 @@
+"""The data room: which images, in which order, with which augmentation, by which machinery.
+
+Three questions, kept apart, each answered in one file:
+
+- **who reads what**: order.py. Pure integers; the global batch does not depend on the world size.
+- **what is done to an image**: recipe.py. Parameters as a pure function of (seed, epoch, index, view),
+  by counter.py.
+- **how**: a backend. torchvision_backend.py applies the parameters with PIL, loader.py and pieces.py run it in workers.
+
+Beside them stands what images there are: sources.py opens a path; image_folder.py, synthetic.py and shapes.py are the
+kinds of source.
+
+Where the next thing goes: another kind of source, in its own file, with a branch in sources.py; another backend
+(DALI), in its own file, with the iterators of loader.py and parameters from recipe.draw, so that a test can compare
+it to PIL view by view; another augmentation, as fields of ViewRecipe and ViewParameters, drawn in recipe.draw,
+applied in every backend.
+"""
+
+from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
+from crossbatch.data.order import Order, evaluation_share
+from crossbatch.data.recipe import ViewParameters, ViewRecipe, draw, moco_v3_views, normalize
+from crossbatch.data.shapes import write_shapes
+from crossbatch.data.sources import Source, has_evaluation_split, open_source, prepare
+
+__all__ = [
+    "Batch",
+    "EvaluationLoader",
+    "Order",
+    "Source",
+    "TrainLoader",
+    "ViewParameters",
+    "ViewRecipe",
+    "draw",
+    "evaluation_share",
+    "has_evaluation_split",
+    "moco_v3_views",
+    "normalize",
+    "open_source",
+    "prepare",
+    "write_shapes",
+]

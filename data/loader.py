@@ -1,0 +1,227 @@
+"""Batches for the trainer. The interface is what every backend offers; this is the one on torchvision and PIL.
+
+`TrainLoader.epoch(epoch, start_step)` yields the rank's batches from a position. Underneath runs one endless stream of
+pieces (pieces.py) through torch's DataLoader: (epoch 3, last step), (epoch 4, step 0), ... The stream does not know
+about epochs, so workers live for the whole run and prefetching does not stop at their ends, where the ordinary loader
+drains and refills: at 4096 images a batch that costs seconds per epoch. Asking for the position where the stream
+stands continues it; asking for any other starts a new one there.
+
+    Order.batch(epoch, step) -> cut into pieces -> workers: open, two views -> put together -> Batch
+
+Nothing in a batch depends on the number of workers, on timing or on what was read before, except the count of broken
+images, which is per run.
+"""
+
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from crossbatch import RunStopped
+from crossbatch.data import pieces
+from crossbatch.data.order import Order
+from crossbatch.data.pieces import Broken, EvaluationPieces, Piece, TrainPieces
+from crossbatch.data.recipe import ViewRecipe
+from crossbatch.data.sources import Source
+
+_BATCHES_AHEAD = 2  # prefetched, in pieces, over all workers
+_IMAGES_BEFORE_VERDICT = 1000  # or one epoch if that is less: no run stops because image number 3 was broken
+_NAMED = 5  # broken images named in a message
+
+
+@dataclass
+class Batch:
+    """One rank's share of one step."""
+
+    views: torch.Tensor  # uint8 [2, n, 3, H, W], in pinned memory where there is CUDA
+    indices: np.ndarray  # int64 [n], as the order gave them, also where an image was replaced
+    skipped: list[str]  # names of the broken images met in this batch
+
+
+class TrainLoader:
+    """Two augmented views of every image, in `order`.
+
+    Args:
+        source: the images; must pickle if `workers` > 0.
+        order: which of them this rank reads, and when.
+        recipes: one per view.
+        seed: of the augmentation.
+        workers: processes; 0 works in this one.
+        max_skipped_fraction: a larger share of broken ones among the images read so far stops the run.
+
+    Raises (from the iterators):
+        RunStopped: too many broken images, or 16 in a row.
+        RuntimeError: a worker died (out of memory, or of shared memory).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        recipes: Sequence[ViewRecipe],
+        seed: int,
+        workers: int,
+        max_skipped_fraction: float = 0.001,
+    ):
+        if len({recipe.image_size for recipe in recipes}) != 1:
+            raise ValueError(f"recipes must share one image_size, got {[recipe.image_size for recipe in recipes]}")
+        self.order = order
+        self.images_read = 0
+        self.images_skipped = 0
+        self._broken: dict[str, Broken] = {}  # by name
+        self._dataset = TrainPieces(source, tuple(recipes), seed)
+        self._num_views, self._side = len(recipes), recipes[0].image_size
+        self._workers, self._max_skipped_fraction = workers, max_skipped_fraction
+        self._stream: Iterator[Piece] | None = None
+        self._position: tuple[int, int] | None = None  # (epoch, step) that the stream yields next
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from `start_step` on (counted inside the epoch)."""
+        if not 0 <= start_step <= self.order.steps_per_epoch:
+            raise ValueError(f"start_step (={start_step}) must be in [0, {self.order.steps_per_epoch}]")
+        for step in range(start_step, self.order.steps_per_epoch):
+            yield self._batch(epoch, step)
+
+    def close(self):
+        """Stop the workers. The loader can be used again; it starts new ones."""
+        # DataLoader stops its workers when its iterator is deleted; while an exception is handled, the traceback keeps
+        # it alive, and that is just when a run is closed. With workers=0 there is nothing to shut down.
+        shut_down = getattr(self._stream, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        self._stream = self._position = None
+
+    def _batch(self, epoch: int, step: int) -> Batch:
+        if self._position != (epoch, step):
+            self.close()
+            self._stream = self._start(epoch, step)
+        assert self._stream is not None
+        self._position = None  # should a piece raise, the stream is not where it says
+        batch = self._put_together(self._stream)
+        last = step + 1 == self.order.steps_per_epoch
+        self._position = (epoch + 1, 0) if last else (epoch, step + 1)
+        return batch
+
+    def _start(self, epoch: int, step: int) -> Iterator[Piece]:
+        pieces_per_batch = len(pieces.cut(np.arange(self.order.local_batch), self._workers))
+        ahead = math.ceil(_BATCHES_AHEAD * pieces_per_batch / max(self._workers, 1))
+        return _read(self._dataset, _Keys(self.order, epoch, step, self._workers), self._workers, max(2, ahead))
+
+    def _put_together(self, stream: Iterator[Piece]) -> Batch:
+        """The next n images of the stream, copied into one tensor, which is pinned so that its transfer can overlap."""
+        n = self.order.local_batch
+        shape = (self._num_views, n, 3, self._side, self._side)
+        views = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        indices, broken, filled = [], [], 0
+        while filled < n:
+            piece = next(stream)
+            broken += piece.broken
+            if piece.views is None:
+                raise RunStopped(_verdict("no readable image to replace a broken one", piece.broken))
+            views[:, filled : filled + len(piece.indices)] = piece.views
+            indices.append(piece.indices)
+            filled += len(piece.indices)
+        self._judge(n, broken)
+        return Batch(views, np.concatenate(indices), [image.name for image in broken])
+
+    def _judge(self, images: int, broken: list[Broken]):
+        """Stop the run if too many different images are broken, of the different images read. Whole images, rounded up:
+        one broken file in a small data set must not stop a run, however many epochs meet it again.
+        """
+        self.images_read += images
+        self.images_skipped += len(broken)
+        self._broken.update({image.name: image for image in broken})
+        read = min(self.images_read, self.order.size)
+        allowed = math.ceil(self._max_skipped_fraction * read)
+        ripe = self.images_read >= min(_IMAGES_BEFORE_VERDICT, self.order.steps_per_epoch * self.order.local_batch)
+        if ripe and len(self._broken) > allowed:
+            what = (
+                f"{len(self._broken)} of {read} images were broken, more than the {allowed} that "
+                f"crossbatch.data.max_skipped_fraction = {self._max_skipped_fraction} allows"
+            )
+            raise RunStopped(_verdict(what, list(self._broken.values())))
+
+
+class EvaluationLoader:
+    """The central views of `indices` of `source`, in order, once per iteration: (uint8 [m, 3, H, W], int64 [m]).
+
+    A broken image is left out: its index does not come back, and its name is in `skipped` after the iteration.
+    (Replaced, it would be counted twice in an accuracy.) Raises RunStopped if not one image could be read.
+    """
+
+    def __init__(self, source: Source, image_size: int, indices: np.ndarray, batch_size: int, workers: int):
+        self.skipped: list[str] = []
+        self._dataset = EvaluationPieces(source, image_size)
+        self._keys = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        self._workers = workers
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        broken: list[Broken] = []
+        some = False
+        for piece in _read(self._dataset, self._keys, self._workers, prefetch=2):
+            broken += piece.broken
+            self.skipped = [image.name for image in broken]
+            if piece.views is not None:
+                some = True
+                yield piece.views, piece.indices
+        if broken and not some:
+            raise RunStopped(_verdict(f"none of the {len(broken)} evaluation images could be read", broken))
+
+
+class _Keys:
+    """The endless sequence of (epoch, image indices), one per piece, from a position on. Runs in the trainer."""
+
+    def __init__(self, order: Order, epoch: int, step: int, workers: int):
+        self.order, self.epoch, self.step, self.workers = order, epoch, step, workers
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        epoch, step = self.epoch, self.step
+        while True:
+            for indices in pieces.cut(self.order.batch(epoch, step), self.workers):
+                yield epoch, indices
+            step += 1
+            if step == self.order.steps_per_epoch:
+                epoch, step = epoch + 1, 0
+
+
+def _read(dataset, keys, workers: int, prefetch: int) -> Iterator[Piece]:
+    """`dataset[key]` for each key, in order, computed by `workers` processes."""
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            collate_fn=pieces.unchanged,
+            worker_init_fn=pieces.start_worker,
+            prefetch_factor=prefetch if workers else None,
+            multiprocessing_context=_start_method() if workers else None,
+            # By default DataLoader takes a number from torch's global stream, which a resumed run would miss.
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _start_method() -> str:
+    """fork where that is safe: workers start in 40 ms and share the source's memory. Else forkserver: 3 to 6 s, once.
+
+    A forked child has the locks of all its parent's threads but none of the threads. CUDA's, NCCL's and gloo's can be
+    held at that moment (torch's DistributedDataParallel page warns of the deadlock), and from Python 3.12 on forking
+    any process with threads warns.
+    """
+    communicating = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if torch.cuda.is_initialized() or communicating or sys.version_info >= (3, 12):
+        # Preloaded, torch is imported once, in the server, and not again in every worker.
+        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+        return "forkserver"
+    return "fork"
+
+
+def _verdict(what: str, broken: list[Broken]) -> str:
+    shown = "; ".join(f"{image.name} ({image.reason})" for image in broken[-_NAMED:])
+    return f"data: {what}; the last ones: {shown}. Repair or remove them, or raise the limit, and resume"

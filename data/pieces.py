@@ -1,0 +1,138 @@
+"""What a worker process does: read a few images, make their views, replace the broken ones.
+
+A piece is at most 64 images of one rank's batch. Workers take pieces, not batches, so that all of them work on the
+batch that the step waits for; one worker per batch would deliver the first batch of 4096 images after minutes.
+"""
+
+import math
+import multiprocessing
+import os
+import signal
+import struct
+import threading
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from crossbatch.data.recipe import ViewRecipe
+from crossbatch.data.sources import Source
+from crossbatch.data.torchvision_backend import evaluation_image, two_views
+
+MAX_PIECE = 64
+_MAX_TRIES = 16  # broken images in a row before a piece is given up
+# What PIL raises for damaged files, by format and damage (UnidentifiedImageError is an OSError).
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An image that could not be read, and what was raised."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Piece:
+    """`views` is uint8 [2, m, 3, H, W] (training) or [m, 3, H, W] (evaluation), and None if nothing could be read."""
+
+    views: torch.Tensor | None
+    indices: np.ndarray
+    broken: list[Broken]
+
+
+class TrainPieces:
+    """A map-style dataset whose "index" is (epoch, image indices): the two views of these images."""
+
+    def __init__(self, source: Source, recipes: Sequence[ViewRecipe], seed: int):
+        self.source, self.recipes, self.seed = source, recipes, seed
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Piece:
+        epoch, indices = key
+        images, broken = [], []
+        for index in indices:
+            image, failures = open_or_replace(self.source, int(index))
+            broken += failures
+            if image is None:
+                return Piece(None, indices, broken)
+            images.append(image)
+        return Piece(two_views(images, self.recipes, self.seed, epoch, indices), indices, broken)
+
+
+class EvaluationPieces:
+    """A map-style dataset whose "index" is an array of image indices: their central views, broken images left out."""
+
+    def __init__(self, source: Source, image_size: int):
+        self.source, self.image_size = source, image_size
+
+    def __getitem__(self, indices: np.ndarray) -> Piece:
+        views, kept, broken = [], [], []
+        for index in indices:
+            try:
+                views.append(evaluation_image(self.source.open(int(index)), self.image_size))
+                kept.append(index)
+            except _BROKEN as error:
+                broken.append(_describe(self.source, int(index), error))
+        return Piece(torch.stack(views) if views else None, np.array(kept, dtype=np.int64), broken)
+
+
+def open_or_replace(source: Source, index: int) -> tuple[Image.Image | None, list[Broken]]:
+    """Image `index`, or the first after it that can be read (None after 16 tries), and the broken ones met on the way.
+
+    The next index, not a random one: any rule serves that depends on the index alone, and this one can be checked by
+    hand.
+    """
+    broken = []
+    for offset in range(min(_MAX_TRIES, len(source))):
+        candidate = (index + offset) % len(source)
+        try:
+            return source.open(candidate), broken
+        except _BROKEN as error:
+            broken.append(_describe(source, candidate, error))
+    return None, broken
+
+
+def _describe(source: Source, index: int, error: Exception) -> Broken:
+    return Broken(source.name(index), f"{type(error).__name__}: {error}")
+
+
+def cut(indices: np.ndarray, workers: int) -> list[np.ndarray]:
+    """`indices` in pieces: at most 64 images each, and where that would leave workers idle, down to 8."""
+    share = math.ceil(len(indices) / max(workers, 1))
+    count = math.ceil(len(indices) / min(MAX_PIECE, max(8, share)))
+    return np.array_split(indices, count)
+
+
+def start_worker(worker_id: int):
+    """Runs first in every worker process.
+
+    One thread, because the workers are the parallelism. Interrupts are left to the trainer, and so is a SIGTERM that
+    the trainer did not send: a preempted job gets it in every process at once, and workers that died of it would fail
+    the step that the trainer still wants to save.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(trainer.pid,), daemon=True).start()
+
+
+def _end_for(trainer_pid: int | None):
+    """Take SIGTERMs, and end at the first from the trainer: were it ignored too, a trainer that fails without closing
+    its loader would wait for its workers for ever (multiprocessing terminates them at exit and joins them without a
+    timeout).
+    """
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer_pid:
+        pass
+    os._exit(0)
+
+
+def unchanged(piece: Any) -> Any:
+    """The collate function: a piece is what it should be already."""
+    return piece

@@ -1,0 +1,18 @@
+"""The one configuration surface: `schema` (every key), `load` (JSON -> checked dataclasses), `resolve` ("auto" -> numbers)."""
+
+from crossbatch.engine.config.load import key_paths, load_config, parse_config, to_dict
+from crossbatch.engine.config.resolve import Device, ResolvedConfig, resolve
+from crossbatch.engine.config.schema import AdamWConfig, Config, LarsConfig
+
+__all__ = [
+    "AdamWConfig",
+    "Config",
+    "Device",
+    "LarsConfig",
+    "ResolvedConfig",
+    "key_paths",
+    "load_config",
+    "parse_config",
+    "resolve",
+    "to_dict",
+]

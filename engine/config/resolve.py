@@ -1,0 +1,132 @@
+""""auto" -> numbers: what a configuration means for a world size and a device, or why it cannot run there."""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from crossbatch import InputError
+from crossbatch.engine.config.schema import Config
+from crossbatch.models.loss import chance_loss, uses_batchformer
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration needs to know of the hardware: `type` is "cuda" or "cpu"."""
+
+    type: str
+    has_bf16: bool = True
+    name: str = "CPU"
+
+    @staticmethod
+    def detect() -> "Device":
+        if not torch.cuda.is_available():
+            return Device("cpu")
+        return Device("cuda", torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name())
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A configuration without "auto", and the numbers that follow from it."""
+
+    config: Config
+    world_size: int
+    device: Device
+    local_batch: int
+    chunk: int
+    chunks: int
+    group_size: int | None
+    precision: str
+    workers: int
+
+    @property
+    def lr_peak(self) -> float:
+        """Learning rate after warm-up: linear in the global batch (Goyal et al. 2017)."""
+        return self.config.optimizer.params.lr * self.config.train_batch_size / 256
+
+    @property
+    def chance_loss(self) -> float:
+        ours = self.config.crossbatch
+        return chance_loss(ours.batchformer.add_bf, ours.model.temperature, self.config.train_batch_size)
+
+
+def resolve(config: Config, world_size: int, device: Device, local_world_size: int = 1) -> ResolvedConfig:
+    """Raises InputError where the configuration cannot run on `world_size` ranks of `device`."""
+    _check_combinations(config, world_size)
+    local_batch = config.train_batch_size // world_size
+    chunk = config.train_micro_batch_size_per_gpu
+    chunk = local_batch if chunk == "auto" else min(chunk, local_batch)
+    if chunk < local_batch:
+        raise InputError(
+            f"train_micro_batch_size_per_gpu: given {chunk} for a local batch of {local_batch}; allowed: one chunk a step; "
+            f'set it to "auto", or train_batch_size to at most {chunk * world_size}'
+        )
+    workers = config.crossbatch.data.workers
+    if workers == "auto":
+        workers = max(1, min(16, (os.cpu_count() or 1) // local_world_size - 1))
+    precision = _precision(config.crossbatch.precision, device)
+    ours = replace(
+        config.crossbatch, precision=precision, data=replace(config.crossbatch.data, workers=workers)
+    )
+    return ResolvedConfig(
+        config=replace(config, crossbatch=ours, train_micro_batch_size_per_gpu=chunk),
+        world_size=world_size,
+        device=device,
+        local_batch=local_batch,
+        chunk=chunk,
+        chunks=local_batch // chunk,
+        group_size=_group_size(config, local_batch),
+        precision=precision,
+        workers=workers,
+    )
+
+
+def _check_combinations(config: Config, world_size: int) -> None:
+    ours, zero = config.crossbatch, config.zero_optimization
+    batch = config.train_batch_size
+    if batch % world_size:
+        near = max(batch // world_size, 1) * world_size
+        raise InputError(f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple; set it to {near}")
+    if ours.schedule.warmup_epochs >= ours.schedule.epochs:
+        raise InputError(
+            f"crossbatch.schedule.warmup_epochs: given {ours.schedule.warmup_epochs:g} of {ours.schedule.epochs} epochs; "
+            f"allowed: less than crossbatch.schedule.epochs; lower it"
+        )
+    if config.optimizer.type == "LARS" and ours.sharding == "zero" and zero.stage > 0:
+        raise InputError(
+            f"zero_optimization.stage: given {zero.stage} with optimizer.type LARS and crossbatch.sharding zero; allowed: 0, "
+            f"because DeepSpeed flattens parameters and LARS would lose its layers; set the stage to 0 or "
+            f"crossbatch.sharding to fsdp"
+        )
+    if ours.sharding == "fsdp":
+        given = [name for name, value in vars(zero).items() if name != "stage" and value is not None]
+        if given:
+            raise InputError(f"zero_optimization.{given[0]}: has no effect with crossbatch.sharding fsdp; remove it")
+
+
+def _group_size(config: Config, local_batch: int) -> int | None:
+    if not uses_batchformer(config.crossbatch.batchformer.add_bf):
+        return None
+    batch = config.train_batch_size
+    size = min(config.crossbatch.batchformer.group_size, batch)
+    if batch % size == 0 and (local_batch % size == 0 or size % local_batch == 0):
+        return size
+    fitting = [g for g in range(1, batch + 1) if batch % g == 0 and (local_batch % g == 0 or g % local_batch == 0)]
+    near = min(fitting, key=lambda g: abs(g - size))
+    raise InputError(
+        f"crossbatch.batchformer.group_size: given {size} for train_batch_size {batch} and {local_batch} images a rank; "
+        f"allowed: a divisor of train_batch_size that divides the local batch or is a multiple of it; set it to {near}"
+    )
+
+
+def _precision(given: str, device: Device) -> str:
+    if given == "bf16" and not device.has_bf16:
+        raise InputError(f"crossbatch.precision: given bf16; {device.name} has none; allowed: auto, fp32")
+    if given == "auto":
+        given = "fp32" if device.type == "cpu" else "bf16" if device.has_bf16 else "fp16"
+    if given == "fp16":
+        raise InputError(
+            f"crossbatch.precision: fp16 on {device.name} needs loss scaling, which is not there yet; allowed: "
+            f"{'bf16, ' if device.has_bf16 else ''}fp32; set crossbatch.precision"
+        )
+    return given

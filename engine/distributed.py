@@ -1,0 +1,138 @@
+"""Processes, ranks and collectives. The only file of the engine that reads the environment.
+
+Three launchers meet here: `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; a plain `python` sets
+nothing and becomes a world of one.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from crossbatch import InputError
+from crossbatch.models.collective import Collective
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_from_environment() -> World:
+    """What the launcher says, before any process group exists."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return World(
+        rank=int(os.environ.get("RANK", "0")),
+        size=size,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(size)))),
+    )
+
+
+@contextlib.contextmanager
+def process_group(world: World, device_type: str, timeout_s: float = 1800) -> Iterator[torch.device]:
+    """Joins the ranks (NCCL on GPUs, gloo on CPUs) and yields this rank's device; leaves the group at the end."""
+    device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it even in a world of one
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    if device.type == "cpu" and world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    with tempfile.TemporaryDirectory() as folder:
+        alone = {"init_method": f"file://{Path(folder) / 'store'}"} if "MASTER_ADDR" not in os.environ else {}
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+            **alone,
+        )
+        try:
+            yield device
+        finally:
+            dist.destroy_process_group()
+
+
+class GroupCollective(Collective):
+    """The collectives of the default process group."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return super().all_gather(tensor)
+        tensor = tensor.detach().contiguous()
+        gathered = tensor.new_empty((self.world_size, *tensor.shape))
+        dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1))
+        return gathered
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return super().all_reduce(tensor)
+        tensor = tensor.detach().contiguous()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return super().reduce_scatter(tensor)
+        tensor = tensor.detach().contiguous()
+        shard = tensor.new_empty(tensor.shape[1:])
+        dist.reduce_scatter_tensor(shard.view(-1), tensor.view(-1))
+        return shard
+
+
+def barrier() -> None:
+    """Waits for all ranks; on GPUs as a tiny all-reduce of this rank's device."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value, source: int = 0):
+    """The `source` rank's picklable value, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Calls `function` on rank 0 only and gives every rank its result, or its InputError."""
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except InputError as raised:
+            error = str(raised)
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise InputError(error)
+    return result  # pyright: ignore[reportReturnType]
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean of a small tensor of statistics."""
+    return GroupCollective().all_reduce(values) / dist.get_world_size()

@@ -1,0 +1,28 @@
+"""What an optimizer remembers per tensor, spelled out so that checkpoints can be read under any sharding."""
+
+import torch
+
+from crossbatch.engine.optimizers.lars import LARS
+
+
+def state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the state tensors that have a parameter's shape."""
+    return ("mu",) if isinstance(optimizer, LARS) else ("exp_avg", "exp_avg_sq")
+
+
+def ensured_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state of one tensor that the optimizer steps on, started at zero as the first step would."""
+    state = optimizer.state[tensor]
+    for key in state_keys(optimizer):
+        if key not in state:
+            state[key] = torch.zeros_like(tensor)
+    if not isinstance(optimizer, LARS) and "step" not in state:
+        state["step"] = torch.tensor(0.0)
+    return state
+
+
+def set_step_count(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """AdamW's bias correction counts steps per tensor; all count alike."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(step)

@@ -1,0 +1,11 @@
+"""Backends that shard the same step differently: `zero` (DeepSpeed, stages 0-3) and `fsdp` (FSDP2).
+
+A backend owns the wrapped model and the optimizer, and answers three questions: how a backward pass and an optimizer step are
+made, which memory the momentum update works on, and which runs of every tensor this rank holds (for checkpoints). Everything
+else of the engine does not know how the state is sharded.
+"""
+
+from crossbatch.engine.sharding.backend import Backend, Held, Piece
+from crossbatch.engine.sharding.build import build_backend
+
+__all__ = ["Backend", "Held", "Piece", "build_backend"]

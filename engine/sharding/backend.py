@@ -1,0 +1,77 @@
+"""What the engine asks of a sharding backend."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crossbatch.models import MoCo
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a flattened tensor: full.flatten()[start : start + local.numel()] is `local`, a 1-D view of this rank's memory."""
+
+    start: int
+    local: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this rank holds of one tensor; `replicated` when every rank holds all of it."""
+
+    shape: torch.Size
+    pieces: list[Piece]
+    replicated: bool
+
+    @staticmethod
+    def whole(tensor: torch.Tensor) -> "Held":
+        return Held(tensor.shape, [Piece(0, tensor.detach().view(-1))], True)
+
+
+class Backend(ABC):
+    """A sharded `MoCo` with its optimizer."""
+
+    model: MoCo
+    optimizer: Any  # has param_groups, as torch.optim.Optimizer
+
+    @abstractmethod
+    def __call__(self, *args, **kwargs) -> Any:
+        """The model's forward, through whatever gathers its parameters."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Back-propagates the local mean loss and leaves averaged gradients for `step`."""
+
+    @abstractmethod
+    def step(self) -> torch.Tensor | float:
+        """One optimizer step at the rates in `optimizer.param_groups`; clears the gradients and returns their global norm."""
+
+    @abstractmethod
+    def local_parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The memory of `parameter` on this rank between steps (equally cut for equally shaped parameters)."""
+
+    @abstractmethod
+    def parameters_held(self) -> dict[str, Held]:
+        """Every parameter of the model by name, trainable or not. Write into it, then call `loaded`."""
+
+    @abstractmethod
+    def optimizer_held(self) -> dict[str, dict[str, Held]]:
+        """Per trainable parameter, its optimizer state by `state_keys`, the same keys on every rank."""
+
+    @abstractmethod
+    def loaded(self, step: int) -> None:
+        """Takes over parameters and optimizer state that were written into the held memory, at `step` optimizer steps."""
+
+    @torch.no_grad()
+    def update_momentum(self, momentum: float) -> None:
+        """average = momentum * average + (1 - momentum) * online, in fp32, each rank on its own shards."""
+        pairs = [(online, average) for _, online, average in self.model.momentum_pairs() if online.requires_grad]
+        online = [self.local_parameter(online) for online, _ in pairs]
+        average = [self.local_parameter(average) for _, average in pairs]
+        torch._foreach_lerp_(average, online, weight=1 - momentum)
+
+    def buffers_held(self) -> dict[str, Held]:
+        """Running statistics, replicated everywhere."""
+        return {name: Held.whole(buffer) for name, buffer in self.model.named_buffers()}

@@ -1,0 +1,91 @@
+"""FSDP2. Stage 0 replicates (a shard dimension of one), 1 and 2 keep parameters gathered until the backward pass, 3 reshards
+them after every forward.
+
+The online and the momentum encoder are wrapped in the same places, so their shards are cut alike and the momentum update
+needs no communication.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.optimizers import build_optimizer, parameter_groups
+from crossbatch.engine.optimizers.lars import local
+from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
+from crossbatch.engine.sharding.backend import Backend, Held, Piece
+from crossbatch.models import MoCo
+
+
+class FsdpBackend(Backend):
+    def __init__(self, model: MoCo, run: ResolvedConfig):
+        self.model = model
+        self._clip = run.config.gradient_clipping
+        stage = run.config.zero_optimization.stage
+        shape = (run.world_size, 1) if stage == 0 else (1, run.world_size)
+        mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = mesh if stage == 0 else mesh["shard"]
+        for module in (*wrapped_modules(model), model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3)
+        self.optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self.model(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> torch.Tensor:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
+        return local(parameter.detach())
+
+    def parameters_held(self) -> dict[str, Held]:
+        return {name: _held(parameter) for name, parameter in self.model.named_parameters()}
+
+    def optimizer_held(self) -> dict[str, dict[str, Held]]:
+        held = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                state = ensured_state(self.optimizer, parameter)
+                held[name] = {key: _held(state[key]) for key in state_keys(self.optimizer)}
+        return held
+
+    def loaded(self, step: int) -> None:
+        set_step_count(self.optimizer, step)
+
+
+def wrapped_modules(model: MoCo) -> list[nn.Module]:
+    """What is gathered together, from the inside out: the blocks of a ViT or the stages of a ResNet, then the parts."""
+    modules: list[nn.Module] = []
+    for encoder in (model.online, model.momentum):
+        backbone = encoder.backbone
+        blocks = getattr(backbone, "blocks", None)
+        modules += list(blocks) if blocks is not None else [getattr(backbone, f"layer{i}") for i in range(1, 5)]
+        modules += [backbone, encoder.projector]
+    parts = (model.predictor, model.batchformer, model.momentum.batchformer)
+    return modules + [part for part in parts if part is not None]
+
+
+def _held(tensor: torch.Tensor) -> Held:
+    """Rows are cut in runs of ceil(rows / ranks), so a shard is one run of the flattened tensor."""
+    if not isinstance(tensor, DTensor):
+        return Held.whole(tensor)
+    placement = tensor.placements[-1]
+    assert placement.is_shard(0), placement
+    mesh_dim = tensor.device_mesh.ndim - 1
+    ranks, rank = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
+    rows_each = -(-tensor.shape[0] // ranks)
+    start = min(rank * rows_each, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
+    return Held(tensor.shape, [Piece(start, tensor.detach().to_local().view(-1))], ranks == 1)
+
+

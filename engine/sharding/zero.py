@@ -1,0 +1,135 @@
+"""DeepSpeed ZeRO, stages 0-3, in fp32: autocast lowers the precision of the computation, never of the state.
+
+DeepSpeed sees one micro-batch a step; the momentum encoder lives inside the wrapped model, so stage 3 partitions it exactly
+like the online one. Where DeepSpeed keeps which run of a parameter:
+
+    stage 0     everything everywhere
+    stage 1, 2  parameters everywhere; the optimizer steps on this rank's run of one flat fp32 copy per group
+                (`parameter._hp_mapping` is the cut, None where this rank holds nothing of the parameter)
+    stage 3     every parameter is cut evenly (`ds_tensor`), and the optimizer steps on flat concatenations of those cuts
+                (`grad_position` gives sub-group and offset)
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.optimizers import build_optimizer, parameter_groups
+from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
+from crossbatch.engine.sharding.backend import Backend, Held, Piece
+from crossbatch.models import MoCo
+
+
+class ZeroBackend(Backend):
+    def __init__(self, model: MoCo, run: ResolvedConfig):
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if run.device.type == "cpu":
+            # It would compile, for a minute, a shared-memory all-reduce that only inference calls.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.stage = run.config.zero_optimization.stage
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(run), dist_init_required=False
+        )
+        self.model = model
+
+    def __call__(self, *args, **kwargs) -> Any:
+        output = self.engine.module(*args, **kwargs) if not self.model.training else self.engine(*args, **kwargs)
+        return output
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> torch.Tensor | float:
+        norm = self._replicated_norm() if self.stage == 0 else None
+        self.engine.step()
+        return norm if norm is not None else self.engine.get_global_grad_norm()
+
+    def _replicated_norm(self) -> torch.Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
+        return parameter.ds_tensor if self.stage == 3 else parameter.data  # pyright: ignore[reportAttributeAccessIssue]
+
+    def parameters_held(self) -> dict[str, Held]:
+        return {name: self._parameter_held(name, parameter) for name, parameter in self.model.named_parameters()}
+
+    def optimizer_held(self) -> dict[str, dict[str, Held]]:
+        return {name: self._state_held(name, p) for name, p in self._trainable().items()}
+
+    def loaded(self, step: int) -> None:
+        """The fp32 copies that stages 1-3 step on take over the parameters, too."""
+        for parameter in self._trainable().values():
+            for flat, flat_start, start, numel in self._cut(parameter):
+                source = self.local_parameter(parameter).view(-1)
+                flat.data.view(-1)[flat_start : flat_start + numel].copy_(source[start if self.stage < 3 else 0 :][:numel])
+        set_step_count(self._stepping, step)
+
+    # --- where things are ------------------------------------------------------------------------------------------
+
+    def _trainable(self) -> dict[str, Any]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def _stepping(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside DeepSpeed's."""
+        return self.optimizer if self.stage == 0 else self.optimizer.optimizer
+
+    def _parameter_held(self, name: str, parameter: Any) -> Held:
+        if self.stage < 3:
+            return Held.whole(parameter)
+        start, numel = _even_cut(parameter)
+        return Held(self._shapes[name], [Piece(start, parameter.ds_tensor.data.view(-1)[:numel])], dist.get_world_size() == 1)
+
+    def _state_held(self, name: str, parameter: Any) -> dict[str, Held]:
+        keys = state_keys(self._stepping)
+        pieces: dict[str, list[Piece]] = {key: [] for key in keys}
+        for flat, flat_start, start, numel in self._cut(parameter):
+            state = ensured_state(self._stepping, flat)
+            for key in keys:
+                pieces[key].append(Piece(start, state[key].view(-1)[flat_start : flat_start + numel]))
+        replicated = self.stage == 0 or dist.get_world_size() == 1
+        return {key: Held(self._shapes[name], pieces[key], replicated) for key in keys}
+
+    def _cut(self, parameter: Any) -> Iterator[tuple[torch.Tensor, int, int, int]]:
+        """(flat tensor the optimizer steps on, start in it, start in the parameter, elements) of this rank's part."""
+        if self.stage == 0:
+            yield parameter, 0, 0, parameter.numel()
+        elif self.stage == 3:
+            start, numel = _even_cut(parameter)
+            group, flat_start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            if numel:
+                yield self.optimizer.fp32_partitioned_groups_flat[group], flat_start, start, numel
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            address = mapping.hp_fragment_address
+            yield flat, address.start, mapping.lp_fragment_address.start, address.numel
+
+
+def _even_cut(parameter: Any) -> tuple[int, int]:
+    """Start and length of this rank's part of a stage-3 parameter; the last parts may be padded, the padding is not counted."""
+    start = parameter.ds_tensor.ds_numel * dist.get_rank()
+    return start, max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+
+
+def deepspeed_config(run: ResolvedConfig) -> dict[str, Any]:
+    """The dict that DeepSpeed sees: no "auto", no section of ours."""
+    zero = {name: value for name, value in vars(run.config.zero_optimization).items() if value is not None}
+    if zero["stage"] == 3:
+        # Parameters that stay gathered would miss the momentum update, which works on the shards.
+        zero["stage3_param_persistence_threshold"] = 0
+    return {
+        "train_batch_size": run.config.train_batch_size,
+        "train_micro_batch_size_per_gpu": run.local_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": run.config.gradient_clipping,
+        "zero_optimization": zero,
+    }

@@ -1,0 +1,237 @@
+"""The run: opens data and model, trains, logs, evaluates and saves."""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torchvision.utils import make_grid
+
+from crossbatch import InputError, RunStopped
+from crossbatch.data import Batch, Order, TrainLoader, has_evaluation_split, moco_v3_views, open_source, prepare
+from crossbatch.engine import checkpoint
+from crossbatch.engine.build import build_model
+from crossbatch.engine.config import ResolvedConfig, to_dict
+from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main
+from crossbatch.engine.knn import KnnMonitor
+from crossbatch.engine.sharding import build_backend
+from crossbatch.engine.step import TrainStep
+from crossbatch.engine.telemetry import Log, RunLog, StepClock
+from crossbatch.models import Contrast
+
+
+class Trainer:
+    """One run on this rank, inside a process group.
+
+    Args:
+        run: the resolved configuration.
+        world: this rank among the others.
+        device: where the model lives.
+        out: the run directory, the same on all ranks.
+        resume: "auto", "none" or a path, see `checkpoint.find`.
+        stop_after: optimizer step to stop at, counted from the start of the run; None trains all epochs.
+    """
+
+    def __init__(
+        self, run: ResolvedConfig, world: World, device: torch.device, out: Path, resume: str, stop_after: int | None = None
+    ):
+        self.run, self.world, self.device, self.out = run, world, device, out
+        self.ours = run.config.crossbatch
+        source = self._open_data()
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self.last_step = self.ours.schedule.epochs * self.steps_per_epoch
+        self.stop = min(self.last_step, stop_after) if stop_after is not None else self.last_step
+        resumed = on_main(lambda: self._open_run(resume))
+
+        torch.manual_seed(self.ours.seed)
+        model = build_model(run).to(device)
+        model.set_collective(GroupCollective())
+        self.backend = build_backend(model, run)
+        self.step = checkpoint.load(resumed, self.backend) if resumed else 0
+        self.train_step = TrainStep(self.backend, run, device, self.steps_per_epoch)
+        self.loader = TrainLoader(
+            source,
+            self.order,
+            moco_v3_views(self.ours.data.image_size, self.ours.data.crop_min),
+            self.ours.seed,
+            workers=run.workers,
+            max_skipped_fraction=self.ours.data.max_skipped_fraction,
+        )
+        self.log: Log = RunLog(out, self.step, self.stop) if world.is_main else Log()
+        self.clock = StepClock()
+        self.skipped = 0
+        self.knn_history: list[tuple[int, float]] = []
+        if resumed:
+            self.log.note(f"resumed {resumed} at step {self.step}")
+
+    def _open_data(self):
+        path = self.ours.data.path
+        if path is None:
+            raise InputError("crossbatch.data.path: not given; allowed: a folder with train/; give it with --data DIR")
+        on_main(lambda: prepare(path))
+        source = open_source(path, "train")
+        self.order = Order(
+            self.ours.seed, len(source), self.run.config.train_batch_size, self.world.size, self.world.rank
+        )
+        self.monitor = None
+        if self.ours.evaluate.knn_every_epochs and has_evaluation_split(path):
+            self.monitor = KnnMonitor(self.run, source, open_source(path, "eval"), self.device)
+        return source
+
+    def _open_run(self, resume: str) -> Path | None:
+        found = checkpoint.find(self.out, resume)
+        try:
+            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            config = {**to_dict(self.run.config), "world_size": self.world.size}
+            checkpoint.write_atomically(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {self.out}: cannot be written: {error.strerror}; choose a writable folder") from None
+        return found
+
+    def train(self) -> None:
+        """Trains up to the last step; saves at the end."""
+        started, first = time.perf_counter(), self.step
+        try:
+            if self.step == 0:
+                self._record({}, knn=self.monitor is not None)
+            self._loop()
+            if self.step > first:
+                self._save()
+            self._summarise(time.perf_counter() - started, self.step - first)
+        finally:
+            self.loader.close()
+            self.log.close()
+
+    def _loop(self) -> None:
+        batches = self._batches()
+        self.clock.restart()
+        while self.step < self.stop:
+            before = time.perf_counter()
+            batch = next(batches)
+            self.clock.waited(before)
+            self._skip(batch.skipped)
+            if self.step == 0:
+                self.log.pictures("views", view_pairs(batch.views), 0)
+            contrast, gradient_norm = self.train_step(batch.views, self.step)
+            self.step += 1
+            self.log.advance(self.step)
+            knn = self._knn_due()
+            if knn or self.step % self.ours.log.every_steps == 0 or self.step == self.stop:
+                self._record(self._metrics(contrast, gradient_norm), knn)
+            if self.step % self._save_every() == 0 and self.step < self.stop:
+                self._save()
+
+    def _batches(self) -> Iterator[Batch]:
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        yield from self.loader.epoch(epoch, step)
+        for later in itertools.count(epoch + 1):
+            yield from self.loader.epoch(later)
+
+    def _knn_due(self) -> bool:
+        if self.monitor is None:
+            return False
+        return self.step == self.stop or self.step % (self.ours.evaluate.knn_every_epochs * self.steps_per_epoch) == 0
+
+    def _save_every(self) -> int:
+        every = self.ours.checkpoint.every_steps
+        return self.steps_per_epoch if every == "auto" else every
+
+    def _skip(self, names: list[str]) -> None:
+        for name in names[: max(0, 10 - self.skipped)]:
+            self.log.note(f"skipped a broken image: {name}")
+        self.skipped += len(names)
+
+    def _metrics(self, contrast: Contrast, gradient_norm: torch.Tensor | float) -> dict:
+        """One line of metrics: the losses and signals of this very step, averaged over ranks."""
+        named = {"loss": contrast.loss, **contrast.signals, **contrast.terms}
+        skipped = torch.tensor(float(self.skipped), device=self.device)
+        values = torch.stack([*(value.float() for value in named.values()), skipped]).double()
+        *means, skipped_mean = mean_over_ranks(values).tolist()
+        mean = dict(zip(named, means, strict=True))
+        if not math.isfinite(mean["loss"]):
+            raise RunStopped(
+                f"the loss is {mean['loss']} at step {self.step}; the last checkpoint in {self.out / 'checkpoints'} is from "
+                f"before; lower optimizer.params.lr or lengthen crossbatch.schedule.warmup_epochs"
+            )
+        return {
+            "loss": mean["loss"],
+            "lr": self.train_step.learning_rate(self.step - 1),
+            "momentum": self.train_step.momentum(self.step - 1),
+            "grad_norm": float(gradient_norm),
+            **self.clock.reading(self.run.config.train_batch_size),
+            **{name: mean[name] for name in contrast.signals},
+            "loss_terms": {name: mean[name] for name in contrast.terms},
+            "skipped_images": round(skipped_mean * self.world.size),
+        }
+
+    def _record(self, metrics: dict, knn: bool) -> None:
+        if knn:
+            assert self.monitor is not None
+            metrics["knn_top1"] = self.monitor.top1(self.backend, self.train_step.autocast)
+            self.knn_history.append((self.step, metrics["knn_top1"]))
+        if metrics:
+            where = {
+                "step": self.step,
+                "epoch": self.step / self.steps_per_epoch,
+                "images_seen": self.step * self.run.config.train_batch_size,
+            }
+            self.log.record({**where, **metrics})
+        self.clock.restart()
+
+    def _save(self) -> None:
+        before = time.perf_counter()
+        config = {**to_dict(self.run.config), "world_size": self.world.size}
+        checkpoint.save(self.out / "checkpoints", self.backend, self.step, config, self.ours.checkpoint.keep)
+        self.clock.paused(before)
+
+    def _summarise(self, seconds: float, steps: int) -> None:
+        images = steps * self.run.config.train_batch_size
+        rows = [
+            ("steps", f"{self.step} of {self.last_step}"),
+            ("images", f"{images:,} in {seconds:.0f} s ({images / seconds:.0f} images/s, evaluation included)"),
+            *((f"k-NN top-1 at step {step}", f"{top1:.2f} %") for step, top1 in _first_and_last(self.knn_history)),
+            ("run directory", str(self.out)),
+        ]
+        commands = [f"tensorboard --logdir {self.out}"]
+        if self.step < self.last_step:
+            commands.insert(0, f"the same command with --out {self.out} --resume auto  (goes on to step {self.last_step})")
+        self.log.summary(rows, commands)
+
+
+def view_pairs(views: torch.Tensor, count: int = 16) -> torch.Tensor:
+    """uint8 views [2, n, 3, H, W] -> one picture [3, ., .]; view 1 above its view 2, eight images a row."""
+    pairs = [row for some in zip(*(view[:count].split(8) for view in views), strict=True) for row in some]
+    return make_grid(torch.cat(pairs), nrow=8, pad_value=255)
+
+
+def _first_and_last(history: list) -> list:
+    return history if len(history) < 2 else [history[0], history[-1]]
+
+
+def describe(run: ResolvedConfig, steps_per_epoch: int | None) -> dict:
+    """What `--dry-run` prints: the numbers that follow from a configuration, without data or processes."""
+    with torch.device("meta"):
+        model = build_model(run)
+    parameters = list(model.parameters())
+    return {
+        "world_size": run.world_size,
+        "train_batch_size": run.config.train_batch_size,
+        "local_batch": run.local_batch,
+        "chunk": run.chunk,
+        "chunks": run.chunks,
+        "group_size": run.group_size,
+        "lr_peak": run.lr_peak,
+        "steps_per_epoch": steps_per_epoch,
+        "parameters_total": sum(p.numel() for p in parameters),
+        "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "chance_loss": round(run.chance_loss, 2),
+        "optimizer": run.config.optimizer.type,
+        "sharding": run.config.crossbatch.sharding,
+        "zero_stage": run.config.zero_optimization.stage,
+        "precision": run.precision,
+    }
+
+

@@ -1,0 +1,74 @@
+"""Flags shared by the launchers, and the originals' flags as aliases of configuration keys."""
+
+import argparse
+import os
+from pathlib import Path
+
+from crossbatch import InputError
+
+# flag names, key path, type (None: a switch that sets true)
+ALIASES: list[tuple[tuple[str, ...], str, type | None]] = [
+    (("-a", "--arch"), "crossbatch.model.arch", str),
+    (("-b", "--batch-size"), "train_batch_size", int),
+    (("-j", "--workers"), "crossbatch.data.workers", int),
+    (("-p", "--print-freq"), "crossbatch.log.every_steps", int),
+    (("--epochs",), "crossbatch.schedule.epochs", int),
+    (("--warmup-epochs",), "crossbatch.schedule.warmup_epochs", float),
+    (("--optimizer",), "optimizer.type", str),
+    (("--lr", "--learning-rate"), "optimizer.params.lr", float),
+    (("--wd", "--weight-decay"), "optimizer.params.weight_decay", float),
+    (("--momentum",), "optimizer.params.momentum", float),
+    (("--moco-dim",), "crossbatch.model.dim", int),
+    (("--moco-mlp-dim",), "crossbatch.model.mlp_dim", int),
+    (("--moco-t",), "crossbatch.model.temperature", float),
+    (("--stop-grad-conv1",), "crossbatch.model.stop_grad_conv1", None),
+    (("--moco-m",), "crossbatch.momentum.base", float),
+    (("--moco-m-cos",), "crossbatch.momentum.cosine", None),
+    (("--crop-min",), "crossbatch.data.crop_min", float),
+    (("--add_bf", "--add-bf"), "crossbatch.batchformer.add_bf", int),
+    (("--seed",), "crossbatch.seed", int),
+]
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """--deepspeed_config, --set and the aliases; `overrides` turns them into key=value pairs."""
+    parser.add_argument("--deepspeed_config", metavar="F", help="recipe, e.g. ds_configs/bs4096.json")
+    parser.add_argument(
+        "--set", metavar="path=value", action="append", default=[], help="override a key; repeatable, applied last"
+    )
+    parser.add_argument("--data", metavar="DIR", help="crossbatch.data.path")
+    parser.add_argument("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    group = parser.add_argument_group("the originals' flags, as aliases of configuration keys")
+    for flags, path, kind in ALIASES:
+        if kind is None:
+            group.add_argument(*flags, dest=path, action="store_const", const="true", help=path)
+        else:
+            group.add_argument(*flags, dest=path, type=kind, metavar="X", help=path)
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """What the flags say as key=value pairs: data, aliases, then --set in its order."""
+    pairs = []
+    data = arguments.data or arguments.data_positional
+    if data:
+        pairs.append(f"crossbatch.data.path={data}")
+    for _, path, _ in ALIASES:
+        value = getattr(arguments, path)
+        if value is not None:
+            pairs.append(f"{path}={_optimizer_name(value) if path == 'optimizer.type' else value}")
+    return pairs + arguments.set
+
+
+def _optimizer_name(value: str) -> str:
+    return {"lars": "LARS", "adamw": "AdamW"}.get(value, value)
+
+
+def writable_folder(path: Path) -> Path:
+    """`path` if it can be created and written, decided before any data is opened."""
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"--out {path}: {existing} is not a writable folder; choose another with --out")
+    return path

@@ -1,0 +1,74 @@
+"""Pretrains a backbone with MoCo v3 + BatchFormer.
+
+    python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
+    deepspeed --num_gpus 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
+    torchrun --nproc_per_node 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from crossbatch import InputError
+from crossbatch.data import open_source
+from crossbatch.engine.config import Config, Device, load_config, resolve
+from crossbatch.engine.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
+from crossbatch.launch.exits import run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_flags(parser)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default runs/<recipe>-<time>)")
+    parser.add_argument("--steps", metavar="N", type=int, help="stop at optimizer step N, counted from the start of the run")
+    parser.add_argument("--resume", metavar="auto|none|DIR", default="auto", help="what to continue (default auto)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run as JSON, without data or processes")
+    parser.add_argument("--world-size-hint", metavar="N", type=int, help="with --dry-run: as if on N ranks")
+    arguments = parser.parse_args()
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps: given {arguments.steps}; allowed: >= 1")
+    if arguments.world_size_hint is not None and not (arguments.dry_run and arguments.world_size_hint >= 1):
+        parser.error(f"--world-size-hint: given {arguments.world_size_hint}; allowed: >= 1, with --dry-run")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = load_config(arguments.deepspeed_config, overrides(arguments))
+    world = world_from_environment()
+    device = Device.detect()
+    if arguments.dry_run:
+        from crossbatch.engine.trainer import describe
+
+        run = resolve(config, arguments.world_size_hint or world.size, device)
+        print(json.dumps(describe(run, steps_per_epoch(config)), indent=2))
+        return
+    run = resolve(config, world.size, device, world.local_size)
+    out = writable_folder(arguments.out or default_out(arguments.deepspeed_config))
+    with process_group(world, device.type) as torch_device:
+        from crossbatch.engine.trainer import Trainer
+
+        Trainer(run, world, torch_device, broadcast_object(out), arguments.resume, arguments.steps).train()
+
+
+def steps_per_epoch(config: Config) -> int | None:
+    """None where no data is named, or where it would have to be generated first."""
+    path = config.crossbatch.data.path
+    if path is None:
+        return None
+    try:
+        return len(open_source(path, "train")) // config.train_batch_size
+    except InputError:
+        if path.startswith("shapes://"):
+            return None
+        raise
+
+
+def default_out(recipe: str | None) -> Path:
+    return Path("runs") / f"{Path(recipe).stem if recipe else 'pretrain'}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+if __name__ == "__main__":
+    run_main(main)

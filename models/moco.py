@@ -1,0 +1,162 @@
+"""MoCo v3 (Chen, Xie, He 2021) with BatchFormer between the backbone and the heads.
+
+    views ──> online backbone ──> features ─┬─ o ─┬─> projector ──> predictor ──> queries ─┐
+                                 BatchFormer └─ b ─┘                                        ├─> loss
+    views ──> momentum backbone ─> features ─┬─ o ─┬─> projector (no gradient) ──> keys ────┘
+                                 BatchFormer └─ b ─┘
+
+The cut of the step runs through "features": everything left of it sees an image at a time and may be computed in chunks;
+everything right of it sees the whole batch and is computed once (`contrast`).
+
+Both views travel in one tensor, view-major, so every batch norm needs one collective for both and still keeps separate
+statistics per view. With BatchFormer the heads' norms take their statistics over both streams of a view.
+
+Shapes: V views, n local images, S streams (o and b), C backbone features, D width of queries and keys.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from crossbatch.models.backbones import build_backbone, family
+from crossbatch.models.batchformer import BatchFormer, DropoutKey
+from crossbatch.models.collective import Collective
+from crossbatch.models.heads import build_predictor, build_projector
+from crossbatch.models.loss import contrastive_loss, uses_batchformer
+from crossbatch.models.norm import synchronize_norms
+
+NUM_VIEWS = 2
+
+
+@dataclass
+class Contrast:
+    """What one step yields besides gradients; every tensor but `loss` is a detached scalar of the local rows."""
+
+    loss: torch.Tensor
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    signals: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Encoder(nn.Module):
+    """Backbone and projector; `batchformer` only where the momentum encoder keeps its own copy."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, batchformer: BatchFormer | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+        self.batchformer = batchformer
+
+
+class MoCo(nn.Module):
+    """Online encoder, momentum encoder, predictor and BatchFormer, on one device.
+
+    Args:
+        arch, image_size, stem, stop_grad_conv1, backbone_args: see `build_backbone`.
+        dim, mlp_dim: widths of the heads.
+        temperature, add_bf: see `crossbatch.models.loss`.
+        group_size, dropout: see `BatchFormer`.
+        batchformer_mode: "trained": one module for both encoders, trained through the queries. "released": the same module,
+            frozen at its initialisation, as the released BatchFormer code behaves. "ema": the keys use a moving average.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet50",
+        *,
+        image_size: int = 224,
+        stem: str = "imagenet",
+        stop_grad_conv1: bool = False,
+        backbone_args: dict | None = None,
+        dim: int = 256,
+        mlp_dim: int = 4096,
+        temperature: float = 1.0,
+        add_bf: int = 0,
+        group_size: int = 256,
+        dropout: float = 0.5,
+        batchformer_mode: str = "trained",
+    ):
+        super().__init__()
+        self.add_bf, self.temperature = add_bf, temperature
+        self.collective = Collective()
+
+        def encoder() -> Encoder:
+            backbone = build_backbone(arch, image_size, stem, stop_grad_conv1, backbone_args)
+            return Encoder(backbone, build_projector(family(arch), int(backbone.num_features), mlp_dim, dim))  # pyright: ignore[reportArgumentType]
+
+        self.online, self.momentum = encoder(), encoder()
+        self.predictor = build_predictor(family(arch), mlp_dim, dim)
+        self.batchformer = None
+        if uses_batchformer(add_bf):
+            width = int(self.online.backbone.num_features)  # pyright: ignore[reportArgumentType]
+            self.batchformer = BatchFormer(width, group_size, dropout)
+            self.batchformer.requires_grad_(batchformer_mode != "released")
+            if batchformer_mode == "ema":
+                self.momentum.batchformer = BatchFormer(width, group_size, dropout)
+        self.momentum.requires_grad_(False)
+        self.copy_to_momentum()
+
+    def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(name, online parameter, momentum parameter) of everything that the moving average follows."""
+        online = dict(self.online.named_parameters())
+        if self.batchformer is not None:
+            online |= {f"batchformer.{name}": p for name, p in self.batchformer.named_parameters()}
+        return [(name, online[name], average) for name, average in self.momentum.named_parameters()]
+
+    @torch.no_grad()
+    def copy_to_momentum(self) -> None:
+        """Starts the momentum encoder at the online parameters."""
+        for _, online, average in self.momentum_pairs():
+            average.copy_(online)
+
+    def set_collective(self, collective: Collective) -> None:
+        """Joins the ranks: norms, keys and groups that span ranks."""
+        self.collective = collective
+        synchronize_norms(self, collective)
+        for module in self.modules():
+            if isinstance(module, BatchFormer):
+                module.collective = collective
+
+    def forward(self, images: torch.Tensor, step: int = 0, seed: int = 0) -> Contrast | torch.Tensor:
+        """In training: both views [V*n, 3, H, W] -> the loss. In evaluation: images [n, 3, H, W] -> features [n, C]."""
+        if not self.training:
+            return self.online.backbone(images)
+        online = self.online.backbone(images)
+        with torch.no_grad():
+            momentum = self.momentum.backbone(images)
+        return self.contrast(online, momentum, step, seed)
+
+    def contrast(self, online_NC: torch.Tensor, momentum_NC: torch.Tensor, step: int, seed: int) -> Contrast:
+        """The batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
+        queries = self.predictor(self.online.projector(self._streams(online_NC, self.batchformer, step, seed, 0)))
+        with torch.no_grad():
+            batchformer = self.momentum.batchformer or self.batchformer
+            keys = self.momentum.projector(self._streams(momentum_NC, batchformer, step, seed, 1))
+        loss, terms, signals = contrastive_loss(
+            self._unstack(queries, online_NC), self._unstack(keys, momentum_NC), self.add_bf, self.temperature, self.collective
+        )
+        signals["feature_std"] = feature_std(online_NC.detach())
+        return Contrast(loss, terms, signals)
+
+    def _streams(self, features_NC: torch.Tensor, batchformer: BatchFormer | None, step: int, seed: int, stream: int):
+        """[V*n, C] -> [V*S*n, C]: the original features of a view, then those after BatchFormer."""
+        if batchformer is None:
+            return features_NC
+        features_VnC = features_NC.unflatten(0, (NUM_VIEWS, -1)).float()
+        mixed = batchformer(features_VnC, DropoutKey(seed, step, stream))
+        return torch.cat((features_VnC, mixed), dim=1).flatten(0, 1)
+
+    def _unstack(self, rows: torch.Tensor, features_NC: torch.Tensor) -> torch.Tensor:
+        """[V*S*n, D] -> [V, S, n, D]."""
+        return rows.unflatten(0, (NUM_VIEWS, len(rows) // len(features_NC), -1))
+
+
+def feature_std(features_NC: torch.Tensor) -> torch.Tensor:
+    """How far the directions of the features spread: 0 when all are equal (collapse), 1 when they fill all dimensions.
+
+    sqrt(C) times the standard deviation over the rows of the unit-length features, averaged over dimensions (SimSiam, Chen
+    and He 2021, figure 2).
+    """
+    unit = F.normalize(features_NC.float(), dim=-1)
+    return unit.std(0, correction=0).mean() * features_NC.shape[1] ** 0.5

@@ -1,0 +1,73 @@
+"""ResNets: torchvision's blocks and state-dict keys, with our norm, a free base width and a stem for small images.
+
+Differs from torchvision.models.ResNet in four ways: the norm is ViewBatchNorm; `fc` is the identity, so the network
+returns the pooled feature; the last norm of every residual branch starts at zero, so that a block begins as the
+identity (as in MoCo v3); and the width of the first stage is an argument (64 is the published network; 16 trains on a
+laptop).
+
+Stems: "imagenet" is 7x7 stride 2 followed by a 3x3 max pool of stride 2, as published. On images of 32 to 64 pixels
+that would leave a map of 1 to 2 pixels at the end; "small" is 3x3 stride 1 without the pool, the usual one for CIFAR.
+"""
+
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from crossbatch.models.norm import ViewBatchNorm
+
+STEMS = ("imagenet", "small")
+
+_BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+}
+ARCHS = tuple(_BLOCKS)
+
+
+class ResNet(torchvision.models.ResNet):
+    """[n, 3, H, W] -> [n, num_features], with num_features = 8 * width (basic blocks) or 32 * width (bottlenecks)."""
+
+    def __init__(
+        self, block: type[BasicBlock] | type[Bottleneck], num_blocks: list[int], width: int = 64, stem: str = "imagenet"
+    ):
+        # Not torchvision's constructor, which fixes the widths; its block builder and its forward serve any width.
+        nn.Module.__init__(self)
+        self._norm_layer = ViewBatchNorm
+        self.dilation, self.groups, self.base_width = 1, 1, 64
+        self.inplanes = width
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        elif stem == "small":
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        else:
+            raise ValueError(f"model.stem is {stem!r}; allowed: {', '.join(STEMS)}.")
+        self.bn1 = ViewBatchNorm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._make_layer(block, width, num_blocks[0])
+        self.layer2 = self._make_layer(block, 2 * width, num_blocks[1], stride=2)
+        self.layer3 = self._make_layer(block, 4 * width, num_blocks[2], stride=2)
+        self.layer4 = self._make_layer(block, 8 * width, num_blocks[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Identity()
+        self.num_features = 8 * width * block.expansion
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As torchvision with zero_init_residual=True: He et al. (2015), fan out; norms 1 and 0, last of a branch 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.get_parameter("bn3.weight"))
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.get_parameter("bn2.weight"))
+
+
+def build(arch: str, *, width: int = 64, stem: str = "imagenet") -> ResNet:
+    """The backbone of that name (one of ARCHS), randomly initialised."""
+    block, num_blocks = _BLOCKS[arch]
+    return ResNet(block, num_blocks, width, stem)

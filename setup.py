@@ -1,0 +1,40 @@
+"""Packaging. Every dependency is here for one reason, given beside it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = next(
+    line.split('"')[1]
+    for line in Path(__file__).with_name("crossbatch").joinpath("__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="crossbatch",
+    version=version,
+    description="Large-batch contrastive pretraining: MoCo v3 + BatchFormer on whatever you have",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["crossbatch", "crossbatch.*"]),
+    install_requires=[
+        "torch>=2.10",  # tensors, FSDP2, DataLoader
+        "torchvision>=0.25",  # ResNets, image functions
+        "timm>=1.0.21",  # vision transformers
+        "deepspeed>=0.19",  # ZeRO and the launcher
+        "numpy>=1.26",  # data order and augmentation parameters
+        "scipy>=1.11",  # .mat files of Flowers-102
+        "pillow>=10.0",  # JPEG decoding where DALI is absent
+        "tensorboard>=2.16",  # event files
+        "rich>=13.7",  # progress bar and tables
+    ],
+    extras_require={
+        # NVIDIA's data loader, one wheel per CUDA major version; both also run without a GPU.
+        "cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "cuda13": ["nvidia-dali-cuda130>=2.0"],
+        "test": ["pytest>=8.0"],
+        "dev": ["ruff==0.17.6", "pyright==1.1.414"],
+    },
+)

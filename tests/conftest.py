@@ -1,0 +1,89 @@
+"""What all tests share: one pool of ranks for the multi-process ones."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores; ranks and workers bring their own parallelism
+
+import multiprocessing
+import socket
+import traceback
+
+import pytest
+
+
+class RankPool:
+    """World-size processes joined by gloo; `run` calls a module-level function on every rank and returns the results."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._pipes, self._processes = [], []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            environment = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            # Not daemons: data loader workers are their children.
+            process = context.Process(target=_rank_main, args=(there, environment))
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function, *args) -> list:
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(120):
+                raise TimeoutError(f"rank {rank} of {self.world_size} did not answer {function.__name__} in 120 s")
+            results.append(pipe.recv())
+        failed = [text for ok, text in results if not ok]
+        if failed:
+            raise AssertionError("\n".join(failed))
+        return [value for _, value in results]
+
+    def close(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _rank_main(pipe, environment: dict):
+    import torch
+
+    from crossbatch.engine.distributed import process_group, world_from_environment
+
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    with process_group(world_from_environment(), "cpu"):
+        while True:
+            function, args = pipe.recv()
+            try:
+                pipe.send((True, function(*args)))
+            except BaseException:
+                pipe.send((False, traceback.format_exc()))
+
+
+@pytest.fixture(scope="session")
+def one_rank():
+    """A pool of one rank, for what must run in a process group but not in pytest's process."""
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """A pool of two gloo ranks: `two_ranks.run(function, *args)` -> [result of rank 0, result of rank 1]."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()

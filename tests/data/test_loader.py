@@ -1,0 +1,268 @@
+"""loader.py: the same batches from any position with any number of workers, and what happens when things break."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from crossbatch import RunStopped
+from crossbatch.data import loader
+from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
+from crossbatch.data.order import Order
+from crossbatch.data.pieces import cut
+from crossbatch.data.recipe import draw, moco_v3_views
+from crossbatch.data.synthetic import Synthetic
+from crossbatch.data.torchvision_backend import augment, evaluation_image
+
+RECIPES = moco_v3_views(8, 0.2)
+
+
+class Damaged(Synthetic):
+    """Synthetic images of which some raise what PIL raises."""
+
+    def __init__(self, count: int, broken: dict[int, BaseException], size: int = 12):
+        super().__init__(count, size)
+        self.broken = broken
+
+    def open(self, index: int):
+        if index in self.broken:
+            raise self.broken[index]
+        return super().open(index)
+
+
+class Deadly(Synthetic):
+    """Image 40 kills the process that opens it, as the kernel does when memory runs out."""
+
+    def open(self, index: int):
+        if index == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open(index)
+
+
+def assert_same(a: list[Batch], b: list[Batch]):
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        assert np.array_equal(one.indices, other.indices) and torch.equal(one.views, other.views)
+        assert one.skipped == other.skipped
+
+
+def make(workers: int = 0, source=None, batch: int = 24, world_size: int = 1, rank: int = 0, **options) -> TrainLoader:
+    source = source or Synthetic(100, 12)
+    order = Order(5, len(source), batch, world_size, rank)
+    return TrainLoader(source, order, RECIPES, seed=9, workers=workers, **options)
+
+
+@pytest.fixture(scope="module")
+def two_epochs() -> list[Batch]:
+    """Epochs 0 and 1 of `make()`, four batches each, read in this process."""
+    reference = make()
+    return [*reference.epoch(0), *reference.epoch(1)]
+
+
+def test_a_batch_is_what_order_and_recipe_say(two_epochs):
+    batch, source = two_epochs[6], Synthetic(100, 12)
+    assert np.array_equal(batch.indices, Order(5, 100, 24).batch(1, 2)) and batch.indices.dtype == np.int64
+    assert batch.views.shape == (2, 24, 3, 8, 8) and batch.views.dtype == torch.uint8 and batch.skipped == []
+    for view in range(2):
+        p = draw(RECIPES[view], 9, 1, batch.indices, view, np.full(24, 12), np.full(24, 12))
+        for row, index in enumerate(batch.indices):
+            expected = augment(source.open(int(index)), p, row, 8)
+            assert np.array_equal(batch.views[view, row].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_from_every_position(workers, two_epochs):
+    resumed = make(workers)
+    for epoch, start_step in [(0, 0), (0, 3), (1, 1), (1, 4)]:
+        assert_same(list(resumed.epoch(epoch, start_step)), two_epochs[4 * epoch + start_step : 4 * epoch + 4])
+    resumed.close()
+
+
+def test_workers_live_across_epochs_and_end_with_close(two_epochs):
+    with_workers = make(2)
+    batches = list(with_workers.epoch(0))
+    first = {process.pid for process in multiprocessing.active_children()}
+    batches += with_workers.epoch(1)
+    assert len(first) >= 2 and {process.pid for process in multiprocessing.active_children()} == first
+    assert_same(batches, two_epochs)
+    with_workers.close()
+    assert not multiprocessing.active_children()
+
+
+def test_an_abandoned_epoch_can_be_taken_up_again(two_epochs):
+    twice = make()
+    next(twice.epoch(0))
+    assert_same(list(twice.epoch(0, 1)), two_epochs[1:4])
+    assert_same([next(twice.epoch(0, 1)), *twice.epoch(0, 2)], two_epochs[1:4])
+
+
+def test_ranks_read_the_global_batch_between_them(two_epochs):
+    left, right = (list(make(world_size=2, rank=rank).epoch(0)) for rank in range(2))
+    for whole, a, b in zip(two_epochs[:4], left, right, strict=True):
+        assert torch.equal(whole.views, torch.cat([a.views, b.views], dim=1))
+
+
+@pytest.mark.parametrize(("images", "workers"), [(1, 0), (64, 0), (65, 0), (256, 8), (4096, 16), (24, 8), (100, 3)])
+def test_pieces(images, workers):
+    indices = np.arange(images)
+    parts = cut(indices, workers)
+    assert np.array_equal(np.concatenate(parts), indices)
+    assert max(len(part) for part in parts) <= 64
+    assert len(parts) >= min(max(workers, 1), images // 8)  # no worker idles unless pieces would get tiny
+
+
+def test_the_global_random_stream_is_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    next(make().epoch(0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_replaced_by_the_next(workers):
+    broken = {7: OSError("image file is truncated"), 8: SyntaxError("not a PNG file"), 99: ValueError("bad")}
+    whole, damaged = Synthetic(100, 12), make(workers, Damaged(100, broken), batch=50, max_skipped_fraction=0.1)
+    seen, skipped = {}, []
+    for batch in damaged.epoch(0):
+        skipped += batch.skipped
+        for row, index in enumerate(batch.indices):
+            seen[int(index)] = (batch, row)
+    damaged.close()
+    assert sorted(skipped) == sorted(whole.name(index) for index in (7, 8, 8, 99))  # 7 meets 8 on the way to 9
+    assert damaged.images_skipped == 4 and damaged.images_read == 100
+    for index, replacement in ((7, 9), (8, 9), (99, 0), (20, 20)):
+        batch, row = seen[index]
+        p = draw(RECIPES[0], 9, 0, np.array([index]), 0, np.array([12]), np.array([12]))  # its own augmentation
+        expected = augment(whole.open(replacement), p, 0, 8)
+        assert np.array_equal(batch.views[0, row].permute(1, 2, 0).numpy(), expected), index
+
+
+def test_too_many_broken_images_stop_the_run():
+    damaged = make(
+        0, Damaged(100, {index: OSError(f"cut at {index}") for index in (3, 50, 70)}), max_skipped_fraction=0.01
+    )
+    with pytest.raises(
+        RunStopped, match=r"[23] of 96 images were broken.*the 1 that.*max_skipped_fraction = 0.01.*cut at"
+    ):
+        for epoch in range(2):
+            list(damaged.epoch(epoch))
+
+
+def test_the_limit_waits_for_an_epoch():
+    """Two broken images in the first batch of 24 are too many at 2 %; in the epoch of 96 they are not."""
+    first = [int(index) for index in Order(5, 100, 24).batch(0, 0)[:2]]
+    damaged = make(0, Damaged(100, dict.fromkeys(first, OSError("cut"))), max_skipped_fraction=0.02)
+    batches = list(damaged.epoch(0))
+    assert len(batches) == 4 and batches[0].skipped == [Synthetic(100).name(index) for index in first]
+
+
+def test_one_broken_image_does_not_stop_a_small_run_unless_none_may_be():
+    damaged = make(0, Damaged(24, {3: OSError("cut")}))
+    for epoch in range(6):
+        list(damaged.epoch(epoch))
+    assert damaged.images_skipped == 6
+    with pytest.raises(RunStopped, match="1 of 24 images were broken, more than the 0"):
+        list(make(0, Damaged(24, {3: OSError("cut")}), max_skipped_fraction=0.0).epoch(0))
+
+
+def test_a_run_of_broken_images_stops_the_run():
+    damaged = make(0, Damaged(100, dict.fromkeys(range(100), OSError("gone"))))
+    with pytest.raises(RunStopped, match=r"no readable image.*gone"):
+        next(damaged.epoch(0))
+
+
+def test_a_programming_error_is_not_a_broken_image():
+    with pytest.raises(ZeroDivisionError):
+        next(make(0, Damaged(24, {3: ZeroDivisionError()})).epoch(0))
+
+
+def test_a_dying_worker_is_an_error_not_a_hang():
+    dying, start = make(2, Deadly(100, 12)), time.monotonic()
+    try:
+        for epoch in range(3):
+            list(dying.epoch(epoch))
+    except RuntimeError as error:
+        assert "worker" in str(error) and time.monotonic() - start < 20
+        dying.close()  # while the traceback still holds the iterator
+        assert not multiprocessing.active_children()
+    else:
+        pytest.fail("the death of a worker went unnoticed")
+
+
+def send_as_another_process(signals: list[int]):
+    pids = [str(process.pid) for process in multiprocessing.active_children()]
+    for number in signals:
+        subprocess.run(["kill", f"-{number}", *pids], check=True)
+
+
+def test_workers_survive_the_signals_of_a_preemption(two_epochs):
+    preempted = make(2)
+    batches = preempted.epoch(0)
+    got = [next(batches)]
+    send_as_another_process([signal.SIGTERM, signal.SIGINT])
+    assert_same(got + list(batches), two_epochs[:4])
+    preempted.close()
+
+
+UNCLOSED = """
+from crossbatch.data import *
+
+source = open_source("synthetic://64?size=12", "train")
+loader = TrainLoader(source, Order(0, 64, 16), moco_v3_views(8, 0.2), 0, workers=2)
+for batch in loader.epoch(0):
+    raise ZeroDivisionError
+"""
+
+
+def test_a_trainer_that_fails_without_closing_ends_all_the_same():
+    failed = subprocess.run([sys.executable, "-c", UNCLOSED], timeout=40, capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.endswith("ZeroDivisionError\n")
+
+
+def test_forkserver_workers_give_the_same(two_epochs, monkeypatch):
+    monkeypatch.setattr(loader, "_start_method", lambda: "forkserver")
+    served = make(1)
+    assert_same([next(served.epoch(0))], two_epochs[:1])
+    served.close()
+
+
+def test_fork_only_where_nothing_communicates(monkeypatch):
+    monkeypatch.setattr(loader.sys, "version_info", (3, 11))
+    assert loader._start_method() == "fork"
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert loader._start_method() == "forkserver"
+
+
+def test_bad_positions_and_recipes():
+    with pytest.raises(ValueError, match="start_step"):
+        next(make().epoch(0, 5))
+    with pytest.raises(ValueError, match="share one image_size"):
+        TrainLoader(Synthetic(10), Order(0, 10, 5), (RECIPES[0], moco_v3_views(16, 0.2)[1]), 0, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_loader(workers):
+    source = Damaged(30, {4: OSError("cut")}, size=20)
+    indices = np.array([9, 4, 2, 25, 11])
+    evaluation = EvaluationLoader(source, 16, indices, batch_size=2, workers=workers)
+    for _ in range(2):
+        got = list(evaluation)
+        assert [kept.tolist() for _, kept in got] == [[9], [2, 25], [11]]
+        assert evaluation.skipped == [source.name(4)]
+        for images, kept in got:
+            assert images.dtype == torch.uint8 and images.shape == (len(kept), 3, 16, 16)
+            for image, index in zip(images, kept, strict=True):
+                assert torch.equal(image, evaluation_image(source.open(int(index)), 16))
+
+
+def test_evaluation_without_a_readable_image():
+    source = Damaged(4, dict.fromkeys(range(4), OSError("gone")))
+    with pytest.raises(RunStopped, match="none of the 4 evaluation images"):
+        list(EvaluationLoader(source, 16, np.arange(4), batch_size=2, workers=0))

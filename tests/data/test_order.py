@@ -1,0 +1,89 @@
+"""order.py: every image once, the same global order on any number of ranks."""
+
+import numpy as np
+import pytest
+
+from crossbatch import InputError
+from crossbatch.data.order import Order, evaluation_share
+
+
+def epoch_of(epoch: int, size: int, batch: int, world_size: int) -> np.ndarray:
+    """The global order of an epoch, put together from all ranks."""
+    ranks = [Order(3, size, batch, world_size, rank) for rank in range(world_size)]
+    return np.concatenate([o.batch(epoch, step) for step in range(ranks[0].steps_per_epoch) for o in ranks])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_image_at_most_once_and_all_but_the_remainder(world_size):
+    order = epoch_of(0, 1003, 100, world_size)
+    assert len(order) == len(set(order.tolist())) == 1000
+    assert order.min() >= 0 and order.max() < 1003
+
+
+def test_every_image_once_when_the_batch_divides_the_size():
+    assert sorted(epoch_of(5, 96, 32, 2).tolist()) == list(range(96))
+
+
+def test_the_global_order_does_not_depend_on_the_world_size():
+    for epoch in (0, 1, 7):
+        alone = epoch_of(epoch, 203, 20, 1)
+        assert np.array_equal(alone, epoch_of(epoch, 203, 20, 2))
+        assert np.array_equal(alone, epoch_of(epoch, 203, 20, 4))
+
+
+def test_a_rank_reads_a_contiguous_run_of_the_global_batch():
+    whole = Order(1, 50, 12).batch(2, 3)
+    assert np.array_equal(Order(1, 50, 12, world_size=3, rank=1).batch(2, 3), whole[4:8])
+
+
+def test_epochs_and_seeds_differ_and_return():
+    order = Order(0, 500, 500)
+    first = order.batch(0, 0)
+    assert not np.array_equal(first, order.batch(1, 0))
+    assert not np.array_equal(first, Order(1, 500, 500).batch(0, 0))
+    assert np.array_equal(first, order.batch(0, 0))  # after the cache went to epoch 1
+    assert not np.array_equal(np.sort(first), first)
+    assert abs(np.corrcoef(first, np.arange(500))[0, 1]) < 0.2
+
+
+def test_golden_order():
+    """Changing this changes the data order of every run: checkpoints would not resume."""
+    assert Order(3, 20, 4).batch(1, 2).tolist() == [9, 10, 15, 13]
+
+
+def test_a_batch_may_be_written_to_without_touching_the_order():
+    order = Order(0, 10, 5)
+    order.batch(0, 0)[:] = -1
+    assert order.batch(0, 0).min() >= 0
+
+
+def test_numbers():
+    order = Order(0, 1003, 100, world_size=4, rank=2)
+    assert (order.steps_per_epoch, order.local_batch) == (10, 25)
+    assert order.batch(0, 0).dtype == np.int64
+
+
+def test_too_few_images():
+    with pytest.raises(InputError, match=r"train_batch_size is 64 .*only 63 training images.*at most 63"):
+        Order(0, 63, 64)
+
+
+def test_ranks_that_cannot_share_equally():
+    with pytest.raises(InputError, match=r"train_batch_size is 10.*3 ranks.*multiple of 3, such as 12"):
+        Order(0, 100, 10, world_size=3)
+
+
+def test_positions_outside_the_epoch():
+    for step in (-1, 10):
+        with pytest.raises(ValueError, match="must be in"):
+            Order(0, 100, 10).batch(0, step)
+    with pytest.raises(ValueError, match="rank"):
+        Order(0, 100, 10, world_size=2, rank=2)
+
+
+@pytest.mark.parametrize(("size", "world_size"), [(10, 3), (2, 4), (0, 2), (1001, 8)])
+def test_evaluation_shares_cover_everything_once(size, world_size):
+    shares = [evaluation_share(size, world_size, rank) for rank in range(world_size)]
+    assert np.concatenate(shares).tolist() == list(range(size))
+    lengths = [len(share) for share in shares]
+    assert max(lengths) - min(lengths) <= 1

@@ -1,0 +1,213 @@
+"""sources.py and image_folder.py: what is opened, and what is said when it cannot be."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossbatch import InputError
+from crossbatch.data.image_folder import ImageFolder
+from crossbatch.data.sources import has_evaluation_split, open_source, prepare
+
+
+def write(path: Path, colour=(200, 30, 60), size=(6, 4), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """Two classes, b before a on disk, four formats, upper case, a nested folder, and things to ignore."""
+    write(tmp_path / "train/b/2.PNG", (0, 0, 255))
+    write(tmp_path / "train/b/10.bmp", (0, 255, 0))
+    write(tmp_path / "train/a/z.webp", lossless=True)
+    write(tmp_path / "train/a/deep/x.JPEG")
+    write(tmp_path / "train/a/.hidden.png")
+    write(tmp_path / "train/.ipynb_checkpoints/x.png")
+    (tmp_path / "train/a/notes.txt").write_text("no image")
+    (tmp_path / "train/readme.md").write_text("no class")
+    write(tmp_path / "val/a/v.png")
+    write(tmp_path / "val/b/v.png")
+    return tmp_path
+
+
+def test_image_folder(tree):
+    source = open_source(tree, "train")
+    assert source.class_names == ["a", "b"]
+    assert source.labels.tolist() == [0, 0, 1, 1] and source.labels.dtype == np.int64
+    assert [source.name(i) for i in range(len(source))] == ["a/deep/x.JPEG", "a/z.webp", "b/10.bmp", "b/2.PNG"]
+    image = source.open(3)
+    assert image.mode == "RGB" and image.size == (6, 4) and image.getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_an_opened_image_holds_no_file(tree):
+    source = open_source(tree, "train")
+    image = source.open(0)
+    shutil.rmtree(tree)
+    assert image.getpixel((1, 1)) is not None
+    with pytest.raises(FileNotFoundError):
+        source.open(0)
+
+
+def test_names_beyond_ascii_and_pickling(tmp_path):
+    write(tmp_path / "train/名前/ü.png")
+    source = pickle.loads(pickle.dumps(open_source(tmp_path, "train")))
+    assert source.name(0) == "名前/ü.png" and source.open(0).mode == "RGB"
+
+
+def test_storage_is_compact(tmp_path):
+    """The files' names weigh what their bytes weigh, not what Python strings weigh (50 bytes and more each)."""
+    folder = tmp_path / "train/a"
+    folder.mkdir(parents=True)
+    for number in range(500):
+        (folder / f"{number:04d}.jpg").touch()
+    source = ImageFolder(tmp_path / "train")
+    assert len(pickle.dumps(source)) < 500 * (8 + 8 + 8) + 1000
+
+
+def test_evaluation_split_prefers_val_then_test(tree):
+    assert has_evaluation_split(tree)
+    assert open_source(tree, "eval").name(0) == "a/v.png"
+    (tree / "val").rename(tree / "test")
+    assert has_evaluation_split(tree) and len(open_source(tree, "eval")) == 2
+    shutil.rmtree(tree / "test")
+    assert not has_evaluation_split(tree)
+    with pytest.raises(InputError, match=r"no folder 'val' or 'test' \(it holds: train\)"):
+        open_source(tree, "eval")
+
+
+def as_mode(mode: str, folder: Path) -> Path:
+    """A 2 x 1 image, dark gray and light gray, stored in the given mode."""
+    gray = Image.fromarray(np.array([[51, 204]], dtype=np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(np.array([[51 << 8, 204 << 8]], dtype=np.uint16))
+    elif mode == "P-transparent":
+        image = gray.convert("RGB").quantize(4)
+    else:
+        image = gray.convert("RGB").convert(mode)
+    path = folder / ("x.tif" if mode == "CMYK" else "x.png")
+    if mode == "P-transparent":
+        image.save(path, transparency=b"\x00\x80")
+    else:
+        image.save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "P-transparent", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(mode, tmp_path):
+    (tmp_path / "a").mkdir()
+    stored = as_mode(mode, tmp_path / "a")
+    stored.rename(stored.with_suffix(".png"))  # PIL goes by content
+    image = ImageFolder(tmp_path).open(0)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image).astype(int) - np.array([[[51] * 3, [204] * 3]])).max() <= 2
+
+
+def test_synthetic():
+    source, again = open_source("synthetic://50?size=24&classes=5", "train"), open_source("synthetic://50", "train")
+    assert len(source) == 50 and len(source.class_names) == 5
+    assert np.bincount(source.labels).tolist() == [10] * 5
+    assert source.open(7).size == (24, 24) and source.open(7).mode == "RGB" and again.open(7).size == (64, 64)
+    assert np.array_equal(np.asarray(source.open(7)), np.asarray(source.open(7)))
+    assert not np.array_equal(np.asarray(source.open(7)), np.asarray(source.open(12)))  # same class
+    evaluation = open_source("synthetic://50?size=24&eval=8", "eval")
+    assert len(evaluation) == 8 and has_evaluation_split("synthetic://50")
+    assert not np.array_equal(np.asarray(source.open(1)), np.asarray(evaluation.open(1)))
+
+
+def test_shapes_are_written_by_prepare_only(tmp_path):
+    path = f"shapes://{tmp_path}/s?train=16&val=8&size=20"
+    assert not has_evaluation_split(path)
+    with pytest.raises(InputError, match="does not exist"):
+        open_source(path, "train")
+    prepare(path)
+    assert has_evaluation_split(path)
+    train, evaluation = open_source(path, "train"), open_source(path, "eval")
+    assert (len(train), len(evaluation)) == (16, 8) and train.open(0).size == (20, 20)
+    assert train.class_names == evaluation.class_names and len(train.class_names) == 8
+
+
+def test_shapes_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^crossbatch.data.path: cannot write .*name a folder"):
+        prepare(f"shapes://{tmp_path}/file/s?train=8&val=8")
+
+
+def test_prepare_leaves_other_paths_alone(tmp_path):
+    prepare("synthetic://10")
+    prepare(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "is empty"),
+        ("synthetic://", "needs a number of images"),
+        ("synthetic://0", "needs a number of images"),
+        ("synthetic://many", "needs a number of images"),
+        ("synthetic://10?sise=3", r"unknown option 'sise'.*did you mean 'size'.*allowed: size, classes, eval"),
+        ("synthetic://10?size=big", "'size'.*is 'big'; it must be an integer >= 1"),
+        ("synthetic://10?size=0", "'size'.*is '0'; it must be an integer >= 1"),
+        ("synthetic://10?size", "'size'.*is ''"),
+        ("synthetic://10?size=3&size=4", "given twice"),
+        ("shapes://?train=9", "needs a folder"),
+        ("shapes://x?trian=9", r"did you mean 'train'.*allowed: train, val, size, seed"),
+        ("shape://x", r"unknown scheme.*did you mean 'shapes'"),
+        ("s3://bucket", r"unknown scheme.*allowed: a folder, synthetic://..., shapes://..."),
+    ],
+)
+def test_malformed_paths(path, message):
+    with pytest.raises(InputError, match=f"(?s)^crossbatch.data.path.*{message}"):
+        open_source(path, "train")
+
+
+def rejected(path: Path, split: str = "train") -> str:
+    with pytest.raises(InputError) as caught:
+        open_source(path, split, key="--data")
+    assert str(caught.value).startswith(f"--data: {path}")
+    return str(caught.value)
+
+
+def test_missing_path(tmp_path):
+    message = rejected(tmp_path / "absent")
+    assert "does not exist" in message and "absent/train/<class>/<image>.jpg" in message
+
+
+def test_path_is_a_file(tmp_path):
+    (tmp_path / "images.tar").touch()
+    assert "is a file; give a folder" in rejected(tmp_path / "images.tar")
+
+
+def test_no_train_folder(tmp_path):
+    write(tmp_path / "cats/1.png")
+    message = rejected(tmp_path)
+    assert "no folder 'train' (it holds: cats)" in message and "/train/<class>/" in message
+
+
+def test_empty_train_folder(tmp_path):
+    (tmp_path / "train").mkdir()
+    assert "has no class folders" in rejected(tmp_path)
+
+
+def test_class_folders_without_images(tmp_path):
+    write(tmp_path / "train/full/1.png")
+    for number in range(7):
+        (tmp_path / f"train/empty{number}").mkdir()
+    with pytest.raises(InputError, match=r"7 of 8 class folders.*: empty0, empty1, empty2, empty3, empty4, \.\.\.;"):
+        open_source(tmp_path, "train")
+
+
+def test_different_classes_in_train_and_eval(tree):
+    write(tree / "val/c/v.png")
+    shutil.rmtree(tree / "val/b")
+    with pytest.raises(InputError, match=r"different class folders \(only in .*train: b; only in .*val: c\)"):
+        open_source(tree, "eval")
+
+
+def test_a_split_that_is_none():
+    with pytest.raises(ValueError, match="train, eval"):
+        open_source("synthetic://10", "test")

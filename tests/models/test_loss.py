@@ -1,0 +1,99 @@
+"""The loss against its formula written out again in float64."""
+
+import math
+
+import pytest
+import torch
+
+from crossbatch.models import Collective, chance_loss, contrastive_loss
+
+N, D = 6, 8
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def ctr(q, k, temperature):
+    """2T * mean_i -log softmax_j(q_i . k_j / T)[i], row by row."""
+    q, k = unit(q.double()), unit(k.double())
+    total = 0.0
+    for i in range(len(q)):
+        logits = torch.stack([(q[i] * k[j]).sum() / temperature for j in range(len(k))])
+        total = total - logits[i] + torch.log(torch.exp(logits).sum())
+    return 2 * temperature * total / len(q)
+
+
+def expected(q, k, add_bf, t):
+    both = [(q[0], k[1], q[0]), (q[1], k[0], q[1])]
+    if add_bf == 0:
+        return sum(ctr(queries[0], keys[0], t) for queries, keys, _ in both)
+    if add_bf not in (1, 34, 36, 37):
+        return sum(ctr(queries.flatten(0, 1), keys.flatten(0, 1), t) for queries, keys, _ in both)
+    total = sum(ctr(queries[s], keys[r], t) for queries, keys, _ in both for s in (0, 1) for r in (0, 1))
+    if add_bf == 36:
+        return total / 4
+    if add_bf == 37:
+        return (total + sum(ctr(own[0], own[1].detach(), t) for _, _, own in both)) / 5
+    return total
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+@pytest.mark.parametrize("add_bf", [0, 1, 34, 36, 37, 2, 33])
+def test_loss_and_gradients_match_the_formula(add_bf, temperature):
+    torch.manual_seed(add_bf)
+    streams = 1 if add_bf == 0 else 2
+    q = torch.randn(2, streams, N, D, requires_grad=True)
+    k = torch.randn(2, streams, N, D)
+    loss, terms, _ = contrastive_loss(q, k, add_bf, temperature, Collective())
+    loss.backward()
+    assert q.grad is not None
+    gradient = q.grad.clone()
+    reference = q.detach().clone().requires_grad_()
+    want = expected(reference, k, add_bf, temperature)
+    want.backward()
+    assert reference.grad is not None
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, reference.grad, rtol=1e-5, atol=1e-7)
+    assert len(terms) == {0: 2, 1: 8, 34: 8, 36: 8, 37: 10}.get(add_bf, 2)
+
+
+def test_negative_add_bf_is_vanilla():
+    assert chance_loss(-1, 1.0, 4096) == chance_loss(0, 1.0, 4096)
+
+
+@pytest.mark.parametrize("add_bf", [0, 1, 36, 37, 2])
+def test_chance_level_is_the_loss_of_equal_keys(add_bf):
+    streams = 1 if add_bf == 0 else 2
+    q = torch.randn(2, streams, N, D)
+    k = torch.ones(2, streams, N, D)
+    if add_bf == 37:
+        q[:, 1] = 1.0  # the b queries are keys, too
+    loss, _, _ = contrastive_loss(q, k, add_bf, 0.3, Collective())
+    assert loss.item() == pytest.approx(chance_loss(add_bf, 0.3, N), rel=1e-5)
+
+
+def test_chance_values_of_the_recipes():
+    values = [chance_loss(add_bf, 1.0, 4096) for add_bf in (0, 1, 36, 2)]
+    assert [round(value, 2) for value in values] == [33.27, 133.08, 33.27, 36.04]
+    assert chance_loss(37, 1.0, 4096) == pytest.approx(4 * math.log(4096))
+
+
+def test_logits_stay_fp32_under_autocast():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, N, D), torch.randn(2, 1, N, D)
+    plain, _, _ = contrastive_loss(q, k, 0, 0.1, Collective())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered, _, _ = contrastive_loss(q, k, 0, 0.1, Collective())
+    assert lowered.dtype == torch.float32
+    assert lowered.item() == plain.item()
+
+
+def test_similarities_against_all_pairs():
+    torch.manual_seed(1)
+    q, k = torch.randn(2, 2, N, D), torch.randn(2, 2, N, D)
+    _, _, signals = contrastive_loss(q, k, 1, 1.0, Collective())
+    cosines = torch.stack([unit(q[0, 0]) @ unit(k[1, 0]).T, unit(q[1, 0]) @ unit(k[0, 0]).T])
+    own = torch.eye(N, dtype=torch.bool)
+    assert signals["positive_similarity"].item() == pytest.approx(cosines[:, own].mean().item(), abs=1e-6)
+    assert signals["negative_similarity"].item() == pytest.approx(cosines[:, ~own].mean().item(), abs=1e-6)
