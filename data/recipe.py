@@ -128,7 +128,7 @@ def _crop(recipe: ViewRecipe, u: np.ndarray, heights: np.ndarray, widths: np.nda
     image.
     """
     area = _between(u[_CROP_AREA], *recipe.crop_scale) * heights * widths  # [tries, n]
-    ratio = np.exp(_between(u[_CROP_RATIO], *np.log((0.7, 1.4))))
+    ratio = np.exp(_between(u[_CROP_RATIO], *np.log(recipe.crop_ratio)))
     tried_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     tried_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (tried_widths > 0) & (tried_widths <= widths) & (tried_heights > 0) & (tried_heights <= heights)

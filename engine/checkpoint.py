@@ -33,7 +33,8 @@ def save(folder: Path, backend: Backend, step: int, config: dict[str, Any], keep
         "parameters": {name: _gather(held) for name, held in backend.parameters_held().items()},
         "buffers": {name: _gather(held) for name, held in backend.buffers_held().items()},
         "optimizer": {
-            name: {key: _gather(held) for key, held in state.items()} for name, state in backend.optimizer_held().items()
+            name: {key: _gather(held) for key, held in state.items()}
+            for name, state in backend.optimizer_held().items()
         },
     }
     if dist.get_rank() == 0:
@@ -81,10 +82,15 @@ def load(checkpoint: Path, backend: Backend) -> int:
 
 
 def find(out: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means, asked on rank 0: "auto" the newest of `out` or None, "none" None, else a run or a checkpoint."""
+    """The checkpoint that `--resume` means: "auto" the newest of `out` or None, "none" None, else a run or a checkpoint.
+
+    Asked on rank 0 only. Raises InputError when there is none to find or when "none" would overwrite a run.
+    """
     if resume == "none":
         if (out / "metrics.jsonl").exists():
-            raise InputError(f"--resume none: {out} already holds a run; resume it with --resume auto or choose another --out")
+            raise InputError(
+                f"--resume none: {out} already holds a run; resume it with --resume auto or choose another --out"
+            )
         return None
     if resume == "auto":
         return _newest(out / "checkpoints")

@@ -58,14 +58,13 @@ def process_group(world: World, device_type: str, timeout_s: float = 1800) -> It
     if device.type == "cpu" and world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     with tempfile.TemporaryDirectory() as folder:
-        alone = {"init_method": f"file://{Path(folder) / 'store'}"} if "MASTER_ADDR" not in os.environ else {}
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            init_method="env://" if "MASTER_ADDR" in os.environ else f"file://{Path(folder) / 'store'}",
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
-            **alone,
         )
         try:
             yield device

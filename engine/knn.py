@@ -51,7 +51,9 @@ class KnnMonitor:
         right, everything = self.collective.all_reduce(counts).tolist()
         return 100 * right / everything
 
-    def _features(self, backend: Backend, autocast, source: Source, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(
+        self, backend: Backend, autocast, source: Source, indices: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit-length features [m, C] and labels [m] of this rank's share.
 
         All ranks make the same number of forward passes (a sharded model gathers its parameters in each); a rank that has
@@ -83,5 +85,3 @@ class KnnMonitor:
         labels = self.collective.all_gather(F.pad(labels, (0, pad)))
         rows = [(features[r, :count], labels[r, :count]) for r, count in enumerate(counts)]
         return torch.cat([f for f, _ in rows]), torch.cat([label for _, label in rows])
-
-

@@ -54,7 +54,9 @@ class TrainStep:
 
     def momentum(self, step: int) -> float:
         ours = self.run.config.crossbatch
-        return encoder_momentum(step / self.steps_per_epoch, ours.momentum.base, ours.schedule.epochs, ours.momentum.cosine)
+        return encoder_momentum(
+            step / self.steps_per_epoch, ours.momentum.base, ours.schedule.epochs, ours.momentum.cosine
+        )
 
     def _to_device(self, views: torch.Tensor) -> torch.Tensor:
         """uint8 [2, n, 3, H, W] -> normalised fp32 [2n, 3, H, W], both views in one tensor, view-major."""

@@ -36,7 +36,13 @@ class Trainer:
     """
 
     def __init__(
-        self, run: ResolvedConfig, world: World, device: torch.device, out: Path, resume: str, stop_after: int | None = None
+        self,
+        run: ResolvedConfig,
+        world: World,
+        device: torch.device,
+        out: Path,
+        resume: str,
+        stop_after: int | None = None,
     ):
         self.run, self.world, self.device, self.out = run, world, device, out
         self.ours = run.config.crossbatch
@@ -88,7 +94,9 @@ class Trainer:
             config = {**to_dict(self.run.config), "world_size": self.world.size}
             checkpoint.write_atomically(self.out / "config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
-            raise InputError(f"--out {self.out}: cannot be written: {error.strerror}; choose a writable folder") from None
+            raise InputError(
+                f"--out {self.out}: cannot be written: {error.strerror}; choose a writable folder"
+            ) from None
         return found
 
     def train(self) -> None:
@@ -197,7 +205,9 @@ class Trainer:
         ]
         commands = [f"tensorboard --logdir {self.out}"]
         if self.step < self.last_step:
-            commands.insert(0, f"the same command with --out {self.out} --resume auto  (goes on to step {self.last_step})")
+            commands.insert(
+                0, f"the same command with --out {self.out} --resume auto  (goes on to step {self.last_step})"
+            )
         self.log.summary(rows, commands)
 
 
@@ -233,5 +243,3 @@ def describe(run: ResolvedConfig, steps_per_epoch: int | None) -> dict:
         "zero_stage": run.config.zero_optimization.stage,
         "precision": run.precision,
     }
-
-

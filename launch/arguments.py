@@ -38,7 +38,9 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", metavar="DIR", help="crossbatch.data.path")
     parser.add_argument("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
     group = parser.add_argument_group("the originals' flags, as aliases of configuration keys")
     for flags, path, kind in ALIASES:
         if kind is None:

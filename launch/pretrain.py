@@ -1,8 +1,8 @@
 """Pretrains a backbone with MoCo v3 + BatchFormer.
 
-    python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
-    deepspeed --num_gpus 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
-    torchrun --nproc_per_node 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
+python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
+deepspeed --num_gpus 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
+torchrun --nproc_per_node 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
 """
 
 import argparse
@@ -22,9 +22,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_flags(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default runs/<recipe>-<time>)")
-    parser.add_argument("--steps", metavar="N", type=int, help="stop at optimizer step N, counted from the start of the run")
+    parser.add_argument(
+        "--steps", metavar="N", type=int, help="stop at optimizer step N, counted from the start of the run"
+    )
     parser.add_argument("--resume", metavar="auto|none|DIR", default="auto", help="what to continue (default auto)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run as JSON, without data or processes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would run as JSON, without data or processes"
+    )
     parser.add_argument("--world-size-hint", metavar="N", type=int, help="with --dry-run: as if on N ranks")
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.steps < 1:

@@ -134,7 +134,11 @@ class MoCo(nn.Module):
             batchformer = self.momentum.batchformer or self.batchformer
             keys = self.momentum.projector(self._streams(momentum_NC, batchformer, step, seed, 1))
         loss, terms, signals = contrastive_loss(
-            self._unstack(queries, online_NC), self._unstack(keys, momentum_NC), self.add_bf, self.temperature, self.collective
+            self._unstack(queries, online_NC),
+            self._unstack(keys, momentum_NC),
+            self.add_bf,
+            self.temperature,
+            self.collective,
         )
         signals["feature_std"] = feature_std(online_NC.detach())
         return Contrast(loss, terms, signals)

@@ -195,7 +195,9 @@ def _in_bounds(value: Any, path: str, bounds: Mapping[str, Any]) -> Any:
 
 def _range(bounds: Mapping[str, Any]) -> str:
     signs = {"low": ">=", "above": ">", "high": "<="}
-    return " and ".join(f"{sign} {bounds[name]:g}" for name, sign in signs.items() if bounds[name] is not None) or "finite"
+    return (
+        " and ".join(f"{sign} {bounds[name]:g}" for name, sign in signs.items() if bounds[name] is not None) or "finite"
+    )
 
 
 def _describe(options: tuple[Any, ...], bounds: Mapping[str, Any]) -> str:

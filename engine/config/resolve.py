@@ -1,4 +1,4 @@
-""""auto" -> numbers: what a configuration means for a world size and a device, or why it cannot run there."""
+""" "auto" -> numbers: what a configuration means for a world size and a device, or why it cannot run there."""
 
 import os
 from dataclasses import dataclass, replace
@@ -65,9 +65,7 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
     if workers == "auto":
         workers = max(1, min(16, (os.cpu_count() or 1) // local_world_size - 1))
     precision = _precision(config.crossbatch.precision, device)
-    ours = replace(
-        config.crossbatch, precision=precision, data=replace(config.crossbatch.data, workers=workers)
-    )
+    ours = replace(config.crossbatch, precision=precision, data=replace(config.crossbatch.data, workers=workers))
     return ResolvedConfig(
         config=replace(config, crossbatch=ours, train_micro_batch_size_per_gpu=chunk),
         world_size=world_size,
@@ -86,7 +84,9 @@ def _check_combinations(config: Config, world_size: int) -> None:
     batch = config.train_batch_size
     if batch % world_size:
         near = max(batch // world_size, 1) * world_size
-        raise InputError(f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple; set it to {near}")
+        raise InputError(
+            f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple; set it to {near}"
+        )
     if ours.schedule.warmup_epochs >= ours.schedule.epochs:
         raise InputError(
             f"crossbatch.schedule.warmup_epochs: given {ours.schedule.warmup_epochs:g} of {ours.schedule.epochs} epochs; "

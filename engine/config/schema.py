@@ -23,20 +23,25 @@ def key(default: Any, meaning: str, *, low: float | None = None, high: float | N
 @dataclass(frozen=True)
 class ModelConfig:
     arch: str = key("resnet50", "backbone: resnet18/34/50/101, vit_small, vit_base, vit_conv_small, vit_conv_base")
-    stem: Literal["imagenet", "small"] = key("imagenet", "first layers of a ResNet; small (3x3, no pooling) for <= 64 px")
+    stem: Literal["imagenet", "small"] = key(
+        "imagenet", "first layers of a ResNet; small (3x3, no pooling) for <= 64 px"
+    )
     dim: int = key(256, "width of the contrasted vectors", low=2)
     mlp_dim: int = key(4096, "hidden width of projector and predictor", low=2)
     temperature: float = key(1.0, "divides the cosine similarities", above=0.0)
     stop_grad_conv1: bool = key(False, "freeze the patch projection of a ViT at its initialisation")
     backbone_args: Mapping[str, Any] = key(
-        dict, "keyword arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
+        dict,
+        "keyword arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)",
     )
 
 
 @dataclass(frozen=True)
 class BatchFormerConfig:
     add_bf: int = key(0, "0 off; 1 or 34 sum of 8 loss terms; 36 their sum / 4; 37 with two more, / 5; other > 0 joint")
-    group_size: int = key(256, "images that attend to each other, runs of the global batch (at most train_batch_size)", low=1)
+    group_size: int = key(
+        256, "images that attend to each other, runs of the global batch (at most train_batch_size)", low=1
+    )
     mode: Literal["trained", "released", "ema"] = key(
         "trained", "trained with the model; released: frozen at its initialisation; ema: the keys use a moving average"
     )
@@ -94,7 +99,9 @@ class CrossbatchConfig:
     evaluate: EvaluateConfig = key(EvaluateConfig, "monitor")
     log: LogConfig = key(LogConfig, "metrics.jsonl and TensorBoard")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "what is kept")
-    sharding: Literal["zero", "fsdp"] = key("zero", "zero (DeepSpeed) or fsdp (FSDP2); both read zero_optimization.stage")
+    sharding: Literal["zero", "fsdp"] = key(
+        "zero", "zero (DeepSpeed) or fsdp (FSDP2); both read zero_optimization.stage"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key(
         "auto", "autocast of the forward pass; auto: bf16 where the GPU has it, fp16 before, fp32 on a CPU"
     )
@@ -140,7 +147,9 @@ class ZeroConfig:
     sub_group_size: int | None = key(None, "elements per optimizer sub-group of stage 3", low=1)
     stage3_prefetch_bucket_size: int | None = key(None, "elements gathered ahead", low=0)
     stage3_max_live_parameters: int | None = key(None, "elements gathered at a time", low=0)
-    stage3_max_reuse_distance: int | None = key(None, "keep a parameter that is needed again within so many elements", low=0)
+    stage3_max_reuse_distance: int | None = key(
+        None, "keep a parameter that is needed again within so many elements", low=0
+    )
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,15 @@ class LARS(torch.optim.Optimizer):
         p_norm, d_norm = squares.sqrt_().chunk(2)
         usable = (p_norm > 0) & (d_norm > 0)
         ratios = torch.where(usable, p_norm / torch.where(usable, d_norm, 1.0), 1.0)
-        coefficients = [torch.where(u, group["trust_coefficient"] * r, 1.0) for (group, members), r, u in zip(
-            adapting, ratios.split([len(m) for _, m in adapting]), usable.split([len(m) for _, m in adapting]), strict=True)]
+        coefficients = [
+            torch.where(u, group["trust_coefficient"] * r, 1.0)
+            for (group, members), r, u in zip(
+                adapting,
+                ratios.split([len(m) for _, m in adapting]),
+                usable.split([len(m) for _, m in adapting]),
+                strict=True,
+            )
+        ]
         return coefficients
 
 

@@ -11,7 +11,7 @@ from crossbatch.models import MoCo
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of a flattened tensor: full.flatten()[start : start + local.numel()] is `local`, a 1-D view of this rank's memory."""
+    """A run of a flattened tensor: `local`, a 1-D view of this rank's memory, is full.flatten()[start:][: local.numel()]."""
 
     start: int
     local: torch.Tensor

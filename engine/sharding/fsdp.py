@@ -86,6 +86,4 @@ def _held(tensor: torch.Tensor) -> Held:
     ranks, rank = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
     rows_each = -(-tensor.shape[0] // ranks)
     start = min(rank * rows_each, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
-    return Held(tensor.shape, [Piece(start, tensor.detach().to_local().view(-1))], ranks == 1)
-
-
+    return Held(tensor.shape, [Piece(start, local(tensor.detach()).view(-1))], ranks == 1)

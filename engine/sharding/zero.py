@@ -41,19 +41,20 @@ class ZeroBackend(Backend):
         self.model = model
 
     def __call__(self, *args, **kwargs) -> Any:
-        output = self.engine.module(*args, **kwargs) if not self.model.training else self.engine(*args, **kwargs)
-        return output
+        return self.engine(*args, **kwargs) if self.model.training else self.model(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
 
     def step(self) -> torch.Tensor | float:
-        norm = self._replicated_norm() if self.stage == 0 else None
+        if self.stage == 0:  # DeepSpeed computes no norm there
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            self.engine.step()
+            return norm
         self.engine.step()
-        return norm if norm is not None else self.engine.get_global_grad_norm()
-
-    def _replicated_norm(self) -> torch.Tensor:
-        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = self.engine.get_global_grad_norm()
+        assert norm is not None
+        return norm
 
     def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.ds_tensor if self.stage == 3 else parameter.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,7 +70,9 @@ class ZeroBackend(Backend):
         for parameter in self._trainable().values():
             for flat, flat_start, start, numel in self._cut(parameter):
                 source = self.local_parameter(parameter).view(-1)
-                flat.data.view(-1)[flat_start : flat_start + numel].copy_(source[start if self.stage < 3 else 0 :][:numel])
+                flat.data.view(-1)[flat_start : flat_start + numel].copy_(
+                    source[start if self.stage < 3 else 0 :][:numel]
+                )
         set_step_count(self._stepping, step)
 
     # --- where things are ------------------------------------------------------------------------------------------
@@ -86,7 +89,9 @@ class ZeroBackend(Backend):
         if self.stage < 3:
             return Held.whole(parameter)
         start, numel = _even_cut(parameter)
-        return Held(self._shapes[name], [Piece(start, parameter.ds_tensor.data.view(-1)[:numel])], dist.get_world_size() == 1)
+        return Held(
+            self._shapes[name], [Piece(start, parameter.ds_tensor.data.view(-1)[:numel])], dist.get_world_size() == 1
+        )
 
     def _state_held(self, name: str, parameter: Any) -> dict[str, Held]:
         keys = state_keys(self._stepping)

@@ -97,7 +97,12 @@ def test_every_key_stands_in_the_table_for_users():
             CPU,
             ["zero_optimization.overlap_comm", "no effect"],
         ),
-        (["crossbatch.precision=bf16"], 1, Device("cuda", False, "Tesla V100"), ["crossbatch.precision", "V100", "fp32"]),
+        (
+            ["crossbatch.precision=bf16"],
+            1,
+            Device("cuda", False, "Tesla V100"),
+            ["crossbatch.precision", "V100", "fp32"],
+        ),
         (
             ["crossbatch.batchformer.add_bf=1", "crossbatch.batchformer.group_size=100"],
             1,

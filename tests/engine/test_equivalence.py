@@ -8,7 +8,11 @@ import pytest
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.distributed import world_from_environment
 
-RESNET = ["crossbatch.model.stem=small", "crossbatch.model.arch=resnet18", 'crossbatch.model.backbone_args={"width": 8}']
+RESNET = [
+    "crossbatch.model.stem=small",
+    "crossbatch.model.arch=resnet18",
+    'crossbatch.model.backbone_args={"width": 8}',
+]
 VIT = [
     "crossbatch.model.arch=vit_small",
     'crossbatch.model.backbone_args={"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}',
@@ -31,7 +35,12 @@ BASE = [
     "crossbatch.evaluate.knn_every_epochs=0",
     "crossbatch.log.every_steps=1",
 ]
-LARS = ["optimizer.type=LARS", "optimizer.params.lr=0.5", "optimizer.params.weight_decay=1e-2", "optimizer.params.trust_coefficient=0.1"]
+LARS = [
+    "optimizer.type=LARS",
+    "optimizer.params.lr=0.5",
+    "optimizer.params.weight_decay=1e-2",
+    "optimizer.params.trust_coefficient=0.1",
+]
 ADAMW = ["optimizer.type=AdamW", "optimizer.params.lr=5e-2"]
 
 

@@ -17,8 +17,8 @@ def groups(matrices, vectors, weight_decay):
 
 def test_lars_follows_its_formula():
     torch.manual_seed(0)
-    matrices = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.zeros(3, 3)), torch.nn.Parameter(torch.randn(2, 2, 2))]
-    vectors = [torch.nn.Parameter(torch.randn(5)), torch.nn.Parameter(torch.randn(1))]
+    matrices = [torch.nn.Parameter(values) for values in (torch.randn(4, 3), torch.zeros(3, 3), torch.randn(2, 2, 2))]
+    vectors = [torch.nn.Parameter(values) for values in (torch.randn(5), torch.randn(1))]
     optimizer = LARS(groups(matrices, vectors, 0.1), lr=0.0, momentum=0.9, trust_coefficient=0.01)
     values = [p.detach().double().clone() for p in (*matrices, *vectors)]
     velocity = [torch.zeros_like(v) for v in values]
@@ -57,8 +57,8 @@ def test_lars_leaves_parameters_without_gradient_alone():
 def model_and_config(*overrides):
     config = load_config(None, ["crossbatch.batchformer.lr_scale=0.5", *overrides])
     torch.manual_seed(0)
-    args = {"width": 8}
-    return MoCo("resnet18", image_size=16, stem="small", backbone_args=args, dim=8, mlp_dim=16, add_bf=1, group_size=2), config
+    size = {"image_size": 16, "stem": "small", "backbone_args": {"width": 8}, "dim": 8, "mlp_dim": 16}
+    return MoCo("resnet18", **size, add_bf=1, group_size=2), config
 
 
 def test_groups_hold_every_trainable_parameter_once_by_original_shape():

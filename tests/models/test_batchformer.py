@@ -28,9 +28,7 @@ def test_equals_torch_encoder_layer_at_dropout_0():
 
 def test_initialised_like_torch():
     ours, theirs = BatchFormer(64, 8), torch.nn.TransformerEncoderLayer(64, 4, 64)
-    for (name, p), (other, q) in zip(
-        sorted(ours.named_parameters()), sorted(theirs.named_parameters()), strict=True
-    ):
+    for (name, p), (other, q) in zip(sorted(ours.named_parameters()), sorted(theirs.named_parameters()), strict=True):
         assert (name, p.shape) == (other, q.shape)
         assert p.std().item() == pytest.approx(q.std().item(), rel=0.2, abs=1e-6)
 
@@ -81,8 +79,8 @@ def test_mask_bits_are_those_of_the_documented_hash():
     words = [[triple32(triple32(triple32(r) ^ word) ^ triple32(c)) for c in columns] for r in rows]
     signed = [[w - 2**32 if w >= 2**31 else w for w in row] for row in words]
     want = [[w >= 0.3 * 2**32 - 2**31 for w in row] for row in signed]
-    as_tensor = (torch.tensor(numbers, dtype=torch.int32) for numbers in (rows, columns))
-    assert keep_mask(DropoutKey(7, 11, 1).word(1, 2), *as_tensor, 0.3).tolist() == want
+    r, c = torch.tensor(rows, dtype=torch.int32), torch.tensor(columns, dtype=torch.int32)
+    assert keep_mask(DropoutKey(7, 11, 1).word(1, 2), r, c, 0.3).tolist() == want
 
 
 def test_dropout_changes_with_the_step_and_repeats():

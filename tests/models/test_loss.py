@@ -17,24 +17,28 @@ def unit(x):
 def ctr(q, k, temperature):
     """2T * mean_i -log softmax_j(q_i . k_j / T)[i], row by row."""
     q, k = unit(q.double()), unit(k.double())
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for i in range(len(q)):
         logits = torch.stack([(q[i] * k[j]).sum() / temperature for j in range(len(k))])
         total = total - logits[i] + torch.log(torch.exp(logits).sum())
     return 2 * temperature * total / len(q)
 
 
-def expected(q, k, add_bf, t):
+def add(terms) -> torch.Tensor:
+    return torch.stack(list(terms)).sum()
+
+
+def expected(q, k, add_bf, t) -> torch.Tensor:
     both = [(q[0], k[1], q[0]), (q[1], k[0], q[1])]
     if add_bf == 0:
-        return sum(ctr(queries[0], keys[0], t) for queries, keys, _ in both)
+        return add(ctr(queries[0], keys[0], t) for queries, keys, _ in both)
     if add_bf not in (1, 34, 36, 37):
-        return sum(ctr(queries.flatten(0, 1), keys.flatten(0, 1), t) for queries, keys, _ in both)
-    total = sum(ctr(queries[s], keys[r], t) for queries, keys, _ in both for s in (0, 1) for r in (0, 1))
+        return add(ctr(queries.flatten(0, 1), keys.flatten(0, 1), t) for queries, keys, _ in both)
+    total = add(ctr(queries[s], keys[r], t) for queries, keys, _ in both for s in (0, 1) for r in (0, 1))
     if add_bf == 36:
         return total / 4
     if add_bf == 37:
-        return (total + sum(ctr(own[0], own[1].detach(), t) for _, _, own in both)) / 5
+        return (total + add(ctr(own[0], own[1].detach(), t) for _, _, own in both)) / 5
     return total
 
 
