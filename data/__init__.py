@@ -5,7 +5,8 @@ Three questions, kept apart, each answered in one file:
 - **who reads what**: order.py. Pure integers; the global batch does not depend on the world size.
 - **what is done to an image**: recipe.py. Parameters as a pure function of (seed, epoch, index, view),
   by counter.py.
-- **how**: a backend. torchvision_backend.py applies the parameters with PIL, loader.py and pieces.py run it in workers.
+- **how**: a backend. torchvision_backend.py applies the parameters with PIL; loader.py, stream.py and pieces.py run it in
+  worker processes.
 
 Beside them stands what images there are: sources.py opens a path; image_folder.py, synthetic.py and shapes.py are the
 kinds of source.

@@ -13,14 +13,11 @@ images, which is per run.
 """
 
 import math
-import multiprocessing
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from crossbatch import RunStopped
 from crossbatch.data import pieces
@@ -28,6 +25,7 @@ from crossbatch.data.order import Order
 from crossbatch.data.pieces import Broken, EvaluationPieces, Piece, TrainPieces
 from crossbatch.data.recipe import ViewRecipe
 from crossbatch.data.sources import Source
+from crossbatch.data.stream import Stream
 
 _BATCHES_AHEAD = 2  # prefetched, in pieces, over all workers
 _IMAGES_BEFORE_VERDICT = 1000  # or one epoch if that is less: no run stops because image number 3 was broken
@@ -77,7 +75,7 @@ class TrainLoader:
         self._dataset = TrainPieces(source, tuple(recipes), seed)
         self._num_views, self._side = len(recipes), recipes[0].image_size
         self._workers, self._max_skipped_fraction = workers, max_skipped_fraction
-        self._stream: Iterator[Piece] | None = None
+        self._stream: Stream | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) that the stream yields next
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -89,11 +87,8 @@ class TrainLoader:
 
     def close(self):
         """Stop the workers. The loader can be used again; it starts new ones."""
-        # DataLoader stops its workers when its iterator is deleted; while an exception is handled, the traceback keeps
-        # it alive, and that is just when a run is closed. With workers=0 there is nothing to shut down.
-        shut_down = getattr(self._stream, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
+        if self._stream is not None:
+            self._stream.close()
         self._stream = self._position = None
 
     def _batch(self, epoch: int, step: int) -> Batch:
@@ -107,10 +102,10 @@ class TrainLoader:
         self._position = (epoch + 1, 0) if last else (epoch, step + 1)
         return batch
 
-    def _start(self, epoch: int, step: int) -> Iterator[Piece]:
+    def _start(self, epoch: int, step: int) -> Stream:
         pieces_per_batch = len(pieces.cut(np.arange(self.order.local_batch), self._workers))
         ahead = math.ceil(_BATCHES_AHEAD * pieces_per_batch / max(self._workers, 1))
-        return _read(self._dataset, _Keys(self.order, epoch, step, self._workers), self._workers, max(2, ahead))
+        return Stream(self._dataset, _Keys(self.order, epoch, step, self._workers), self._workers, max(2, ahead))
 
     def _put_together(self, stream: Iterator[Piece]) -> Batch:
         """The next n images of the stream, copied into one tensor, which is pinned so that its transfer can overlap."""
@@ -163,12 +158,16 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         broken: list[Broken] = []
         some = False
-        for piece in _read(self._dataset, self._keys, self._workers, prefetch=2):
-            broken += piece.broken
-            self.skipped = [image.name for image in broken]
-            if piece.views is not None:
-                some = True
-                yield piece.views, piece.indices
+        stream = Stream(self._dataset, self._keys, self._workers, prefetch=2)
+        try:
+            for piece in stream:
+                broken += piece.broken
+                self.skipped = [image.name for image in broken]
+                if piece.views is not None:
+                    some = True
+                    yield piece.views, piece.indices
+        finally:
+            stream.close()
         if broken and not some:
             raise RunStopped(_verdict(f"none of the {len(broken)} evaluation images could be read", broken))
 
@@ -187,39 +186,6 @@ class _Keys:
             step += 1
             if step == self.order.steps_per_epoch:
                 epoch, step = epoch + 1, 0
-
-
-def _read(dataset, keys, workers: int, prefetch: int) -> Iterator[Piece]:
-    """`dataset[key]` for each key, in order, computed by `workers` processes."""
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=keys,
-            num_workers=workers,
-            collate_fn=pieces.unchanged,
-            worker_init_fn=pieces.start_worker,
-            prefetch_factor=prefetch if workers else None,
-            multiprocessing_context=_start_method() if workers else None,
-            # By default DataLoader takes a number from torch's global stream, which a resumed run would miss.
-            generator=torch.Generator(),
-        )
-    )
-
-
-def _start_method() -> str:
-    """fork where that is safe: workers start in 40 ms and share the source's memory. Else forkserver: 3 to 6 s, once.
-
-    A forked child has the locks of all its parent's threads but none of the threads. CUDA's, NCCL's and gloo's can be
-    held at that moment (torch's DistributedDataParallel page warns of the deadlock), and from Python 3.12 on forking
-    any process with threads warns.
-    """
-    communicating = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if torch.cuda.is_initialized() or communicating or sys.version_info >= (3, 12):
-        # Preloaded, torch is imported once, in the server, and not again in every worker.
-        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-        return "forkserver"
-    return "fork"
 
 
 def _verdict(what: str, broken: list[Broken]) -> str:

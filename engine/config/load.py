@@ -53,10 +53,10 @@ def key_paths(section: type = Config, prefix: str = "") -> list[str]:
     """Every valid key path, optimizer parameters of all types included."""
     paths = []
     for name, hint in typing.get_type_hints(section).items():
-        for option in _options(hint):
+        for option in options_of(hint):
             if dataclasses.is_dataclass(option):
                 paths += key_paths(typing.cast(type, option), f"{prefix}{name}.")
-        if not any(dataclasses.is_dataclass(option) for option in _options(hint)):
+        if not any(dataclasses.is_dataclass(option) for option in options_of(hint)):
             paths.append(prefix + name)
     return list(dict.fromkeys(paths))
 
@@ -149,12 +149,13 @@ def _unknown(name: str, prefix: str, valid: list[str]) -> str:
     return f"{prefix}{name}: no such key; {hint}"
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a type hint: `int | Literal["auto"]` -> (int, Literal["auto"])."""
     return get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _value(value: Any, hint: Any, path: str, bounds: Mapping[str, Any]) -> Any:
-    options = _options(hint)
+    options = options_of(hint)
     if len(options) == 1 and dataclasses.is_dataclass(hint):
         return _section(typing.cast(type, hint), value, f"{path}.")
     for option in options:
@@ -163,7 +164,7 @@ def _value(value: Any, hint: Any, path: str, bounds: Mapping[str, Any]) -> Any:
             if isinstance(converted, tuple):
                 return tuple(_in_bounds(item, path, bounds) for item in converted)
             return _in_bounds(converted, path, bounds)
-    raise InputError(f"{path}: given {value!r}; allowed: {_describe(options, bounds)}")
+    raise InputError(f"{path}: given {value!r}; allowed: {describe_allowed(options, bounds)}")
 
 
 def _fits(value: Any, option: Any) -> tuple[bool, Any]:
@@ -200,7 +201,8 @@ def _range(bounds: Mapping[str, Any]) -> str:
     )
 
 
-def _describe(options: tuple[Any, ...], bounds: Mapping[str, Any]) -> str:
+def describe_allowed(options: tuple[Any, ...], bounds: Mapping[str, Any]) -> str:
+    """The allowed values in words."""
     words = []
     for option in options:
         if get_origin(option) is Literal:

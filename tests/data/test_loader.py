@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from crossbatch import RunStopped
-from crossbatch.data import loader
+from crossbatch.data import stream
 from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
 from crossbatch.data.order import Order
 from crossbatch.data.pieces import cut
@@ -227,17 +227,17 @@ def test_a_trainer_that_fails_without_closing_ends_all_the_same():
 
 
 def test_forkserver_workers_give_the_same(two_epochs, monkeypatch):
-    monkeypatch.setattr(loader, "_start_method", lambda: "forkserver")
+    monkeypatch.setattr(stream, "start_method", lambda: "forkserver")
     served = make(1)
     assert_same([next(served.epoch(0))], two_epochs[:1])
     served.close()
 
 
 def test_fork_only_where_nothing_communicates(monkeypatch):
-    monkeypatch.setattr(loader.sys, "version_info", (3, 11))
-    assert loader._start_method() == "fork"
+    monkeypatch.setattr(stream.sys, "version_info", (3, 11))
+    assert stream.start_method() == "fork"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert loader._start_method() == "forkserver"
+    assert stream.start_method() == "forkserver"
 
 
 def test_bad_positions_and_recipes():
