@@ -1,8 +1,10 @@
 """Small labelled drawings: a data set that can be written anywhere in seconds and still says something about a method.
 
-One of eight shapes, in random colour, size, place and rotation, on a random textured background, with clutter. Colour
-and texture carry no information about the class, so comparing raw pixels does hardly better than chance (measured in
-tests/data/test_shapes.py), and a k-NN score that rises above it during pretraining comes from learned features.
+Several copies of one of eight shapes, each in random colour, size, place and rotation, on a background whose colours and
+texture change from corner to corner. Colour and texture carry no information about the class, so comparing raw pixels does
+hardly better than chance (measured in tests/data/test_shapes.py), and a k-NN score that rises above it during pretraining
+comes from learned features. What two crops of an image share is above all the shape, so a contrastive method finds it within
+minutes, where on one object per image it would first learn to tell images by their colours.
 """
 
 import contextlib
@@ -10,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from crossbatch import InputError
 from crossbatch.data import counter
 
 _OVERSAMPLING = 3  # drawn at three times the side, then shrunk: antialiasing
-_NUMBERS = 400  # random numbers set aside per image; a drawing uses at most ~330
+_NUMBERS = 500  # random numbers set aside per image; a drawing uses at most ~440
 _MANIFEST = "shapes.json"
 
 Points = list[tuple[float, float]]  # outline in the unit disc
@@ -41,31 +43,32 @@ def _cross() -> Points:
     return corners + [(-x, -y) for x, y in corners]
 
 
-def _arrow() -> Points:
-    return [(1, 0), (0.15, 0.75), (0.15, 0.25), (-1, 0.25), (-1, -0.25), (0.15, -0.25), (0.15, -0.75)]
+def _box(x: float, y: float, width: float, height: float) -> Points:
+    return [
+        (x - width / 2, y - height / 2),
+        (x + width / 2, y - height / 2),
+        (x + width / 2, y + height / 2),
+        (x - width / 2, y + height / 2),
+    ]
 
 
-def _crescent() -> Points:
-    outer = [(math.cos(a), math.sin(a)) for a in np.linspace(0.6, 2 * math.pi - 0.6, 40)]
-    inner = [(0.5 + 0.66 * math.cos(a), 0.66 * math.sin(a)) for a in np.linspace(2 * math.pi - 1.02, 1.02, 40)]
-    return outer + inner
+def _disc(x: float = 0, y: float = 0, radius: float = 1) -> Points:
+    return [(x + radius * u, y + radius * v) for u, v in _regular(32)]
 
 
-def _ring() -> Points:
-    """Two circles joined by a seam of no width."""
-    outer = _regular(48)
-    return [*outer, outer[0], *((0.55 * x, 0.55 * y) for x, y in reversed([*outer, outer[0]]))]
-
-
-OUTLINES: dict[str, Callable[[], Points]] = {
-    "arrow": _arrow,
-    "crescent": _crescent,
-    "cross": _cross,
-    "disc": lambda: _regular(48),
-    "ring": _ring,
-    "square": lambda: _regular(4),
-    "star": _star,
-    "triangle": lambda: _regular(3),
+# Outlines in the unit disc: the first in one colour, those on top of it in a second one.
+SHAPES: dict[str, list[Points]] = {
+    "checkered": [
+        _box(0, 0, 1.4, 1.4),
+        *(_box(0.46 * i, 0.46 * j, 0.46, 0.46) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i + j) % 2),
+    ],
+    "cross": [_cross()],
+    "disc": [_disc()],
+    "dotted": [_disc(), *(_disc(0.55 * x, 0.55 * y, 0.22) for x, y in _regular(5))],
+    "star": [_star()],
+    "striped": [_disc(), *(_box(0, y, 2 * math.sqrt(1 - y * y) - 0.15, 0.24) for y in (-0.6, 0.0, 0.6))],
+    "target": [_disc(), _disc(radius=0.65)],
+    "triangle": [_regular(3)],
 }
 
 
@@ -82,10 +85,10 @@ def write_shapes(directory: str | Path, train: int, val: int, size: int, seed: i
     draft = directory.with_name(f"{directory.name}.writing-{os.getpid()}")
     try:
         for number, (split, count) in enumerate((("train", train), ("val", val))):
-            for name in OUTLINES:
+            for name in SHAPES:
                 (draft / split / name).mkdir(parents=True, exist_ok=True)
             for index in range(count):
-                name = list(OUTLINES)[index % len(OUTLINES)]
+                name = list(SHAPES)[index % len(SHAPES)]
                 image = draw_shape(name, size, seed, number, index)
                 image.save(draft / split / name / f"{index:05d}.jpg", quality=90)
         (draft / _MANIFEST).write_text(json.dumps(settings))
@@ -97,10 +100,10 @@ def write_shapes(directory: str | Path, train: int, val: int, size: int, seed: i
 
 
 def _is_written(directory: Path, settings: dict[str, int], key: str) -> bool:
-    if min(settings["train"], settings["val"]) < len(OUTLINES):
+    if min(settings["train"], settings["val"]) < len(SHAPES):
         raise InputError(
             f"{key}: shapes:// with train={settings['train']}, val={settings['val']}: each must be at least "
-            f"{len(OUTLINES)}, one image per class"
+            f"{len(SHAPES)}, one image per class"
         )
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
@@ -122,13 +125,16 @@ def draw_shape(name: str, size: int, seed: int, split: int, index: int) -> Image
     side = size * _OVERSAMPLING
     image = _background(numbers, size).resize((side, side), Image.Resampling.NEAREST)  # smooth already: 3x cheaper so
     pen = ImageDraw.Draw(image)
-    for _ in range(int(5 * next(numbers))):
-        _draw_clutter(pen, numbers, side)
-    radius = side * (0.24 + 0.18 * next(numbers))
-    x, y = (radius + (side - 2 * radius) * next(numbers) for _ in range(2))
-    angle = 2 * math.pi * next(numbers)
-    colour = _colour_unlike(image.getpixel((int(x), int(y))), numbers)
-    pen.polygon(_place(OUTLINES[name](), x, y, radius, angle), fill=colour)
+    centres: Points = []
+    for _ in range(3 + int(3 * next(numbers))):
+        radius = side * (0.14 + 0.1 * next(numbers))
+        x, y = _free_place(centres, numbers, radius, side - radius)
+        centres.append((x, y))
+        angle = 2 * math.pi * next(numbers)
+        first = _colour_unlike(image.getpixel((int(x), int(y))), numbers)
+        second = _colour_unlike(first, numbers)
+        for number, outline in enumerate(SHAPES[name]):
+            pen.polygon(_place(outline, x, y, radius, angle), fill=second if number else first)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -137,40 +143,39 @@ def _place(points: Points, x: float, y: float, radius: float, angle: float) -> P
     return [(x + c * u - s * v, y + s * u + c * v) for u, v in points]
 
 
-def _colour(numbers: Iterator[float]) -> tuple[int, int, int]:
-    return int(256 * next(numbers)), int(256 * next(numbers)), int(256 * next(numbers))
+def _muted(numbers: Iterator[float], gray: float) -> list[float]:
+    """A colour near `gray`, slightly tinted: by vivid ones a network would tell the images apart, and look no further."""
+    return [gray + 40 * (next(numbers) - 0.5) for _ in range(3)]
 
 
 def _colour_unlike(other, numbers: Iterator[float]) -> tuple[int, int, int]:
-    """A colour that stands out from `other`: the furthest of four."""
-    candidates = [_colour(numbers) for _ in range(4)]
-    return max(candidates, key=lambda colour: sum((a - b) ** 2 for a, b in zip(colour, other, strict=True)))
+    """A muted colour that stands out from `other` by its brightness."""
+    gray, distance = sum(other) / 3, 70 + 70 * next(numbers)
+    level = gray - distance if gray > 127 else gray + distance
+    r, g, b = (min(max(int(value), 0), 255) for value in _muted(numbers, level))
+    return r, g, b
 
 
-def _draw_clutter(pen: ImageDraw.ImageDraw, numbers: Iterator[float], side: int):
-    """A short stroke or a dot: too small to be one of the shapes."""
-    x, y = side * next(numbers), side * next(numbers)
-    angle, length = 2 * math.pi * next(numbers), side * (0.05 + 0.2 * next(numbers))
-    end = (x + length * math.cos(angle), y + length * math.sin(angle))
-    pen.line([(x, y), end], fill=_colour(numbers), width=max(1, side // 40))
+def _free_place(taken: Points, numbers: Iterator[float], low: float, high: float) -> tuple[float, float]:
+    """The one of six random places that is furthest from those taken."""
+    places = [(low + (high - low) * next(numbers), low + (high - low) * next(numbers)) for _ in range(6)]
+    return max(places, key=lambda place: min((math.dist(place, other) for other in taken), default=0.0))
 
 
 def _background(numbers: Iterator[float], side: int) -> Image.Image:
-    """Two random colours mixed by a smooth noise, stripes or a gradient, plus a fainter smooth noise."""
-    low, high = np.array(_colour(numbers), dtype=np.float32), np.array(_colour(numbers), dtype=np.float32)
-    kind = int(3 * next(numbers))
-    angle, waves, phase = 2 * math.pi * next(numbers), 2 + 6 * next(numbers), 2 * math.pi * next(numbers)
-    axis = np.linspace(-0.5, 0.5, side, dtype=np.float32)
-    along = math.cos(angle) * axis[:, None] + math.sin(angle) * axis  # [side, side], the distance along a direction
-    if kind == 0:
-        mix = _smooth_noise(numbers, side)
-    elif kind == 1:
-        mix = 0.5 + 0.5 * np.sin(2 * math.pi * waves * along + phase)
+    """Random colours that change smoothly from corner to corner, plus stripes or a finer smooth noise."""
+    gray = 30 + 195 * next(numbers)
+    muted = [_muted(numbers, gray + 60 * (next(numbers) - 0.5)) for _ in range(9)]
+    colours = np.array(muted).clip(0, 255).astype(np.uint8).reshape(3, 3, 3)
+    pixels = np.asarray(Image.fromarray(colours).resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
+    if next(numbers) < 0.5:
+        angle, waves, phase = 2 * math.pi * next(numbers), 2 + 6 * next(numbers), 2 * math.pi * next(numbers)
+        axis = np.linspace(-0.5, 0.5, side, dtype=np.float32)
+        along = math.cos(angle) * axis[:, None] + math.sin(angle) * axis  # [side, side], the distance along a direction
+        shade = 20 * np.sin(2 * math.pi * waves * along + phase)
     else:
-        mix = (along + 0.7) / 1.4
-    shade = 80 * (_smooth_noise(numbers, side) - 0.5)
-    pixels = low + (high - low) * mix[..., None] + shade[..., None]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        shade = 40 * (_smooth_noise(numbers, side) - 0.5)
+    return Image.fromarray((pixels + shade[..., None]).clip(0, 255).astype(np.uint8))
 
 
 def _smooth_noise(numbers: Iterator[float], side: int) -> np.ndarray:

@@ -1,0 +1,14 @@
+"""The engine: everything between a model on one device and a run on many.
+
+    config/       what a recipe says, checked and resolved
+    distributed   processes, ranks, collectives; the only reader of the environment
+    build, step   configuration -> model; one optimizer step, cut at the features
+    optimizers/   LARS and AdamW, meaning the same under every sharding
+    sharding/     DeepSpeed ZeRO and FSDP2 behind one interface
+    checkpoint    full tensors by name, any world size and backend
+    knn           the monitor
+    telemetry     metrics.jsonl, TensorBoard, progress bar
+    trainer       the run
+
+A new optimizer goes into optimizers/, a new way of sharding into sharding/ as a `Backend`.
+"""

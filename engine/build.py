@@ -28,4 +28,4 @@ def build_model(run: ResolvedConfig) -> MoCo:
             batchformer_mode=ours.batchformer.mode,
         )
     except ValueError as error:
-        raise InputError(f"crossbatch.model: {error}") from None
+        raise InputError(f"crossbatch.{error}") from None

@@ -8,16 +8,14 @@ from crossbatch.engine.distributed import world_from_environment
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Calls a launcher's main; rank 0 prints the one message."""
+    """Calls a launcher's main. All ranks see wrong input alike, so rank 0 speaks; a rank that stops speaks for itself."""
+    world = world_from_environment()
     try:
         main()
     except InputError as error:
-        _fail("error", error, 2)
+        if world.is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except RunStopped as error:
-        _fail("stopped", error, 3)
-
-
-def _fail(word: str, error: Exception, code: int) -> None:
-    if world_from_environment().is_main:
-        print(f"{word}: {error}", file=sys.stderr, flush=True)
-    sys.exit(code)
+        print(f"stopped (rank {world.rank}): {error}", file=sys.stderr, flush=True)
+        sys.exit(3)

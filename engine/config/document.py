@@ -5,7 +5,14 @@ import json
 import typing
 
 from crossbatch.engine.config.load import describe_allowed, options_of
-from crossbatch.engine.config.schema import AdamWConfig, Config, CrossbatchConfig, LarsConfig, OptimizerConfig, ZeroConfig
+from crossbatch.engine.config.schema import (
+    AdamWConfig,
+    Config,
+    CrossbatchConfig,
+    LarsConfig,
+    OptimizerConfig,
+    ZeroConfig,
+)
 
 
 def key_table() -> str:

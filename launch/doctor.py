@@ -1,0 +1,83 @@
+"""Prints what this machine has, which path each stage will take, and why.
+
+python launch/doctor.py
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from crossbatch.engine.config import Device
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    console = Console()
+    for title, rows in (("found", found()), ("stages", stages(Device.detect()))):
+        table = Table(title=title, title_justify="left", show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def found() -> list[tuple[str, str]]:
+    rows = [("Python", platform.python_version()), ("CPU cores", str(os.cpu_count()))]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            rows.append((f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
+    else:
+        rows.append(("GPU", "none that torch can use"))
+    rows.append(("CUDA of torch", torch.version.cuda or "none"))
+    for package in ("torch", "torchvision", "timm", "deepspeed", "triton"):
+        rows.append((package, _version(package)))
+    rows.append(
+        (
+            "DALI",
+            next((v for cuda in ("130", "120") if (v := _version(f"nvidia-dali-cuda{cuda}")) != "absent"), "absent"),
+        )
+    )
+    rows.append(("apex (NVIDIA's)", "found" if has_apex() else "absent"))
+    return rows
+
+
+def stages(device: Device) -> list[tuple[str, str, str]]:
+    """(stage, path, reason) as the engine will choose."""
+    gpu = device.type == "cuda"
+    precision = "fp32" if not gpu else "bf16" if device.has_bf16 else "fp32"
+    why = (
+        "no GPU"
+        if not gpu
+        else f"{device.name} has bf16"
+        if device.has_bf16
+        else "fp16 needs loss scaling, not there yet"
+    )
+    return [
+        ("collectives", "NCCL" if gpu else "gloo", "GPU" if gpu else "no GPU"),
+        ("decode and augment", "torchvision + PIL", "the one backend so far"),
+        ("precision auto", precision, why),
+        ("BatchFormer", "plain torch", "no fused kernel so far"),
+        ("LARS", "foreach", "one collective for all norms where parameters are sharded"),
+    ]
+
+
+def has_apex() -> bool:
+    """NVIDIA's apex, recognised by a module of its own; PyPI's package of that name is another project."""
+    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.normalization") is not None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+if __name__ == "__main__":
+    main()
