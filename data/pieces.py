@@ -119,8 +119,18 @@ def start_worker(worker_id: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
     if trainer is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the threads started from here on, too
         threading.Thread(target=_end_for, args=(trainer.pid,), daemon=True).start()
+    if trainer is not None:
+        threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+
+
+def _end_with(trainer: Any):
+    """End when the trainer has ended in any way, SIGKILL included. DataLoader's workers watch their parent process, but
+    under forkserver that is the server, which lives for as long as its workers do: both would stay for ever.
+    """
+    trainer.join()
+    os._exit(1)
 
 
 def _end_for(trainer_pid: int | None):

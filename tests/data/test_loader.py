@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +225,41 @@ for batch in loader.epoch(0):
 def test_a_trainer_that_fails_without_closing_ends_all_the_same():
     failed = subprocess.run([sys.executable, "-c", UNCLOSED], timeout=40, capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stderr.endswith("ZeroDivisionError\n")
+
+
+KILLED = """
+import multiprocessing, os, signal
+from crossbatch.data import *
+from crossbatch.data import stream
+
+if __name__ == "__main__":
+    stream.start_method = lambda: "{method}"
+    source = open_source("synthetic://64?size=12", "train")
+    loader = TrainLoader(source, Order(0, 64, 16), moco_v3_views(8, 0.2), 0, workers=1)
+    next(loader.epoch(0))
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_no_worker_outlives_a_killed_trainer(tmp_path, method):
+    script = tmp_path / "trainer.py"  # forkserver imports the main module again
+    script.write_text(KILLED.format(method=method))
+    killed = subprocess.run([sys.executable, str(script)], timeout=60, stdout=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL
+    workers, deadline = [int(pid) for pid in killed.stdout.split()], time.monotonic() + 20
+    assert workers
+    while time.monotonic() < deadline and any(alive(pid) for pid in workers):
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_forkserver_workers_give_the_same(two_epochs, monkeypatch):

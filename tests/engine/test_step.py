@@ -1,0 +1,132 @@
+"""The order of a step against the originals' (reference section 2.2), and the moving average against its formula."""
+
+import copy
+
+import pytest
+import torch
+
+from crossbatch.data import normalize
+from crossbatch.engine.build import build_model
+from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.optimizers import build_optimizer, parameter_groups
+from crossbatch.engine.schedule import encoder_momentum, learning_rate
+from crossbatch.engine.sharding import Backend, Held
+from crossbatch.engine.step import TrainStep
+
+STEPS_PER_EPOCH = 2
+
+
+class PlainBackend(Backend):
+    """One process, nothing sharded, nothing wrapped."""
+
+    def __init__(self, model, run):
+        self.model = model
+        self.optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return 0.0
+
+    def local_parameter(self, parameter):
+        return parameter.data
+
+    def parameters_held(self) -> dict[str, Held]:
+        raise AssertionError
+
+    def optimizer_held(self) -> dict[str, dict[str, Held]]:
+        raise AssertionError
+
+    def loaded(self, step):
+        raise AssertionError
+
+
+@pytest.fixture
+def run():
+    overrides = [
+        "train_batch_size=8",
+        "optimizer.type=AdamW",
+        "optimizer.params.lr=0.1",
+        "crossbatch.data.image_size=16",
+        "crossbatch.model.arch=resnet18",
+        "crossbatch.model.stem=small",
+        'crossbatch.model.backbone_args={"width": 8}',
+        "crossbatch.model.mlp_dim=16",
+        "crossbatch.model.temperature=0.2",
+        "crossbatch.batchformer.add_bf=1",
+        "crossbatch.batchformer.mode=ema",
+        "crossbatch.batchformer.group_size=4",
+        "crossbatch.momentum.base=0.5",
+        "crossbatch.momentum.cosine=true",
+        "crossbatch.schedule.epochs=3",
+        "crossbatch.schedule.warmup_epochs=1",
+    ]
+    return resolve(load_config(None, overrides), 1, Device("cpu"))
+
+
+def views(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 256, (2, 8, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def test_losses_are_those_of_the_originals_order(run):
+    """There the average moves at the start of a step, with that step's momentum, before the keys are computed."""
+    torch.manual_seed(0)
+    ours = build_model(run)
+    theirs = copy.deepcopy(ours)
+    step = TrainStep(PlainBackend(ours, run), run, torch.device("cpu"), STEPS_PER_EPOCH)
+    losses = [step(views(i), i)[0].loss.item() for i in range(5)]
+
+    optimizer = build_optimizer(parameter_groups(theirs, run.config), run.config)
+    expected = []
+    for i in range(5):
+        epoch = i / STEPS_PER_EPOCH
+        with torch.no_grad():
+            m = encoder_momentum(epoch, 0.5, 3, cosine=True)
+            for _, online, average in theirs.momentum_pairs():
+                average.mul_(m).add_(online, alpha=1 - m)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, 0.1 * 8 / 256, 3, 1)
+        contrast = theirs(normalize(views(i).flatten(0, 1)), step=i, seed=0)
+        optimizer.zero_grad()
+        contrast.loss.backward()
+        optimizer.step()
+        expected.append(contrast.loss.item())
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert expected[0] != pytest.approx(expected[-1], rel=1e-4)  # something was trained
+
+
+def test_the_average_follows_every_trained_parameter_and_nothing_else(run):
+    torch.manual_seed(0)
+    backend = PlainBackend(build_model(run), run)
+    pairs = backend.model.momentum_pairs()
+    assert {name.split(".")[0] for name, _, _ in pairs} == {"backbone", "projector", "batchformer"}
+    with torch.no_grad():
+        for _, online, _ in pairs:
+            online.add_(torch.randn_like(online))
+    want = {name: 0.9 * average.double() + 0.1 * online.double() for name, online, average in pairs}
+    buffers = {name: buffer.clone() for name, buffer in backend.model.momentum.named_buffers()}
+    backend.update_momentum(0.9)
+    for name, _, average in pairs:
+        torch.testing.assert_close(average.double(), want[name], rtol=1e-6, atol=1e-6)
+    for name, buffer in backend.model.momentum.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name  # the momentum encoder keeps statistics of its own
+
+
+def test_autocast_lowers_the_forward_pass_but_not_the_state(run):
+    torch.manual_seed(0)
+    lowered = resolve(run.config, 1, Device("cpu"))
+    object.__setattr__(lowered, "precision", "bf16")
+    model = build_model(run)
+    seen = []
+    model.online.backbone.layer1.register_forward_hook(lambda *call: seen.append(call[-1].dtype))  # pyright: ignore
+    contrast, _ = TrainStep(PlainBackend(model, lowered), lowered, torch.device("cpu"), STEPS_PER_EPOCH)(views(0), 0)
+    assert seen == [torch.bfloat16]
+    assert contrast.loss.dtype == torch.float32
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
