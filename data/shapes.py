@@ -1,10 +1,10 @@
 """Small labelled drawings: a data set that can be written anywhere in seconds and still says something about a method.
 
-Several copies of one of eight shapes, each in random colour, size, place and rotation, on a background whose colours and
-texture change from corner to corner. Colour and texture carry no information about the class, so comparing raw pixels does
-hardly better than chance (measured in tests/data/test_shapes.py), and a k-NN score that rises above it during pretraining
-comes from learned features. What two crops of an image share is above all the shape, so a contrastive method finds it within
-minutes, where on one object per image it would first learn to tell images by their colours.
+A drawing holds three to five copies of one of eight figures, each in random colour, size, place and rotation, on a random
+textured background. Neither colour nor texture nor place says anything about the class, so comparing raw pixels does little
+better than chance (measured in tests/data/test_shapes.py), and a k-NN score that rises above it during pretraining comes from
+learned features. Colours are muted and every drawing has several figures on purpose: what two crops of a drawing share is then
+above all the figure, and a contrastive method finds it within minutes; by vivid colours it would tell the drawings apart first.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from crossbatch import InputError
 from crossbatch.data import counter
 
 _OVERSAMPLING = 3  # drawn at three times the side, then shrunk: antialiasing
-_NUMBERS = 500  # random numbers set aside per image; a drawing uses at most ~440
+_NUMBERS = 300  # random numbers set aside per image; a drawing uses at most 250
 _MANIFEST = "shapes.json"
 
 Points = list[tuple[float, float]]  # outline in the unit disc
