@@ -77,7 +77,7 @@ class RunLog(Log):
         self.file.flush()
         for name, value in _flat(values):
             if isinstance(value, (int, float)) and name not in ("step", "epoch", "images_seen"):
-                self.board.add_scalar(name, value, values["step"])
+                self.board.add_scalar(name if "/" in name else f"run/{name}", value, values["step"])
         status = _status(values)
         if self.bar is not None:
             self.bar.update(self.task, status=status, epoch=f"epoch {values['epoch']:.2f}")

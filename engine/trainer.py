@@ -219,27 +219,3 @@ def view_pairs(views: torch.Tensor, count: int = 16) -> torch.Tensor:
 
 def _first_and_last(history: list) -> list:
     return history if len(history) < 2 else [history[0], history[-1]]
-
-
-def describe(run: ResolvedConfig, steps_per_epoch: int | None) -> dict:
-    """What `--dry-run` prints: the numbers that follow from a configuration, without data or processes."""
-    with torch.device("meta"):
-        model = build_model(run)
-    parameters = list(model.parameters())
-    return {
-        "world_size": run.world_size,
-        "train_batch_size": run.config.train_batch_size,
-        "local_batch": run.local_batch,
-        "chunk": run.chunk,
-        "chunks": run.chunks,
-        "group_size": run.group_size,
-        "lr_peak": run.lr_peak,
-        "steps_per_epoch": steps_per_epoch,
-        "parameters_total": sum(p.numel() for p in parameters),
-        "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "chance_loss": round(run.chance_loss, 2),
-        "optimizer": run.config.optimizer.type,
-        "sharding": run.config.crossbatch.sharding,
-        "zero_stage": run.config.zero_optimization.stage,
-        "precision": run.precision,
-    }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from crossbatch import InputError
 from crossbatch.data import open_source
+from crossbatch.engine.build import describe
 from crossbatch.engine.config import Config, Device, load_config, resolve
 from crossbatch.engine.distributed import broadcast_object, process_group, world_from_environment
 from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
@@ -44,8 +45,6 @@ def main() -> None:
     world = world_from_environment()
     device = Device.detect()
     if arguments.dry_run:
-        from crossbatch.engine.trainer import describe
-
         run = resolve(config, arguments.world_size_hint or world.size, device)
         print(json.dumps(describe(run, steps_per_epoch(config)), indent=2))
         return
