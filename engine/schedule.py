@@ -1,4 +1,4 @@
-"""Learning rate and encoder momentum as functions of the fractional epoch (MoCo v3; reference section 2.3).
+"""Learning rate and encoder momentum as functions of the fractional epoch as MoCo v3 released them (Chen et al. 2021).
 
 Pure functions of the step, so a resumed run needs no scheduler state.
 """

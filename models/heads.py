@@ -4,7 +4,7 @@
     resnet    C -> mlp_dim -> dim, norm                     dim -> mlp_dim -> dim
     vit       C -> mlp_dim -> mlp_dim -> dim, norm          dim -> mlp_dim -> dim, norm
 
-Hidden layers are followed by norm and ReLU. The norm at the end has no weight and bias. Source: reference/ section 2.1;
+Hidden layers are followed by norm and ReLU. The norm at the end has no weight and bias. Source: MoCo v3's release;
 sizes there are mlp_dim = 4096 and dim = 256. Linear layers keep torch's default initialisation.
 """
 

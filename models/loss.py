@@ -5,7 +5,7 @@ One term contrasts the queries of one view and stream with the keys of another:
     ctr(q, k) = 2T * cross_entropy(normalize(q) @ normalize(all keys).T / T, labels = own position in the global batch)
 
 (MoCo v3, Chen et al. 2021, algorithm 1; 2T makes the learning rate less sensitive to T.) `add_bf` says which terms are added
-(reference: BatchFormer's flag, section 1.3). With S the sum over both directions and all pairs of streams (8 terms):
+(the flag of BatchFormer's release). With S the sum over both directions and all pairs of streams (8 terms):
 
     0          q1 k2 + q2 k1 on the only stream (chance level 4T ln B)
     1, 34      S                                                   (16T ln B)

@@ -1,6 +1,6 @@
 """Vision transformers as MoCo v3 trains them: timm's network with fixed positions, another start and another stem.
 
-What is MoCo v3's own (reference/ section 2.1; Chen, Xie, He 2021, sections 4 to 6):
+What is MoCo v3's own (Chen, Xie, He 2021, sections 4 to 6, and their release):
 
 - **12 heads at width 384** in ViT-S, where DeiT and timm have 6. The shapes are the same, so a mistake loads silently.
 - **Positions** are a fixed 2-D sine-cosine table, stored as the frozen parameter `pos_embed` so that files stay

@@ -1,7 +1,7 @@
 """Every configuration key, once: type, default, allowed range and one line of meaning.
 
 A recipe is a DeepSpeed JSON. Keys that DeepSpeed has keep DeepSpeed's names and stand at the top level; ours stand in one
-section, "crossbatch". Defaults are the originals' (reference section 2.6), so an empty recipe is vanilla MoCo v3.
+section, "crossbatch". Defaults are the originals', so an empty recipe is vanilla MoCo v3.
 ds_configs/README.md shows the same list to users; a test holds the two together.
 """
 

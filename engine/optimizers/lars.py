@@ -7,7 +7,7 @@ For a parameter with two or more dimensions (group key `adapts`), with weight de
     mu = momentum * mu + d
     p = p - lr * mu                   (lr outside the buffer)
 
-For the others d = g: no decay, no factor (reference section 2.4). There is no epsilon and no clipping.
+For the others d = g: no decay, no factor, as MoCo v3 released it (Chen, Xie, He 2021). There is no epsilon and no clipping.
 
 Parameters may be DTensors (FSDP2): each rank squares its own shards, and one all-reduce of the stacked sums gives the norms of
 all parameters. DTensor arithmetic would give the same numbers with four collectives per parameter.

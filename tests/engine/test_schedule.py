@@ -1,4 +1,4 @@
-"""Schedules at their landmarks, from the formulas of reference section 2.3."""
+"""Schedules at their landmarks, from the formulas of MoCo v3."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The order of a step against the originals' (reference section 2.2), and the moving average against its formula."""
+"""The order of a step against the originals', and the moving average against its formula."""
 
 import copy
 

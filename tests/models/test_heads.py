@@ -71,7 +71,7 @@ def test_predictor_count():
     ],
 )
 def test_count_of_the_whole_model(arch, count):
-    """Both encoders and the predictor, momentum and frozen parameters included (reference/ section 2.1)."""
+    """Both encoders and the predictor, momentum and frozen parameters included."""
     with torch.device("meta"):
         backbone = build_backbone(arch)
         projector = build_projector(family(arch), backbone.num_features, 4096, 256)

@@ -26,7 +26,7 @@ def num_parameters(model):
 
 @pytest.mark.parametrize(("arch", "count"), [("vit_small", 21_665_664), ("vit_base", 85_798_656)])
 def test_backbone_parameter_counts(arch, count):
-    """The reference counts every parameter, the frozen position table (197 * C of them) included."""
+    """MoCo v3 counts every parameter, the frozen position table (197 * C of them) included."""
     with torch.device("meta"):
         model = build(arch)
     assert family(arch) == "vit"
