@@ -78,7 +78,8 @@ def process_group(world: World, device_type: str, timeout_s: float = 1800) -> It
 def keep_freed_memory() -> None:
     """Lets glibc reuse large freed blocks instead of returning them to the kernel after every operator.
 
-    Otherwise each activation is mapped and page-faulted anew: a step of the quickstart takes 1.3 times as long.
+    Otherwise each activation is mapped and page-faulted anew: a step of a ResNet-18 of width 16 on 256 images of 32 px
+    then takes 2.15 s instead of 1.61 s on two cores.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")

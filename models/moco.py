@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from crossbatch.models.backbones import build_backbone, family
+from crossbatch.models.backbones import Backbone, build_backbone, family
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
 from crossbatch.models.collective import Collective
 from crossbatch.models.heads import build_predictor, build_projector
@@ -42,7 +42,7 @@ class Contrast:
 class Encoder(nn.Module):
     """Backbone and projector; `batchformer` only where the momentum encoder keeps its own copy."""
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module, batchformer: BatchFormer | None = None):
+    def __init__(self, backbone: Backbone, projector: nn.Module, batchformer: BatchFormer | None = None):
         super().__init__()
         self.backbone = backbone
         self.projector = projector
@@ -83,13 +83,13 @@ class MoCo(nn.Module):
 
         def encoder() -> Encoder:
             backbone = build_backbone(arch, image_size, stem, stop_grad_conv1, backbone_args)
-            return Encoder(backbone, build_projector(family(arch), int(backbone.num_features), mlp_dim, dim))  # pyright: ignore[reportArgumentType]
+            return Encoder(backbone, build_projector(family(arch), backbone.num_features, mlp_dim, dim))
 
         self.online, self.momentum = encoder(), encoder()
         self.predictor = build_predictor(family(arch), mlp_dim, dim)
         self.batchformer = None
         if uses_batchformer(add_bf):
-            width = int(self.online.backbone.num_features)  # pyright: ignore[reportArgumentType]
+            width = self.online.backbone.num_features
             self.batchformer = BatchFormer(width, group_size, dropout)
             self.batchformer.requires_grad_(batchformer_mode != "released")
             if batchformer_mode == "ema":
