@@ -1,10 +1,11 @@
 """Small labelled drawings: a data set that can be written anywhere in seconds and still says something about a method.
 
-A drawing holds three to five copies of one of eight figures, each in random colour, size, place and rotation, on a random
+A drawing holds three or four copies of one of eight figures, each in random colour, size, place and rotation, on a random
 textured background. Neither colour nor texture nor place says anything about the class, so comparing raw pixels does little
 better than chance (measured in tests/data/test_shapes.py), and a k-NN score that rises above it during pretraining comes from
-learned features. Colours are muted and every drawing has several figures on purpose: what two crops of a drawing share is then
-above all the figure, and a contrastive method finds it within minutes; by vivid colours it would tell the drawings apart first.
+learned features. Colours are muted, backgrounds alike and figures several on purpose: what two crops of a drawing share is then
+above all the figure, and a contrastive method finds it within minutes. By vivid colours or by backgrounds of their own it
+would tell the drawings apart first: with those, six epochs gained 16 points of k-NN accuracy, without 30.
 """
 
 import contextlib
@@ -126,8 +127,8 @@ def draw_shape(name: str, size: int, seed: int, split: int, index: int) -> Image
     image = _background(numbers, size).resize((side, side), Image.Resampling.NEAREST)  # smooth already: 3x cheaper so
     pen = ImageDraw.Draw(image)
     centres: Points = []
-    for _ in range(3 + int(3 * next(numbers))):
-        radius = side * (0.14 + 0.1 * next(numbers))
+    for _ in range(3 + int(2 * next(numbers))):
+        radius = side * (0.19 + 0.08 * next(numbers))
         x, y = _free_place(centres, numbers, radius, side - radius)
         centres.append((x, y))
         angle = 2 * math.pi * next(numbers)
@@ -163,19 +164,13 @@ def _free_place(taken: Points, numbers: Iterator[float], low: float, high: float
 
 
 def _background(numbers: Iterator[float], side: int) -> Image.Image:
-    """Random colours that change smoothly from corner to corner, plus stripes or a finer smooth noise."""
-    gray = 30 + 195 * next(numbers)
+    """Random grays, slightly tinted, that change smoothly from corner to corner, plus a finer smooth noise."""
+    gray = 110 + 35 * next(numbers)
     muted = [_muted(numbers, gray + 60 * (next(numbers) - 0.5)) for _ in range(9)]
     colours = np.array(muted).clip(0, 255).astype(np.uint8).reshape(3, 3, 3)
     pixels = np.asarray(Image.fromarray(colours).resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
-    if next(numbers) < 0.5:
-        angle, waves, phase = 2 * math.pi * next(numbers), 2 + 6 * next(numbers), 2 * math.pi * next(numbers)
-        axis = np.linspace(-0.5, 0.5, side, dtype=np.float32)
-        along = math.cos(angle) * axis[:, None] + math.sin(angle) * axis  # [side, side], the distance along a direction
-        shade = 20 * np.sin(2 * math.pi * waves * along + phase)
-    else:
-        shade = 40 * (_smooth_noise(numbers, side) - 0.5)
-    return Image.fromarray((pixels + shade[..., None]).clip(0, 255).astype(np.uint8))
+    noise = 24 * (_smooth_noise(numbers, side) - 0.5)
+    return Image.fromarray((pixels + noise[..., None]).clip(0, 255).astype(np.uint8))
 
 
 def _smooth_noise(numbers: Iterator[float], side: int) -> np.ndarray:

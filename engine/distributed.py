@@ -49,8 +49,13 @@ def world_from_environment() -> World:
 
 
 @contextlib.contextmanager
-def process_group(world: World, device_type: str, timeout_s: float = 1800) -> Iterator[torch.device]:
-    """Joins the ranks (NCCL on GPUs, gloo on CPUs) and yields this rank's device; leaves the group at the end."""
+def process_group(
+    world: World, device_type: str, threads: int = 1, timeout_s: float = 1800
+) -> Iterator[torch.device]:
+    """Joins the ranks (NCCL on GPUs, gloo on CPUs) and yields this rank's device; leaves the group at the end.
+
+    On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise.
+    """
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -58,8 +63,8 @@ def process_group(world: World, device_type: str, timeout_s: float = 1800) -> It
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cpu" and world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

@@ -50,7 +50,7 @@ def main() -> None:
         return
     run = resolve(config, world.size, device, world.local_size)
     out = writable_folder(arguments.out or default_out(arguments.deepspeed_config))
-    with process_group(world, device.type) as torch_device:
+    with process_group(world, device.type, run.threads) as torch_device:
         from crossbatch.engine.trainer import Trainer
 
         Trainer(run, world, torch_device, broadcast_object(out), arguments.resume, arguments.steps).train()
