@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: pretrain test check install
+.PHONY: pretrain test test-all check bench-gpu install
 
 pretrain: install  ## the quickstart: generates small images, pretrains on them, shows what was learned
 	$(BIN)/python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
@@ -10,10 +10,17 @@ pretrain: install  ## the quickstart: generates small images, pretrains on them,
 test: install  ## the tests
 	$(BIN)/python -m pytest
 
+test-all: install  ## with every combination of ranks, backend, optimizer and model (half an hour on two cores)
+	$(BIN)/python -m pytest -m ''
+
 check: install  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+bench-gpu: install  ## on a machine with an NVIDIA GPU: its tests, then its benchmarks into benchmarks/results
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks optimizer --out benchmarks/results
 
 install: .venv/installed
 

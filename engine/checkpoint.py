@@ -1,7 +1,7 @@
 """Checkpoints that fit any world size and backend: full tensors by name, gathered on rank 0.
 
     checkpoints/
-      step-00001200/state.pt     parameters, buffers, optimizer, step; read with weights_only
+      step-00001200/state.pt     parameters, buffers, optimizer, progress; read with weights_only
       step-00001200/config.json  the resolved configuration
       latest                     the name of the newest complete one
 
@@ -25,11 +25,14 @@ from crossbatch.engine.sharding import Backend, Held
 FORMAT = 1
 
 
-def save(folder: Path, backend: Backend, step: int, config: dict[str, Any], keep: int) -> None:
-    """Writes `folder`/step-N on rank 0 and drops all but the newest `keep`; every rank must call it."""
+def save(folder: Path, backend: Backend, progress: dict[str, Any], config: dict[str, Any], keep: int) -> None:
+    """Writes `folder`/step-N on rank 0 and drops all but the newest `keep`; every rank must call it.
+
+    `progress` is what `load` returns; it holds at least `step` (N) and `updates` (of the optimizer).
+    """
     state = {
         "format": FORMAT,
-        "step": step,
+        "progress": progress,
         "parameters": {name: _gather(held) for name, held in backend.parameters_held().items()},
         "buffers": {name: _gather(held) for name, held in backend.buffers_held().items()},
         "optimizer": {
@@ -38,7 +41,7 @@ def save(folder: Path, backend: Backend, step: int, config: dict[str, Any], keep
         },
     }
     if dist.get_rank() == 0:
-        target = folder / f"step-{step:08d}"
+        target = folder / f"step-{progress['step']:08d}"
         temporary = folder / f".{target.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -55,8 +58,8 @@ def save(folder: Path, backend: Backend, step: int, config: dict[str, Any], keep
     barrier()
 
 
-def load(checkpoint: Path, backend: Backend) -> int:
-    """Fills the backend from `checkpoint` (a step-N folder) and returns its step; every rank must call it.
+def load(checkpoint: Path, backend: Backend) -> dict[str, Any]:
+    """Fills the backend from `checkpoint` (a step-N folder) and returns its progress; every rank must call it.
 
     Raises:
         InputError: when the file is unreadable or its tensors are not the model's.
@@ -77,8 +80,8 @@ def load(checkpoint: Path, backend: Backend) -> int:
             full = source[name].view(-1)
             for piece in target.pieces:
                 piece.local.copy_(full[piece.start : piece.start + piece.local.numel()])
-    backend.loaded(state["step"])
-    return state["step"]
+    backend.loaded(state["progress"]["updates"])
+    return state["progress"]
 
 
 def find(out: Path, resume: str) -> Path | None:
@@ -126,8 +129,7 @@ def _gather(held: Held) -> torch.Tensor | None:
     """The full tensor on rank 0, None elsewhere."""
     if held.replicated:
         return held.pieces[0].local.detach().cpu().view(held.shape).clone() if dist.get_rank() == 0 else None
-    device = held.pieces[0].local.device if held.pieces else _device()
-    full = torch.zeros(held.shape.numel(), device=device)
+    full = torch.zeros(held.shape.numel(), device=_device())
     for piece in held.pieces:
         full[piece.start : piece.start + piece.local.numel()] = piece.local
     dist.reduce(full, dst=0)  # the runs are disjoint: adding zeros is exact

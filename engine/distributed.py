@@ -49,9 +49,7 @@ def world_from_environment() -> World:
 
 
 @contextlib.contextmanager
-def process_group(
-    world: World, device_type: str, threads: int = 1, timeout_s: float = 1800
-) -> Iterator[torch.device]:
+def process_group(world: World, device_type: str, threads: int = 1, timeout_s: float = 1800) -> Iterator[torch.device]:
     """Joins the ranks (NCCL on GPUs, gloo on CPUs) and yields this rank's device; leaves the group at the end.
 
     On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise.

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,9 +19,11 @@ from crossbatch.engine.config import ResolvedConfig, to_dict
 from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main
 from crossbatch.engine.knn import KnnMonitor
 from crossbatch.engine.sharding import build_backend
-from crossbatch.engine.step import TrainStep
+from crossbatch.engine.step import Progress, TrainStep
 from crossbatch.engine.telemetry import Log, RunLog, StepClock
 from crossbatch.models import Contrast
+
+MOST_SKIPPED_STEPS = 30  # in a row: a loss scale of 2^16 has fallen to 2^-14
 
 
 class Trainer:
@@ -56,8 +59,9 @@ class Trainer:
         model = build_model(run).to(device)
         model.set_collective(GroupCollective())
         self.backend = build_backend(model, run)
-        self.step = checkpoint.load(resumed, self.backend) if resumed else 0
         self.train_step = TrainStep(self.backend, run, device, self.steps_per_epoch)
+        if resumed:
+            self.train_step.progress = Progress(**checkpoint.load(resumed, self.backend))
         self.loader = TrainLoader(
             source,
             self.order,
@@ -69,9 +73,14 @@ class Trainer:
         self.log: Log = RunLog(out, self.step, self.stop) if world.is_main else Log()
         self.clock = StepClock()
         self.skipped = 0
+        self.skipped_in_a_row = 0
         self.knn_history: list[tuple[int, float]] = []
         if resumed:
             self.log.note(f"resumed {resumed} at step {self.step}")
+
+    @property
+    def step(self) -> int:
+        return self.train_step.progress.step
 
     def _open_data(self):
         path = self.ours.data.path
@@ -123,8 +132,8 @@ class Trainer:
             self._skip(batch.skipped)
             if self.step == 0:
                 self.log.pictures("views", view_pairs(batch.views), 0)
-            contrast, gradient_norm = self.train_step(batch.views, self.step)
-            self.step += 1
+            contrast, gradient_norm = self.train_step(batch.views)
+            self._skip_step(gradient_norm)
             self.log.advance(self.step)
             knn = self._knn_due()
             if knn or self.step % self.ours.log.every_steps == 0 or self.step == self.stop:
@@ -152,7 +161,22 @@ class Trainer:
             self.log.note(f"skipped a broken image: {name}")
         self.skipped += len(names)
 
-    def _metrics(self, contrast: Contrast, gradient_norm: torch.Tensor | float) -> dict:
+    def _skip_step(self, gradient_norm: float) -> None:
+        if math.isfinite(gradient_norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        progress = self.train_step.progress
+        scale = f"; loss scale now {progress.loss_scale:g}" if self.run.precision == "fp16" else ""
+        self.log.note(f"step {self.step}: gradients are not finite, skipped{scale}")
+        if self.skipped_in_a_row == MOST_SKIPPED_STEPS:
+            raise RunStopped(
+                f"the gradients of {MOST_SKIPPED_STEPS} steps in a row are not finite, up to step {self.step}; the last "
+                f"checkpoint in {self.out / 'checkpoints'} is from before; lower optimizer.params.lr or set "
+                f"crossbatch.precision to fp32"
+            )
+
+    def _metrics(self, contrast: Contrast, gradient_norm: float) -> dict:
         """One line of metrics: the losses and signals of this very step, averaged over ranks."""
         named = {"loss": contrast.loss, **contrast.signals, **contrast.terms}
         skipped = torch.tensor(float(self.skipped), device=self.device)
@@ -164,11 +188,14 @@ class Trainer:
                 f"the loss is {mean['loss']} at step {self.step}; the last checkpoint in {self.out / 'checkpoints'} is from "
                 f"before; lower optimizer.params.lr or lengthen crossbatch.schedule.warmup_epochs"
             )
+        progress = self.train_step.progress
         return {
             "loss": mean["loss"],
-            "lr": self.train_step.learning_rate(self.step - 1),
-            "momentum": self.train_step.momentum(self.step - 1),
-            "grad_norm": float(gradient_norm),
+            "lr": self.train_step.learning_rate(max(0, progress.updates - 1)),
+            "momentum": self.train_step.momentum(max(0, progress.updates - 1)),
+            "grad_norm": gradient_norm if math.isfinite(gradient_norm) else None,
+            **({"loss_scale": progress.loss_scale} if self.run.precision == "fp16" else {}),
+            "skipped_steps": progress.step - progress.updates,
             **self.clock.reading(self.run.config.train_batch_size),
             **{name: mean[name] for name in contrast.signals},
             "loss_terms": {name: mean[name] for name in contrast.terms},
@@ -192,7 +219,9 @@ class Trainer:
     def _save(self) -> None:
         before = time.perf_counter()
         config = {**to_dict(self.run.config), "world_size": self.world.size}
-        checkpoint.save(self.out / "checkpoints", self.backend, self.step, config, self.ours.checkpoint.keep)
+        checkpoint.save(
+            self.out / "checkpoints", self.backend, asdict(self.train_step.progress), config, self.ours.checkpoint.keep
+        )
         self.clock.paused(before)
 
     def _summarise(self, seconds: float, steps: int) -> None:

@@ -74,16 +74,26 @@ def _rank_main(pipe, environment: dict):
 
 
 @pytest.fixture(scope="session")
-def one_rank():
-    """A pool of one rank, for what must run in a process group but not in pytest's process."""
-    pool = RankPool(1)
-    yield pool
-    pool.close()
+def pools():
+    """`pools(n)` is a pool of n gloo ranks: `.run(function, *args)` -> [result of rank 0, result of rank 1, ...]."""
+    open_pools: dict[int, RankPool] = {}
+
+    def get(world_size: int) -> RankPool:
+        if world_size not in open_pools:
+            open_pools[world_size] = RankPool(world_size)
+        return open_pools[world_size]
+
+    yield get
+    for pool in open_pools.values():
+        pool.close()
 
 
 @pytest.fixture(scope="session")
-def two_ranks():
-    """A pool of two gloo ranks: `two_ranks.run(function, *args)` -> [result of rank 0, result of rank 1]."""
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+def one_rank(pools):
+    """For what must run in a process group but not in pytest's process."""
+    return pools(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(pools):
+    return pools(2)

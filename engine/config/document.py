@@ -10,6 +10,7 @@ from crossbatch.engine.config.schema import (
     Config,
     CrossbatchConfig,
     LarsConfig,
+    OffloadConfig,
     OptimizerConfig,
     ZeroConfig,
 )
@@ -23,6 +24,7 @@ def key_table() -> str:
         ("optimizer.params of LARS", LarsConfig, "optimizer.params."),
         ("optimizer.params of AdamW", AdamWConfig, "optimizer.params."),
         ("zero_optimization", ZeroConfig, "zero_optimization."),
+        ("zero_optimization.offload_optimizer", OffloadConfig, "zero_optimization.offload_optimizer."),
         ("crossbatch", CrossbatchConfig, "crossbatch."),
     ]
     for item in dataclasses.fields(CrossbatchConfig):

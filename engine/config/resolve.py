@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from crossbatch import InputError
-from crossbatch.engine.config.schema import Config
+from crossbatch.engine.config.schema import Config, LarsConfig
 from crossbatch.models.loss import chance_loss, uses_batchformer
 
 
@@ -98,16 +98,29 @@ def _check_combinations(config: Config, world_size: int) -> None:
             f"crossbatch.schedule.warmup_epochs: given {ours.schedule.warmup_epochs:g} of {ours.schedule.epochs} epochs; "
             f"allowed: less than crossbatch.schedule.epochs; lower it"
         )
-    if config.optimizer.type == "LARS" and ours.sharding == "zero" and zero.stage > 0:
-        raise InputError(
-            f"zero_optimization.stage: given {zero.stage} with optimizer.type LARS and crossbatch.sharding zero; allowed: 0, "
-            f"because DeepSpeed flattens parameters and LARS would lose its layers; set the stage to 0 or "
-            f"crossbatch.sharding to fsdp"
-        )
+    offloads = zero.offload_optimizer.device != "none"
     if ours.sharding == "fsdp":
-        given = [name for name, value in vars(zero).items() if name != "stage" and value is not None]
-        if given:
-            raise InputError(f"zero_optimization.{given[0]}: has no effect with crossbatch.sharding fsdp; remove it")
+        given = [name for name in vars(zero) if name not in ("stage", "offload_optimizer")]
+        given = [name for name in given if getattr(zero, name) is not None]
+        if offloads or given:
+            name = "offload_optimizer.device" if offloads else given[0]
+            raise InputError(
+                f"zero_optimization.{name}: given {zero.offload_optimizer.device if offloads else getattr(zero, name)} with "
+                f"crossbatch.sharding fsdp, which has no such thing; remove it or set crossbatch.sharding to zero"
+            )
+    if offloads and zero.stage == 0:
+        raise InputError(
+            "zero_optimization.offload_optimizer.device: given cpu with zero_optimization.stage 0, where DeepSpeed ignores it; "
+            "allowed: none; set the stage to 1, 2 or 3"
+        )
+    params = config.optimizer.params
+    if isinstance(params, LarsConfig):
+        for name, variant in (("clip", "larc"), ("decay_after_momentum", "mlperf")):
+            if getattr(params, name) and params.variant != variant:
+                raise InputError(
+                    f"optimizer.params.{name}: given true with optimizer.params.variant {params.variant}; allowed: false; "
+                    f"set the variant to {variant}"
+                )
 
 
 def _group_size(config: Config, local_batch: int) -> int | None:
@@ -127,12 +140,7 @@ def _group_size(config: Config, local_batch: int) -> int | None:
 
 def _precision(given: str, device: Device) -> str:
     if given == "bf16" and not device.has_bf16:
-        raise InputError(f"crossbatch.precision: given bf16; {device.name} has none; allowed: auto, fp32")
+        raise InputError(f"crossbatch.precision: given bf16; {device.name} has none; allowed: auto, fp16, fp32")
     if given == "auto":
-        given = "fp32" if device.type == "cpu" else "bf16" if device.has_bf16 else "fp16"
-    if given == "fp16":
-        raise InputError(
-            f"crossbatch.precision: fp16 on {device.name} needs loss scaling, which is not there yet; allowed: "
-            f"{'bf16, ' if device.has_bf16 else ''}fp32; set crossbatch.precision"
-        )
+        return "fp32" if device.type == "cpu" else "bf16" if device.has_bf16 else "fp16"
     return given

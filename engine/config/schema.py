@@ -114,6 +114,12 @@ class LarsConfig:
     momentum: float = key(0.9, "of the velocity", low=0.0, high=1.0)
     weight_decay: float = key(1e-6, "on parameters with two or more dimensions", low=0.0)
     trust_coefficient: float = key(0.001, "scale of the layer-wise rate", above=0.0)
+    variant: Literal["moco-v3", "larc", "mlperf"] = key(
+        "moco-v3", "whose formula (engine/optimizers/lars.py): MoCo v3's, apex LARC's, or that of the MLPerf reference"
+    )
+    eps: float = key(1e-8, "added to the gradient's norm; larc and mlperf only", low=0.0)
+    clip: bool = key(False, "lr becomes a ceiling of the layer-wise rate; larc only")
+    decay_after_momentum: bool = key(False, "keep weight decay out of the velocity; mlperf only")
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,12 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class OffloadConfig:
+    device: Literal["none", "cpu"] = key("none", "where the optimizer's state lives and its step runs")
+    pin_memory: bool = key(True, "page-locked memory, for faster copies")
+
+
+@dataclass(frozen=True)
 class ZeroConfig:
     """`stage` serves both shardings; the others are DeepSpeed's, forwarded where given, refused with FSDP2."""
 
@@ -150,6 +162,7 @@ class ZeroConfig:
     stage3_max_reuse_distance: int | None = key(
         None, "keep a parameter that is needed again within so many elements", low=0
     )
+    offload_optimizer: OffloadConfig = key(OffloadConfig, "fp32 copies and optimizer in host memory, stages 1 to 3")
 
 
 @dataclass(frozen=True)

@@ -10,25 +10,26 @@ from crossbatch.engine.optimizers.lars import LARS
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Trainable parameters in up to four groups: matrices or vectors, of BatchFormer or of the rest.
+    """Trainable parameters in up to four groups: matrices or vectors, at BatchFormer's rate or that of the rest.
 
     Each group carries `adapts` (LARS: weight decay and trust ratio; two or more dimensions), `weight_decay`, and `lr_scale`
-    (relative to the schedule).
+    (relative to the schedule). DeepSpeed steps group by group, so a BatchFormer at its own rate costs LARS one more all-reduce.
     """
     params = config.optimizer.params
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith("batchformer."), parameter.ndim > 1), []).append(parameter)
+            lr_scale = config.crossbatch.batchformer.lr_scale if name.startswith("batchformer.") else 1.0
+            groups.setdefault((lr_scale, parameter.ndim > 1), []).append(parameter)
     decays_1d = isinstance(params, AdamWConfig) and params.decay_1d
     return [
         {
             "params": parameters,
             "adapts": matrices,
             "weight_decay": params.weight_decay if matrices or decays_1d else 0.0,
-            "lr_scale": config.crossbatch.batchformer.lr_scale if batchformer else 1.0,
+            "lr_scale": lr_scale,
         }
-        for (batchformer, matrices), parameters in groups.items()
+        for (lr_scale, matrices), parameters in groups.items()
     ]
 
 
@@ -36,8 +37,17 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim
     """The configured optimizer over `parameter_groups`; its learning rate is 0 until `set_learning_rate`."""
     params = config.optimizer.params
     if isinstance(params, LarsConfig):
-        return LARS(groups, lr=0.0, momentum=params.momentum, trust_coefficient=params.trust_coefficient)
-    return torch.optim.AdamW(groups, lr=0.0, betas=params.betas, eps=params.eps, foreach=True)
+        return LARS(
+            groups,
+            lr=0.0,
+            variant=params.variant,
+            momentum=params.momentum,
+            trust_coefficient=params.trust_coefficient,
+            eps=params.eps,
+            clip=params.clip,
+            decay_after_momentum=params.decay_after_momentum,
+        )
+    return torch.optim.AdamW(groups, lr=0.0, betas=params.betas, eps=params.eps, fused=True)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

@@ -17,7 +17,7 @@ def ensured_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dic
         if key not in state:
             state[key] = torch.zeros_like(tensor)
     if not isinstance(optimizer, LARS) and "step" not in state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=tensor.device)  # where fused AdamW wants it
     return state
 
 

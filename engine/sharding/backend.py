@@ -41,12 +41,15 @@ class Backend(ABC):
         """The model's forward, through whatever gathers its parameters."""
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor) -> None:
-        """Back-propagates the local mean loss and leaves averaged gradients for `step`."""
+    def backward(self, loss: torch.Tensor, scale: float) -> None:
+        """Back-propagates the local mean loss times `scale` and leaves averaged gradients for `step`."""
 
     @abstractmethod
-    def step(self) -> torch.Tensor | float:
-        """One optimizer step at the rates in `optimizer.param_groups`; clears the gradients and returns their global norm."""
+    def step(self, scale: float) -> float:
+        """One optimizer step at the rates in `optimizer.param_groups`; clears the gradients and returns their global norm.
+
+        `scale` is that of `backward`; it is taken out again. If the norm is not finite, nothing is updated, on any rank.
+        """
 
     @abstractmethod
     def local_parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -61,8 +64,8 @@ class Backend(ABC):
         """Per trainable parameter, its optimizer state by `state_keys`, the same keys on every rank."""
 
     @abstractmethod
-    def loaded(self, step: int) -> None:
-        """Takes over parameters and optimizer state that were written into the held memory, at `step` optimizer steps."""
+    def loaded(self, updates: int) -> None:
+        """Takes over parameters and optimizer state that were written into the held memory, after `updates` steps."""
 
     @torch.no_grad()
     def update_momentum(self, momentum: float) -> None:

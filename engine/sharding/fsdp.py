@@ -5,9 +5,11 @@ The online and the momentum encoder are wrapped in the same places, so their sha
 needs no communication.
 """
 
+import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +28,7 @@ class FsdpBackend(Backend):
         self.model = model
         self._clip = run.config.gradient_clipping
         stage = run.config.zero_optimization.stage
+        self._sharded = stage > 0 and run.world_size > 1
         shape = (run.world_size, 1) if stage == 0 else (1, run.world_size)
         mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
         mesh = mesh if stage == 0 else mesh["shard"]
@@ -36,15 +39,26 @@ class FsdpBackend(Backend):
     def __call__(self, *args, **kwargs) -> Any:
         return self.model(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+    def backward(self, loss: torch.Tensor, scale: float) -> None:
+        (loss * scale).backward()
 
-    def step(self) -> torch.Tensor:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
-        self.optimizer.step()
+    def step(self, scale: float) -> float:
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        norm = self._norm(gradients) / scale
+        if math.isfinite(norm):
+            factor = min(1.0, self._clip / (norm + 1e-6)) / scale if self._clip else 1 / scale
+            if factor != 1:
+                torch._foreach_mul_(gradients, factor)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
+
+    def _norm(self, gradients: list[torch.Tensor]) -> float:
+        """Over all shards, with one all-reduce. (DTensor's own would take one per parameter.)"""
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        if self._sharded:
+            dist.all_reduce(square)
+        return math.sqrt(square.item())
 
     def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         return local(parameter.detach())
@@ -60,8 +74,8 @@ class FsdpBackend(Backend):
                 held[name] = {key: _held(state[key]) for key in state_keys(self.optimizer)}
         return held
 
-    def loaded(self, step: int) -> None:
-        set_step_count(self.optimizer, step)
+    def loaded(self, updates: int) -> None:
+        set_step_count(self.optimizer, updates)
 
 
 def wrapped_modules(model: MoCo) -> list[nn.Module]:

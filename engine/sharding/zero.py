@@ -8,9 +8,12 @@ like the online one. Where DeepSpeed keeps which run of a parameter:
                 (`parameter._hp_mapping` is the cut, None where this rank holds nothing of the parameter)
     stage 3     every parameter is cut evenly (`ds_tensor`), and the optimizer steps on flat concatenations of those cuts
                 (`grad_position` gives sub-group and offset)
+
+Which also tells LARS what lies where in what it is handed. With `offload_optimizer` the flat copies lie in host memory.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from crossbatch.engine.config import ResolvedConfig
-from crossbatch.engine.optimizers import build_optimizer, parameter_groups
+from crossbatch.engine.optimizers import LARS, Layout, Segment, build_optimizer, parameter_groups
 from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
 from crossbatch.engine.sharding.backend import Backend, Held, Piece
 from crossbatch.models import MoCo
@@ -28,33 +31,49 @@ from crossbatch.models import MoCo
 
 class ZeroBackend(Backend):
     def __init__(self, model: MoCo, run: ResolvedConfig):
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if run.device.type == "cpu":
             # It would compile, for a minute, a shared-memory all-reduce that only inference calls.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = run.config.zero_optimization.stage
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
         optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
+        # Not even warnings: "untested optimizer, proceed with caution" is about those that have not read the cut.
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(run), dist_init_required=False
         )
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model = model
+        self._check_cut()
+        if isinstance(optimizer, LARS):
+            optimizer.layout = self._lars_layout()
 
     def __call__(self, *args, **kwargs) -> Any:
         return self.engine(*args, **kwargs) if self.model.training else self.model(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, scale: float) -> None:
+        if self.stage == 0:
+            self.engine.backward(loss * scale)
+            return
+        if scale != 1:
+            self.optimizer.override_loss_scale(scale)
         self.engine.backward(loss)
 
-    def step(self) -> torch.Tensor | float:
-        if self.stage == 0:  # DeepSpeed computes no norm there
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+    def step(self, scale: float) -> float:
+        if self.stage == 0:  # DeepSpeed neither scales nor computes a norm there
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients)) / scale
+            if not math.isfinite(norm):
+                self.optimizer.zero_grad()
+                return norm
+            if scale != 1:
+                torch._foreach_mul_(gradients, 1 / scale)
             self.engine.step()
             return norm
-        self.engine.step()
+        self.engine.step()  # takes the scale out, and skips the update itself
         norm = self.engine.get_global_grad_norm()
         assert norm is not None
-        return norm
+        return float(norm)
 
     def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.ds_tensor if self.stage == 3 else parameter.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -65,7 +84,7 @@ class ZeroBackend(Backend):
     def optimizer_held(self) -> dict[str, dict[str, Held]]:
         return {name: self._state_held(name, p) for name, p in self._trainable().items()}
 
-    def loaded(self, step: int) -> None:
+    def loaded(self, updates: int) -> None:
         """The fp32 copies that stages 1-3 step on take over the parameters, too."""
         for parameter in self._trainable().values():
             for flat, flat_start, start, numel in self._cut(parameter):
@@ -73,9 +92,41 @@ class ZeroBackend(Backend):
                 flat.data.view(-1)[flat_start : flat_start + numel].copy_(
                     source[start if self.stage < 3 else 0 :][:numel]
                 )
-        set_step_count(self._stepping, step)
+        set_step_count(self._stepping, updates)
 
     # --- where things are ------------------------------------------------------------------------------------------
+
+    def _check_cut(self) -> None:
+        """That we read DeepSpeed's tables rightly: over all ranks, every element is in exactly one run."""
+        parameters = self._trainable().values()
+        found = torch.tensor([float(sum(cut[3] for cut in self._cut(p))) for p in parameters], dtype=torch.float64)
+        if self.stage > 0:
+            found = self._all_reduce(found)
+        if found.tolist() != [self._shapes[name].numel() for name in self._trainable()]:
+            raise RuntimeError(
+                f"DeepSpeed {deepspeed.__version__} cuts parameters in a way that crossbatch does not know."
+            )
+
+    def _lars_layout(self) -> Layout:
+        segments: dict[torch.Tensor, list[Segment]] = {flat: [] for flat in self._flats()}
+        trainable = self._trainable().values()
+        for number, parameter in enumerate(trainable):
+            for flat, flat_start, _, numel in self._cut(parameter):
+                segments[flat].append(Segment(number, flat_start, flat_start + numel))
+        alone = self.stage == 0 or dist.get_world_size() == 1
+        return Layout(segments, len(trainable), None if alone else self._all_reduce)
+
+    def _flats(self) -> list[torch.Tensor]:
+        """The tensors that the optimizer steps on."""
+        if self.stage == 0:
+            return list(self._trainable().values())
+        if self.stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def _all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums of what may lie in host memory, by whatever the ranks communicate with."""
+        return self.model.collective.all_reduce(sums.to(self.engine.device)).to(sums.device)
 
     def _trainable(self) -> dict[str, Any]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -128,6 +179,9 @@ def _even_cut(parameter: Any) -> tuple[int, int]:
 def deepspeed_config(run: ResolvedConfig) -> dict[str, Any]:
     """The dict that DeepSpeed sees: no "auto", no section of ours."""
     zero = {name: value for name, value in vars(run.config.zero_optimization).items() if value is not None}
+    offload = vars(zero.pop("offload_optimizer"))
+    if offload["device"] != "none":
+        zero["offload_optimizer"] = offload
     if zero["stage"] == 3:
         # Parameters that stay gathered would miss the momentum update, which works on the shards.
         zero["stage3_param_persistence_threshold"] = 0
@@ -137,4 +191,6 @@ def deepspeed_config(run: ResolvedConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": run.config.gradient_clipping,
         "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded, ours steps on the CPU as it does anywhere
+        "zero_allow_untested_optimizer": True,  # LARS, which has read the cut
     }

@@ -1,5 +1,6 @@
 """The configuration surface: what is refused, with which words; what "auto" becomes; that the documentation is complete."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def write(folder: Path, text: str) -> Path:
         ('{"zero_optimization": {"stage": 4}}', ["zero_optimization.stage", "given 4", "0 or 1 or 2 or 3"]),
         ('{"zero_optimization": {"stage": true}}', ["zero_optimization.stage", "given True"]),
         ('{"optimizer": {"type": "SGD"}}', ["optimizer.type", "'SGD'", "LARS, AdamW"]),
+        (
+            '{"optimizer": {"params": {"variant": "lamb"}}}',
+            ["optimizer.params.variant", "'lamb'", '"moco-v3" or "larc"'],
+        ),
         ('{"train_batch_size": 8, "train_batch_size": 16}', ["train_batch_size", "given twice"]),
         ('{"optimizer": {"params": {"lr": 1, "lr": 2}}}', ["optimizer.params.lr", "given twice"]),
         ('{"train_batch_size": "many"}', ["train_batch_size", "'many'", "a whole number"]),
@@ -92,12 +97,13 @@ def test_the_table_for_users_is_that_of_the_schema():
     [
         (["train_batch_size=100"], 16, CPU, ["train_batch_size", "100 for 16 ranks", "set it to 96"]),
         (["train_micro_batch_size_per_gpu=64"], 1, CPU, ["train_micro_batch_size_per_gpu", '"auto"']),
-        (["zero_optimization.stage=2"], 1, CPU, ["zero_optimization.stage", "LARS", "fsdp"]),
+        (["optimizer.params.clip=true"], 1, CPU, ["optimizer.params.clip", "moco-v3", "set the variant to larc"]),
+        (["optimizer.params.decay_after_momentum=true"], 1, CPU, ["decay_after_momentum", "set the variant to mlperf"]),
         (
             ["crossbatch.sharding=fsdp", "zero_optimization.overlap_comm=true"],
             1,
             CPU,
-            ["zero_optimization.overlap_comm", "no effect"],
+            ["zero_optimization.overlap_comm", "no such thing"],
         ),
         (
             ["crossbatch.precision=bf16"],
@@ -125,6 +131,7 @@ def test_precision_auto_follows_the_device():
     config = load_config(None)
     assert resolve(config, 1, CPU).precision == "fp32"
     assert resolve(config, 1, Device("cuda", True)).precision == "bf16"
+    assert resolve(config, 1, Device("cuda", False)).precision == "fp16"
 
 
 def test_group_size_is_cut_to_the_batch_and_may_span_ranks():
@@ -132,3 +139,36 @@ def test_group_size_is_cut_to_the_batch_and_may_span_ranks():
     assert resolve(config, 1, CPU).group_size == 64
     assert resolve(config, 4, CPU).group_size == 64
     assert resolve(load_config(None), 1, CPU).group_size is None
+
+
+def readme_table() -> list[dict[str, str]]:
+    """The table "What runs where"."""
+    lines = Path("README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| sharding | stage |"))
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_what_runs_is_what_the_readme_says():
+    walked = 0
+    for row in readme_table():
+        stages = [int(stage) for stage in row["stage"].split(",")]
+        for stage, optimizer, offload, precision in itertools.product(
+            stages, ("LARS", "AdamW"), ("none", "cpu"), ("fp32", "bf16", "fp16")
+        ):
+            overrides = [
+                f"crossbatch.sharding={row['sharding'].strip('`')}",
+                f"zero_optimization.stage={stage}",
+                f"optimizer.type={optimizer}",
+                f"zero_optimization.offload_optimizer.device={offload}",
+                f"crossbatch.precision={precision}",
+            ]
+            cells = [row[optimizer], row[precision]] + ([row["offload_optimizer cpu"]] if offload == "cpu" else [])
+            if all(cell in ("exact", "yes") for cell in cells):
+                assert resolve(load_config(None, overrides), 2, CPU).precision == precision
+            else:
+                with pytest.raises(InputError, match=r"zero_optimization.offload_optimizer.device: given cpu.*set "):
+                    resolve(load_config(None, overrides), 2, CPU)
+            walked += 1
+    assert walked == 2 * 4 * 2 * 2 * 3  # sharding x stage x optimizer x offload x precision

@@ -1,7 +1,9 @@
 """Sharding changes nothing: ten steps of one process against two ranks, for every backend and optimizer that is allowed."""
 
 import json
+import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,15 +21,15 @@ VIT = [
     "crossbatch.model.stop_grad_conv1=true",
 ]
 BASE = [
-    "train_batch_size=16",
-    "crossbatch.data.path=synthetic://64?size=20&classes=4",
+    "train_batch_size=12",
+    "crossbatch.data.path=synthetic://48?size=20&classes=4",
     "crossbatch.data.image_size=16",
     "crossbatch.data.workers=0",
     "crossbatch.model.dim=16",
     "crossbatch.model.mlp_dim=32",
     "crossbatch.model.temperature=0.2",
     "crossbatch.batchformer.add_bf=1",
-    "crossbatch.batchformer.group_size=8",
+    "crossbatch.batchformer.group_size=12",
     "crossbatch.batchformer.dropout=0.0",
     "crossbatch.schedule.epochs=5",
     "crossbatch.schedule.warmup_epochs=1",
@@ -37,19 +39,30 @@ BASE = [
 ]
 LARS = [
     "optimizer.type=LARS",
-    "optimizer.params.lr=0.5",
+    "optimizer.params.lr=0.05",
     "optimizer.params.weight_decay=1e-2",
     "optimizer.params.trust_coefficient=0.1",
 ]
-ADAMW = ["optimizer.type=AdamW", "optimizer.params.lr=5e-2"]
+# The large eps: some gradients are 0 but for rounding (the bias of attention's keys), and Adam would blow that up.
+ADAMW = ["optimizer.type=AdamW", "optimizer.params.lr=1e-2", "optimizer.params.eps=0.1"]
 
 
-def zero(stage):
-    return ["crossbatch.sharding=zero", f"zero_optimization.stage={stage}"]
+def zero(stage, offload="none"):
+    device = f"zero_optimization.offload_optimizer.device={offload}"
+    return ["crossbatch.sharding=zero", f"zero_optimization.stage={stage}", device]
 
 
 def fsdp(stage):
     return ["crossbatch.sharding=fsdp", f"zero_optimization.stage={stage}"]
+
+
+def name_of(case) -> str:
+    """Of a model, an optimizer or a backend."""
+    if case in (RESNET, VIT):
+        return "resnet" if case is RESNET else "vit"
+    if case in (LARS, ADAMW):
+        return case[0].split("=")[1]
+    return "".join(part.split("=")[1] for part in case).replace("none", "")
 
 
 def train(overrides: list[str], out: str, steps: int) -> None:
@@ -58,62 +71,132 @@ def train(overrides: list[str], out: str, steps: int) -> None:
 
     from crossbatch.engine.trainer import Trainer
 
+    # ReLU has a kink: where an activation is 0 but for rounding, the ranks' order of summation decides whether it passes
+    # a gradient, and about once in ten steps a batch norm's gradient then differs by 1 %. With a smooth one it does not.
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
-    Trainer(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
+    with mock.patch.object(torch.nn, "ReLU", torch.nn.SiLU):
+        Trainer(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
 
 
 def losses(out) -> list[float]:
     return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
+def parameters(out) -> dict:
+    import torch
+
+    return torch.load(sorted(Path(out).glob("checkpoints/step-*"))[-1] / "state.pt")["parameters"]
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, one_rank):
-    """Losses of the one-process run, computed once per model and optimizer."""
+    """Losses, and parameters before and after, of the one-process run; computed once per model and optimizer."""
     known = {}
 
     def get(model, optimizer):
         key = (*model, *optimizer)
         if key not in known:
-            out = tmp_path_factory.mktemp("one")
+            start, out = tmp_path_factory.mktemp("start"), tmp_path_factory.mktemp("one")
+            one_rank.run(train, [*model, *optimizer, *zero(0), "crossbatch.schedule.warmup_epochs=4"], str(start), 1)
             one_rank.run(train, [*model, *optimizer, *zero(0)], str(out), 10)
-            known[key] = losses(out)
+            known[key] = losses(out), parameters(start), parameters(out)
         return known[key]
 
     return get
 
 
-ADAMW_BACKENDS = [zero(0), zero(1), zero(2), zero(3), fsdp(0), fsdp(1), fsdp(3)]
-LARS_BACKENDS = [zero(0), fsdp(0), fsdp(1), fsdp(3)]
-CASES = [(ADAMW, b) for b in ADAMW_BACKENDS] + [(LARS, b) for b in LARS_BACKENDS]
+BACKENDS = [zero(0), zero(1), zero(2), zero(3), zero(1, "cpu"), zero(3, "cpu"), fsdp(0), fsdp(1), fsdp(3)]
 
 
-@pytest.mark.parametrize("model", [RESNET, VIT], ids=["resnet", "vit"])
-@pytest.mark.parametrize(("optimizer", "backend"), CASES, ids=lambda case: case[0].split("=")[1] + case[-1][-1])
-def test_two_ranks_lose_what_one_process_loses(tmp_path, one_process, two_ranks, model, optimizer, backend):
-    want = one_process(model, optimizer)
-    two_ranks.run(train, [*model, *optimizer, *backend], str(tmp_path), 10)
+def cases():
+    """Everything; but those whose like is among the others take part in `make test-all` only.
+
+    Three ranks divide no tensor evenly, so partitions cut through tensors.
+    """
+    for ranks in (3, 2):
+        for optimizer in (LARS, ADAMW):
+            for model in (RESNET, VIT):
+                for backend in BACKENDS:
+                    offloaded = backend[-1].endswith("cpu")
+                    often = {
+                        (3, "LARS", "resnet"): backend in (zero(1), zero(2), zero(3, "cpu"), fsdp(3)),
+                        (3, "LARS", "vit"): True,
+                        (3, "AdamW", "resnet"): backend == zero(3),
+                        (3, "AdamW", "vit"): not offloaded or backend == zero(3, "cpu"),
+                        (2, "LARS", "resnet"): backend in (zero(1), zero(3)),
+                        (2, "AdamW", "vit"): backend in (zero(2), fsdp(1)),
+                    }.get((ranks, name_of(optimizer), name_of(model)), False)
+                    yield pytest.param(
+                        ranks,
+                        optimizer,
+                        model,
+                        backend,
+                        marks=() if often else pytest.mark.slow,
+                        id="-".join((str(ranks), *map(name_of, (optimizer, model, backend)))),
+                    )
+
+
+@pytest.mark.parametrize(("ranks", "optimizer", "model", "backend"), list(cases()))
+def test_many_ranks_do_what_one_process_does(tmp_path, one_process, pools, ranks, optimizer, model, backend):
+    want, start, end = one_process(model, optimizer)
+    pools(ranks).run(train, [*model, *optimizer, *backend], str(tmp_path), 10)
     assert len(want) == 10
     assert losses(tmp_path) == pytest.approx(want, rel=1e-5)
-    assert abs(want[0] - want[-1]) > 1e-2  # something was trained
+    assert abs(want[0] - want[-1]) > 0.1  # something was trained
+    # Beyond that, two units in the last place: a batch norm's weight of 1 cannot change by less. The gradient of a batch
+    # norm's bias is a sum that all but cancels before the next norm; unsharded ranks (stage 0) differ as much there.
+    allowed = 1e-4 if model is RESNET else 1e-5
+    for name, tensor in parameters(tmp_path).items():
+        change, ulps = (end[name] - start[name]).norm(), 2 * 2**-23 * end[name].norm()
+        assert (tensor - end[name]).norm() <= allowed * change + ulps, name
 
 
-@pytest.mark.parametrize("backend", ADAMW_BACKENDS, ids=lambda b: b[0].split("=")[1] + b[1][-1])
-def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, two_ranks, backend):
-    overrides = [*RESNET, *ADAMW, *backend, "crossbatch.batchformer.dropout=0.5"]
+RESUMED = [(ADAMW, VIT, backend) for backend in BACKENDS[:4] + BACKENDS[6:]]
+RESUMED += [(LARS, RESNET, zero(1)), (LARS, VIT, zero(2)), (LARS, VIT, zero(3, "cpu")), (LARS, RESNET, fsdp(3))]
+
+
+@pytest.mark.parametrize(("optimizer", "model", "backend"), RESUMED, ids=name_of)
+def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, pools, optimizer, model, backend):
+    overrides = [*model, *optimizer, *backend, "crossbatch.batchformer.dropout=0.5"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    two_ranks.run(train, overrides, str(whole), 7)
-    two_ranks.run(train, overrides, str(cut), 3)
-    two_ranks.run(train, overrides, str(cut), 7)
+    pools(2).run(train, overrides, str(whole), 7)
+    pools(2).run(train, overrides, str(cut), 3)
+    pools(2).run(train, overrides, str(cut), 7)
     assert losses(cut) == losses(whole)
 
 
-def test_a_checkpoint_fits_another_world_and_backend(tmp_path, one_rank, two_ranks):
-    overrides = [*VIT, *ADAMW]
+@pytest.mark.parametrize("optimizer", [ADAMW, LARS], ids=name_of)
+def test_a_checkpoint_fits_another_world_and_backend(tmp_path, pools, optimizer):
+    overrides = [*VIT, *optimizer]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    one_rank.run(train, [*overrides, *zero(0)], str(whole), 8)
-    two_ranks.run(train, [*overrides, *zero(1)], str(moved), 2)
-    two_ranks.run(train, [*overrides, *fsdp(3)], str(moved), 4)
-    two_ranks.run(train, [*overrides, *zero(3)], str(moved), 6)
-    one_rank.run(train, [*overrides, *fsdp(0)], str(moved), 8)
+    pools(1).run(train, [*overrides, *zero(0)], str(whole), 8)
+    pools(3).run(train, [*overrides, *zero(1)], str(moved), 2)
+    pools(2).run(train, [*overrides, *fsdp(3)], str(moved), 4)
+    pools(2).run(train, [*overrides, *zero(3)], str(moved), 6)
+    pools(1).run(train, [*overrides, *fsdp(0)], str(moved), 8)
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def buffers_of(overrides: list[str], out: str) -> list:
+    """Trains three steps on this rank; its batch norms' buffers."""
+    import torch
+
+    from crossbatch.engine.trainer import Trainer
+
+    world = world_from_environment()
+    run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
+    trainer = Trainer(run, world, torch.device("cpu"), Path(out), "auto", 3)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in losses(out))
+    return [(name, str(buffer.dtype), buffer.tolist()) for name, buffer in trainer.backend.model.named_buffers()]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("backend", [zero(0), zero(2), zero(3), fsdp(3)], ids=name_of)
+def test_running_statistics_stay_equal_and_fp32(tmp_path, pools, backend, precision):
+    overrides = [*RESNET, *LARS, *backend, f"crossbatch.precision={precision}"]
+    ranks = pools(2).run(buffers_of, overrides, str(tmp_path))
+    assert ranks[0] == ranks[1]
+    assert {dtype for name, dtype, _ in ranks[0] if "running" in name} == {"torch.float32"}
+    assert any(name.endswith("running_mean") and any(values) for name, _, values in ranks[0])

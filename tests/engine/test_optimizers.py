@@ -1,57 +1,166 @@
-"""LARS against its formula in float64, and who decays and adapts."""
+"""LARS against its formulas in float64, whole and cut, on both devices' passes; and who decays and adapts."""
 
 import pytest
 import torch
 
 from crossbatch.engine.config import load_config
-from crossbatch.engine.optimizers import LARS, build_optimizer, parameter_groups, set_learning_rate
+from crossbatch.engine.optimizers import (
+    LARS,
+    Layout,
+    Segment,
+    build_optimizer,
+    lars,
+    lars_cpu,
+    lars_cuda,
+    parameter_groups,
+    set_learning_rate,
+)
 from crossbatch.models import MoCo
 
+VARIANTS = [
+    {"variant": "moco-v3"},
+    {"variant": "larc", "eps": 0.1},
+    {"variant": "larc", "eps": 0.1, "clip": True},
+    {"variant": "mlperf", "eps": 0.1},
+    {"variant": "mlperf", "eps": 0.1, "decay_after_momentum": True},
+]
+WD, TC, M = 0.1, 0.3, 0.9
+SHAPES = [(4, 3), (3, 3), (2, 2, 2), (400, 300), (5,), (1,)]
 
-def groups(matrices, vectors, weight_decay):
+
+def formula(variant, w, g, v, lr, adapts):
+    """One step of one parameter, written out: new w and v."""
+    name, eps = variant["variant"], variant.get("eps")
+    wd = WD if adapts else 0.0
+    if name == "moco-v3":
+        d = g + wd * w
+        q = TC * w.norm() / d.norm() if adapts and w.norm() > 0 and d.norm() > 0 else 1.0
+        v = M * v + q * d
+        return w - lr * v, v
+    usable = w.norm() > 0 and g.norm() > 0
+    q = TC * w.norm() / (g.norm() + wd * w.norm() + eps) if adapts and usable else 1.0
+    if name == "larc":
+        if adapts and not usable:
+            wd = 0.0
+        elif adapts and variant.get("clip"):
+            q = min(q / lr, 1.0)
+        v = M * v + q * (g + wd * w)
+        return w - lr * v, v
+    if variant.get("decay_after_momentum"):
+        v = M * v + lr * q * g
+        return w - v - lr * q * wd * w, v
+    v = M * v + lr * q * (g + wd * w)
+    return w - v, v
+
+
+def groups(parameters):
     return [
-        {"params": matrices, "adapts": True, "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": vectors, "adapts": False, "weight_decay": 0.0, "lr_scale": 0.5},
+        {
+            "params": [p for p in parameters if (p.ndim > 1) == adapts],
+            "adapts": adapts,
+            "weight_decay": WD if adapts else 0.0,
+            "lr_scale": 1.0 if adapts else 0.5,
+        }
+        for adapts in (True, False)
     ]
 
 
-def test_lars_follows_its_formula():
+@pytest.mark.parametrize("passes", ["cpu", "cuda"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_lars_follows_its_formula(variant, passes, monkeypatch):
+    """`cuda`: the Triton kernels, on this machine's GPU or interpreted."""
+    device = "cuda" if passes == "cuda" and torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(lars, "_passes", lambda _: {"cpu": lars_cpu, "cuda": lars_cuda}[passes])
     torch.manual_seed(0)
-    matrices = [torch.nn.Parameter(values) for values in (torch.randn(4, 3), torch.zeros(3, 3), torch.randn(2, 2, 2))]
-    vectors = [torch.nn.Parameter(values) for values in (torch.randn(5), torch.randn(1))]
-    optimizer = LARS(groups(matrices, vectors, 0.1), lr=0.0, momentum=0.9, trust_coefficient=0.01)
-    values = [p.detach().double().clone() for p in (*matrices, *vectors)]
-    velocity = [torch.zeros_like(v) for v in values]
-    for step in range(4):
-        set_learning_rate(optimizer, 0.3 * (step + 1))
-        for p in (*matrices, *vectors):
-            p.grad = torch.randn_like(p)
-        if step == 2:
-            matrices[2].grad = torch.zeros(2, 2, 2)
-        for i, p in enumerate((*matrices, *vectors)):
-            assert p.grad is not None
-            direction, rate = p.grad.double(), 0.3 * (step + 1)
-            if p.ndim > 1:
-                direction = direction + 0.1 * values[i]
-                p_norm, d_norm = values[i].norm(), direction.norm()
-                direction = direction * (0.01 * p_norm / d_norm if p_norm > 0 and d_norm > 0 else 1.0)
-            else:
-                rate *= 0.5
-            velocity[i] = 0.9 * velocity[i] + direction
-            values[i] = values[i] - rate * velocity[i]
+    parameters = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in SHAPES]
+    parameters[1].data.zero_()
+    optimizer = LARS(groups(parameters), lr=0.0, momentum=M, trust_coefficient=TC, **variant)
+    values = [p.detach().double() for p in parameters]
+    velocities = [torch.zeros_like(v) for v in values]
+    for step in range(3):
+        lr = 0.3 * (step + 1)
+        set_learning_rate(optimizer, lr)
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn_like(p) if (step, i) != (1, 2) else torch.zeros_like(p)
+            rate = lr if p.ndim > 1 else 0.5 * lr
+            values[i], velocities[i] = formula(variant, values[i], p.grad.double(), velocities[i], rate, p.ndim > 1)
         optimizer.step()
-        for p, value in zip((*matrices, *vectors), values, strict=True):
+        for p, value, velocity in zip(parameters, values, velocities, strict=True):
             torch.testing.assert_close(p.detach().double(), value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(optimizer.state[p]["mu"].double(), velocity, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_last_weights_and_foreign_strides():
+    torch.manual_seed(0)
+    w, g = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2)
+    plain, last = torch.nn.Parameter(w.clone()), torch.nn.Parameter(w.to(memory_format=torch.channels_last, copy=True))
+    plain.grad, last.grad = g.clone(), g.clone()
+    for p in (plain, last):
+        LARS([p], lr=1.0, trust_coefficient=0.1).step()
+    torch.testing.assert_close(plain, last)
+    assert last.is_contiguous(memory_format=torch.channels_last) and not torch.equal(last, w)
+
+
+@pytest.mark.parametrize("passes", [lars_cpu, lars_cuda], ids=["cpu", "cuda"])
+def test_a_flat_tensor_cut_through_parameters(passes, monkeypatch):
+    """As ZeRO hands it over: rank 0 holds all of a, half of b and some padding, rank 1 the other half of b."""
+    monkeypatch.setattr(lars, "_passes", lambda _: passes)
+    torch.manual_seed(0)
+    a, b = (torch.nn.Parameter(torch.randn(n, 3)) for n in (3, 30000))
+    gradients = [torch.randn_like(p) for p in (a, b)]
+    half = 45000
+    flats = [torch.full((9 + half + 7,), 5.0), torch.empty(half)]
+    flats[0][:9], flats[0][9:-7], flats[1][:] = a.data.view(-1), b.data.view(-1)[:half], b.data.view(-1)[half:]
+    grads = [torch.ones_like(flats[0]), torch.empty(half)]
+    grads[0][:9], grads[0][9:-7], grads[1][:] = (
+        gradients[0].view(-1),
+        gradients[1].view(-1)[:half],
+        gradients[1].view(-1)[half:],
+    )
+    partial = [None, None]
+    ranks = []
+    for rank, segments in enumerate(([Segment(0, 0, 9), Segment(1, 9, 9 + half)], [Segment(1, 0, half)])):
+
+        def all_reduce(sums, rank=rank):
+            partial[rank] = sums.clone()
+            other = partial[1 - rank]
+            return sums if other is None else sums + other
+
+        flats[rank].grad = grads[rank]
+        ranks.append(LARS([flats[rank]], lr=0.5, trust_coefficient=0.1))
+        ranks[-1].layout = Layout({flats[rank]: segments}, 2, all_reduce)
+    kept = [flat.clone() for flat in flats]
+    for optimizer in ranks:  # the first round only fills `partial`
+        optimizer.step()
+    for flat, optimizer, before in zip(flats, ranks, kept, strict=True):
+        flat.copy_(before)
+        optimizer.state.clear()
+        optimizer.step()
+    a.grad, b.grad = gradients
+    LARS([a, b], lr=0.5, trust_coefficient=0.1).step()
+    torch.testing.assert_close(flats[0][:9], a.data.view(-1))
+    torch.testing.assert_close(torch.cat((flats[0][9:-7], flats[1])), b.data.view(-1))
+    assert flats[0][-7:].tolist() == [5.0] * 7
 
 
 def test_lars_leaves_parameters_without_gradient_alone():
     p, q = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = LARS(groups([p, q], [], 0.1), lr=0.0)
-    set_learning_rate(optimizer, 1.0)
     p.grad = torch.ones(2, 2)
-    optimizer.step()
+    LARS([{"params": [p, q], "weight_decay": 0.1}], lr=1.0).step()
     assert torch.equal(q, torch.ones(2, 2))
     assert not torch.equal(p, torch.ones(2, 2))
+
+
+def test_lars_refuses_what_it_does_not_know():
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"'lamb' is unknown; there are moco-v3, larc, mlperf"):
+        LARS([p], lr=1.0, variant="lamb")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="clip is part of larc"):
+        LARS([p], lr=1.0, clip=True)
+    optimizer = LARS([p], lr=1.0)
+    optimizer.layout, p.grad = Layout({}, 0, None), torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="that its layout lacks"):
+        optimizer.step()
 
 
 def model_and_config(*overrides):

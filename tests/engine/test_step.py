@@ -1,6 +1,7 @@
 """The order of a step against the originals', and the moving average against its formula."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.optimizers import build_optimizer, parameter_groups
 from crossbatch.engine.schedule import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend, Held
-from crossbatch.engine.step import TrainStep
+from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
 
 STEPS_PER_EPOCH = 2
 
@@ -26,13 +27,17 @@ class PlainBackend(Backend):
     def __call__(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 
-    def backward(self, loss):
-        loss.backward()
+    def backward(self, loss, scale):
+        (loss * scale).backward()
 
-    def step(self):
-        self.optimizer.step()
+    def step(self, scale):
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_div_(gradients, scale)
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return 0.0
+        return norm
 
     def local_parameter(self, parameter):
         return parameter.data
@@ -43,7 +48,7 @@ class PlainBackend(Backend):
     def optimizer_held(self) -> dict[str, dict[str, Held]]:
         raise AssertionError
 
-    def loaded(self, step):
+    def loaded(self, updates):
         raise AssertionError
 
 
@@ -81,7 +86,7 @@ def test_losses_are_those_of_the_originals_order(run):
     ours = build_model(run)
     theirs = copy.deepcopy(ours)
     step = TrainStep(PlainBackend(ours, run), run, torch.device("cpu"), STEPS_PER_EPOCH)
-    losses = [step(views(i), i)[0].loss.item() for i in range(5)]
+    losses = [step(views(i))[0].loss.item() for i in range(5)]
 
     optimizer = build_optimizer(parameter_groups(theirs, run.config), run.config)
     expected = []
@@ -126,7 +131,30 @@ def test_autocast_lowers_the_forward_pass_but_not_the_state(run):
     model = build_model(run)
     seen = []
     model.online.backbone.layer1.register_forward_hook(lambda *call: seen.append(call[-1].dtype))  # pyright: ignore
-    contrast, _ = TrainStep(PlainBackend(model, lowered), lowered, torch.device("cpu"), STEPS_PER_EPOCH)(views(0), 0)
+    contrast, _ = TrainStep(PlainBackend(model, lowered), lowered, torch.device("cpu"), STEPS_PER_EPOCH)(views(0))
     assert seen == [torch.bfloat16]
     assert contrast.loss.dtype == torch.float32
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
+
+
+def test_overflow_skips_the_step_and_halves_the_loss_scale(run):
+    torch.manual_seed(0)
+    lowered = resolve(run.config, 1, Device("cpu"))
+    object.__setattr__(lowered, "precision", "fp16")
+    backend = PlainBackend(build_model(run), lowered)
+    step = TrainStep(backend, lowered, torch.device("cpu"), STEPS_PER_EPOCH)
+    step.progress.loss_scale = 2.0**60  # overflows fp16 for certain
+    before = {name: tensor.clone() for name, tensor in backend.model.named_parameters()}
+    norm = step(views(0))[1]
+    assert not math.isfinite(norm)
+    assert step.progress == Progress(step=1, updates=0, loss_scale=2.0**59, clean_steps=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backend.model.named_parameters())
+    assert not backend.optimizer.state
+    step.progress.loss_scale, step.progress.clean_steps = 2.0**10, CLEAN_STEPS - 1
+    step(views(1))
+    assert step.progress == Progress(step=2, updates=1, loss_scale=2.0**11, clean_steps=0)
+    assert {group["lr"] for group in backend.optimizer.param_groups} == {
+        0.0
+    }  # of update 0: the schedule has not moved on
+    step(views(2))
+    assert {group["lr"] for group in backend.optimizer.param_groups} == {step.learning_rate(1)} != {0.0}

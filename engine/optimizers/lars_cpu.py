@@ -1,0 +1,48 @@
+"""The passes of LARS on a CPU, each of which reads and writes memory once.
+
+The first goes block by block through the cache and reads w and g. The second is the kernel of torch.optim.SGD(fused=True): it
+reads w, g and v and writes w and v. That makes 7 values per element, where SGD with momentum and foreach moves 8.
+"""
+
+import torch
+from torch import Tensor
+
+from crossbatch.engine.optimizers.lars import Update, Work
+
+_CACHED = 1 << 17  # elements of a block: w, g and d in fp32 fit into a core's second-level cache
+
+
+def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
+    """sums[0, number] += ||w||^2 and sums[1, number] += ||g + decay w||^2, over this rank's segments."""
+    if not work:
+        return
+    squares = sums.tolist()  # floats add faster than elements of a tensor
+    scratch = torch.empty(_CACHED, dtype=work[0].parameter.dtype)
+    for segment in work:
+        for w, d in zip(segment.parameter.split(_CACHED), segment.gradient.split(_CACHED), strict=True):
+            if decay:
+                d = torch.add(d, w, alpha=decay, out=scratch[: len(w)])
+            squares[0][segment.number] += torch.dot(w, w).item() / segment.copies
+            squares[1][segment.number] += torch.dot(d, d).item() / segment.copies
+    sums.copy_(torch.tensor(squares, dtype=sums.dtype))
+
+
+def update(work: list[Work], formula: Update) -> None:
+    """See `Update`."""
+    gains = formula.gains.tolist()
+    for segment in work:
+        gain = gains[segment.number]
+        if formula.late_decay:
+            segment.parameter.mul_(1 - gain * formula.late_decay)
+        torch._fused_sgd_(
+            [segment.parameter],
+            [segment.gradient],
+            [segment.velocity],
+            momentum=formula.momentum,
+            weight_decay=formula.decay,
+            dampening=1 - gain,  # v = momentum v + (1 - dampening) (g + weight_decay w)
+            lr=-formula.step,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )

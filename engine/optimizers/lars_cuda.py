@@ -1,0 +1,129 @@
+"""The passes of LARS on a GPU: one Triton kernel each over all segments, wherever they lie in memory.
+
+Segments are cut into chunks, one program each. A table on the GPU tells a program where its chunk of w, g and v lies, so
+neither the number of parameters nor the way they are stored costs a launch. The table travels from pinned memory
+beside the kernels of the backward pass; nothing is read back.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crossbatch.engine.optimizers.lars import Update, Work
+
+_CHUNK = 8192  # elements of a program: 45 million parameters are 5500 programs
+_BLOCK: Any = 1024  # elements it handles at once
+
+
+def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
+    """sums[0, number] += ||w||^2 and sums[1, number] += ||g + decay w||^2, over this rank's segments.
+
+    A number occurs at most once in `work`. The order of all additions is fixed, so equal input gives equal bits.
+    """
+    if not work:
+        return
+    table, runs = _table(work), _runs(work)
+    partial = torch.empty(2, table.shape[1], dtype=torch.float64, device=table.device)
+    _squares[(table.shape[1],)](table, partial, table.shape[1], decay, BLOCK=_BLOCK)
+    _finish[(runs.shape[1],)](runs, runs.shape[1], partial, table.shape[1], sums, sums.shape[1], BLOCK=_BLOCK)
+
+
+def update(work: list[Work], formula: Update) -> None:
+    """See `Update`."""
+    if not work:
+        return
+    table, gains = _table(work), formula.gains.float()
+    _update[(table.shape[1],)](
+        table, table.shape[1], gains, formula.momentum, formula.decay, formula.step, formula.late_decay, BLOCK=_BLOCK
+    )
+
+
+def _table(work: list[Work]) -> Tensor:
+    """[5, chunks]: addresses of w, g and v, elements, number of the parameter."""
+    if any(flat.dtype != torch.float32 for segment in work for flat in segment[2:]):
+        raise TypeError("LARS on a GPU keeps parameters, gradients and velocities in fp32.")
+    addresses = np.array([[flat.data_ptr() for flat in segment[2:]] for segment in work], dtype=np.int64).T
+    lengths, chunks = _lengths_and_chunks(work)
+    segment = np.repeat(np.arange(len(work)), chunks)
+    start = (np.arange(len(segment)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * _CHUNK
+    numbers = np.array([segment.number for segment in work])
+    table = np.concatenate(
+        (addresses[:, segment] + 4 * start, [np.minimum(_CHUNK, lengths[segment] - start), numbers[segment]])
+    )
+    return _to_device(table, work)
+
+
+def _runs(work: list[Work]) -> Tensor:
+    """[4, segments]: first chunk, chunks, number of the parameter, ranks that hold the same."""
+    _, chunks = _lengths_and_chunks(work)
+    numbers = [segment.number for segment in work]
+    return _to_device(np.stack((np.cumsum(chunks) - chunks, chunks, numbers, [s.copies for s in work])), work)
+
+
+def _lengths_and_chunks(work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(segment.parameter) for segment in work])
+    return lengths, -(-lengths // _CHUNK)
+
+
+def _to_device(table: np.ndarray, work: list[Work]) -> Tensor:
+    device, host = work[0].parameter.device, torch.from_numpy(table.astype(np.int64))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+@triton.jit
+def _at(table, row, chunks, chunk):
+    """Where the chunk of w (row 0), g (1) or v (2) lies."""
+    return tl.load(table + row * chunks + chunk).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _squares(table, partial, chunks, decay, BLOCK: tl.constexpr):
+    """partial[0, chunk] = ||w||^2, partial[1, chunk] = ||g + decay w||^2."""
+    chunk = tl.program_id(0)
+    w_at, g_at = _at(table, 0, chunks, chunk), _at(table, 1, chunks, chunk)
+    length = tl.load(table + 3 * chunks + chunk).to(tl.int32)
+    w_squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    d_squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, length, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        w = tl.load(w_at + i, i < length, 0.0)
+        d = tl.load(g_at + i, i < length, 0.0) + decay * w
+        w_squares += w * w
+        d_squares += d * d
+    tl.store(partial + chunk, tl.sum(w_squares).to(tl.float64))
+    tl.store(partial + chunks + chunk, tl.sum(d_squares).to(tl.float64))
+
+
+@triton.jit
+def _finish(runs, segments, partial, chunks, sums, count, BLOCK: tl.constexpr):
+    """sums[:, number] += the partial sums of one segment / copies."""
+    segment = tl.program_id(0)
+    first = tl.load(runs + segment)
+    length = tl.load(runs + segments + segment)
+    number = tl.load(runs + 2 * segments + segment)
+    copies = tl.load(runs + 3 * segments + segment).to(tl.float64)
+    for row in range(2):
+        total = tl.zeros((BLOCK,), dtype=tl.float64)
+        for start in range(0, length, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            total += tl.load(partial + row * chunks + first + i, i < length, 0.0)
+        at = sums + row * count + number
+        tl.store(at, tl.load(at) + tl.sum(total) / copies)
+
+
+@triton.jit
+def _update(table, chunks, gains, momentum, decay, step, late_decay, BLOCK: tl.constexpr):
+    chunk = tl.program_id(0)
+    w_at, g_at, v_at = _at(table, 0, chunks, chunk), _at(table, 1, chunks, chunk), _at(table, 2, chunks, chunk)
+    length = tl.load(table + 3 * chunks + chunk).to(tl.int32)
+    gain = tl.load(gains + tl.load(table + 4 * chunks + chunk))
+    for start in range(0, length, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        w = tl.load(w_at + i, i < length)
+        v = momentum * tl.load(v_at + i, i < length) + gain * (tl.load(g_at + i, i < length) + decay * w)
+        tl.store(v_at + i, v, i < length)
+        tl.store(w_at + i, w + step * v - gain * late_decay * w, i < length)
