@@ -1,7 +1,9 @@
 """One training step: features, batch-wide part, backward, update.
 
 The step is cut at the backbone's features (see `crossbatch.models.moco`). With one chunk a step, autograd simply continues
-through the cut and the model's forward covers both sides.
+through the cut. With more, only the backbone is chunked (Gao et al., 2021, "GradCache"): every chunk's features without gradient;
+the batch-wide part on all of them, and its backward down to the features; then each chunk once more, back-propagated
+from the gradient of its features. The result is that of one chunk, but for the batch that a ResNet's norms see.
 """
 
 import math
@@ -14,7 +16,7 @@ from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.schedule import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend
-from crossbatch.models import Contrast
+from crossbatch.models import NUM_VIEWS, Contrast, set_num_chunks, untracked
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_LOSS_SCALE, CLEAN_STEPS = 2.0**16, 2000
@@ -44,6 +46,8 @@ class TrainStep:
 
     def __init__(self, backend: Backend, run: ResolvedConfig, device: torch.device, steps_per_epoch: int):
         self.backend, self.run, self.device, self.steps_per_epoch = backend, run, device, steps_per_epoch
+        self.seed = run.config.crossbatch.seed
+        self.set_chunks(run.chunks)
         self.progress = Progress(loss_scale=INITIAL_LOSS_SCALE if run.precision == "fp16" else 1.0)
 
     def __call__(self, views: torch.Tensor) -> tuple[Contrast, float]:
@@ -53,10 +57,7 @@ class TrainStep:
             The loss and its parts on this rank, and the global gradient norm, which is not finite if the step was skipped.
         """
         progress = self.progress
-        images = self._to_device(views)
-        with self.autocast():
-            contrast = self.backend(images, step=progress.step, seed=self.run.config.crossbatch.seed)
-        self.backend.backward(contrast.loss, progress.loss_scale)
+        contrast = self._in_one_chunk(views) if self.chunks == 1 else self._in_chunks(views)
         contrast.loss = contrast.loss.detach()
         set_learning_rate(self.backend.optimizer, self.learning_rate(progress.updates))
         gradient_norm = self.backend.step(progress.loss_scale)
@@ -67,6 +68,32 @@ class TrainStep:
         self._adjust_loss_scale(math.isfinite(gradient_norm))
         progress.step += 1
         return contrast, gradient_norm
+
+    def _in_one_chunk(self, views: torch.Tensor) -> Contrast:
+        with self.autocast():
+            contrast = self.backend("loss", self._to_device(views), self.progress.step, self.seed)
+        self.backend.backward(contrast.loss, self.progress.loss_scale)
+        return contrast
+
+    def _in_chunks(self, views: torch.Tensor) -> Contrast:
+        """Forward and backward of the same, with the activations of one chunk in memory at a time."""
+        chunks, scale = views.tensor_split(self.chunks, dim=1), self.progress.loss_scale
+        with self.autocast():
+            features = [self.backend("features", self._to_device(chunk)) for chunk in chunks]
+            online, momentum = (_join(parts) for parts in zip(*features, strict=True))
+            online.requires_grad_()
+            contrast = self.backend("contrast", online, momentum, self.progress.step, self.seed)
+        self.backend.backward(contrast.loss, scale, more=True)
+        assert online.grad is not None
+        # In fp32, where taking out a scale (a power of two) and putting it in again changes no bit.
+        gradients = (online.grad.float() / scale).unflatten(0, (NUM_VIEWS, -1)).tensor_split(self.chunks, dim=1)
+        with untracked(self.backend.model.online.backbone):
+            for number, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
+                with self.autocast():
+                    again = self.backend("embed", self._to_device(chunk))
+                surrogate = (again.float() * gradient.flatten(0, 1)).sum()  # whose gradient is `gradient`
+                self.backend.backward(surrogate, scale, more=number < self.chunks - 1)
+        return contrast
 
     def _adjust_loss_scale(self, clean: bool) -> None:
         progress = self.progress
@@ -92,7 +119,18 @@ class TrainStep:
             updates / self.steps_per_epoch, ours.momentum.base, ours.schedule.epochs, ours.momentum.cosine
         )
 
+    def set_chunks(self, chunks: int) -> None:
+        """From now on the local batch passes through the backbone in so many chunks, whose sizes differ by one at most."""
+        self.chunks = chunks
+        for encoder in (self.backend.model.online, self.backend.model.momentum):
+            set_num_chunks(encoder.backbone, chunks)
+
     def _to_device(self, views: torch.Tensor) -> torch.Tensor:
         """uint8 [2, n, 3, H, W] -> normalised fp32 [2n, 3, H, W], both views in one tensor, view-major."""
         images = views.to(self.device, non_blocking=True).flatten(0, 1)
         return normalize(images).to(memory_format=torch.channels_last)
+
+
+def _join(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Features of chunks, each [V*m, C], view-major -> of the local batch [V*n, C], view-major."""
+    return torch.cat([part.unflatten(0, (NUM_VIEWS, -1)) for part in parts], dim=1).flatten(0, 1)

@@ -9,6 +9,7 @@ from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.collective import Collective
 from crossbatch.models.loss import chance_loss, contrastive_loss
 from crossbatch.models.moco import NUM_VIEWS, Contrast, MoCo
+from crossbatch.models.norm import set_num_chunks, untracked
 
 __all__ = [
     "ARCHS",
@@ -20,4 +21,6 @@ __all__ = [
     "build_backbone",
     "chance_loss",
     "contrastive_loss",
+    "set_num_chunks",
+    "untracked",
 ]

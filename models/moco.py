@@ -118,14 +118,25 @@ class MoCo(nn.Module):
             if isinstance(module, BatchFormer):
                 module.collective = collective
 
-    def forward(self, images: torch.Tensor, step: int = 0, seed: int = 0) -> Contrast | torch.Tensor:
-        """In training: both views [V*n, 3, H, W] -> the loss. In evaluation: images [n, 3, H, W] -> features [n, C]."""
-        if not self.training:
-            return self.online.backbone(images)
-        online = self.online.backbone(images)
+    def forward(self, part: str, *args):
+        """Calls the method named `part`: sharding backends gather parameters where `forward` is called, and only there."""
+        return getattr(self, part)(*args)
+
+    def loss(self, images: torch.Tensor, step: int, seed: int) -> Contrast:
+        """Both views [V*n, 3, H, W] of the whole local batch -> the loss."""
+        online = self.embed(images)
         with torch.no_grad():
             momentum = self.momentum.backbone(images)
         return self.contrast(online, momentum, step, seed)
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both views [V*m, 3, H, W] of a chunk -> features [V*m, C] of the online and of the momentum backbone."""
+        return self.embed(images), self.momentum.backbone(images)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [m, 3, H, W] -> features [m, C] of the online backbone."""
+        return self.online.backbone(images)
 
     def contrast(self, online_NC: torch.Tensor, momentum_NC: torch.Tensor, step: int, seed: int) -> Contrast:
         """The batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""

@@ -25,6 +25,9 @@ Parameter gradients stay local: summing (or averaging) them over the ranks is th
 Shape suffixes: V = views, n = images of one view on this rank, C = channels, W = world size.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -46,12 +49,15 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     collective: Collective
     num_views: int
+    num_chunks: int
+    tracks: bool
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True, *, num_views: int = 2
     ):
         super().__init__(num_features, eps, momentum, affine)
         self.num_views = num_views
+        self.num_chunks, self.tracks = 1, True
         self.collective = Collective()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -62,7 +68,8 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = _dense(input)
         with torch.no_grad():
             mean_VC, var_VC = self._statistics(x)
-            self._track(mean_VC, var_VC * (count / (count - 1)))
+            if self.tracks:
+                self._track(mean_VC, var_VC * (count / (count - 1)))
         normalised = _ViewNormalise.apply(x, self.weight, self.bias, mean_VC, var_VC, self.eps, count, self.collective)
         assert isinstance(normalised, Tensor)
         return normalised
@@ -95,12 +102,13 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         return mean_VC, var_WVC.mean(0) + (mean_WVC - mean_VC).square().mean(0)
 
     def _track(self, mean_VC: Tensor, unbiased_var_VC: Tensor) -> None:
-        """Updates the running statistics as V successive calls would."""
+        """Updates the running statistics as V successive calls would; k chunks together weigh as much as one batch."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
+        kept = (1 - self.momentum) ** (1 / self.num_chunks)
         for mean_C, var_C in zip(mean_VC, unbiased_var_VC, strict=True):
-            self.running_mean.mul_(1 - self.momentum).add_(mean_C, alpha=self.momentum)
-            self.running_var.mul_(1 - self.momentum).add_(var_C, alpha=self.momentum)
+            self.running_mean.mul_(kept).add_(mean_C, alpha=1 - kept)
+            self.running_var.mul_(kept).add_(var_C, alpha=1 - kept)
         self.num_batches_tracked.add_(self.num_views)
 
     def extra_repr(self) -> str:
@@ -118,6 +126,26 @@ def set_num_views(model: nn.Module, num_views: int) -> None:
     """From now on the norms of `model` expect batches of `num_views` views."""
     for norm in _norms(model):
         norm.num_views = num_views
+
+
+def set_num_chunks(model: nn.Module, num_chunks: int) -> None:
+    """From now on a batch comes in `num_chunks` calls: each moves the running statistics by its share."""
+    for norm in _norms(model):
+        norm.num_chunks = num_chunks
+
+
+@contextlib.contextmanager
+def untracked(model: nn.Module) -> Iterator[None]:
+    """Within it running statistics stay as they are: for passes that repeat an earlier one."""
+    norms = _norms(model)
+    before = [norm.tracks for norm in norms]
+    for norm in norms:
+        norm.tracks = False
+    try:
+        yield
+    finally:
+        for norm, tracks in zip(norms, before, strict=True):
+            norm.tracks = tracks
 
 
 def _norms(model: nn.Module) -> list[ViewBatchNorm]:

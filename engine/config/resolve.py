@@ -35,6 +35,7 @@ class ResolvedConfig:
     local_batch: int
     chunk: int
     chunks: int
+    auto_chunk: bool  # `chunk` is the local batch until memory is known
     group_size: int | None
     precision: str
     workers: int
@@ -56,12 +57,8 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
     _check_combinations(config, world_size)
     local_batch = config.train_batch_size // world_size
     chunk = config.train_micro_batch_size_per_gpu
+    auto_chunk = chunk == "auto"
     chunk = local_batch if chunk == "auto" else min(chunk, local_batch)
-    if chunk < local_batch:
-        raise InputError(
-            f"train_micro_batch_size_per_gpu: given {chunk} for a local batch of {local_batch}; allowed: one chunk a step; "
-            f'set it to "auto", or train_batch_size to at most {chunk * world_size}'
-        )
     cores = (os.cpu_count() or 1) // local_world_size
     workers = config.crossbatch.data.workers
     if workers == "auto":
@@ -75,7 +72,8 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
         device=device,
         local_batch=local_batch,
         chunk=chunk,
-        chunks=local_batch // chunk,
+        chunks=-(-local_batch // chunk),
+        auto_chunk=auto_chunk,
         group_size=_group_size(config, local_batch),
         precision=precision,
         workers=workers,

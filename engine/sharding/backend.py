@@ -41,8 +41,12 @@ class Backend(ABC):
         """The model's forward, through whatever gathers its parameters."""
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor, scale: float) -> None:
-        """Back-propagates the local mean loss times `scale` and leaves averaged gradients for `step`."""
+    def backward(self, loss: torch.Tensor, scale: float, more: bool = False) -> None:
+        """Back-propagates the local mean loss times `scale` and leaves averaged gradients for `step`.
+
+        With `more`, further calls belong to the same step: gradients add up, and the ranks exchange those of the online
+        backbone only at the call without.
+        """
 
     @abstractmethod
     def step(self, scale: float) -> float:

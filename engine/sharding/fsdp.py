@@ -6,13 +6,14 @@ needs no communication.
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from crossbatch.engine.config import ResolvedConfig
@@ -25,6 +26,8 @@ from crossbatch.models import MoCo
 
 class FsdpBackend(Backend):
     def __init__(self, model: MoCo, run: ResolvedConfig):
+        # A pooled feature is a view; nobody writes into it.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self.model = model
         self._clip = run.config.gradient_clipping
         stage = run.config.zero_optimization.stage
@@ -39,7 +42,11 @@ class FsdpBackend(Backend):
     def __call__(self, *args, **kwargs) -> Any:
         return self.model(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor, scale: float) -> None:
+    def backward(self, loss: torch.Tensor, scale: float, more: bool = False) -> None:
+        backbone, root = self.model.online.backbone, self.model
+        assert isinstance(backbone, FSDPModule) and isinstance(root, FSDPModule)
+        backbone.set_requires_gradient_sync(not more)
+        root.set_is_last_backward(not more)
         (loss * scale).backward()
 
     def step(self, scale: float) -> float:

@@ -12,6 +12,7 @@ like the online one. Where DeepSpeed keeps which run of a parameter:
 Which also tells LARS what lies where in what it is handed. With `offload_optimizer` the flat copies lie in host memory.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -35,14 +36,14 @@ class ZeroBackend(Backend):
             # It would compile, for a minute, a shared-memory all-reduce that only inference calls.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = run.config.zero_optimization.stage
+        self._exchange: contextlib.ExitStack | None = None  # open while gradients add up; closing it sends them
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
         optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
-        # Not even warnings: "untested optimizer, proceed with caution" is about those that have not read the cut.
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").addFilter(_unexpected)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(run), dist_init_required=False
         )
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.model = model
         self._check_cut()
         if isinstance(optimizer, LARS):
@@ -51,13 +52,20 @@ class ZeroBackend(Backend):
     def __call__(self, *args, **kwargs) -> Any:
         return self.engine(*args, **kwargs) if self.model.training else self.model(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor, scale: float) -> None:
+    def backward(self, loss: torch.Tensor, scale: float, more: bool = False) -> None:
         if self.stage == 0:
-            self.engine.backward(loss * scale)
+            with self.engine.no_sync() if more else contextlib.nullcontext():
+                self.engine.backward(loss * scale)
             return
         if scale != 1:
             self.optimizer.override_loss_scale(scale)
+        if more and self._exchange is None:
+            self._exchange = contextlib.ExitStack()
+            self._exchange.enter_context(self.engine.coalesce_grad_reduction())
         self.engine.backward(loss)
+        if not more and self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
 
     def step(self, scale: float) -> float:
         if self.stage == 0:  # DeepSpeed neither scales nor computes a norm there
@@ -168,6 +176,13 @@ class ZeroBackend(Backend):
             flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
             address = mapping.hp_fragment_address
             yield flat, address.start, mapping.lp_fragment_address.start, address.numel
+
+
+def _unexpected(record: logging.LogRecord) -> bool:
+    """Drops two warnings: of an optimizer that has not read the cut, and of outputs of the whole model, which has no parameters
+    outside of its parts.
+    """
+    return not any(text in record.getMessage() for text in ("untested optimizer", "unknown inputs or outputs type"))
 
 
 def _even_cut(parameter: Any) -> tuple[int, int]:

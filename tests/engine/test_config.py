@@ -96,7 +96,6 @@ def test_the_table_for_users_is_that_of_the_schema():
     ("overrides", "world", "device", "words"),
     [
         (["train_batch_size=100"], 16, CPU, ["train_batch_size", "100 for 16 ranks", "set it to 96"]),
-        (["train_micro_batch_size_per_gpu=64"], 1, CPU, ["train_micro_batch_size_per_gpu", '"auto"']),
         (["optimizer.params.clip=true"], 1, CPU, ["optimizer.params.clip", "moco-v3", "set the variant to larc"]),
         (["optimizer.params.decay_after_momentum=true"], 1, CPU, ["decay_after_momentum", "set the variant to mlperf"]),
         (

@@ -27,7 +27,7 @@ class PlainBackend(Backend):
     def __call__(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 
-    def backward(self, loss, scale):
+    def backward(self, loss, scale, more=False):
         (loss * scale).backward()
 
     def step(self, scale):
@@ -98,7 +98,7 @@ def test_losses_are_those_of_the_originals_order(run):
                 average.mul_(m).add_(online, alpha=1 - m)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch, 0.1 * 8 / 256, 3, 1)
-        contrast = theirs(normalize(views(i).flatten(0, 1)), step=i, seed=0)
+        contrast = theirs.loss(normalize(views(i).flatten(0, 1)), i, 0)
         optimizer.zero_grad()
         contrast.loss.backward()
         optimizer.step()

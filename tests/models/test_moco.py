@@ -16,7 +16,7 @@ def tiny(**overrides) -> MoCo:
 
 def train_once(model: MoCo, step: int = 0) -> Contrast:
     torch.manual_seed(1)
-    contrast = model(torch.randn(8, 3, 16, 16), step=step, seed=0)
+    contrast = model.loss(torch.randn(8, 3, 16, 16), step, 0)
     assert isinstance(contrast, Contrast)
     contrast.loss.backward()
     return contrast
@@ -85,9 +85,9 @@ def test_keys_come_from_the_momentum_encoder():
 def test_evaluation_returns_backbone_features():
     model = tiny(add_bf=1).eval()
     images = torch.randn(3, 3, 16, 16)
-    features = model(images)
+    features = model.embed(images)
     assert features.shape == (3, 64)
-    torch.testing.assert_close(features[:1], model(images[:1]))
+    torch.testing.assert_close(features[:1], model.embed(images[:1]))
 
 
 def test_views_keep_separate_statistics():
