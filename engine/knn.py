@@ -68,7 +68,9 @@ class KnnMonitor:
         for _ in range(-(-largest_share // self.batch_size)):
             images, numbers = next(loader, (images, None))
             with autocast():
-                output = backend("embed", normalize(images.to(self.device)).to(memory_format=torch.channels_last)).float()
+                output = backend(
+                    "embed", normalize(images.to(self.device)).to(memory_format=torch.channels_last)
+                ).float()
             features.append(F.normalize(output, dim=1) if numbers is not None else output[:0])
             read += [numbers] if numbers is not None else []
         labels = source.labels[np.concatenate(read)] if read else source.labels[:0]

@@ -1,7 +1,7 @@
 """One training step: features, batch-wide part, backward, update.
 
-The step is cut at the backbone's features (see `crossbatch.models.moco`). With one chunk a step, autograd simply continues
-through the cut. With more, only the backbone is chunked (Gao et al., 2021, "GradCache"): every chunk's features without gradient;
+The step is cut at the backbone's features (see `crossbatch.models.moco`). With one chunk, autograd simply continues through
+the cut. With more, only the backbone is chunked (Gao et al., 2021, "GradCache"): every chunk's features without gradient;
 the batch-wide part on all of them, and its backward down to the features; then each chunk once more, back-propagated
 from the gradient of its features. The result is that of one chunk, but for the batch that a ResNet's norms see.
 """
@@ -42,12 +42,15 @@ class TrainStep:
     Args:
         backend: the sharded model and its optimizer.
         steps_per_epoch: of the data, for the schedules.
+        chunk: images that the backbone sees at once, at most. The chunks of a step differ by one image at most.
     """
 
-    def __init__(self, backend: Backend, run: ResolvedConfig, device: torch.device, steps_per_epoch: int):
+    def __init__(self, backend: Backend, run: ResolvedConfig, device: torch.device, steps_per_epoch: int, chunk: int):
         self.backend, self.run, self.device, self.steps_per_epoch = backend, run, device, steps_per_epoch
         self.seed = run.config.crossbatch.seed
-        self.set_chunks(run.chunks)
+        self.chunks = -(-run.local_batch // chunk)
+        for encoder in (backend.model.online, backend.model.momentum):
+            set_num_chunks(encoder.backbone, self.chunks)
         self.progress = Progress(loss_scale=INITIAL_LOSS_SCALE if run.precision == "fp16" else 1.0)
 
     def __call__(self, views: torch.Tensor) -> tuple[Contrast, float]:
@@ -106,8 +109,7 @@ class TrainStep:
             progress.loss_scale, progress.clean_steps = progress.loss_scale * 2, 0
 
     def autocast(self):
-        dtype = AUTOCAST.get(self.run.precision)
-        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        return autocast(self.run, self.device)
 
     def learning_rate(self, updates: int) -> float:
         schedule = self.run.config.crossbatch.schedule
@@ -119,16 +121,16 @@ class TrainStep:
             updates / self.steps_per_epoch, ours.momentum.base, ours.schedule.epochs, ours.momentum.cosine
         )
 
-    def set_chunks(self, chunks: int) -> None:
-        """From now on the local batch passes through the backbone in so many chunks, whose sizes differ by one at most."""
-        self.chunks = chunks
-        for encoder in (self.backend.model.online, self.backend.model.momentum):
-            set_num_chunks(encoder.backbone, chunks)
-
     def _to_device(self, views: torch.Tensor) -> torch.Tensor:
         """uint8 [2, n, 3, H, W] -> normalised fp32 [2n, 3, H, W], both views in one tensor, view-major."""
         images = views.to(self.device, non_blocking=True).flatten(0, 1)
         return normalize(images).to(memory_format=torch.channels_last)
+
+
+def autocast(run: ResolvedConfig, device: torch.device) -> torch.autocast:
+    """The precision of forward passes."""
+    dtype = AUTOCAST.get(run.precision)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def _join(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The run: opens data and model, trains, logs, evaluates and saves."""
 
+import gc
 import itertools
 import json
 import math
@@ -18,11 +19,13 @@ from crossbatch.engine.build import build_model
 from crossbatch.engine.config import ResolvedConfig, to_dict
 from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main
 from crossbatch.engine.knn import KnnMonitor
+from crossbatch.engine.memory import automatic_chunk, remember
 from crossbatch.engine.sharding import build_backend
-from crossbatch.engine.step import Progress, TrainStep
+from crossbatch.engine.step import Progress, TrainStep, autocast
 from crossbatch.engine.telemetry import Log, RunLog, StepClock
 from crossbatch.models import Contrast
 
+CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_gpu: "auto"` came to
 MOST_SKIPPED_STEPS = 30  # in a row: a loss scale of 2^16 has fallen to 2^-14
 
 
@@ -55,13 +58,12 @@ class Trainer:
         self.stop = min(self.last_step, stop_after) if stop_after is not None else self.last_step
         resumed = on_main(lambda: self._open_run(resume))
 
-        torch.manual_seed(self.ours.seed)
-        model = build_model(run).to(device)
-        model.set_collective(GroupCollective())
-        self.backend = build_backend(model, run)
-        self.train_step = TrainStep(self.backend, run, device, self.steps_per_epoch)
-        if resumed:
-            self.train_step.progress = Progress(**checkpoint.load(resumed, self.backend))
+        chunk, why = run.chunk, None
+        if run.auto_chunk:
+            chunk, why = automatic_chunk(run, world, device, lambda: autocast(run, device), out / CHUNK)
+        self._build(resumed, chunk)
+        if world.is_main:
+            checkpoint.write_atomically(out / "config.json", json.dumps(self._config(), indent=2) + "\n")
         self.loader = TrainLoader(
             source,
             self.order,
@@ -75,12 +77,25 @@ class Trainer:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.knn_history: list[tuple[int, float]] = []
+        if why is not None and chunk < run.local_batch:
+            self.log.note(why)
         if resumed:
             self.log.note(f"resumed {resumed} at step {self.step}")
 
     @property
     def step(self) -> int:
         return self.train_step.progress.step
+
+    def _build(self, resumed: Path | None, chunk: int) -> None:
+        """Model, backend and step, as the seed or the checkpoint `resumed` says."""
+        torch.manual_seed(self.ours.seed)
+        model = build_model(self.run).to(self.device)
+        model.set_collective(GroupCollective())
+        self.backend = build_backend(model, self.run)
+        self.train_step = TrainStep(self.backend, self.run, self.device, self.steps_per_epoch, chunk)
+        self.resumed, self.chunk, self.fits = resumed, chunk, False
+        if resumed:
+            self.train_step.progress = Progress(**checkpoint.load(resumed, self.backend))
 
     def _open_data(self):
         path = self.ours.data.path
@@ -100,8 +115,6 @@ class Trainer:
         found = checkpoint.find(self.out, resume)
         try:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            config = {**to_dict(self.run.config), "world_size": self.world.size}
-            checkpoint.write_atomically(self.out / "config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise InputError(
                 f"--out {self.out}: cannot be written: {error.strerror}; choose a writable folder"
@@ -132,7 +145,7 @@ class Trainer:
             self._skip(batch.skipped)
             if self.step == 0:
                 self.log.pictures("views", view_pairs(batch.views), 0)
-            contrast, gradient_norm = self.train_step(batch.views)
+            contrast, gradient_norm = self._train_on(batch.views)
             self._skip_step(gradient_norm)
             self.log.advance(self.step)
             knn = self._knn_due()
@@ -140,6 +153,38 @@ class Trainer:
                 self._record(self._metrics(contrast, gradient_norm), knn)
             if self.step % self._save_every() == 0 and self.step < self.stop:
                 self._save()
+
+    def _train_on(self, views: torch.Tensor) -> tuple[Contrast, float]:
+        """One step; if the first one of this process does not fit into memory, with smaller chunks."""
+        while True:
+            try:
+                result = self.train_step(views)
+                self.fits = True
+                return result
+            except torch.OutOfMemoryError:
+                self._stop_unless_smaller_chunks_help()
+            # Outside of the handler, whose traceback holds on to the memory of the step.
+            del self.backend, self.train_step.backend
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._build(self.resumed, self.chunk // 2)
+            remember(self.out / CHUNK, self.run, self.chunk)
+            self.log.note(f"out of memory: trying again with chunks of {self.chunk} images")
+
+    def _stop_unless_smaller_chunks_help(self) -> None:
+        remedy = f"set train_micro_batch_size_per_gpu to {self.chunk // 2}" if self.chunk > 1 else "use more ranks"
+        if self.fits:
+            saved = "the last checkpoint is older"
+            if self.world.size == 1:  # the others may be anywhere
+                self.backend.discard()
+                self._save()
+                saved = "saved"
+            raise RunStopped(
+                f"out of memory in step {self.step + 1} with chunks of {self.chunk} images; {saved}; {remedy}"
+            )
+        if self.chunk == 1 or self.world.size > 1:
+            raise RunStopped(f"out of memory in the first step with chunks of {self.chunk} images; {remedy}")
 
     def _batches(self) -> Iterator[Batch]:
         epoch, step = divmod(self.step, self.steps_per_epoch)
@@ -218,11 +263,14 @@ class Trainer:
 
     def _save(self) -> None:
         before = time.perf_counter()
-        config = {**to_dict(self.run.config), "world_size": self.world.size}
-        checkpoint.save(
-            self.out / "checkpoints", self.backend, asdict(self.train_step.progress), config, self.ours.checkpoint.keep
-        )
+        progress = asdict(self.train_step.progress)
+        checkpoint.save(self.out / "checkpoints", self.backend, progress, self._config(), self.ours.checkpoint.keep)
         self.clock.paused(before)
+
+    def _config(self) -> dict:
+        """As resolved, for who wants to repeat the run."""
+        config = {**to_dict(self.run.config), "world_size": self.world.size}
+        return {**config, "train_micro_batch_size_per_gpu": self.chunk}
 
     def _summarise(self, seconds: float, steps: int) -> None:
         images = steps * self.run.config.train_batch_size

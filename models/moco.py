@@ -54,6 +54,7 @@ class MoCo(nn.Module):
 
     Args:
         arch, image_size, stem, stop_grad_conv1, backbone_args: see `build_backbone`.
+        checkpoint_activations: of the blocks of the online backbone: less memory for a third more time.
         dim, mlp_dim: widths of the heads.
         temperature, add_bf: see `crossbatch.models.loss`.
         group_size, dropout: see `BatchFormer`.
@@ -69,6 +70,7 @@ class MoCo(nn.Module):
         stem: str = "imagenet",
         stop_grad_conv1: bool = False,
         backbone_args: dict | None = None,
+        checkpoint_activations: bool = False,
         dim: int = 256,
         mlp_dim: int = 4096,
         temperature: float = 1.0,
@@ -86,6 +88,8 @@ class MoCo(nn.Module):
             return Encoder(backbone, build_projector(family(arch), backbone.num_features, mlp_dim, dim))
 
         self.online, self.momentum = encoder(), encoder()
+        if checkpoint_activations:
+            self.online.backbone.checkpoint_activations()
         self.predictor = build_predictor(family(arch), mlp_dim, dim)
         self.batchformer = None
         if uses_batchformer(add_bf):

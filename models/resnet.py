@@ -9,11 +9,14 @@ Stems: "imagenet" is 7x7 stride 2 followed by a 3x3 max pool of stride 2, as pub
 that would leave a map of 1 to 2 pixels at the end; "small" is 3x3 stride 1 without the pool, the usual one for CIFAR.
 """
 
+import contextlib
+
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from crossbatch.models.norm import ViewBatchNorm
+from crossbatch.models.norm import ViewBatchNorm, untracked
 
 STEMS = ("imagenet", "small")
 
@@ -65,6 +68,22 @@ class ResNet(torchvision.models.ResNet):
                 nn.init.zeros_(module.get_parameter("bn3.weight"))
             elif isinstance(module, BasicBlock):
                 nn.init.zeros_(module.get_parameter("bn2.weight"))
+
+    def checkpoint_activations(self) -> None:
+        """From now on keeps only the inputs of the blocks for the backward pass, which runs each block once more."""
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            setattr(self, name, _Checkpointed(*self.get_submodule(name).children()))
+
+
+class _Checkpointed(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        for block in self:
+
+            def contexts(block: nn.Module = block):
+                return contextlib.nullcontext(), untracked(block)  # the second pass is not another batch
+
+            input = checkpoint(block, input, use_reentrant=False, context_fn=contexts)  # pyright: ignore
+        return input
 
 
 def build(arch: str, *, width: int = 64, stem: str = "imagenet") -> ResNet:

@@ -100,6 +100,10 @@ class ViT(VisionTransformer):
         if stop_grad_conv1:
             self.patch_embed.requires_grad_(False)
 
+    def checkpoint_activations(self) -> None:
+        """From now on keeps only the inputs of the blocks for the backward pass, which runs each block once more."""
+        self.set_grad_checkpointing()
+
     @torch.no_grad()
     def _initialise(self) -> None:
         """The order of section 2.1; LayerNorms keep 1 and 0."""

@@ -30,6 +30,9 @@ class ModelConfig:
     mlp_dim: int = key(4096, "hidden width of projector and predictor", low=2)
     temperature: float = key(1.0, "divides the cosine similarities", above=0.0)
     stop_grad_conv1: bool = key(False, "freeze the patch projection of a ViT at its initialisation")
+    checkpoint_activations: bool = key(
+        False, "run the blocks of the backbone once more in the backward pass instead of keeping their activations"
+    )
     backbone_args: Mapping[str, Any] = key(
         dict,
         "keyword arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)",
@@ -187,5 +190,5 @@ REFUSED_DEEPSPEED_KEYS = {
     "zero_allow_untested_optimizer": "remove it; it silently turns LARS into SGD, and the engine sets it where it is exact",
     "steps_per_print": "set crossbatch.log.every_steps",
     "tensorboard": "remove it; every run writes TensorBoard files",
-    "activation_checkpointing": "remove it; choose a smaller train_micro_batch_size_per_gpu",
+    "activation_checkpointing": "set crossbatch.model.checkpoint_activations, or a smaller train_micro_batch_size_per_gpu",
 }

@@ -55,6 +55,11 @@ class Backend(ABC):
         `scale` is that of `backward`; it is taken out again. If the norm is not finite, nothing is updated, on any rank.
         """
 
+    def discard(self) -> None:
+        """Forgets gradients of a step that did not come to its end; for a world of one."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
     @abstractmethod
     def local_parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """The memory of `parameter` on this rank between steps (equally cut for equally shaped parameters)."""

@@ -85,7 +85,7 @@ def test_losses_are_those_of_the_originals_order(run):
     torch.manual_seed(0)
     ours = build_model(run)
     theirs = copy.deepcopy(ours)
-    step = TrainStep(PlainBackend(ours, run), run, torch.device("cpu"), STEPS_PER_EPOCH)
+    step = TrainStep(PlainBackend(ours, run), run, torch.device("cpu"), STEPS_PER_EPOCH, 8)
     losses = [step(views(i))[0].loss.item() for i in range(5)]
 
     optimizer = build_optimizer(parameter_groups(theirs, run.config), run.config)
@@ -131,7 +131,7 @@ def test_autocast_lowers_the_forward_pass_but_not_the_state(run):
     model = build_model(run)
     seen = []
     model.online.backbone.layer1.register_forward_hook(lambda *call: seen.append(call[-1].dtype))  # pyright: ignore
-    contrast, _ = TrainStep(PlainBackend(model, lowered), lowered, torch.device("cpu"), STEPS_PER_EPOCH)(views(0))
+    contrast, _ = TrainStep(PlainBackend(model, lowered), lowered, torch.device("cpu"), STEPS_PER_EPOCH, 8)(views(0))
     assert seen == [torch.bfloat16]
     assert contrast.loss.dtype == torch.float32
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
@@ -142,7 +142,7 @@ def test_overflow_skips_the_step_and_halves_the_loss_scale(run):
     lowered = resolve(run.config, 1, Device("cpu"))
     object.__setattr__(lowered, "precision", "fp16")
     backend = PlainBackend(build_model(run), lowered)
-    step = TrainStep(backend, lowered, torch.device("cpu"), STEPS_PER_EPOCH)
+    step = TrainStep(backend, lowered, torch.device("cpu"), STEPS_PER_EPOCH, 8)
     step.progress.loss_scale = 2.0**60  # overflows fp16 for certain
     before = {name: tensor.clone() for name, tensor in backend.model.named_parameters()}
     norm = step(views(0))[1]

@@ -1,0 +1,138 @@
+"""How many images the backbone may see at once: `train_micro_batch_size_per_gpu: "auto"`.
+
+A backbone of its own (unsharded, outside of the sharding backend) is run on 2 and on 4 images; the difference is what two
+images keep for their backward pass. On a GPU that is the peak of the allocator, on a CPU the tensors that autograd saves.
+What is free, less what the batch-wide part and the optimizer will take and less a margin, divided by it is the chunk.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from crossbatch import InputError
+from crossbatch.engine.build import build_model
+from crossbatch.engine.checkpoint import write_atomically
+from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.distributed import World, broadcast_object
+from crossbatch.models import NUM_VIEWS, MoCo
+
+MARGIN = 0.75  # of what is free: fragmentation, workspaces, the loader
+SMALL, LARGE = 2, 4  # images of the probe
+
+
+def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, autocast, cache: Path) -> tuple[int, str]:
+    """The chunk for this run and why, the same on all ranks; every rank must call it.
+
+    Raises InputError if not even one image fits. `cache` is a file of the run directory: a run that is continued keeps
+    its chunks, because they are part of what a ResNet's norms see.
+    """
+    known = broadcast_object(_read(cache, run))
+    if known is not None:
+        return known, f"chunk of {known} images, as before"
+    with torch.device("meta"):
+        model = build_model(run)
+    per_image = bytes_per_image(model.online.backbone, run.config.crossbatch.data.image_size, device, autocast)
+    rest = batch_wide_bytes(model, run)
+    free = free_bytes(device, world.local_size)
+    fits = torch.tensor(int((MARGIN * free - rest) / per_image), device=device)
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    if fits < 1:
+        raise InputError(
+            f"train_micro_batch_size_per_gpu: not even one image fits into {free / 2**30:.1f} GiB: the backbone keeps "
+            f"{per_image / 2**20:.0f} MiB of it, and {run.local_batch} images a rank take {rest / 2**30:.1f} GiB behind the "
+            f"backbone; lower train_batch_size, use more ranks, or name a chunk to try it all the same"
+        )
+    chunks = -(-run.local_batch // int(fits))
+    chunk = -(-run.local_batch // chunks)
+    if world.is_main:
+        remember(cache, run, chunk)
+    why = f"chunk of {chunk} images, {chunks} a step: {per_image / 2**20:.1f} MiB an image, {free / 2**30:.1f} GiB free"
+    return chunk, why
+
+
+def remember(cache: Path, run: ResolvedConfig, chunk: int) -> None:
+    """For when this run is continued."""
+    write_atomically(cache, json.dumps({"chunk": chunk, "local_batch": run.local_batch}) + "\n")
+
+
+def bytes_per_image(backbone: nn.Module, image_size: int, device: torch.device, autocast) -> float:
+    """What `backbone`, given without memory, keeps for one more image (both views) until its backward pass."""
+    backbone = backbone.to_empty(device=device)
+    for parameter in backbone.parameters():
+        nn.init.constant_(parameter, 0.01)
+    kept = []
+    for count in (SMALL, SMALL, LARGE):  # the first call also pays for workspaces and handles
+        images = torch.zeros(NUM_VIEWS * count, 3, image_size, image_size, device=device)
+        kept.append(_kept(backbone, images.to(memory_format=torch.channels_last), autocast))
+    return max((kept[2] - kept[1]) / (LARGE - SMALL), 1.0)
+
+
+def batch_wide_bytes(model: MoCo, run: ResolvedConfig) -> float:
+    """An upper estimate of what is there once: fp32 gradients and optimizer state, heads, BatchFormer and logits.
+
+    Per stream of a view, rows of the local batch: about six activations of the heads' hidden width; per loss term, a
+    [rows, global batch] matrix of logits, its softmax and its gradient.
+    """
+    ours = run.config.crossbatch
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    streams = NUM_VIEWS * (2 if model.batchformer is not None else 1)
+    heads = streams * run.local_batch * 6 * max(ours.model.mlp_dim, model.online.backbone.num_features)
+    logits = 3 * streams * (streams // NUM_VIEWS) * run.local_batch * run.config.train_batch_size
+    return 4.0 * (3 * trainable + heads + logits)
+
+
+def free_bytes(device: torch.device, local_size: int) -> float:
+    """This rank's part of the memory that nobody uses, in bytes."""
+    if device.type == "cuda":
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    available = next(
+        (float(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")),
+        4 * 2.0**30,
+    )
+    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit and limit[0].isdigit() and used:
+        available = min(available, float(limit[0]) - float(used[0]))
+    return available / local_size
+
+
+def _kept(backbone: nn.Module, images: torch.Tensor, autocast) -> float:
+    if images.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with autocast():
+            output = backbone(images)
+        output.float().sum().backward()
+        backbone.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated() - before
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
+        output = backbone(images)  # alive, or its storages would be counted once for several tensors
+    del output
+    return float(sum(saved.values()))
+
+
+def _read(cache: Path, run: ResolvedConfig) -> int | None:
+    if not cache.exists():
+        return None
+    known = json.loads(cache.read_text(encoding="utf-8"))
+    return known["chunk"] if known["local_batch"] == run.local_batch else None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
