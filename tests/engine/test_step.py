@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import torch
 from crossbatch.data import normalize
 from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.distributed import GroupCollective
 from crossbatch.engine.optimizers import build_optimizer, parameter_groups
 from crossbatch.engine.schedule import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend, Held
 from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
+from crossbatch.models import MoCo
 
 STEPS_PER_EPOCH = 2
 
@@ -158,3 +161,40 @@ def test_overflow_skips_the_step_and_halves_the_loss_scale(run):
     }  # of update 0: the schedule has not moved on
     step(views(2))
     assert {group["lr"] for group in backend.optimizer.param_groups} == {step.learning_rate(1)} != {0.0}
+
+
+def collectives_of_a_step(add_bf: int) -> tuple[dict[str, int], dict[str, int]]:
+    """How often two ranks speak in the forward and backward pass of a ResNet-50 (narrow: only the layers count)."""
+    counts: list[str] = []
+
+    class Counting(GroupCollective):
+        def all_gather(self, tensor):
+            counts.append("all_gather")
+            return super().all_gather(tensor)
+
+        def all_reduce(self, tensor):
+            counts.append("all_reduce")
+            return super().all_reduce(tensor)
+
+        def reduce_scatter(self, tensor):
+            counts.append("reduce_scatter")
+            return super().reduce_scatter(tensor)
+
+    model = MoCo("resnet50", backbone_args={"width": 8}, dim=8, mlp_dim=16, add_bf=add_bf, group_size=4, dropout=0.0)
+    model.set_collective(Counting())
+    contrast = model.loss(torch.randn(2 * 4, 3, 32, 32), 0, 0)
+    forward = dict(Counter(counts))
+    counts.clear()
+    contrast.loss.backward()
+    return forward, dict(Counter(counts))
+
+
+@pytest.mark.parametrize("add_bf", [0, 1])
+def test_a_step_of_resnet50_speaks_seldom(pools, add_bf):
+    """One gather per norm for both views, one for all keys. torch's SyncBatchNorm, view by view, needs 222 and 112.
+
+    53 norms in each backbone, 2 in each projector, 1 in the predictor. BatchFormer's groups fit a rank here and send nothing.
+    """
+    for forward, backward in pools(2).run(collectives_of_a_step, add_bf):
+        assert forward == {"all_gather": (53 + 2) * 2 + 1 + 1}
+        assert backward == {"all_reduce": 53 + 2 + 1}

@@ -1,0 +1,109 @@
+"""One training step of bs4096.json with a small backbone: what chunks cost, and what memory they save.
+
+Time: the same images in 1, 2 and 8 chunks, and with checkpointed activations; the cases take turns. A step of more than one
+chunk runs the online backbone forward twice: 10 units of compute (a backward pass counts two) where one chunk has 8.
+
+Memory: the peak of a process of its own at B, 2B and 4B images, the chunk staying the same. On a CPU that is the resident
+memory of the process less what it has before the first step; on a GPU the peak of the allocator.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Row, compare
+from crossbatch.engine.build import build_model
+from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
+from crossbatch.engine.distributed import GroupCollective, process_group, world_from_environment
+from crossbatch.engine.sharding import build_backend
+from crossbatch.engine.step import TrainStep
+
+SMALL = [
+    "crossbatch.model.arch=resnet18",
+    "crossbatch.model.stem=small",
+    'crossbatch.model.backbone_args={"width": 16}',
+    "crossbatch.data.image_size=32",
+]
+
+
+def run(quick: bool) -> list[Row]:
+    return [*_time(64 if quick else 1024, 1 if quick else 60), *_memory(64 if quick else 256, 16 if quick else 64)]
+
+
+def _time(batch: int, seconds: float) -> list[Row]:
+    views = torch.randint(0, 256, (2, batch, 3, 32, 32), dtype=torch.uint8)
+    cases: dict[str, Callable[[], object]] = {}
+    with process_group(world_from_environment(), Device.detect().type, threads=torch.get_num_threads()) as device:
+        for name, chunks, checkpointed in (
+            ("1 chunk", 1, False),
+            ("2 chunks", 2, False),
+            ("8 chunks", 8, False),
+            ("1 chunk, activations checkpointed", 1, True),
+        ):
+            step = _step(_config(batch, batch // chunks, checkpointed), device)
+            cases[name] = lambda step=step: step(views)
+        return compare(cases, "1 chunk", {"recipe": "bs4096", "overrides": SMALL, "batch": batch}, seconds, warmup=1)
+
+
+def _memory(batch: int, chunk: int) -> list[Row]:
+    rows = []
+    for factor, chunked in ((1, chunk), (2, chunk), (4, chunk), (4, None)):
+        images = factor * batch
+        command = [sys.executable, "-m", "benchmarks.step", str(images), str(chunked or images)]
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+            assert done.returncode == 0, done.stdout + done.stderr + folder
+        mib = json.loads(done.stdout.splitlines()[-1])
+        case = f"memory, {images} images, " + (f"chunks of {chunked}" if chunked else "1 chunk")
+        rows.append(
+            Row(case, mib, mib, mib, 1, "MiB", settings={"overrides": SMALL, "batch": images, "chunk": chunked})
+        )
+    return rows
+
+
+def _peak(batch: int, chunk: int) -> float:
+    """MiB that one step of this process adds."""
+    with process_group(world_from_environment(), Device.detect().type) as device:
+        step = _step(_config(batch, chunk, False), device)
+        views = torch.randint(0, 256, (2, batch, 3, 32, 32), dtype=torch.uint8)
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            step(views)
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the largest resident memory so far, starts anew
+        before = _status("VmRSS")
+        step(views)
+        return (_status("VmHWM") - before) / 2**10
+
+
+def _status(name: str) -> float:
+    """KiB, from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def _config(batch: int, chunk: int, checkpointed: bool) -> ResolvedConfig:
+    overrides = [
+        *SMALL,
+        f"train_batch_size={batch}",
+        f"train_micro_batch_size_per_gpu={chunk}",
+        f"crossbatch.batchformer.group_size={min(batch, 256)}",
+        f"crossbatch.model.checkpoint_activations={str(checkpointed).lower()}",
+    ]
+    return resolve(load_config("ds_configs/bs4096.json", overrides), 1, Device.detect())
+
+
+def _step(config: ResolvedConfig, device: torch.device) -> TrainStep:
+    torch.manual_seed(0)
+    model = build_model(config).to(device)
+    model.set_collective(GroupCollective())
+    return TrainStep(build_backend(model, config), config, device, steps_per_epoch=1000, chunk=config.chunk)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_peak(int(sys.argv[1]), int(sys.argv[2]))))
