@@ -10,7 +10,6 @@ memory of the process less what it has before the first step; on a GPU the peak 
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,19 +22,30 @@ from crossbatch.engine.distributed import GroupCollective, process_group, world_
 from crossbatch.engine.sharding import build_backend
 from crossbatch.engine.step import TrainStep
 
-SMALL = [
-    "crossbatch.model.arch=resnet18",
-    "crossbatch.model.stem=small",
-    'crossbatch.model.backbone_args={"width": 16}',
-    "crossbatch.data.image_size=32",
-]
+BACKBONES = {
+    "ResNet": [
+        "crossbatch.model.arch=resnet18",
+        "crossbatch.model.stem=small",
+        'crossbatch.model.backbone_args={"width": 16}',
+        "crossbatch.data.image_size=32",
+    ],
+    "ViT": [
+        "crossbatch.model.arch=vit_small",
+        'crossbatch.model.backbone_args={"patch_size": 8, "depth": 6}',
+        "crossbatch.data.image_size=32",
+    ],
+}
 
 
 def run(quick: bool) -> list[Row]:
-    return [*_time(64 if quick else 1024, 1 if quick else 60), *_memory(64 if quick else 256, 16 if quick else 64)]
+    rows = []
+    for family in BACKBONES:
+        rows += _time(family, 64 if quick else 256, 1 if quick else 60)
+        rows += _memory(family, 64 if quick else 256, 16 if quick else 64)
+    return rows
 
 
-def _time(batch: int, seconds: float) -> list[Row]:
+def _time(family: str, batch: int, seconds: float) -> list[Row]:
     views = torch.randint(0, 256, (2, batch, 3, 32, 32), dtype=torch.uint8)
     cases: dict[str, Callable[[], object]] = {}
     with process_group(world_from_environment(), Device.detect().type, threads=torch.get_num_threads()) as device:
@@ -45,31 +55,29 @@ def _time(batch: int, seconds: float) -> list[Row]:
             ("8 chunks", 8, False),
             ("1 chunk, activations checkpointed", 1, True),
         ):
-            step = _step(_config(batch, batch // chunks, checkpointed), device)
-            cases[name] = lambda step=step: step(views)
-        return compare(cases, "1 chunk", {"recipe": "bs4096", "overrides": SMALL, "batch": batch}, seconds, warmup=1)
+            step = _step(_config(family, batch, batch // chunks, checkpointed), device)
+            cases[f"{family}, {name}"] = lambda step=step: step(views)
+        settings = {"recipe": "bs4096", "overrides": BACKBONES[family], "batch": batch}
+        return compare(cases, f"{family}, 1 chunk", settings, seconds, warmup=1)
 
 
-def _memory(batch: int, chunk: int) -> list[Row]:
+def _memory(family: str, batch: int, chunk: int) -> list[Row]:
     rows = []
     for factor, chunked in ((1, chunk), (2, chunk), (4, chunk), (4, None)):
         images = factor * batch
-        command = [sys.executable, "-m", "benchmarks.step", str(images), str(chunked or images)]
-        with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-            assert done.returncode == 0, done.stdout + done.stderr + folder
+        command = [sys.executable, "-m", "benchmarks.step", family, str(images), str(chunked or images)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
         mib = json.loads(done.stdout.splitlines()[-1])
-        case = f"memory, {images} images, " + (f"chunks of {chunked}" if chunked else "1 chunk")
-        rows.append(
-            Row(case, mib, mib, mib, 1, "MiB", settings={"overrides": SMALL, "batch": images, "chunk": chunked})
-        )
+        case = f"{family}, memory, {images} images, " + (f"chunks of {chunked}" if chunked else "1 chunk")
+        rows.append(Row(case, mib, mib, mib, 1, "MiB", settings={"overrides": BACKBONES[family], "batch": images}))
     return rows
 
 
-def _peak(batch: int, chunk: int) -> float:
+def _peak(family: str, batch: int, chunk: int) -> float:
     """MiB that one step of this process adds."""
     with process_group(world_from_environment(), Device.detect().type) as device:
-        step = _step(_config(batch, chunk, False), device)
+        step = _step(_config(family, batch, chunk, False), device)
         views = torch.randint(0, 256, (2, batch, 3, 32, 32), dtype=torch.uint8)
         if device.type == "cuda":
             before = torch.cuda.memory_allocated()
@@ -87,9 +95,9 @@ def _status(name: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def _config(batch: int, chunk: int, checkpointed: bool) -> ResolvedConfig:
+def _config(family: str, batch: int, chunk: int, checkpointed: bool) -> ResolvedConfig:
     overrides = [
-        *SMALL,
+        *BACKBONES[family],
         f"train_batch_size={batch}",
         f"train_micro_batch_size_per_gpu={chunk}",
         f"crossbatch.batchformer.group_size={min(batch, 256)}",
@@ -106,4 +114,4 @@ def _step(config: ResolvedConfig, device: torch.device) -> TrainStep:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_peak(int(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
