@@ -39,26 +39,28 @@ BACKBONES = {
 
 def run(quick: bool) -> list[Row]:
     rows = []
+    # Once for all: DeepSpeed remembers the groups of the first.
+    with process_group(world_from_environment(), Device.detect().type, threads=torch.get_num_threads()) as device:
+        for family in BACKBONES:
+            rows += _time(family, 64 if quick else 256, 1 if quick else 40, device)
     for family in BACKBONES:
-        rows += _time(family, 64 if quick else 256, 1 if quick else 60)
         rows += _memory(family, 64 if quick else 256, 16 if quick else 64)
     return rows
 
 
-def _time(family: str, batch: int, seconds: float) -> list[Row]:
+def _time(family: str, batch: int, seconds: float, device: torch.device) -> list[Row]:
     views = torch.randint(0, 256, (2, batch, 3, 32, 32), dtype=torch.uint8)
     cases: dict[str, Callable[[], object]] = {}
-    with process_group(world_from_environment(), Device.detect().type, threads=torch.get_num_threads()) as device:
-        for name, chunks, checkpointed in (
-            ("1 chunk", 1, False),
-            ("2 chunks", 2, False),
-            ("8 chunks", 8, False),
-            ("1 chunk, activations checkpointed", 1, True),
-        ):
-            step = _step(_config(family, batch, batch // chunks, checkpointed), device)
-            cases[f"{family}, {name}"] = lambda step=step: step(views)
-        settings = {"recipe": "bs4096", "overrides": BACKBONES[family], "batch": batch}
-        return compare(cases, f"{family}, 1 chunk", settings, seconds, warmup=1)
+    for name, chunks, checkpointed in (
+        ("1 chunk", 1, False),
+        ("2 chunks", 2, False),
+        ("8 chunks", 8, False),
+        ("1 chunk, activations checkpointed", 1, True),
+    ):
+        step = _step(_config(family, batch, batch // chunks, checkpointed), device)
+        cases[f"{family}, {name}"] = lambda step=step: step(views)
+    settings = {"recipe": "bs4096", "overrides": BACKBONES[family], "batch": batch}
+    return compare(cases, f"{family}, 1 chunk", settings, seconds, warmup=1)
 
 
 def _memory(family: str, batch: int, chunk: int) -> list[Row]:
