@@ -31,7 +31,7 @@ BACKBONES = {
     ],
     "ViT": [
         "crossbatch.model.arch=vit_small",
-        'crossbatch.model.backbone_args={"patch_size": 8, "depth": 6}',
+        'crossbatch.model.backbone_args={"patch_size": 8, "depth": 4}',
         "crossbatch.data.image_size=32",
     ],
 }
@@ -42,10 +42,8 @@ def run(quick: bool) -> list[Row]:
     # Once for all: DeepSpeed remembers the groups of the first.
     with process_group(world_from_environment(), Device.detect().type, threads=torch.get_num_threads()) as device:
         for family in BACKBONES:
-            rows += _time(family, 64 if quick else 256, 1 if quick else 40, device)
-    for family in BACKBONES:
-        rows += _memory(family, 64 if quick else 256, 16 if quick else 64)
-    return rows
+            rows += _time(family, 64 if quick else 256, 1 if quick else 20, device)
+    return rows + _memory("ResNet", 64 if quick else 256, 16 if quick else 64)
 
 
 def _time(family: str, batch: int, seconds: float, device: torch.device) -> list[Row]:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from crossbatch.engine.config import Device
+from crossbatch.engine.config import Device, resolve_precision
 
 
 def main() -> None:
@@ -50,20 +50,15 @@ def found() -> list[tuple[str, str]]:
 def stages(device: Device) -> list[tuple[str, str, str]]:
     """(stage, path, reason) as the engine will choose."""
     gpu = device.type == "cuda"
-    precision = "fp32" if not gpu else "bf16" if device.has_bf16 else "fp32"
-    why = (
-        "no GPU"
-        if not gpu
-        else f"{device.name} has bf16"
-        if device.has_bf16
-        else "fp16 needs loss scaling, not there yet"
-    )
+    precision = resolve_precision("auto", device)
+    why = f"{device.name} has {'' if device.has_bf16 else 'no '}bf16" if gpu else "no GPU"
     return [
         ("collectives", "NCCL" if gpu else "gloo", "GPU" if gpu else "no GPU"),
         ("decode and augment", "torchvision + PIL", "the one backend so far"),
         ("precision auto", precision, why),
         ("BatchFormer", "plain torch", "no fused kernel so far"),
-        ("LARS", "foreach", "one collective for all norms where parameters are sharded"),
+        ("chunk of the backbone", "measured at the start of a run", "unless train_micro_batch_size_per_gpu is a number"),
+        ("LARS", "Triton" if gpu else "block by block", "one collective for all norms where parameters are sharded"),
     ]
 
 

@@ -64,7 +64,7 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
     if workers == "auto":
         # Where the CPU computes too, that takes far longer than loading.
         workers = max(1, min(16, cores - 1 if device.type == "cuda" else cores // 4))
-    precision = _precision(config.crossbatch.precision, device)
+    precision = resolve_precision(config.crossbatch.precision, device)
     ours = replace(config.crossbatch, precision=precision, data=replace(config.crossbatch.data, workers=workers))
     return ResolvedConfig(
         config=replace(config, crossbatch=ours, train_micro_batch_size_per_gpu=chunk),
@@ -136,7 +136,8 @@ def _group_size(config: Config, local_batch: int) -> int | None:
     )
 
 
-def _precision(given: str, device: Device) -> str:
+def resolve_precision(given: str, device: Device) -> str:
+    """ "auto" -> the precision of this device. Raises InputError for bf16 where there is none."""
     if given == "bf16" and not device.has_bf16:
         raise InputError(f"crossbatch.precision: given bf16; {device.name} has none; allowed: auto, fp16, fp32")
     if given == "auto":
