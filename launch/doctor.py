@@ -57,7 +57,11 @@ def stages(device: Device) -> list[tuple[str, str, str]]:
         ("decode and augment", "torchvision + PIL", "the one backend so far"),
         ("precision auto", precision, why),
         ("BatchFormer", "plain torch", "no fused kernel so far"),
-        ("chunk of the backbone", "measured at the start of a run", "unless train_micro_batch_size_per_gpu is a number"),
+        (
+            "chunk of the backbone",
+            "measured at the start of a run",
+            "unless train_micro_batch_size_per_gpu is a number",
+        ),
         ("LARS", "Triton" if gpu else "block by block", "one collective for all norms where parameters are sharded"),
     ]
 
