@@ -39,15 +39,15 @@ class Row:
 
 
 def compare(
-    cases: dict[str, Callable[[], Any]], baseline: str, settings: dict[str, Any], seconds: float, warmup: int = 3
+    cases: dict[str, Callable[[], Any]], baseline: str, settings: dict[str, Any], seconds: float, warmup: int = 3, rounds: int = 5
 ) -> list[Row]:
-    """Calls the cases in turn for about `seconds` (at least 5 rounds) and times each call, GPU work included."""
+    """Calls the cases in turn for about `seconds` (at least `rounds` times) and times each call, GPU work included."""
     for call in cases.values():
         for _ in range(warmup):
             call()
     times: dict[str, list[float]] = {name: [] for name in cases}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[baseline]) < 5:
+    while time.perf_counter() < end or len(times[baseline]) < rounds:
         for name, call in cases.items():
             times[name].append(_milliseconds(call))
     middle = float(np.median(times[baseline]))
