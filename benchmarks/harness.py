@@ -39,7 +39,12 @@ class Row:
 
 
 def compare(
-    cases: dict[str, Callable[[], Any]], baseline: str, settings: dict[str, Any], seconds: float, warmup: int = 3, rounds: int = 5
+    cases: dict[str, Callable[[], Any]],
+    baseline: str,
+    settings: dict[str, Any],
+    seconds: float,
+    warmup: int = 3,
+    rounds: int = 5,
 ) -> list[Row]:
     """Calls the cases in turn for about `seconds` (at least `rounds` times) and times each call, GPU work included."""
     for call in cases.values():
