@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from crossbatch import InputError
+from crossbatch.data.decode import decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # compared in lower case
 
@@ -46,26 +47,13 @@ class ImageFolder:
         file = os.fsdecode(self._names[start : int(self._stops[index])])
         return f"{self.class_names[self.labels[index]]}/{file}"
 
+    def read(self, index: int) -> bytes:
+        """The file of image `index`. Raises OSError."""
+        return Path(self._root, self.name(index)).read_bytes()
+
     def open(self, index: int) -> Image.Image:
-        """The decoded image in RGB. A damaged file raises what PIL raises (OSError, SyntaxError, ...)."""
-        with Image.open(f"{self._root}/{self.name(index)}") as image:
-            return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode fully and convert to RGB: alpha is dropped, EXIF orientation ignored, as torchvision's ImageFolder does.
-
-    Two modes need help. PIL warns about palettes with several transparent entries unless they pass through RGBA; and it
-    clips 16-bit gray at 255 (a white rectangle) where it should be divided by 256.
-    """
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+        """The decoded image in RGB. Raises OSError; BrokenImage is one."""
+        return decode(self.read(index))
 
 
 def list_classes(root: str | Path) -> list[str]:

@@ -4,7 +4,7 @@
     synthetic://1000?size=64&classes=10           1000 images computed from their index (synthetic.py); no disk
     shapes://DIR?train=4000&val=800&size=64       DIR, after `prepare` wrote small labelled drawings there (shapes.py)
 
-`open_source` turns it into a `Source`. A new kind of source (tar shards, CIFAR's own files) is a class with the five
+`open_source` turns it into a `Source`. A new kind of source (tar shards, CIFAR's own files) is a class with the six
 members of the protocol in a file of its own, and one more branch here.
 """
 
@@ -42,8 +42,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def read(self, index: int) -> bytes:
+        """The encoded file of image `index` as it is (JPEG, PNG, ...; a BMP where there is no file). Raises OSError."""
+        ...
+
     def open(self, index: int) -> Image.Image:
-        """Image `index`, fully decoded, mode RGB; raises PIL's errors for a damaged one."""
+        """Image `index`, fully decoded, mode RGB, as decode.py says; for files, `decode(read(index))`. Raises OSError."""
         ...
 
     def name(self, index: int) -> str:

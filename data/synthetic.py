@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from crossbatch.data import counter
+from crossbatch.data.decode import encode_bmp
 
 _GRID = 6  # the noise is a grid of this side, enlarged: cheap at any image size
 
@@ -25,6 +26,10 @@ class Synthetic:
 
     def name(self, index: int) -> str:
         return f"{self.class_names[self.labels[index]]}/{index:08d}"
+
+    def read(self, index: int) -> bytes:
+        """Image `index` as a BMP."""
+        return encode_bmp(self.open(index))
 
     def open(self, index: int) -> Image.Image:
         channels = np.arange(3)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from crossbatch import InputError
+from crossbatch.data.decode import BrokenImage, decode
 from crossbatch.data.image_folder import ImageFolder
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
 
@@ -79,31 +80,14 @@ def test_evaluation_split_prefers_val_then_test(tree):
         open_source(tree, "eval")
 
 
-def as_mode(mode: str, folder: Path) -> Path:
-    """A 2 x 1 image, dark gray and light gray, stored in the given mode."""
-    gray = Image.fromarray(np.array([[51, 204]], dtype=np.uint8))
-    if mode == "I;16":
-        image = Image.fromarray(np.array([[51 << 8, 204 << 8]], dtype=np.uint16))
-    elif mode == "P-transparent":
-        image = gray.convert("RGB").quantize(4)
-    else:
-        image = gray.convert("RGB").convert(mode)
-    path = folder / ("x.tif" if mode == "CMYK" else "x.png")
-    if mode == "P-transparent":
-        image.save(path, transparency=b"\x00\x80")
-    else:
-        image.save(path)
-    return path
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "P-transparent", "CMYK", "I;16"])
-def test_every_mode_becomes_rgb(mode, tmp_path):
-    (tmp_path / "a").mkdir()
-    stored = as_mode(mode, tmp_path / "a")
-    stored.rename(stored.with_suffix(".png"))  # PIL goes by content
-    image = ImageFolder(tmp_path).open(0)
-    assert image.mode == "RGB"
-    assert np.abs(np.asarray(image).astype(int) - np.array([[[51] * 3, [204] * 3]])).max() <= 2
+def test_read_gives_the_file(tree):
+    source = open_source(tree, "train")
+    for index in range(4):
+        assert source.read(index) == (tree / "train" / source.name(index)).read_bytes()
+    (tree / "train/b/2.PNG").write_bytes(b"")
+    assert source.read(3) == b""
+    with pytest.raises(BrokenImage, match="0 bytes"):
+        source.open(3)
 
 
 def test_synthetic():
@@ -116,6 +100,11 @@ def test_synthetic():
     evaluation = open_source("synthetic://50?size=24&eval=8", "eval")
     assert len(evaluation) == 8 and has_evaluation_split("synthetic://50")
     assert not np.array_equal(np.asarray(source.open(1)), np.asarray(evaluation.open(1)))
+
+
+def test_synthetic_images_read_as_bmp():
+    source = open_source("synthetic://5?size=24", "train")
+    assert np.array_equal(np.asarray(decode(source.read(3))), np.asarray(source.open(3)))
 
 
 def test_shapes_are_written_by_prepare_only(tmp_path):
