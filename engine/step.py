@@ -3,7 +3,8 @@
 The step is cut at the backbone's features (see `crossbatch.models.moco`). With one chunk, autograd simply continues through
 the cut. With more, only the backbone is chunked (Gao et al., 2021, "GradCache"): every chunk's features without gradient;
 the batch-wide part on all of them, and its backward down to the features; then each chunk once more, back-propagated
-from the gradient of its features. The result is that of one chunk, but for the batch that a ResNet's norms see.
+from the gradient of its features. The last chunk needs no second pass: its first one kept what a backward pass takes. The
+result is that of one chunk, but for the batch that a ResNet's norms see.
 """
 
 import math
@@ -73,30 +74,39 @@ class TrainStep:
         return contrast, gradient_norm
 
     def _in_one_chunk(self, views: torch.Tensor) -> Contrast:
-        with self.autocast():
-            contrast = self.backend("loss", self._to_device(views), self.progress.step, self.seed)
+        contrast = self._forward("loss", self._to_device(views), self.progress.step, self.seed)
         self.backend.backward(contrast.loss, self.progress.loss_scale)
         return contrast
 
     def _in_chunks(self, views: torch.Tensor) -> Contrast:
         """Forward and backward of the same, with the activations of one chunk in memory at a time."""
-        chunks, scale = views.tensor_split(self.chunks, dim=1), self.progress.loss_scale
-        with self.autocast():
-            features = [self.backend("features", self._to_device(chunk)) for chunk in chunks]
-            online, momentum = (_join(parts) for parts in zip(*features, strict=True))
-            online.requires_grad_()
-            contrast = self.backend("contrast", online, momentum, self.progress.step, self.seed)
-        self.backend.backward(contrast.loss, scale, more=True)
+        *earlier, last = views.tensor_split(self.chunks, dim=1)
+        features = [self._forward("features", self._to_device(chunk), False) for chunk in earlier]
+        features.append(self._forward("features", self._to_device(last), True))
+        online, momentum = (_join(parts) for parts in zip(*features, strict=True))
+        online = online.detach().requires_grad_()
+        contrast = self._forward("contrast", online, momentum, self.progress.step, self.seed)
+        self.backend.backward(contrast.loss, self.progress.loss_scale, more=True)
         assert online.grad is not None
-        # In fp32, where taking out a scale (a power of two) and putting it in again changes no bit.
-        gradients = (online.grad.float() / scale).unflatten(0, (NUM_VIEWS, -1)).tensor_split(self.chunks, dim=1)
+        *gradients, last_gradient = online.grad.unflatten(0, (NUM_VIEWS, -1)).tensor_split(self.chunks, dim=1)
+        self._backward_features(features[-1][0], last_gradient, more=True)
         with untracked(self.backend.model.online.backbone):
-            for number, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True)):
-                with self.autocast():
-                    again = self.backend("embed", self._to_device(chunk))
-                surrogate = (again.float() * gradient.flatten(0, 1)).sum()  # whose gradient is `gradient`
-                self.backend.backward(surrogate, scale, more=number < self.chunks - 1)
+            for number, (chunk, gradient) in enumerate(zip(earlier, gradients, strict=True), start=1):
+                again = self._forward("embed", self._to_device(chunk))
+                self._backward_features(again, gradient, more=number < len(earlier))
         return contrast
+
+    def _forward(self, part: str, *args):
+        # One autocast a call: it would remember weights that it cast without gradient.
+        with self.autocast():
+            return self.backend(part, *args)
+
+    def _backward_features(self, features: torch.Tensor, gradient: torch.Tensor, more: bool) -> None:
+        """Back-propagates `gradient`, [V, m, C] and scaled, from `features`, [V*m, C]."""
+        scale = self.progress.loss_scale
+        # In fp32, where taking out the scale (a power of two) and putting it in again changes no bit.
+        surrogate = (features.float() * (gradient.float() / scale).flatten(0, 1)).sum()  # whose gradient is `gradient`
+        self.backend.backward(surrogate, scale, more)
 
     def _adjust_loss_scale(self, clean: bool) -> None:
         progress = self.progress

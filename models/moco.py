@@ -128,15 +128,14 @@ class MoCo(nn.Module):
 
     def loss(self, images: torch.Tensor, step: int, seed: int) -> Contrast:
         """Both views [V*n, 3, H, W] of the whole local batch -> the loss."""
-        online = self.embed(images)
-        with torch.no_grad():
-            momentum = self.momentum.backbone(images)
-        return self.contrast(online, momentum, step, seed)
+        return self.contrast(*self.features(images, with_grad=True), step, seed)
 
-    @torch.no_grad()
-    def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, images: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Both views [V*m, 3, H, W] of a chunk -> features [V*m, C] of the online and of the momentum backbone."""
-        return self.embed(images), self.momentum.backbone(images)
+        with torch.set_grad_enabled(with_grad):
+            online = self.embed(images)
+        with torch.no_grad():
+            return online, self.momentum.backbone(images)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images [m, 3, H, W] -> features [m, C] of the online backbone."""

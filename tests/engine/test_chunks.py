@@ -92,7 +92,8 @@ def test_fp16_in_chunks_is_fp16_in_one(tmp_path, pools, backend):
     assert [norm is None for norm in norms[1]] == [norm is None for norm in norms[0]]  # skipped until the scale fits
     found = [[norm for norm in some if norm is not None] for some in norms]
     assert len(found[0]) > 2
-    assert found[1] == pytest.approx(found[0], rel=2e-2)
+    # Of the first steps with finite gradients: from there on two runs that round differently part.
+    assert found[1][:2] == pytest.approx(found[0][:2], rel=1e-5)
 
 
 @pytest.mark.parametrize("model", [RESNET, VIT], ids=name_of)
