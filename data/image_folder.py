@@ -8,9 +8,10 @@ Labels are the positions of the class folders in sorted order, images are sorted
 index i is the same image on every machine. Names that begin with a dot are ignored (`.ipynb_checkpoints`, macOS's
 `._x.jpg`).
 
-Storage is compact on purpose. ImageNet as 1.28 million Python strings is ~150 MB, and every worker process comes to
-own a copy as soon as it touches the reference counts (fork's copy-on-write is per page). Here it is one bytes object
-and two integer arrays, ~45 MB, that workers share and that pickles at once where workers are not forked.
+The listing (listing.py) is 16 bytes an image plus its name: ImageNet's 1.28 million take 47 MB. It is current as long
+as no folder below the root has another time of change, which a file system sets when an entry comes, goes or is renamed;
+to find out costs one question per folder and none per file. Sizes of files are not in it: they would cost one per file,
+which on a network disk is most of the time that listing takes.
 """
 
 import os
@@ -21,31 +22,38 @@ from PIL import Image
 
 from crossbatch import InputError
 from crossbatch.data.decode import decode
+from crossbatch.data.listing import Arrays, cache_file, cached, pack_names, unpack_names
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # compared in lower case
+_VERSION = 1  # of the listing
 
 
 class ImageFolder:
-    """The images under `root`, one class per folder; a `Source`. Raises InputError (naming `key`) if there are none."""
+    """The images under `root`, one class per folder; a `Source`.
 
-    def __init__(self, root: str | Path, key: str = "crossbatch.data.path"):
+    `cache` is the folder where the listing is kept. Raises InputError (naming `key`) if there are no images.
+    """
+
+    def __init__(self, root: str | Path, key: str = "crossbatch.data.path", cache: Path | None = None):
         self._root = str(root)
-        self.class_names = list_classes(root)
-        per_class = [_relative_names(os.path.join(self._root, name)) for name in self.class_names]  # noqa: PTH118
-        _require_images(self._root, self.class_names, per_class, key)
-        encoded = [os.fsencode(name) for names in per_class for name in names]
-        self._names = b"".join(encoded)
-        self._stops = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self.labels = np.repeat(np.arange(len(per_class)), [len(names) for names in per_class]).astype(np.int64)
+        try:
+            arrays = cached(
+                cache_file(cache, root) if cache else None,
+                lambda arrays: _is_current(self._root, arrays),
+                lambda: _list(self._root, key),
+            )
+        except OSError as error:
+            raise InputError(f"{key}: cannot list {error.filename}: {error.strerror}; make it readable") from error
+        self.class_names = unpack_names(arrays, "classes").unpack()
+        self.labels = arrays["labels"]
+        self._names = unpack_names(arrays, "names")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
         """The path of image `index` relative to the root, as `class/file`."""
-        start = int(self._stops[index - 1]) if index else 0
-        file = os.fsdecode(self._names[start : int(self._stops[index])])
-        return f"{self.class_names[self.labels[index]]}/{file}"
+        return f"{self.class_names[self.labels[index]]}/{self._names[index]}"
 
     def read(self, index: int) -> bytes:
         """The file of image `index`. Raises OSError."""
@@ -62,12 +70,39 @@ def list_classes(root: str | Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _relative_names(folder: str) -> list[str]:
-    """Sorted paths of the images below `folder`, relative to it. scandir spares a stat per file (on NFS)."""
-    names, folders = [], [""]
+def _list(root: str, key: str) -> tuple[Arrays, int]:
+    """The listing, and the latest change of any folder in it (ns)."""
+    changes = {"": os.stat(root).st_mtime_ns}  # noqa: PTH116
+    class_names = list_classes(root)
+    per_class = [_relative_names(root, name, changes) for name in class_names]
+    _require_images(root, class_names, per_class, key)
+    labels = np.repeat(np.arange(len(per_class), dtype=np.int64), [len(names) for names in per_class])
+    arrays = {
+        "version": np.array(_VERSION),
+        "labels": labels,
+        **pack_names("names", (name for names in per_class for name in names)),
+        **pack_names("classes", class_names),
+        **pack_names("folders", changes),
+        "changes_ns": np.array(list(changes.values()), dtype=np.int64),
+    }
+    return arrays, max(changes.values())
+
+
+def _relative_names(root: str, class_name: str, changes: dict[str, int]) -> list[str]:
+    """Sorted paths of the images of a class, relative to its folder; notes in `changes` when each folder last changed.
+
+    scandir spares a stat per file. A folder that is reached twice (by a link to one above it) counts once.
+    """
+    names, folders, seen = [], [""], set()
     while folders:
         prefix = folders.pop()
-        with os.scandir(f"{folder}/{prefix}") as entries:
+        folder = f"{class_name}/{prefix}"
+        status = os.stat(f"{root}/{folder}")  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        changes[folder] = status.st_mtime_ns  # as of before the listing: a change during it is noticed next time
+        with os.scandir(f"{root}/{folder}") as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
@@ -76,6 +111,21 @@ def _relative_names(folder: str) -> list[str]:
                 elif entry.is_dir():
                     folders.append(f"{prefix}{entry.name}/")
     return sorted(names)
+
+
+def _is_current(root: str, arrays: Arrays) -> bool:
+    folders, changes_ns = unpack_names(arrays, "folders"), arrays["changes_ns"]
+    labels, classes = arrays["labels"], len(unpack_names(arrays, "classes"))
+    whole = (
+        int(arrays["version"]) == _VERSION
+        and labels.dtype == np.int64
+        and len(labels) == len(unpack_names(arrays, "names"))
+        and 0 <= labels.min() <= labels.max() < classes
+    )
+    return whole and all(
+        os.stat(f"{root}/{folders[i]}").st_mtime_ns == changes_ns[i]  # noqa: PTH116
+        for i in range(len(folders))
+    )
 
 
 def _require_images(root: str, class_names: list[str], per_class: list[list[str]], key: str):

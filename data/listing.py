@@ -1,0 +1,127 @@
+"""What a source found out about a folder, as a few integer arrays: small in memory, quick to load, shared by workers.
+
+A list of a million Python strings is ~100 MB, and every worker process comes to own a copy as soon as it touches the
+reference counts (fork's copy-on-write is per page). `Names` is one array of bytes and one of their ends.
+
+A listing is kept in a file (.npz without pickles; zip's checksums notice damage) so that a million files are not listed
+again at every start. `cached` returns what the file holds while it describes the folder as it is now, and otherwise
+lists and writes anew.
+"""
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+Arrays: TypeAlias = dict[str, np.ndarray]
+
+_SETTLED_NS = 2 * 10**9  # the coarsest timestamps of common file systems
+_log = logging.getLogger(__name__)
+
+
+class Names:
+    """An immutable list of strings (also such that are no valid UTF-8, as file names may be)."""
+
+    def __init__(self, text: np.ndarray, stops: np.ndarray):
+        """`text`: uint8, all names joined; `stops`: int64 [len], where each ends."""
+        if text.dtype != np.uint8 or stops.dtype != np.int64 or text.ndim != 1 or stops.ndim != 1:
+            raise ValueError("names must be bytes (uint8) and their ends (int64)")
+        ends = int(stops[-1]) if len(stops) else 0
+        if ends != len(text) or (np.diff(stops, prepend=0) < 0).any():
+            raise ValueError("the ends of the names must rise to the length of the text")
+        self.text, self.stops = text, stops
+
+    @classmethod
+    def pack(cls, names: Iterable[str]) -> "Names":
+        encoded = [os.fsencode(name) for name in names]
+        stops = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), stops)
+
+    def __len__(self) -> int:
+        return len(self.stops)
+
+    def __getitem__(self, index: int) -> str:
+        start = int(self.stops[index - 1]) if index else 0
+        return os.fsdecode(self.text[start : int(self.stops[index])].tobytes())
+
+    def unpack(self) -> list[str]:
+        return [self[index] for index in range(len(self))]
+
+
+def pack_names(field: str, names: Iterable[str]) -> Arrays:
+    """`names` as two entries of a listing; `unpack_names` reads them."""
+    packed = Names.pack(names)
+    return {field: packed.text, f"{field}_stops": packed.stops}
+
+
+def unpack_names(arrays: Arrays, field: str) -> Names:
+    return Names(arrays[field], arrays[f"{field}_stops"])
+
+
+def save(file: Path, arrays: Arrays):
+    """Write `arrays` to `file`, which is whole or absent at any moment. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, draft = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as opened:
+            np.savez(opened, **arrays)  # pyright: ignore[reportArgumentType]  (its last keyword is a bool)
+        Path(draft).chmod(0o644)  # mkstemp's 600 would keep a shared data set from others
+        Path(draft).replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(draft).unlink()
+        raise
+
+
+def load(file: Path) -> Arrays:
+    """What `save` wrote. Raises FileNotFoundError, and ValueError for a file that is anything else or damaged."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # All checksums first: numpy would allocate whatever a damaged header claims.
+            if archive.testzip() is not None:
+                raise ValueError("damaged")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile parses in plain Python: damage may raise anything
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def cache_file(cache: Path, root: str | Path) -> Path:
+    """Where in the folder `cache` the listing of `root` lies."""
+    absolute = os.path.abspath(root)  # noqa: PTH100  (unlike resolve, it asks no disk)
+    return cache / f"{Path(absolute).name}-{sha256(os.fsencode(absolute)).hexdigest()[:16]}.npz"
+
+
+def cached(file: Path | None, is_current: Callable[[Arrays], bool], make: Callable[[], tuple[Arrays, int]]) -> Arrays:
+    """The listing in `file` if `is_current` says that nothing has changed since; otherwise `make`s it and keeps it.
+
+    Args:
+        file: None makes it anew each time.
+        is_current: may raise KeyError, ValueError or OSError for "no".
+        make: returns the listing and the latest time of change (ns) of what it was made from. A folder that has changed
+            within the last two seconds may change again without a new timestamp, so its listing is not kept.
+    """
+    if file is None:
+        return make()[0]
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        arrays = load(file)
+        if is_current(arrays):
+            return arrays
+    started_ns = time.time_ns()
+    arrays, changed_ns = make()
+    if changed_ns < started_ns - _SETTLED_NS:
+        try:
+            save(file, arrays)
+        except OSError as error:
+            _log.warning("cannot keep the listing of the data in %s (%s): the next start lists again", file, error)
+    return arrays
