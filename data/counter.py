@@ -22,8 +22,10 @@ Word: TypeAlias = int | np.ndarray  # any integer dtype; negative values wrap
 
 RECIPE_DRAWS = 0  # augmentation parameters: recipe.py numbers its draws from here
 ORDER_DRAW = 1000  # the permutation of an epoch
+RUNS_DRAW = 1001  # the permutation of an epoch's runs, with a shuffle window
 SYNTHETIC_DRAWS = 2000  # pixels of synthetic:// images
 SHAPES_DRAWS = 3000  # drawings of shapes://
+SHARD_DRAW = 4000  # the order of images in tar shards
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: k * GAMMA visits every state once
 _ONE = np.uint64(1)

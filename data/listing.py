@@ -107,13 +107,13 @@ def cached(file: Path | None, is_current: Callable[[Arrays], bool], make: Callab
 
     Args:
         file: None makes it anew each time.
-        is_current: may raise KeyError, ValueError or OSError for "no".
+        is_current: may raise KeyError, TypeError, ValueError or OSError for "no".
         make: returns the listing and the latest time of change (ns) of what it was made from. A folder that has changed
             within the last two seconds may change again without a new timestamp, so its listing is not kept.
     """
     if file is None:
         return make()[0]
-    with contextlib.suppress(OSError, KeyError, ValueError):
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
         arrays = load(file)
         if is_current(arrays):
             return arrays

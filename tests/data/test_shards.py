@@ -1,0 +1,370 @@
+"""shards.py, its index and its writer: webdataset's conventions, and never an image with another one's label."""
+
+import importlib.util
+import io
+import os
+import pickle
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crossbatch import InputError
+from crossbatch.data import listing, shard_index
+from crossbatch.data.decode import BrokenImage, decode
+from crossbatch.data.image_folder import ImageFolder
+from crossbatch.data.shard_index import INDEX, make_index, write_index
+from crossbatch.data.shard_writer import write_shards
+from crossbatch.data.shards import Shards
+from crossbatch.data.synthetic import Synthetic
+
+
+def content(number: int, salt: bytes = b"") -> bytes:
+    """Bytes that stand for image `number`; reading does not decode."""
+    return (b"image %d " % number + salt) * (10 + number)
+
+
+SAMPLE = 4 * 512  # bytes of one of them in a shard: two headers, label, image
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+def samples(numbers, salt: bytes = b"", start: int = 0) -> list[tuple[str, bytes]]:
+    """webdataset's order: extensions sorted."""
+    return [
+        member
+        for number in numbers
+        for member in ((f"{number:04d}.cls", b"%d" % (number % 3)), (f"{number:04d}.jpg", content(number, salt)))
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two shards of six images in three classes, with an index."""
+    write_tar(tmp_path / "train/a-0.tar", samples(range(6)))
+    write_tar(tmp_path / "train/a-1.tar", samples(range(6, 12)))
+    write_index(tmp_path / "train", ["x", "y", "z"])
+    return tmp_path / "train"
+
+
+def assert_whole(source: Shards, numbers=range(12)):
+    assert len(source) == len(numbers)
+    for index, number in enumerate(numbers):
+        assert source.read(index) == content(number) and source.labels[index] == number % 3
+
+
+def assert_no_wrong_label(source: Shards, salt: bytes = b"") -> int:
+    """What can be read has its own label. Returns how many can."""
+    readable = 0
+    for index in range(len(source)):
+        try:
+            number = int(source.read(index).split()[1])
+        except BrokenImage:
+            continue
+        assert source.read(index) == content(number, salt) and source.labels[index] == number % 3
+        readable += 1
+    return readable
+
+
+def test_images_by_index(folder):
+    source = Shards(folder)
+    assert_whole(source)
+    assert source.class_names == ["x", "y", "z"] and source.has_class_names and source.labels.dtype == np.int64
+    assert source.name(0) == "a-0.tar/0000.jpg" and source.name(11) == "a-1.tar/0011.jpg"
+    assert_whole(pickle.loads(pickle.dumps(source)))
+
+
+def test_threads_read_at_once_with_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("crossbatch.data.shards._OPEN_FILES", 2)
+    for shard in range(6):
+        write_tar(tmp_path / f"train/{shard}.tar", samples(range(2 * shard, 2 * shard + 2)))
+    source, failures = Shards(tmp_path / "train"), []
+
+    def read(seed: int):
+        for index in np.random.default_rng(seed).integers(0, 12, 200):
+            if source.read(int(index)) != content(int(index)):
+                failures.append(index)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    if Path("/proc/self/fd").exists():
+        assert sum(".tar" in str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.exists()) <= 2
+
+
+def test_without_an_index_the_headers_are_scanned_once(folder, tmp_path, monkeypatch):
+    (folder / INDEX).unlink()
+    hour_ago = time.time() - 3600
+    for shard in folder.iterdir():
+        os.utime(shard, (hour_ago, hour_ago))
+    scans, original = [], shard_index.scan
+    monkeypatch.setattr(shard_index, "scan", lambda shard: scans.append(shard.name) or original(shard))
+    for _ in range(2):
+        source = Shards(folder, cache=tmp_path / "cache")
+        assert_whole(source)
+        assert source.class_names == ["0", "1", "2"] and not source.has_class_names
+    assert sorted(scans) == ["a-0.tar", "a-1.tar"]
+    write_tar(folder / "a-1.tar", samples(range(6, 11)))
+    assert_whole(Shards(folder, cache=tmp_path / "cache"), range(11))
+
+
+def test_conventions(tmp_path):
+    """Keys end at the first dot, with their folder; other members are passed over; either order; any case."""
+    long = "folder" * 30 + "/name"
+    members = [
+        ("./d.0/e.JPEG", content(0)),
+        ("./d.0/e.json", b"{}"),
+        ("./d.0/e.cls", b" 7\n"),
+        ("x.cls", b"1"),
+        ("x.seg.png", b"no image: its extension is seg.png"),
+        ("x.png", content(1)),
+        ("x.webp", b"a second image of the same sample"),
+        ("only.cls", b"3"),
+        ("._x.jpg", b"macOS"),
+        (f"{long}.cls", b"2"),
+        (f"{long}.jpg", content(2)),
+        ("ü.cls", b"0"),
+        ("ü.webp", content(3)),
+    ]
+    for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        write_tar(tmp_path / "train/a.tar", members, format=tar_format)
+        source = Shards(tmp_path / "train")
+        assert [source.name(i) for i in range(len(source))] == [
+            "a.tar/./d.0/e.JPEG", "a.tar/x.png", f"a.tar/{long}.jpg", "a.tar/ü.webp"
+        ]  # fmt: skip
+        assert source.labels.tolist() == [7, 1, 2, 0]
+        assert [source.read(i) for i in range(4)] == [content(i) for i in range(4)]
+
+
+def test_no_labels_at_all_is_one_class(tmp_path):
+    write_tar(tmp_path / "train/a.tar", [("a.jpg", content(0)), ("a.txt", b"a caption"), ("b.jpg", content(1))])
+    source = Shards(tmp_path / "train")
+    assert source.labels.tolist() == [0, 0] and source.class_names == ["unlabelled"] and not source.has_labels
+    assert source.read(1) == content(1)
+
+
+def test_an_image_without_its_label_is_broken(tmp_path):
+    members = samples(range(4))
+    del members[2]
+    members[0] = ("0000.cls", b"cat")
+    source = Shards(write_tar(tmp_path / "train/a.tar", members).parent)
+    assert source.labels.tolist() == [-1, -1, 2, 0]
+    for index, reason in ((0, "no whole number"), (1, "no .cls member")):
+        with pytest.raises(BrokenImage, match=reason):
+            source.read(index)
+    assert assert_no_wrong_label(source) == 2
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_cut_off_shard_gives_its_whole_images(folder, with_index):
+    """At every 100th byte. Lost images are counted with an index; without one, at least the cut is."""
+    whole = (folder / "a-1.tar").read_bytes()
+    if not with_index:
+        (folder / INDEX).unlink()
+    for size in range(0, 6 * SAMPLE + 1000, 100):
+        (folder / "a-1.tar").write_bytes(whole[:size])
+        source = Shards(folder)
+        whole_images = [size >= SAMPLE * number + 3 * 512 + len(content(6 + number)) for number in range(6)]
+        assert assert_no_wrong_label(source) == 6 + sum(whole_images)
+        ended = size >= 6 * SAMPLE + 512
+        assert len(source) == 12 if with_index else len(source) == 6 + sum(whole_images) + (not ended), size
+
+
+def test_the_place_of_a_cut_is_named(folder):
+    (folder / INDEX).unlink()
+    whole = (folder / "a-1.tar").read_bytes()
+    (folder / "a-1.tar").write_bytes(whole[: 2 * SAMPLE + 3 * 512 + 30])
+    source = Shards(folder)
+    assert source.name(8) == "a-1.tar/0008.jpg" and len(source) == 9
+    with pytest.raises(BrokenImage, match="cut off"):
+        source.read(8)
+
+
+def test_a_hole_of_zeros_in_the_middle_is_not_the_end(folder):
+    (folder / INDEX).unlink()
+    whole = bytearray((folder / "a-0.tar").read_bytes())
+    whole[2 * SAMPLE : 4 * SAMPLE] = bytes(2 * SAMPLE)
+    (folder / "a-0.tar").write_bytes(whole)
+    source = Shards(folder)
+    with pytest.raises(BrokenImage):
+        source.read(int(np.flatnonzero(source.labels == -1)[0]))
+    assert assert_no_wrong_label(source) == 8
+
+
+def test_exchanged_shards_are_noticed_at_each_read(tmp_path):
+    """The worst case: same names, same sizes, same keys, other images and labels."""
+    for number, salt in enumerate((b"p", b"q")):
+        relabelled = [
+            (name, b"%d" % number if name.endswith("cls") else data) for name, data in samples(range(6), salt)
+        ]
+        write_tar(tmp_path / f"train/a-{number}.tar", relabelled)
+    write_index(tmp_path / "train", [])
+    (tmp_path / "train/a-0.tar").rename(tmp_path / "x.tar")
+    (tmp_path / "train/a-1.tar").rename(tmp_path / "train/a-0.tar")
+    (tmp_path / "x.tar").rename(tmp_path / "train/a-1.tar")
+    source = Shards(tmp_path / "train")
+    for index in range(12):
+        with pytest.raises(BrokenImage, match="not what its index describes"):
+            source.read(index)
+
+
+def test_a_flipped_bit_in_a_label_is_noticed_with_an_index(folder):
+    whole = bytearray((folder / "a-0.tar").read_bytes())
+    assert whole[512:513] == b"0"
+    whole[512] ^= 2
+    (folder / "a-0.tar").write_bytes(whole)
+    source = Shards(folder)
+    with pytest.raises(BrokenImage, match=r"remove index\.npz"):
+        source.read(0)
+    assert assert_no_wrong_label(source) == 11
+
+
+def rejected(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        Shards(folder, key="--data")
+    assert str(caught.value).startswith("--data: ")
+    return str(caught.value)
+
+
+def test_an_index_beside_other_shards(folder):
+    write_tar(folder / "a-2.tar", samples(range(3)))
+    assert "a-2.tar is only in the folder (2 shards in the index, 3 in the folder); remove" in rejected(folder)
+    (folder / "a-2.tar").unlink()
+    write_tar(folder / "a-1.tar", samples(range(6, 40)))
+    assert "is not the index of a-1.tar" in rejected(folder)  # it has grown
+    write_tar(folder / "a-1.tar", samples(range(6, 12), b"of the same size"))
+    assert assert_no_wrong_label(Shards(folder)) == 6  # what only each read can notice
+    (folder / "a-0.tar").unlink()
+    assert "a-0.tar is only in the index" in rejected(folder)
+
+
+def test_a_rewritten_smaller_shard_is_no_cut_off_one(tmp_path):
+    write_tar(tmp_path / "train/a.tar", samples(range(30)))
+    write_index(tmp_path / "train", [])
+    write_tar(tmp_path / "train/a.tar", samples(range(20, 29)))
+    assert "is not the index of a.tar" in rejected(tmp_path / "train")
+
+
+def test_a_damaged_index(folder):
+    whole = (folder / INDEX).read_bytes()
+    for content_ in (b"", whole[:500], whole[:600] + b"?" + whole[601:]):
+        (folder / INDEX).write_bytes(content_)
+        assert "index.npz is damaged" in rejected(folder) and "remove it" in rejected(folder)
+    arrays = make_index(folder)
+    for change in ({"labels": arrays["labels"][1:]}, {"labels": arrays["labels"] + 10**7}, {"version": np.array(9)}):
+        listing.save(folder / INDEX, {**arrays, **change})
+        assert "index.npz is damaged" in rejected(folder)
+
+
+@pytest.mark.parametrize("name", ["text", "empty", "gzip", "no images", "labels of text"])
+def test_shards_of_which_nothing_can_be_used(tmp_path, name):
+    path = write_tar(tmp_path / "train/a.tar", [("a.txt", b"hello"), ("b.cls", b"1")])
+    if name == "text":
+        path.write_text("no tar " * 500)
+    elif name == "empty":
+        path.write_bytes(b"")
+    elif name == "gzip":
+        with tarfile.open(path, "w:gz"):
+            pass
+    elif name == "labels of text":
+        write_tar(path, [("a.cls", b"cat"), ("a.jpg", content(0))])
+    message = rejected(tmp_path / "train")
+    assert "hold no images; expected are" in message or "hold no image that can be used" in message
+
+
+def test_bytes_per_image(tmp_path):
+    write_tar(tmp_path / "train/a.tar", samples(range(500)))
+    assert len(pickle.dumps(Shards(tmp_path / "train"))) < 500 * (41 + len("0000.jpg")) + 2000
+
+
+# ---- writing ----
+
+
+@pytest.fixture
+def images(tmp_path) -> ImageFolder:
+    """JPEG, PNG under a JPEG's name, BMP, a broken file, a text file: 5 images, 3 of them whole."""
+    rng = np.random.default_rng(0)
+    for number, (name, file_format) in enumerate((("a/1.jpg", "JPEG"), ("a/2.jpg", "PNG"), ("b/3.bmp", "BMP"))):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (5 + number, 7, 3), dtype=np.uint8)).save(path, file_format)
+    (tmp_path / "images/b/4.jpg").write_bytes(b"")
+    (tmp_path / "images/b/5.jpg").write_text("no image")
+    return ImageFolder(tmp_path / "images")
+
+
+def test_written_shards_hold_the_same_images_and_labels(images, tmp_path):
+    done = []
+    written = write_shards(images, tmp_path / "out/train", 2, seed=1, advance=done.append)
+    assert (written.shards, written.images, sum(done)) == (2, 3, 5)
+    assert sorted(line.split(":")[0] for line in written.skipped) == ["b/4.jpg", "b/5.jpg"]
+    source = Shards(tmp_path / "out/train")
+    assert source.class_names == ["a", "b"]
+    by_size = {
+        image.size[1]: (image, label) for image, label in zip(map(source.open, range(3)), source.labels, strict=True)
+    }
+    for index in range(3):
+        image, label = by_size[5 + index]
+        assert np.array_equal(np.asarray(image), np.asarray(images.open(index))) and label == images.labels[index]
+    extensions = {source.open(i).size[1]: source.name(i).rsplit(".")[-1] for i in range(3)}
+    assert extensions == {5: "jpg", 6: "png", 7: "png"}
+    assert {source.read(i) for i in range(3)} > {images.read(0), images.read(1)}  # copied, not encoded again
+
+
+def test_the_order_is_random_and_the_bytes_are_not(tmp_path):
+    for out, seed in (("1", 0), ("2", 0), ("3", 1)):
+        write_shards(Synthetic(40, 8), tmp_path / out / "train", 15, seed)
+    first, again, other = (
+        [shard.read_bytes() for shard in sorted((tmp_path / out / "train").glob("*.tar"))] for out in "123"
+    )
+    assert len(first) == 3 and first == again and first != other
+    labels = Shards(tmp_path / "1/train").labels
+    assert sorted(labels) == sorted(Synthetic(40, 8).labels) and labels.tolist() != Synthetic(40, 8).labels.tolist()
+
+
+def test_what_cannot_be_written_leaves_nothing(images, tmp_path):
+    (tmp_path / "out/train").mkdir(parents=True)
+    with pytest.raises(FileExistsError):
+        write_shards(images, tmp_path / "out/train", 2)
+
+    def interrupt(done: int):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(images, tmp_path / "out/val", 2, advance=interrupt)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="webdataset is not installed")
+def test_webdataset_reads_what_we_write_and_the_other_way_round(images, tmp_path):
+    import webdataset  # pyright: ignore[reportMissingImports]
+
+    write_shards(images, tmp_path / "ours/train", 10)
+    ours = Shards(tmp_path / "ours/train")
+    theirs = list(webdataset.WebDataset(str(tmp_path / "ours/train/train-000000.tar"), shardshuffle=False))
+    assert [int(sample["cls"]) for sample in theirs] == ours.labels.tolist()
+    read = [next(value for name, value in sample.items() if name in ("jpg", "png")) for sample in theirs]
+    assert read == [ours.read(index) for index in range(len(ours))]
+
+    (tmp_path / "theirs").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "theirs/0.tar")) as writer:
+        for index in range(len(ours)):
+            writer.write({"__key__": f"k{index}", "jpg": ours.read(index), "cls": int(ours.labels[index])})
+    again = Shards(tmp_path / "theirs")
+    assert again.labels.tolist() == ours.labels.tolist()
+    assert decode(again.read(2)).size == ours.open(2).size
