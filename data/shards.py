@@ -40,9 +40,9 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, key: str = "crossbatch.data.path", cache: Path | None = None):
-        self._folder = Path(folder)
+        self.folder = Path(folder)
         try:
-            arrays = read_index(self._folder, key, cache)
+            arrays = read_index(self.folder, key, cache)
         except OSError as error:
             raise InputError(f"{key}: cannot read {error.filename}: {error.strerror}; make it readable") from error
         self._shards = unpack_names(arrays, "shards").unpack()
@@ -64,7 +64,7 @@ class Shards:
         without = self._defects == WITHOUT_LABEL
         if not without.any():
             raise InputError(
-                f"{key}: the shards in {self._folder} hold no image that can be used (of {len(self)}, the first: "
+                f"{key}: the shards in {self.folder} hold no image that can be used (of {len(self)}, the first: "
                 f"{self.name(0)}: {_REASONS[int(self._defects[0])]}); repair or write them again"
             )
         self._defects = np.where(without, 0, self._defects)
@@ -82,7 +82,7 @@ class Shards:
         """The member of image `index`. Raises OSError, and BrokenImage if it is not what the index says."""
         if self._defects[index]:
             raise BrokenImage(_REASONS[int(self._defects[index])])
-        file = self._open(self._folder / self._shard(index))
+        file = self._open(self.folder / self._shard(index))
         offset, length = int(self._offsets[index]), int(self._lengths[index])
         member = file.read(offset - BLOCK, BLOCK + length)
         if len(member) < BLOCK + length:

@@ -1,43 +1,46 @@
 """What images there are. A path in the configuration (`crossbatch.data.path`, or `--data`) is one of
 
-    /some/folder                                  a folder with train/<class>/<image> and, to evaluate on, val/ or test/
+    /some/folder                                  a folder with train/ and, to evaluate on, val/ or test/. In these lie
+                                                  <class>/<image> (image_folder.py), or tar shards (shards.py)
+    cifar10://DIR, cifar100://DIR                 torchvision's files in DIR; `prepare` downloads them (cifar.py)
     synthetic://1000?size=64&classes=10           1000 images computed from their index (synthetic.py); no disk
     shapes://DIR?train=4000&val=800&size=64       DIR, after `prepare` wrote small labelled drawings there (shapes.py)
 
-`open_source` turns it into a `Source`. A new kind of source (tar shards, CIFAR's own files) is a class with the six
-members of the protocol in a file of its own, and one more branch here.
+`open_source` turns it into a `Source`. A new kind of source is a class with the six members of the protocol in a file of
+its own, and one more branch here and in location.py.
 """
 
-import difflib
-from dataclasses import dataclass
+import contextlib
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import parse_qsl
 
 import numpy as np
 from PIL import Image
 
 from crossbatch import InputError
-from crossbatch.data import shapes
+from crossbatch.data import cifar, shapes
 from crossbatch.data.image_folder import ImageFolder, list_classes
+from crossbatch.data.location import Location, parse
+from crossbatch.data.shard_index import list_shards
+from crossbatch.data.shards import Shards
 from crossbatch.data.synthetic import Synthetic
 
 SPLITS = {"train": ("train",), "eval": ("val", "test")}  # the folders a split may lie in, the first that exists
-_QUERY_DEFAULTS = {
-    "synthetic": {"size": 64, "classes": 10, "eval": None},  # eval: number of evaluation images; None: a tenth of train
-    "shapes": {"train": 4000, "val": 800, "size": 64, "seed": 0},
-}
+_GENERATED = ("synthetic", "cifar10", "cifar100")  # sources that always have both splits
 _TREE = (
     "expected\n"
     "  {root}/train/<class>/<image>.jpg   (jpg, jpeg, png, webp, bmp)\n"
-    "  {root}/val/<class>/<image>.jpg     (or test/; only to evaluate, with the same class names)"
+    "  {root}/val/<class>/<image>.jpg     (or test/; only to evaluate, with the same class names)\n"
+    "or tar shards with members <key>.jpg and <key>.cls\n"
+    "  {root}/train/<name>.tar\n"
+    "  {root}/val/<name>.tar              (or test/)"
 )
 
 
 class Source(Protocol):
-    """Images by index. Must pickle, and must not keep files open between calls: workers each get a copy."""
+    """Images by index. Must pickle: workers each get a copy. `read` and `open` may be called from several threads."""
 
-    labels: np.ndarray  # int64 [len]
+    labels: np.ndarray  # int64 [len]; -1 of an image that cannot be read
     class_names: list[str]
 
     def __len__(self) -> int: ...
@@ -55,18 +58,14 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Location:
-    """A parsed path. `scheme` is '' for a folder; `target` is the folder or, for synthetic, the number of images."""
-
-    scheme: str
-    target: str
-    options: dict[str, int | None]
-
-
-def prepare(path: str | Path, key: str = "crossbatch.data.path"):
-    """Write what `path` asks to be generated (shapes://), else nothing; one process does it before the others open."""
-    location = _parse(path, key)
+def prepare(path: str | Path, key: str = "crossbatch.data.path", cache: Path | None = None):
+    """What one process does before all of them open `path`: generate it (shapes://), download it (cifar10://), or list it
+    into the folder `cache`. Raises InputError, naming `key`.
+    """
+    location = parse(path, key)
+    if location.scheme in ("cifar10", "cifar100"):
+        cifar.download(location.scheme, location.target, key)
+        return
     if location.scheme == "shapes":
         options = {name: value for name, value in location.options.items() if value is not None}
         try:
@@ -75,35 +74,43 @@ def prepare(path: str | Path, key: str = "crossbatch.data.path"):
             raise InputError(
                 f"{key}: cannot write {location.target} ({error}); name a folder that can be written"
             ) from error
+    if cache is not None and location.scheme in ("", "shapes"):
+        root = Path(location.target)
+        _open_folder(_split_folder(root, "train", key), key, cache)
+        with contextlib.suppress(InputError):  # who evaluates will hear of it
+            _open_folder(_split_folder(root, "eval", key), key, cache)
 
 
 def has_evaluation_split(path: str | Path, key: str = "crossbatch.data.path") -> bool:
     """Whether `open_source(path, "eval")` has something to open."""
-    location = _parse(path, key)
-    if location.scheme == "synthetic":
-        return True
-    return any(Path(location.target, name).is_dir() for name in SPLITS["eval"])
+    location = parse(path, key)
+    return location.scheme in _GENERATED or any(Path(location.target, name).is_dir() for name in SPLITS["eval"])
 
 
-def open_source(path: str | Path, split: str, key: str = "crossbatch.data.path") -> Source:
+def open_source(path: str | Path, split: str, key: str = "crossbatch.data.path", cache: Path | None = None) -> Source:
     """The training images (`split` "train") or the evaluation images ("eval") of `path`.
+
+    In the folder `cache`, what was found in a folder of images or shards is kept until that changes.
 
     Raises:
         InputError: `path` is not there, malformed or not laid out as expected; the message starts with `key`.
     """
     if split not in SPLITS:
         raise ValueError(f"split (={split!r}) must be one of {', '.join(SPLITS)}")
-    location = _parse(path, key)
+    location = parse(path, key)
     if location.scheme == "synthetic":
         return _open_synthetic(location, split)
+    if location.scheme in ("cifar10", "cifar100"):
+        return cifar.Cifar(location.scheme, location.target, split, key)
     root = Path(location.target)
     folder = _split_folder(root, split, key)
+    source = _open_folder(folder, key, cache)
     if split == "eval":
-        _require_same_classes(_split_folder(root, "train", key), folder, key)
-    return ImageFolder(folder, key)
+        _match_classes(_split_folder(root, "train", key), folder, source, key, cache)
+    return source
 
 
-def _open_synthetic(location: _Location, split: str) -> Synthetic:
+def _open_synthetic(location: Location, split: str) -> Synthetic:
     count, size, classes = int(location.target), location.options["size"], location.options["classes"]
     assert size is not None and classes is not None
     if split == "train":
@@ -120,64 +127,58 @@ def _split_folder(root: Path, split: str, key: str) -> Path:
     for name in SPLITS[split]:
         if (root / name).is_dir():
             return root / name
+    for scheme, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
+        if (root / folder).is_dir():
+            raise InputError(f"{key}: {root} holds CIFAR as torchvision stores it; give {scheme}://{root}")
     found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
     wanted = " or ".join(f"'{name}'" for name in SPLITS[split])
     raise InputError(f"{key}: {root} has no folder {wanted} (it holds: {found}); {tree}")
 
 
-def _require_same_classes(train: Path, evaluation: Path, key: str):
-    """Labels are positions in the sorted class names, so they mean the same only if the names do."""
-    trained, evaluated = set(list_classes(train)), set(list_classes(evaluation))
+def _open_folder(folder: Path, key: str, cache: Path | None) -> ImageFolder | Shards:
+    shards = list_shards(folder)
+    if not shards:
+        return ImageFolder(folder, key, cache)
+    if list_classes(folder):
+        raise InputError(
+            f"{key}: {folder} holds tar files ({shards[0]}, ...) and folders ({list_classes(folder)[0]}, ...), so it is "
+            f"either shards or class folders; move the others away"
+        )
+    return Shards(folder, key, cache)
+
+
+def _match_classes(train: Path, folder: Path, source: ImageFolder | Shards, key: str, cache: Path | None):
+    """Labels are positions in the class names, so they mean the same only if the names do. Shards without an index of ours
+    have numbers only; they must lie in the range of the training labels. `source` gets the names of the training classes.
+    """
+    training = Shards(train, key, cache) if list_shards(train) else None
+    names = training.class_names if training else list_classes(train)
+    shards = [opened for opened in (training, source) if isinstance(opened, Shards)]
+    for opened in shards:
+        if not opened.has_labels:
+            raise InputError(
+                f"{key}: the shards in {opened.folder} have no labels (members <key>.cls), which evaluation needs; add "
+                f"them, or move {folder} away"
+            )
+    if all(opened.has_class_names for opened in shards):
+        _require_same_names(train, names, folder, source.class_names, key)
+    elif len(source.class_names) > len(names):
+        raise InputError(
+            f"{key}: {folder} has labels up to {len(source.class_names) - 1}, {train} only up to {len(names) - 1}; the "
+            f"two must number the same classes"
+        )
+    source.class_names = names
+
+
+def _require_same_names(train: Path, trained: list[str], folder: Path, evaluated: list[str], key: str):
     if trained == evaluated:
         return
     differences = [
-        f"only in {folder}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
-        for folder, names in ((train, trained - evaluated), (evaluation, evaluated - trained))
+        f"only in {where}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+        for where, names in ((train, set(trained) - set(evaluated)), (folder, set(evaluated) - set(trained)))
         if names
-    ]
+    ] or ["the same names in another order"]
     raise InputError(
-        f"{key}: {train} and {evaluation} have different class folders ({'; '.join(differences)}); "
-        f"labels are numbered by the sorted names, so make the two sets of names equal"
+        f"{key}: {train} and {folder} have different classes ({'; '.join(differences)}); labels are numbered by the "
+        f"names, so make the two lists equal"
     )
-
-
-def _parse(path: str | Path, key: str) -> _Location:
-    text = str(path)
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        if not text:
-            raise InputError(f"{key} is empty; give a folder, or synthetic://1000 to try without images")
-        return _Location("", str(Path(text).expanduser()), {})
-    if scheme not in _QUERY_DEFAULTS:
-        allowed = "a folder, " + ", ".join(f"{name}://..." for name in _QUERY_DEFAULTS)
-        raise InputError(f"{key}: unknown scheme in {text!r}{_nearest(scheme, _QUERY_DEFAULTS)}; allowed: {allowed}")
-    target, _, query = rest.partition("?")
-    options = _parse_query(scheme, query, text, key)
-    if scheme == "synthetic" and not (target.isdecimal() and int(target) > 0):
-        raise InputError(f"{key}: {text!r} needs a number of images, as in synthetic://1000?size=64&classes=10")
-    if scheme == "shapes" and not target:
-        raise InputError(f"{key}: {text!r} needs a folder, as in shapes://runs/shapes?train=4000&val=800")
-    return _Location(scheme, target if scheme == "synthetic" else str(Path(target).expanduser()), options)
-
-
-def _parse_query(scheme: str, query: str, text: str, key: str) -> dict[str, int | None]:
-    options: dict[str, int | None] = dict(_QUERY_DEFAULTS[scheme])
-    given = set()
-    for part in filter(None, query.split("&")):
-        name, value = (parse_qsl(part, keep_blank_values=True) or [(part, "")])[0]
-        if name not in options:
-            allowed = ", ".join(options)
-            raise InputError(f"{key}: unknown option {name!r} in {text!r}{_nearest(name, options)}; allowed: {allowed}")
-        if name in given:
-            raise InputError(f"{key}: option {name!r} is given twice in {text!r}; give it once")
-        if not value.isdecimal() or (int(value) == 0 and name != "seed"):
-            kind = "an integer >= 0" if name == "seed" else "an integer >= 1"
-            raise InputError(f"{key}: option {name!r} in {text!r} is {value!r}; it must be {kind}")
-        options[name] = int(value)
-        given.add(name)
-    return options
-
-
-def _nearest(name: str, allowed) -> str:
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

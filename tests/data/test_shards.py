@@ -350,6 +350,7 @@ def test_what_cannot_be_written_leaves_nothing(images, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
 @pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="webdataset is not installed")
 def test_webdataset_reads_what_we_write_and_the_other_way_round(images, tmp_path):
     import webdataset  # pyright: ignore[reportMissingImports]

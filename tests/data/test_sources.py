@@ -1,7 +1,10 @@
 """sources.py and image_folder.py: what is opened, and what is said when it cannot be."""
 
+import os
 import pickle
 import shutil
+import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,11 @@ import pytest
 from PIL import Image
 
 from crossbatch import InputError
+from crossbatch.data import image_folder
 from crossbatch.data.decode import BrokenImage, decode
 from crossbatch.data.image_folder import ImageFolder
+from crossbatch.data.shard_index import write_index
+from crossbatch.data.shard_writer import write_shards
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
 
 
@@ -146,7 +152,10 @@ def test_prepare_leaves_other_paths_alone(tmp_path):
         ("shapes://?train=9", "needs a folder"),
         ("shapes://x?trian=9", r"did you mean 'train'.*allowed: train, val, size, seed"),
         ("shape://x", r"unknown scheme.*did you mean 'shapes'"),
-        ("s3://bucket", r"unknown scheme.*allowed: a folder, synthetic://..., shapes://..."),
+        ("s3://bucket", r"unknown scheme.*allowed: a folder, synthetic://..., shapes://..., cifar10://..."),
+        ("cifar10://", r"needs a folder, as in cifar10://datasets"),
+        ("cifar10://x?size=3", r"unknown option 'size'.*allowed: none"),
+        ("cifar://x", r"did you mean 'cifar10'"),
     ],
 )
 def test_malformed_paths(path, message):
@@ -190,10 +199,80 @@ def test_class_folders_without_images(tmp_path):
         open_source(tmp_path, "train")
 
 
+def test_shards_and_folders_side_by_side(tree):
+    (tree / "train/x.tar").touch()
+    assert "train holds tar files (x.tar, ...) and folders (a, ...)" in rejected(tree)
+
+
+def test_cifar_in_a_folder(tmp_path):
+    (tmp_path / "cifar-100-python").mkdir()
+    assert f"give cifar100://{tmp_path}" in rejected(tmp_path)
+
+
+def as_shards(tree: Path, split: str, with_names: bool):
+    """Replaces a split of the tree by shards."""
+    images = (tree / split).rename(tree / "images")
+    write_shards(ImageFolder(images), tree / split, images_per_shard=3)
+    shutil.rmtree(images)
+    if not with_names:
+        (tree / split / "index.npz").unlink()
+
+
+@pytest.mark.parametrize("splits", [("train",), ("val",), ("train", "val")])
+@pytest.mark.parametrize("with_names", [True, False])
+def test_shards_in_place_of_folders(tree, splits, with_names):
+    folder = open_source(tree, "train")
+    expected = sorted(zip(map(folder.read, range(4)), folder.labels.tolist(), strict=True))
+    for split in splits:
+        as_shards(tree, split, with_names)
+    train, evaluation = open_source(tree, "train"), open_source(tree, "eval")
+    read = [train.open(i).getpixel((0, 0)) for i in range(4)]
+    assert has_evaluation_split(tree) and len(evaluation) == 2
+    assert sorted(zip(read, train.labels.tolist(), strict=True)) == sorted(
+        (decode(encoded).getpixel((0, 0)), label) for encoded, label in expected
+    )
+    assert evaluation.class_names == (["0", "1"] if "train" in splits and not with_names else ["a", "b"])
+
+
+def test_shards_with_other_classes(tree):
+    write(tree / "val/c/v.png")
+    as_shards(tree, "val", with_names=True)
+    with pytest.raises(InputError, match=r"different classes \(only in .*val: c\)"):
+        open_source(tree, "eval")
+    (tree / "val/index.npz").unlink()
+    with pytest.raises(InputError, match=r"val has labels up to 2, .*train only up to 1"):
+        open_source(tree, "eval")
+    write_index(tree / "val", ["b", "a", "c"])
+    (tree / "train/c").mkdir()
+    with pytest.raises(InputError, match="the same names in another order"):
+        open_source(tree, "eval")
+
+
+def test_shards_without_labels_train_but_do_not_evaluate(tree):
+    shutil.rmtree(tree / "train")
+    (tree / "train").mkdir()
+    with tarfile.open(tree / "train/x.tar", "w") as tar:
+        tar.add(tree / "val/a/v.png", "0.png")
+    assert open_source(tree, "train").open(0).mode == "RGB"
+    with pytest.raises(InputError, match=r"the shards in .*train have no labels .*move .*val away"):
+        open_source(tree, "eval")
+
+
+def test_prepare_lists_for_all_others(tree, tmp_path, monkeypatch):
+    hour_ago = time.time() - 3600
+    for folder in [*tree.rglob("*/"), tree]:
+        os.utime(folder, (hour_ago, hour_ago))
+    prepare(tree, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(image_folder, "_list", None)
+    assert len(open_source(tree, "train", cache=tmp_path / "cache")) == 4
+    assert len(open_source(tree, "eval", cache=tmp_path / "cache")) == 2
+
+
 def test_different_classes_in_train_and_eval(tree):
     write(tree / "val/c/v.png")
     shutil.rmtree(tree / "val/b")
-    with pytest.raises(InputError, match=r"different class folders \(only in .*train: b; only in .*val: c\)"):
+    with pytest.raises(InputError, match=r"different classes \(only in .*train: b; only in .*val: c\)"):
         open_source(tree, "eval")
 
 
