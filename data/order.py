@@ -14,8 +14,19 @@ step): resuming needs nothing else. This differs from torch's DistributedSampler
 the ranks (the global batch then has another order at each world size) and pads the end with repeated images.
 
 Images that do not fill the last batch are dropped; the next epoch's permutation drops others.
+
+With a shuffle window, images that are neighbours in the source stay near each other in the order, so that a network disk
+reads long pieces of few places instead of single images all over. The source is cut into runs of about sqrt(window)
+neighbours, the runs are shuffled, and the images of each `window` images' worth of runs are shuffled among themselves:
+
+    source   | run 0 | run 1 | run 2 | run 3 | run 4 | run 5 |
+    order    | 4 and 1 shuffled | 0 and 5 shuffled | 3 and 2 shuffled |      (a window of two runs)
+
+A window then holds images from sqrt(window) places, which for class folders means that few classes: use it on tar shards,
+which are written in random order.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,9 +44,11 @@ class Order:
         size: number of training images.
         global_batch: images per optimizer step over all ranks (`train_batch_size`).
         world_size, rank: of this process.
+        shuffle_window: images that are shuffled among each other; 0 for all of them.
 
     Raises:
-        InputError: fewer images than one global batch, or a global batch that the ranks cannot share equally.
+        InputError: fewer images than one global batch, a global batch that the ranks cannot share equally, or a window
+            smaller than a global batch.
     """
 
     seed: int
@@ -43,6 +56,7 @@ class Order:
     global_batch: int
     world_size: int = 1
     rank: int = 0
+    shuffle_window: int = 0
     _permutations: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -58,6 +72,12 @@ class Order:
             raise InputError(
                 f"train_batch_size is {self.global_batch}, which {self.world_size} ranks cannot share equally; "
                 f"set it to a multiple of {self.world_size}, such as {multiple}"
+            )
+        if self.shuffle_window and self.shuffle_window < self.global_batch:
+            raise InputError(
+                f"crossbatch.data.shuffle_window is {self.shuffle_window}, less than train_batch_size = "
+                f"{self.global_batch}: a batch would be one piece of the data; set it to 0 (all images), or to several "
+                f"batches, such as {4 * self.global_batch}"
             )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank (={self.rank}) must be in [0, {self.world_size})")
@@ -87,9 +107,22 @@ class Order:
         if epoch not in self._permutations:
             while len(self._permutations) > 1:
                 self._permutations.pop(next(iter(self._permutations)))  # the oldest
-            ranks = counter.bits(counter.ORDER_DRAW, self.seed, epoch, np.arange(self.size))
-            self._permutations[epoch] = np.argsort(ranks, kind="stable")
+            numbers = counter.bits(counter.ORDER_DRAW, self.seed, epoch, np.arange(self.size))
+            if self.shuffle_window:
+                permutation = np.lexsort((numbers, self._windows(epoch)))
+            else:
+                permutation = np.argsort(numbers, kind="stable")
+            self._permutations[epoch] = permutation
         return self._permutations[epoch]
+
+    def _windows(self, epoch: int) -> np.ndarray:
+        """The number of the window that each image falls into (int64 [size])."""
+        run_length = math.isqrt(self.shuffle_window)
+        runs_per_window = self.shuffle_window // run_length
+        numbers = counter.bits(counter.RUNS_DRAW, self.seed, epoch, np.arange(math.ceil(self.size / run_length)))
+        places = np.empty(len(numbers), dtype=np.int64)
+        places[np.argsort(numbers, kind="stable")] = np.arange(len(numbers))
+        return np.repeat(places // runs_per_window, run_length)[: self.size]
 
 
 def evaluation_share(size: int, world_size: int, rank: int) -> np.ndarray:

@@ -7,9 +7,9 @@ from crossbatch import InputError
 from crossbatch.data.order import Order, evaluation_share
 
 
-def epoch_of(epoch: int, size: int, batch: int, world_size: int) -> np.ndarray:
+def epoch_of(epoch: int, size: int, batch: int, world_size: int, window: int = 0) -> np.ndarray:
     """The global order of an epoch, put together from all ranks."""
-    ranks = [Order(3, size, batch, world_size, rank) for rank in range(world_size)]
+    ranks = [Order(3, size, batch, world_size, rank, window) for rank in range(world_size)]
     return np.concatenate([o.batch(epoch, step) for step in range(ranks[0].steps_per_epoch) for o in ranks])
 
 
@@ -79,6 +79,46 @@ def test_positions_outside_the_epoch():
             Order(0, 100, 10).batch(0, step)
     with pytest.raises(ValueError, match="rank"):
         Order(0, 100, 10, world_size=2, rank=2)
+
+
+@pytest.mark.parametrize(("size", "window"), [(1000, 100), (1003, 117), (997, 30), (40, 37), (20, 20)])
+def test_a_shuffle_window_keeps_all_other_promises(size, window):
+    for epoch in (0, 4):
+        alone = epoch_of(epoch, size, 20, 1, window)
+        assert len(alone) == len(set(alone.tolist())) == size // 20 * 20
+        assert alone.min() >= 0 and alone.max() < size
+        for world_size in (2, 4):
+            assert np.array_equal(alone, epoch_of(epoch, size, 20, world_size, window))
+    if size > window:
+        assert not np.array_equal(epoch_of(0, size, 20, 1, window), epoch_of(1, size, 20, 1, window))
+
+
+def test_a_window_reads_few_places_and_mixes_them():
+    """A window of 1024 images is 32 runs of 32 neighbours, from all over, in no order; each epoch others meet."""
+    order = Order(0, 32_000, 1024, shuffle_window=1024)
+    together = []
+    for epoch in (0, 1):
+        runs = order.batch(epoch, 3) // 32
+        assert len(set(runs.tolist())) == 32 and all(count == 32 for count in np.bincount(runs) if count)
+        assert runs.max() - runs.min() > 500
+        assert np.abs(np.corrcoef(order.batch(epoch, 3), np.arange(1024))[0, 1]) < 0.15
+        assert (np.diff(order.batch(epoch, 3)) == 1).mean() < 0.02
+        together.append({frozenset(pair) for pair in zip(sorted(set(runs))[:-1], sorted(set(runs))[1:], strict=True)})
+    assert len(together[0] & together[1]) < 5
+
+
+def test_a_window_of_everything_is_none():
+    assert np.array_equal(epoch_of(2, 500, 20, 1, window=500 + 22), epoch_of(2, 500, 20, 1))
+
+
+def test_golden_order_with_a_window():
+    """Changing this changes the data order of every run: checkpoints would not resume."""
+    assert Order(3, 40, 9, shuffle_window=9).batch(1, 2).tolist() == [4, 0, 2, 1, 9, 10, 3, 11, 5]
+
+
+def test_a_window_smaller_than_a_batch():
+    with pytest.raises(InputError, match=r"shuffle_window is 16, less than train_batch_size = 20.*such as 80"):
+        Order(0, 100, 20, shuffle_window=16)
 
 
 @pytest.mark.parametrize(("size", "world_size"), [(10, 3), (2, 4), (0, 2), (1001, 8)])
