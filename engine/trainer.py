@@ -101,14 +101,20 @@ class Trainer:
         path = self.ours.data.path
         if path is None:
             raise InputError("crossbatch.data.path: not given; allowed: a folder with train/; give it with --data DIR")
-        on_main(lambda: prepare(path))
-        source = open_source(path, "train")
+        cache = self.out / "data_index"
+        on_main(lambda: prepare(path, cache=cache))
+        source = open_source(path, "train", cache=cache)
         self.order = Order(
-            self.ours.seed, len(source), self.run.config.train_batch_size, self.world.size, self.world.rank
+            self.ours.seed,
+            len(source),
+            self.run.config.train_batch_size,
+            self.world.size,
+            self.world.rank,
+            self.ours.data.shuffle_window,
         )
         self.monitor = None
         if self.ours.evaluate.knn_every_epochs and has_evaluation_split(path):
-            self.monitor = KnnMonitor(self.run, source, open_source(path, "eval"), self.device)
+            self.monitor = KnnMonitor(self.run, source, open_source(path, "eval", cache=cache), self.device)
         return source
 
     def _open_run(self, resume: str) -> Path | None:

@@ -57,14 +57,14 @@ def main() -> None:
 
 
 def steps_per_epoch(config: Config) -> int | None:
-    """None where no data is named, or where it would have to be generated first."""
+    """None where no data is named, or where it would have to be generated or downloaded first."""
     path = config.crossbatch.data.path
     if path is None:
         return None
     try:
         return len(open_source(path, "train")) // config.train_batch_size
     except InputError:
-        if path.startswith("shapes://"):
+        if path.startswith(("shapes://", "cifar10://", "cifar100://")):
             return None
         raise
 

@@ -66,12 +66,17 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str | None = key(None, "folder with train/ and, for k-NN, val/ or test/; or synthetic://, shapes://")
+    path: str | None = key(
+        None, "folder with train/ and, for k-NN, val/ or test/; or cifar10://, cifar100://, synthetic://, shapes://"
+    )
     backend: Literal["auto", "torchvision"] = key("auto", "who decodes and augments")
     crop_min: float = key(0.08, "smallest crop as a share of the image's area", above=0.0, high=1.0)
     image_size: int = key(224, "side of a view in pixels", low=8)
     workers: int | Auto = key("auto", "loader processes of a rank; 0 loads in the training process", low=0)
     max_skipped_fraction: float = key(0.001, "share of broken images above which the run stops", low=0.0, high=1.0)
+    shuffle_window: int = key(
+        0, "images shuffled among each other, at least a batch, for tar shards on a network disk; 0 all", low=0
+    )
 
 
 @dataclass(frozen=True)
