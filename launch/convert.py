@@ -1,0 +1,87 @@
+"""Turns one form into another.
+
+python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from crossbatch import InputError
+from crossbatch.data.shard_writer import Written, write_shards
+from crossbatch.data.sources import has_evaluation_split, open_source, prepare
+from crossbatch.launch.exits import run_main
+
+_NAMED = 10  # broken images named
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_shards(commands)
+    return parser.parse_args()
+
+
+def add_shards(commands) -> None:
+    """`convert.py shards`: any data that can be trained on, as tar shards with an index."""
+    parser = commands.add_parser(
+        "shards",
+        help="a folder of images as tar shards",
+        description="Writes OUTPUT/train and, if there is one, OUTPUT/val as tar shards (webdataset's conventions, images "
+        "in random order, copied as they are) with an index. OUTPUT is then a --data.",
+        epilog="example: python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards",
+    )
+    parser.add_argument("--data", metavar="DIR", required=True, help="what to read: a folder or cifar10://DIR, ...")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
+    parser.add_argument("--images-per-shard", metavar="N", type=int, default=5000, help="default 5000")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order in the shards; default 0")
+    parser.set_defaults(run=shards)
+
+
+def shards(arguments: argparse.Namespace) -> None:
+    if arguments.images_per_shard < 1:
+        raise InputError(f"--images-per-shard: given {arguments.images_per_shard}; allowed: >= 1")
+    folders = {"train": arguments.output / "train"}
+    prepare(arguments.data, "--data")
+    if has_evaluation_split(arguments.data, "--data"):
+        folders["eval"] = arguments.output / "val"
+    sources = {split: open_source(arguments.data, split, "--data") for split in folders}
+    for folder in (*folders.values(), *(path.with_name(f"{path.name}.writing") for path in folders.values())):
+        if folder.exists():
+            raise InputError(f"--output: {folder} exists already; remove it or give another folder")
+    for split, folder in folders.items():
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task(str(folder), total=len(sources[split]))
+            try:
+                written = write_shards(
+                    sources[split],
+                    folder,
+                    arguments.images_per_shard,
+                    arguments.seed,
+                    lambda done, task=task, progress=progress: progress.advance(task, done),
+                )
+            except OSError as error:
+                raise InputError(f"--output: cannot write {folder}: {error}; give a folder with room") from error
+        report(folder, written)
+    print(f"next: python launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data {arguments.output}")
+
+
+def report(folder: Path, written: Written) -> None:
+    for name in written.skipped[:_NAMED]:
+        print(f"left out, broken: {name}", file=sys.stderr)
+    if not written.images:
+        raise InputError(f"--data: none of the {len(written.skipped)} images for {folder} can be read; nothing written")
+    left_out = f", {len(written.skipped)} broken images left out" if written.skipped else ""
+    print(f"{folder}: {written.images} images in {written.shards} shards{left_out}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    run_main(main)
