@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks import harness
 
-STAGES = ("optimizer", "step")
+STAGES = ("index", "optimizer", "step")
 
 
 def main() -> None:

@@ -1,0 +1,98 @@
+"""What a start costs before the first image: listing a million files, or reading the listing from the run's cache.
+
+The files are empty and lie in a temporary folder (an inode each), as 1000 classes with names like ImageNet's; a shard's
+images are one pixel. "a position" is what a resumed run asks for next: the order of an epoch, and a batch in its middle.
+All this runs on what the operating system has in memory: the first listing of a cold or a network disk takes longer.
+Memory is what Python and numpy keep allocated for the source, and what they had at most while it was made.
+"""
+
+import os
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+from torchvision.datasets import ImageFolder as TorchvisionFolder
+
+from benchmarks.harness import Row, compare
+from crossbatch.data.image_folder import ImageFolder
+from crossbatch.data.order import Order
+from crossbatch.data.shard_writer import write_shards
+from crossbatch.data.shards import Shards
+from crossbatch.data.synthetic import Synthetic
+
+CLASSES = 1000
+
+
+def run(quick: bool) -> list[Row]:
+    images, in_shards, rounds = (20_000, 1_000, 2) if quick else (1_000_000, 50_000, 3)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        return [*_class_folders(folder / "folders", images, rounds), *_shards(folder / "shards", in_shards, rounds)]
+
+
+def _class_folders(folder: Path, images: int, rounds: int) -> list[Row]:
+    root, cache, settings = folder / "train", folder / "cache", {"images": images, "classes": CLASSES}
+    for label in range(CLASSES):
+        (root / f"n{label:08d}").mkdir(parents=True)
+        for number in range(images // CLASSES):
+            os.mknod(root / f"n{label:08d}" / f"n{label:08d}_{number:05d}.JPEG")
+    _age(root, *root.iterdir())
+    ImageFolder(root, cache=cache)  # fills the cache
+
+    def resume() -> None:
+        Order(0, len(ImageFolder(root, cache=cache)), 4096).batch(3, images // 4096 // 2)
+
+    sources: dict[str, Callable[[], object]] = {
+        "folders: torchvision's ImageFolder": lambda: TorchvisionFolder(root),
+        "folders: listed": lambda: ImageFolder(root),
+        "folders: from the cache": lambda: ImageFolder(root, cache=cache),
+    }
+    cases = {**sources, "folders: from the cache, and a position": resume}
+    return [*compare(cases, next(iter(cases)), settings, 0, 0, rounds), *_memory(sources, images, settings)]
+
+
+def _shards(folder: Path, images: int, rounds: int) -> list[Row]:
+    root, cache, settings = folder / "train", folder / "cache", {"images": images}
+    write_shards(Synthetic(images, size=1, classes=CLASSES), root, images_per_shard=5000)
+    index = (root / "index.npz").rename(folder / "index.npz")
+    _age(*root.glob("*.tar"))
+    Shards(root, cache=cache)  # fills the cache
+
+    def from_index() -> Shards:
+        index.rename(root / "index.npz")
+        try:
+            return Shards(root)
+        finally:
+            (root / "index.npz").rename(index)
+
+    sources: dict[str, Callable[[], object]] = {
+        "shards: scanned": lambda: Shards(root),
+        "shards: from the cache": lambda: Shards(root, cache=cache),
+        "shards: from their index": from_index,
+    }
+    return [
+        *compare(sources, "shards: scanned", settings, 0, 0, rounds),
+        *_memory({"shards: from their index": from_index}, images, settings),
+    ]
+
+
+def _memory(sources: dict[str, Callable[[], object]], images: int, settings: dict) -> list[Row]:
+    rows = []
+    for name, make in sources.items():
+        tracemalloc.start()
+        source = make()
+        kept, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        del source
+        size = kept / images
+        rows.append(Row(name, size, size, size, 1, "bytes/image", settings={**settings, "peak_mib": most / 2**20}))
+    return rows
+
+
+def _age(*paths: Path) -> None:
+    """As if they had changed an hour ago: the listing of a folder that has just changed is not kept."""
+    then = time.time() - 3600
+    for path in paths:
+        os.utime(path, (then, then))
