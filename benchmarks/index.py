@@ -87,7 +87,9 @@ def _memory(sources: dict[str, Callable[[], object]], images: int, settings: dic
         tracemalloc.stop()
         del source
         size = kept / images
-        rows.append(Row(name, size, size, size, 1, "bytes/image", settings={**settings, "peak_mib": most / 2**20}))
+        rows.append(
+            Row(f"{name}: memory", size, size, size, 1, "bytes/image", settings={**settings, "peak_mib": most / 2**20})
+        )
     return rows
 
 

@@ -117,7 +117,7 @@ def _require_consistent(arrays: Arrays):
 
 
 def _require_same_shards(folder: Path, arrays: Arrays, key: str):
-    """An index beside other shards than its own is an error; a shard of its own that was cut off is not."""
+    """An index beside other shards than its own is an error; a damaged shard of its own is not."""
     indexed, found = unpack_names(arrays, "shards").unpack(), list_shards(folder)
     remedy = f"remove {folder / INDEX}, and the shards are scanned, or bring back the shards it was written for"
     if indexed != found:
@@ -131,22 +131,26 @@ def _require_same_shards(folder: Path, arrays: Arrays, key: str):
     for number, (name, status) in enumerate(zip(found, _statuses(folder, found), strict=True)):
         size = int(arrays["sizes"][number])
         images = slice(int(ends[number] - arrays["counts"][number]), int(ends[number]))
-        if status.st_size != size and not _is_cut_off(folder / name, status.st_size, size, arrays, images):
+        if status.st_size != size and not _is_what_is_left(folder / name, status.st_size, size, arrays, images):
             raise InputError(
                 f"{key}: {folder / INDEX} is not the index of {name}: that has {status.st_size} bytes, the indexed one had "
                 f"{size}; {remedy}"
             )
 
 
-def _is_cut_off(shard: Path, size: int, whole_size: int, arrays: Arrays, images: slice) -> bool:
-    """Whether `shard` is the start of what was indexed: it is shorter, and the last image that fits is the indexed one."""
+def _is_what_is_left(shard: Path, size: int, whole_size: int, arrays: Arrays, images: slice) -> bool:
+    """Whether `shard` is what damage has left of the indexed one: it is shorter, and of the images that fit into it the
+    first or the last is still the indexed one.
+    """
     if size > whole_size:
         return False
     image_ends = arrays["offsets"][images] + arrays["lengths"][images]
     sample_ends = np.maximum(image_ends, arrays["label_offsets"][images] + BLOCK)
-    fitting = np.flatnonzero((sample_ends <= size) & (arrays["defects"][images] == 0))
-    if not len(fitting):
-        return True
-    last, file = images.start + int(fitting[-1]), ShardFile(shard)
-    header = file.read(int(arrays["offsets"][last]) - BLOCK, BLOCK)
-    return file.checksum(header, int(arrays["label_offsets"][last])) == arrays["checks"][last]
+    fitting = images.start + np.flatnonzero((sample_ends <= size) & (arrays["defects"][images] == 0))
+    file = ShardFile(shard)
+
+    def is_indexed(image: int) -> bool:
+        header = file.read(int(arrays["offsets"][image]) - BLOCK, BLOCK)
+        return file.checksum(header, int(arrays["label_offsets"][image])) == arrays["checks"][image]
+
+    return not len(fitting) or is_indexed(fitting[0]) or is_indexed(fitting[-1])
