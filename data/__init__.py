@@ -8,10 +8,11 @@ Three questions, kept apart, each answered in one file:
 - **how**: a backend. torchvision_backend.py applies the parameters with PIL; loader.py, stream.py and pieces.py run it in
   worker processes.
 
-Beside them stands what images there are: sources.py opens a path; image_folder.py, synthetic.py and shapes.py are the
-kinds of source.
+Beside them stands what images there are: sources.py opens a path (location.py parses it); image_folder.py, shards.py,
+cifar.py, synthetic.py and shapes.py are the kinds of source; decode.py says what an image file means, listing.py keeps what
+was found in a folder. shard_scan.py, shard_index.py and shard_writer.py belong to shards.py.
 
-Where the next thing goes: another kind of source, in its own file, with a branch in sources.py; another backend
+Where the next thing goes: another kind of source, in its own file, with a branch in sources.py and location.py; another backend
 (DALI), in its own file, with the iterators of loader.py and parameters from recipe.draw, so that a test can compare
 it to PIL view by view; another augmentation, as fields of ViewRecipe and ViewParameters, drawn in recipe.draw,
 applied in every backend.
