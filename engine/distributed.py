@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,7 +53,8 @@ def world_from_environment() -> World:
 def process_group(world: World, device_type: str, threads: int = 1, timeout_s: float = 1800) -> Iterator[torch.device]:
     """Joins the ranks (NCCL on GPUs, gloo on CPUs) and yields this rank's device; leaves the group at the end.
 
-    On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise.
+    On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise. A collective fails after `timeout_s`; NCCL, which then
+    ends the process, a minute later, so that `engine.watch` can say whose fault it is.
     """
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
@@ -69,13 +71,16 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
             init_method="env://" if "MASTER_ADDR" in os.environ else f"file://{Path(folder) / 'store'}",
             rank=world.rank,
             world_size=world.size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=timeout_s + (60 if device.type == "cuda" else 0)),
             device_id=device if device.type == "cuda" else None,
         )
         try:
             yield device
-        finally:
-            dist.destroy_process_group()
+        except Exception as error:
+            if world.size == 1 or isinstance(error, InputError):
+                dist.destroy_process_group()
+            raise  # else not: the others may be gone, and leaving the group would wait for them
+        dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -134,6 +139,18 @@ def broadcast_object(value, source: int = 0):
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def cpu_group(timeout_s: float) -> dist.ProcessGroup:
+    """All ranks once more, for messages that must mix neither with training's nor with the GPU's queue."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def shared_token() -> str:
+    """A name that nobody else uses, the same on all ranks."""
+    return broadcast_object(uuid.uuid4().hex[:8])
 
 
 def on_main(function: Callable[[], T]) -> T:

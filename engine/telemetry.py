@@ -1,10 +1,13 @@
 """What a run tells: metrics.jsonl for programs, TensorBoard for curves and pictures, a progress bar and a table for a person.
 
-`Log` says nothing and stands in for the ranks other than 0; `RunLog` is rank 0's.
+`Log` says nothing and stands in for the ranks other than 0; `RunLog` is rank 0's. A disk that is full or has become read-only
+does not stop it: lines of metrics wait in memory until they can be written, TensorBoard misses what was logged meanwhile.
 """
 
+import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from crossbatch.engine.checkpoint import write_atomically
+
 
 class Log:
     """Says nothing."""
 
     def note(self, text: str) -> None: ...
 
+    def warn(self, text: str) -> None: ...
+
     def record(self, values: dict[str, Any]) -> None: ...
+
+    def scalars(self, values: dict[str, float], step: int) -> None: ...
 
     def advance(self, step: int) -> None: ...
 
@@ -40,13 +49,12 @@ class RunLog(Log):
     """
 
     def __init__(self, out: Path, first_step: int, last_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.console = Console(highlight=False)
-        self._drop_after(out / "metrics.jsonl", first_step)
-        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(out), purge_step=first_step + 1 if first_step else None)
-        self.last_step = last_step
+        self.lines = Lines(out / "metrics.jsonl")
+        self.lines.drop_after(first_step)
+        self.out, self.last_step = out, last_step
+        self.board, self.purge_step = None, first_step + 1 if first_step else None
+        self.failing: set[str] = set()  # of metrics.jsonl, TensorBoard
         self.bar = None
         if self.console.is_terminal:
             self.bar = Progress(
@@ -62,22 +70,20 @@ class RunLog(Log):
             self.task = self.bar.add_task("", total=last_step, completed=first_step, status="", epoch="starting")
             self.bar.start()
 
-    @staticmethod
-    def _drop_after(path: Path, step: int) -> None:
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
     def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        with contextlib.suppress(OSError):  # standard output may lie on the full disk, too
+            self.console.print(text, soft_wrap=True, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
 
     def record(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and every number of it as a TensorBoard scalar."""
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-        for name, value in _flat(values):
-            if isinstance(value, (int, float)) and name not in ("step", "epoch", "images_seen"):
-                self.board.add_scalar(name if "/" in name else f"run/{name}", value, values["step"])
+        self._on_disk("metrics.jsonl", lambda: self.lines.append(json.dumps(values)))
+        numbers = {name: value for name, value in _flat(values) if isinstance(value, (int, float))}
+        for name in ("step", "epoch", "images_seen"):
+            numbers.pop(name)
+        self.scalars({name if "/" in name else f"run/{name}": value for name, value in numbers.items()}, values["step"])
         status = _status(values)
         if self.bar is not None:
             self.bar.update(self.task, status=status, epoch=f"epoch {values['epoch']:.2f}")
@@ -86,14 +92,27 @@ class RunLog(Log):
         else:
             self.note(f"step {values['step']}/{self.last_step}  epoch {values['epoch']:.2f}  {status}")
 
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """For TensorBoard only."""
+
+        def write() -> None:
+            for name, value in values.items():
+                self._open_board().add_scalar(name, value, step)
+
+        self._on_disk("TensorBoard", write)
+
     def advance(self, step: int) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
 
     def pictures(self, tag: str, images: torch.Tensor, step: int) -> None:
         """A uint8 image [3, H, W] for TensorBoard."""
-        self.board.add_image(tag, images, step)
-        self.board.flush()
+
+        def write() -> None:
+            self._open_board().add_image(tag, images, step)
+            self._open_board().flush()
+
+        self._on_disk("TensorBoard", write)
 
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None:
         """The closing table, and what to type next."""
@@ -110,8 +129,57 @@ class RunLog(Log):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        self.file.close()
-        self.board.close()
+        self._on_disk("metrics.jsonl", self.lines.close)
+        if self.board is not None:
+            self._on_disk("TensorBoard", self.board.close)
+            self.board = None
+
+    def _open_board(self):
+        """TensorBoard's writer; a new one if the last one failed, because it keeps failing then."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.board is None:
+            self.board = SummaryWriter(str(self.out), purge_step=self.purge_step)
+            self.purge_step = None
+        return self.board
+
+    def _on_disk(self, what: str, write: Callable[[], None]) -> None:
+        """Training matters more than its log."""
+        try:
+            write()
+            self.failing.discard(what)
+        except OSError as error:
+            if what == "TensorBoard":
+                self.board = None
+            if what not in self.failing:
+                self.warn(f"{what} cannot be written: {error}; training goes on")
+            self.failing.add(what)
+
+
+class Lines:
+    """A file of lines. What cannot be written waits for the next line; nothing is lost by that."""
+
+    def __init__(self, path: Path):
+        self.path, self._waiting = path, b""
+        self._file = None
+
+    def drop_after(self, step: int) -> None:
+        """Before the first `append`: removes the lines of later steps, which will come again."""
+        if self.path.exists():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def append(self, line: str) -> None:
+        self._waiting += line.encode() + b"\n"
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class StepClock:
@@ -157,4 +225,4 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _status(values: dict[str, Any]) -> str:
     formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s", "knn_top1": "k-NN {:.2f} %"}
-    return "  ".join(text.format(values[name]) for name, text in formats.items() if name in values)
+    return "  ".join(text.format(values[name]) for name, text in formats.items() if values.get(name) is not None)

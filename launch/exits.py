@@ -1,14 +1,20 @@
 """Exit codes: 0 done, 2 the input was wrong, 3 the run stopped itself; anything else is a bug and shows its traceback."""
 
+import contextlib
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from crossbatch import InputError, RunStopped
-from crossbatch.engine.distributed import world_from_environment
+from crossbatch.engine.distributed import World, world_from_environment
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Calls a launcher's main. All ranks see wrong input alike, so rank 0 speaks; a rank that stops speaks for itself."""
+    """Calls a launcher's main. All ranks see wrong input alike, so rank 0 speaks; a rank that stops speaks for itself.
+
+    Among several ranks a process that failed ends without tidying up, which could wait for those that are gone.
+    """
     world = world_from_environment()
     try:
         main()
@@ -18,4 +24,18 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(2)
     except RunStopped as error:
         print(f"stopped (rank {world.rank}): {error}", file=sys.stderr, flush=True)
-        sys.exit(3)
+        _exit(3, world)
+    except Exception:
+        if world.size == 1:
+            raise
+        traceback.print_exc()
+        _exit(1, world)
+
+
+def _exit(code: int, world: World) -> None:
+    if world.size == 1:
+        sys.exit(code)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

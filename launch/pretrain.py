@@ -13,8 +13,10 @@ from pathlib import Path
 from crossbatch import InputError
 from crossbatch.data import open_source
 from crossbatch.engine.build import describe
+from crossbatch.engine.checkpoint import check_allowed
 from crossbatch.engine.config import Config, Device, load_config, resolve
 from crossbatch.engine.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.engine.watch import Watch
 from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
 from crossbatch.launch.exits import run_main
 
@@ -27,6 +29,9 @@ def parse_arguments() -> argparse.Namespace:
         "--steps", metavar="N", type=int, help="stop at optimizer step N, counted from the start of the run"
     )
     parser.add_argument("--resume", metavar="auto|none|DIR", default="auto", help="what to continue (default auto)")
+    parser.add_argument(
+        "--allow-change", metavar="KEY", action="append", default=[], help="resume although KEY changed; repeatable"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would run as JSON, without data or processes"
     )
@@ -42,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.deepspeed_config, overrides(arguments))
+    check_allowed(arguments.allow_change)
     world = world_from_environment()
     device = Device.detect()
     if arguments.dry_run:
@@ -50,10 +56,12 @@ def main() -> None:
         return
     run = resolve(config, world.size, device, world.local_size)
     out = writable_folder(arguments.out or default_out(arguments.deepspeed_config))
-    with process_group(world, device.type, run.threads) as torch_device:
+    timeout_s = run.config.crossbatch.watch.timeout_s
+    with process_group(world, device.type, run.threads, timeout_s) as torch_device, Watch(world, timeout_s) as watch:
         from crossbatch.engine.trainer import Trainer
 
-        Trainer(run, world, torch_device, broadcast_object(out), arguments.resume, arguments.steps).train()
+        out, resume, steps = broadcast_object(out), arguments.resume, arguments.steps
+        Trainer(run, world, torch_device, out, resume, steps, arguments.allow_change, watch).train()
 
 
 def steps_per_epoch(config: Config) -> int | None:

@@ -2,7 +2,7 @@
 
 from crossbatch.engine.config.load import key_paths, load_config, parse_config, to_dict
 from crossbatch.engine.config.resolve import Device, ResolvedConfig, resolve, resolve_precision
-from crossbatch.engine.config.schema import AdamWConfig, Config, LarsConfig
+from crossbatch.engine.config.schema import AdamWConfig, Config, LarsConfig, WatchConfig
 
 __all__ = [
     "AdamWConfig",
@@ -10,6 +10,7 @@ __all__ = [
     "Device",
     "LarsConfig",
     "ResolvedConfig",
+    "WatchConfig",
     "key_paths",
     "load_config",
     "parse_config",

@@ -95,6 +95,18 @@ class LogConfig:
 class CheckpointConfig:
     every_steps: int | Auto = key("auto", "optimizer steps between two checkpoints; auto = once an epoch", low=1)
     keep: int = key(2, "newest checkpoints kept", low=1)
+    keep_every_steps: int = key(0, "those of multiples of so many steps are kept for good; 0 none", low=0)
+    asynchronous: bool = key(True, "train on while a checkpoint is written, from a copy in host memory")
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    timeout_s: float = key(600.0, "seconds that a rank may keep the others waiting before the run stops", above=0.0)
+    max_nonfinite_steps: int = key(
+        30, "steps in a row without finite gradients before the run stops (a loss scale of 2^16 falls to 2^-14)", low=1
+    )
+    spike_sigmas: float = key(6.0, "warn of a loss so many standard deviations above its recent mean; 0 off", low=0.0)
+    collapse_std: float = key(0.05, "warn when feature_std falls below; 0 off", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,7 @@ class CrossbatchConfig:
     evaluate: EvaluateConfig = key(EvaluateConfig, "monitor")
     log: LogConfig = key(LogConfig, "metrics.jsonl and TensorBoard")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "what is kept")
+    watch: WatchConfig = key(WatchConfig, "when a run stops itself or warns")
     sharding: Literal["zero", "fsdp"] = key(
         "zero", "zero (DeepSpeed) or fsdp (FSDP2); both read zero_optimization.stage"
     )

@@ -1,6 +1,11 @@
-"""What is found, what is refused, and what a crash leaves (exact resume is in test_equivalence.py)."""
+"""What is found, what is refused, what is passed over, and what a crash leaves (exact resume is in test_equivalence.py)."""
 
+import io
 import json
+import os
+import pickle
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -8,51 +13,251 @@ import torch
 
 from crossbatch import InputError
 from crossbatch.engine import checkpoint
+from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
+from crossbatch.engine.checkpoint.changes import differences
+from crossbatch.engine.checkpoint.pieces import SavePieces, shares
+from crossbatch.engine.checkpoint.store import read_manifest
+from crossbatch.engine.config import load_config, to_dict
+from crossbatch.engine.sharding import Held, Piece
 from crossbatch.engine.telemetry import RunLog
 
 
-def complete(run: Path, step: int) -> Path:
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "state.pt").touch()
-    (folder / "config.json").touch()
-    return folder
+def manifest_of(step: int, shapes: dict[str, list[int]]) -> Manifest:
+    return Manifest(
+        progress={"step": step, "updates": step},
+        shapes=shapes,
+        images=48,
+        steps_per_epoch=4,
+        skipped_images=0,
+        world_size=1,
+        versions={},
+    )
 
 
-def test_auto_takes_the_newest_complete_one(tmp_path):
-    assert checkpoint.find(tmp_path, "auto") is None
-    newest = complete(tmp_path, 20)
-    complete(tmp_path, 3)
-    (tmp_path / "checkpoints" / ".step-00000030.tmp").mkdir()  # a crash while writing
-    (complete(tmp_path, 40) / "state.pt").unlink()
-    assert checkpoint.find(tmp_path, "auto") == newest
-    assert checkpoint.find(tmp_path / "new", str(tmp_path)) == newest
-    assert checkpoint.find(tmp_path / "new", str(newest)) == newest
+def save(folder: Path, step: int, keep: Keep | None = None) -> None:
+    """A checkpoint of two tensors, filled with the step."""
+    held = {f"parameters.{name}": Held.whole(torch.full((3, 2), float(step))) for name in ("a", "b")}
+    manifest = manifest_of(step, {name: list(tensor.shape) for name, tensor in held.items()})
+    checkpoint.write(folder, shares(held, 0, 1), manifest, {"world_size": 1}, keep or Keep(100))
+
+
+def good(checkpoint_folder: Path) -> bool:
+    try:
+        tensors = checkpoint.read(checkpoint_folder, "parameters.")
+    except Unreadable:
+        return False
+    step = int(checkpoint_folder.name.removeprefix("step-"))
+    return all(tensor.equal(torch.full((3, 2), float(step))) for tensor in tensors.values()) and len(tensors) == 2
+
+
+# --- which one ---------------------------------------------------------------------------------------------------------
+
+
+def test_auto_tries_the_newest_first(tmp_path):
+    assert checkpoint.candidates(tmp_path, "auto") == []
+    for step in (3, 20, 100_000_000):
+        save(tmp_path / "checkpoints", step)
+    (tmp_path / "checkpoints" / ".step-00000030.0.tmp").mkdir()  # a crash while writing
+    names = [path.name for path in checkpoint.candidates(tmp_path, "auto")]
+    assert names == ["step-100000000", "step-00000020", "step-00000003"]
+    assert checkpoint.candidates(tmp_path / "new", str(tmp_path))[1].name == "step-00000020"
+    one = tmp_path / "checkpoints" / "step-00000020"
+    assert checkpoint.candidates(tmp_path / "new", str(one)) == [one]
 
 
 def test_none_does_not_overwrite_a_run(tmp_path):
-    assert checkpoint.find(tmp_path, "none") is None
+    assert checkpoint.candidates(tmp_path, "none") == []
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(InputError, match="already holds a run"):
-        checkpoint.find(tmp_path, "none")
+        checkpoint.candidates(tmp_path, "none")
 
 
 def test_a_path_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such path"):
-        checkpoint.find(tmp_path, str(tmp_path / "nowhere"))
+        checkpoint.candidates(tmp_path, str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="no checkpoint in it"):
-        checkpoint.find(tmp_path, str(tmp_path))
+        checkpoint.candidates(tmp_path, str(tmp_path))
 
 
-def test_an_unreadable_or_dangerous_file_is_refused(tmp_path):
-    for content in (b"not a checkpoint", None):
-        folder = complete(tmp_path / str(content), 1)
-        if content is None:
-            torch.save({"parameters": Path}, folder / "state.pt")  # a pickled class, which weights_only refuses
-        else:
-            (folder / "state.pt").write_bytes(content)
-        with pytest.raises(InputError, match="cannot be read as a checkpoint"):
-            checkpoint.load(folder, None)  # pyright: ignore[reportArgumentType]
+def test_what_is_kept(tmp_path):
+    for step in range(2, 15, 2):
+        save(tmp_path, step, Keep(2, every_steps=6))
+    assert sorted(path.name for path in tmp_path.glob("*")) == [
+        "latest",
+        *(f"step-{step:08d}" for step in (6, 12, 14)),
+    ]
+    assert (tmp_path / "latest").read_text() == "step-00000014\n"
+    save(tmp_path, 8, Keep(2, every_steps=6))  # a run that was resumed from step 6: 12 and 14 belong to another history
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000006", "step-00000008"]
+
+
+# --- damage ------------------------------------------------------------------------------------------------------------
+
+
+def cut_off(folder: Path) -> None:
+    with (folder / "__0_0.distcp").open("r+b") as file:
+        file.truncate(100)
+
+
+def flip_a_bit(folder: Path) -> None:
+    """In the middle of a tensor: torch.load alone would not notice."""
+    content = bytearray((folder / "__0_0.distcp").read_bytes())
+    value = torch.tensor(7.0).numpy().tobytes()
+    content[content.index(value)] ^= 1
+    (folder / "__0_0.distcp").write_bytes(content)
+
+
+DAMAGES = {
+    "cut off": cut_off,
+    "one bit": flip_a_bit,
+    "no tensors": lambda folder: (folder / "__0_0.distcp").unlink(),
+    "no state.json": lambda folder: (folder / "state.json").unlink(),
+    "no config.json": lambda folder: (folder / "config.json").unlink(),
+    "not JSON": lambda folder: (folder / "state.json").write_text('{"format": 2, "prog'),
+    "another format": lambda folder: (folder / "state.json").write_text('{"format": 1}'),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_noticed(tmp_path, damage):
+    save(tmp_path, 7)
+    folder = tmp_path / "step-00000007"
+    assert good(folder)
+    DAMAGES[damage](folder)
+    with pytest.raises(Unreadable, match=r"incomplete|damaged|of another format"):
+        checkpoint.read(folder, "parameters.")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    save(tmp_path, 7)
+    folder = tmp_path / "step-00000007"
+    (folder / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    state = json.loads((folder / "state.json").read_text())
+    state["files"].pop(".metadata")  # a checksum can be forged, too
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(Unreadable, match=r"asks for posix\.system"):
+        checkpoint.read(folder, "parameters.")
+
+
+def test_runs_must_cover_every_element_once():
+    whole = torch.arange(6.0)
+    for runs in ({0: whole[:3]}, {0: whole[:4], 3: whole[3:]}, {2: whole[2:]}):
+        planner = SavePieces({("a", start): run for start, run in runs.items()}, {"a": 6})
+        with pytest.raises(AssertionError, match="held by no rank"):
+            planner.create_global_plan([planner.create_local_plan()])
+
+
+def test_shares_cover_what_all_ranks_hold():
+    small, large = torch.arange(10.0), torch.arange(2.0**17 + 1)
+    held = {"small": Held.whole(small), "other": Held.whole(small), "large": Held.whole(large)}
+    held["cut"] = Held(torch.Size([4]), [Piece(0, small[:2]), Piece(2, small[:0])], False)
+    parts = [shares(held, rank, 3) for rank in range(3)]
+    assert all(("cut", 0) in part and ("cut", 2) not in part for part in parts)
+    for name, whole in (("small", small), ("other", small), ("large", large)):
+        runs = sorted((start, run) for part in parts for (of, start), run in part.items() if of == name)
+        assert torch.cat([run for _, run in runs]).equal(whole)
+        assert [start for start, _ in runs] == [sum(len(run) for _, run in runs[:i]) for i in range(len(runs))]
+    sizes = [sum(run.numel() for run in part.values()) for part in parts]
+    assert max(sizes) - min(sizes) <= 20
+
+
+# --- crashes -----------------------------------------------------------------------------------------------------------
+
+
+class PowerCut(BaseException):
+    """Nothing after it happens, not even tidying up."""
+
+
+class Switch:
+    """Counts operations on files, and from the `limit`-th on lets none happen."""
+
+    def __init__(self, limit: float):
+        self.limit, self.count = limit, 0
+
+    def press(self) -> None:
+        self.count += 1
+        if self.count > self.limit:
+            raise PowerCut
+
+    def wrapped(self, function):
+        def call(*args, **kwargs):
+            self.press()
+            return function(*args, **kwargs)
+
+        return call
+
+
+class CountedFile(io.FileIO):
+    switch: Switch
+
+    def write(self, data) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.switch.press()
+        return super().write(data)
+
+
+def cut_power_after(monkeypatch, limit: float) -> Switch:
+    switch = Switch(limit)
+    for name in ("rename", "replace", "fsync", "unlink", "remove", "rmdir", "mkdir", "open"):
+        monkeypatch.setattr(os, name, switch.wrapped(getattr(os, name)))
+
+    real = io.open
+
+    def open_counted(file, mode="r", *args, **kwargs):
+        if "r" in mode:
+            return real(file, mode, *args, **kwargs)
+        switch.press()
+        raw = CountedFile(file, mode.replace("b", ""))
+        raw.switch = switch
+        buffered = io.BufferedWriter(raw)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
+
+    monkeypatch.setattr(io, "open", open_counted)
+    return switch
+
+
+def test_a_power_cut_between_any_two_file_operations_leaves_a_good_checkpoint(tmp_path):
+    def attempt(folder: Path, limit: float) -> Switch:
+        """Step 2 is there, step 4 replaces it (keep 1), power fails after `limit` operations."""
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            switch = cut_power_after(monkeypatch, limit)
+            try:
+                save(folder / "checkpoints", 4, Keep(1))
+            except BaseException as error:
+                assert "PowerCut" in repr(error)
+        return switch
+
+    save(tmp_path / "whole" / "checkpoints", 2)
+    operations = attempt(tmp_path / "whole", float("inf")).count
+    assert operations > 20
+    found = []
+    for limit in range(operations):
+        out = tmp_path / str(limit)
+        save(out / "checkpoints", 2)
+        attempt(out, limit)
+        candidates = checkpoint.candidates(out, "auto")
+        assert candidates and all(good(path) for path in candidates)
+        found.append(candidates[0].name)
+        checkpoint.clean(out / "checkpoints")  # the next attempt does so at its start
+        save(out / "checkpoints", 4, Keep(1))
+        assert sorted(path.name for path in (out / "checkpoints").glob("*")) == ["latest", "step-00000004"]
+    assert (
+        found == sorted(found) and len(set(found)) == 2
+    )  # the old one up to some operation, the new one from there on
+
+
+def test_a_save_without_room_leaves_the_last_one_and_no_litter(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(BaseException, match="No space left"):
+        save(tmp_path, 4)
+    assert sorted(path.name for path in tmp_path.glob("*")) == ["latest", "step-00000002"]
+    assert good(tmp_path / "step-00000002")
 
 
 def test_a_crash_between_writing_and_renaming_leaves_the_old_text(tmp_path, monkeypatch):
@@ -64,8 +269,103 @@ def test_a_crash_between_writing_and_renaming_leaves_the_old_text(tmp_path, monk
     assert target.read_text() == "old"
 
 
+# --- what may change ---------------------------------------------------------------------------------------------------
+
+
+def config(*overrides: str, world_size: int = 2, chunk: int = 8) -> dict:
+    settings = ["train_batch_size=16", f"train_micro_batch_size_per_gpu={chunk}", *overrides]
+    return {**to_dict(load_config(None, settings)), "world_size": world_size}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ("crossbatch.seed=1", "crossbatch.seed: was 0, is 1"),
+        ("optimizer.params.lr=0.3", "optimizer.params.lr: was 0.6, is 0.3"),
+        ("optimizer.type=AdamW", "optimizer.type: was 'LARS', is 'AdamW'"),
+        ("crossbatch.schedule.epochs=200", "crossbatch.schedule.epochs"),
+        ("crossbatch.batchformer.group_size=16", "crossbatch.batchformer.group_size"),
+        ('crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.backbone_args"),
+    ],
+)
+def test_a_change_of_the_run_is_named(change, word):
+    found = differences(config(), config(change))
+    assert any(word in difference for difference in found)
+    key = change.split("=")[0]
+    assert not [line for line in differences(config(), config(change), [key]) if line.startswith(key)]
+    assert differences(config(), config(change), ["optimizer", "crossbatch"]) == []
+
+
+def test_what_only_says_how_it_is_computed_may_change():
+    free = ["zero_optimization.stage=3", "crossbatch.sharding=zero", "crossbatch.log.every_steps=1"]
+    free += ["crossbatch.checkpoint.keep=7", "crossbatch.data.workers=0", "crossbatch.watch.timeout_s=5"]
+    assert differences(config(), config(*free)) == []
+    assert differences(config(), config(world_size=1, chunk=16)) == []  # the norms see all 16 images either way
+
+
+def test_chunks_change_what_the_norms_of_a_resnet_see():
+    (found,) = differences(config(), config(chunk=4))
+    assert found.startswith("train_micro_batch_size_per_gpu: the norms of a ResNet saw the whole batch")
+    assert differences(config(), config(chunk=4), ["train_micro_batch_size_per_gpu"]) == []
+    vit = "crossbatch.model.arch=vit_small"
+    assert differences(config(vit), config(vit, world_size=4, chunk=1)) == []
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_had_its_default():
+    old = config()
+    del old["crossbatch"]["watch"], old["crossbatch"]["seed"]
+    assert differences(old, config()) == []
+    assert differences(old, config("crossbatch.seed=3")) == ["crossbatch.seed: was 0, is 3"]
+
+
+def test_allowing_a_key_that_does_not_exist_is_refused():
+    checkpoint.check_allowed(["crossbatch.seed", "optimizer"])
+    with pytest.raises(InputError, match=r"crossbatch.sed"):
+        checkpoint.check_allowed(["crossbatch.sed"])
+
+
+# --- the log -----------------------------------------------------------------------------------------------------------
+
+
+def line(step: int) -> dict:
+    return {"step": step, "epoch": 0.0, "images_seen": 0, "loss": float(step)}
+
+
 def test_metrics_after_the_checkpoint_and_torn_lines_are_dropped_on_resume(tmp_path):
-    lines = [json.dumps({"step": step, "loss": float(step)}) for step in (1, 2, 3, 4)]
+    lines = [json.dumps(line(step)) for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
     RunLog(tmp_path, first_step=2, last_step=10).close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+
+
+def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
+    log = RunLog(tmp_path, first_step=0, last_step=10)
+    log.record(line(1))
+    real = log.lines._file
+    assert real is not None
+
+    class Full:
+        """Room for half a line."""
+
+        def write(self, data: bytes) -> int:
+            if len(data) < 40:
+                raise OSError(28, "No space left on device")
+            return real.write(data[: len(data) - 39])
+
+    log.lines._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
+    log.record(line(2))
+    log.record(line(3))
+    log.lines._file = real
+    log.record(line(4))
+    log.close()
+    assert [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written") == 1
+
+
+def test_manifest_round_trip(tmp_path):
+    save(tmp_path, 7)
+    manifest, saved = read_manifest(tmp_path / "step-00000007")
+    assert (manifest.step, saved, manifest.images) == (7, {"world_size": 1}, 48)
+    files = [path for path in (tmp_path / "step-00000007").iterdir() if path.suffix != ".json"]
+    assert manifest.num_bytes == sum(path.stat().st_size for path in files) > 0
+    assert time.time() - files[0].stat().st_mtime < 60

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crossbatch import RunStopped
-from crossbatch.engine import memory
+from crossbatch.engine import checkpoint, memory
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.distributed import world_from_environment
 from crossbatch.engine.trainer import Trainer
@@ -106,7 +106,7 @@ def test_checkpointed_activations_change_nothing(tmp_path, pools, model, backend
         out = tmp_path / checkpointed
         settings = [*overrides, f"crossbatch.model.checkpoint_activations={checkpointed}"]
         pools(2).run(train, settings, str(out), 4)
-        runs[checkpointed] = losses(out), torch.load(out / "checkpoints/step-00000004/state.pt")["buffers"]
+        runs[checkpointed] = losses(out), checkpoint.read(out / "checkpoints/step-00000004", "buffers.")
     assert runs["true"][0] == pytest.approx(runs["false"][0], rel=1e-6)
     for name, buffer in runs["true"][1].items():
         torch.testing.assert_close(buffer, runs["false"][1][name], rtol=1e-5, atol=1e-6)
@@ -179,7 +179,7 @@ def test_out_of_memory_later_saves_and_stops(tmp_path, pools):
         and "saved" in message
         and "train_micro_batch_size_per_gpu to 32" in message
     )
-    assert (tmp_path / "checkpoints/step-00000002/state.pt").exists()
+    assert checkpoint.read_manifest(tmp_path / "checkpoints/step-00000002")[0].step == 2
 
 
 def automatic(out: str, free: float, overrides: list[str]) -> int:

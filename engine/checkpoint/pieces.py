@@ -1,0 +1,161 @@
+"""Runs of flattened tensors, as sharding backends hold them, in the terms of torch.distributed.checkpoint (DCP).
+
+DCP knows a tensor as a box of numbers and a rank's part of it as a smaller box. ZeRO cuts through the middle of rows, so the
+box here is the flattened tensor, and a part of it is a run. Which runs exist is written into `.metadata`; reading finds the
+overlap of the runs that were written with the runs that are wanted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from crossbatch.engine.sharding import Backend, Held, Piece
+
+SPLIT_FROM = 2**16  # elements: smaller tensors are not worth an entry per rank
+
+Staged = Mapping[tuple[str, int], torch.Tensor]  # (name, start) -> the run, 1-D
+
+
+def everything_held(backend: Backend) -> dict[str, Held]:
+    """Parameters, buffers and optimizer state of this rank under the names that checkpoints use."""
+    held = {f"parameters.{name}": value for name, value in backend.parameters_held().items()}
+    held |= {f"buffers.{name}": value for name, value in backend.buffers_held().items()}
+    for name, state in backend.optimizer_held().items():
+        held |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+    return held
+
+
+def random_state() -> dict[str, Held]:
+    """The global generators of this rank, as tensors of the checkpoint.
+
+    Nothing of a step draws from them today (views, order and dropout are functions of seed, step and position), so a run on
+    another number of ranks loses nothing by starting them at the seed.
+    """
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return {name: _per_rank(state, rank, world_size) for name, state in states.items()}
+
+
+def _per_rank(state: torch.Tensor, rank: int, world_size: int) -> Held:
+    return Held(torch.Size([world_size, state.numel()]), [Piece(rank * state.numel(), state)], False)
+
+
+def shares(held: Mapping[str, Held], rank: int, world_size: int) -> dict[tuple[str, int], torch.Tensor]:
+    """The runs that this rank writes: (name, start) -> a view of its memory. Over all ranks, every element is in one run.
+
+    Of what all ranks hold, each writes an equal run; small ones are dealt out whole.
+    """
+    runs = {}
+    for number, (name, tensor) in enumerate(held.items()):
+        for piece in _share(tensor, number, rank, world_size):
+            if piece.local.numel():
+                runs[name, piece.start] = piece.local
+    return runs
+
+
+def _share(held: Held, number: int, rank: int, world_size: int) -> list[Piece]:
+    if not held.replicated:
+        return held.pieces
+    whole = held.pieces[0].local
+    if whole.numel() < SPLIT_FROM:
+        return held.pieces if number % world_size == rank else []
+    each = -(-whole.numel() // world_size)
+    return [Piece(rank * each, whole[rank * each : (rank + 1) * each])]
+
+
+class SavePieces(SavePlanner):
+    """Writes `staged`; `sizes` are the elements of every whole tensor, by name."""
+
+    def __init__(self, staged: Staged, sizes: Mapping[str, int]):
+        self.staged, self.sizes = staged, sizes
+
+    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None: ...
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([self._item(name, start, run) for (name, start), run in self.staged.items()])
+
+    def _item(self, name: str, start: int, run: torch.Tensor) -> WriteItem:
+        data = TensorWriteData(
+            chunk=_run(start, run.numel()),
+            properties=replace(TensorProperties.create_from_tensor(run), pin_memory=False),
+            size=torch.Size([self.sizes[name]]),
+        )
+        return WriteItem(index=MetadataIndex(name, (start,)), type=WriteItemType.SHARD, tensor_data=data)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = create_default_global_save_plan(all_plans)
+        _check_complete(metadata)
+        return plans, metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        assert write_item.index.offset is not None
+        return self.staged[write_item.index.fqn, write_item.index.offset[0]]
+
+
+class LoadPieces(LoadPlanner):
+    """Fills `held` from whatever runs the checkpoint has; the names must be in it."""
+
+    def __init__(self, held: Mapping[str, Held], metadata: Metadata):
+        self.held, self.metadata = held, metadata
+        self.targets = {
+            (name, piece.start): piece.local for name, tensor in held.items() for piece in tensor.pieces
+        }  # fmt: skip
+
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan:
+        items = []
+        for name, tensor in self.held.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            wanted = [_run(piece.start, piece.local.numel()) for piece in tensor.pieces if piece.local.numel()]
+            items += create_read_items_for_chunk_list(name, stored, wanted)
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        assert read_item.dest_index.offset is not None
+        target = self.targets[read_item.dest_index.fqn, read_item.dest_index.offset[0]]
+        return target.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
+
+
+def _run(start: int, length: int) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([start]), torch.Size([length]))
+
+
+def _check_complete(metadata: Metadata) -> None:
+    """Every element of every tensor is in exactly one run."""
+    for name, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)
+        end = 0
+        for start, length in sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in tensor.chunks):
+            assert start == end, (
+                f"{name}: elements {min(start, end)} to {max(start, end)} are held by no rank or by two"
+            )
+            end = start + length
+        assert end == tensor.size[0], f"{name}: elements from {end} on are held by no rank"

@@ -1,0 +1,126 @@
+"""Which checkpoint a run continues from, and whether it may."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from crossbatch import InputError
+from crossbatch.engine.checkpoint import store
+from crossbatch.engine.checkpoint.changes import differences
+from crossbatch.engine.checkpoint.folder import CONFIG
+from crossbatch.engine.checkpoint.pieces import everything_held, random_state
+from crossbatch.engine.checkpoint.store import Manifest, Unreadable
+from crossbatch.engine.sharding import Backend, Held
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run continues from, and what of a newer one had to be passed over."""
+
+    checkpoint: Path
+    manifest: Manifest
+    passed_over: list[str]
+
+
+def resume(
+    candidates: list[Path],
+    backend: Backend,
+    config: dict[str, Any],
+    images: int,
+    allowed: Iterable[str] = (),
+) -> Resumed | None:
+    """Fills `backend` from the first of `candidates` that can be read; every rank must call it.
+
+    None without candidates: the run starts anew.
+
+    Args:
+        config: of this run, resolved, with `world_size`.
+        images: in the training set.
+        allowed: keys that may differ (--allow-change).
+
+    Raises:
+        InputError: if there are candidates but none can be read; or if the first readable one is of another run.
+    """
+    passed_over: list[str] = []
+    for checkpoint in candidates:
+        opened, errors = _on_all_ranks(lambda checkpoint=checkpoint: _open(checkpoint))
+        if opened is not None and not errors:
+            manifest, saved = opened
+            _check_same_run(checkpoint, manifest, saved, config, images, allowed)
+            held = everything_held(backend)
+            _check_same_tensors(checkpoint, manifest, held)
+            _, errors = _on_all_ranks(lambda checkpoint=checkpoint, held=held: store.fill(checkpoint, held))
+            if not errors:
+                backend.loaded(manifest.progress["updates"])
+                _restore_random_state(checkpoint, manifest)
+                return Resumed(checkpoint, manifest, passed_over)
+        passed_over.append(f"passed over {checkpoint}: {errors[0]}")
+    if candidates:
+        raise InputError(
+            f"--resume: no checkpoint can be read ({'; '.join(passed_over)}); start anew with another --out"
+        )
+    return None
+
+
+def _restore_random_state(checkpoint: Path, manifest: Manifest) -> None:
+    """On as many ranks as wrote it."""
+    states = random_state()
+    if any(manifest.shapes.get(name) != list(state.shape) for name, state in states.items()):
+        return
+    store.fill(checkpoint, states)
+    torch.set_rng_state(states["random.cpu"].pieces[0].local)
+    if "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"].pieces[0].local)
+
+
+def _open(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
+    manifest, config = store.read_manifest(checkpoint)
+    store.check_contents(checkpoint, manifest, dist.get_rank(), dist.get_world_size())
+    return manifest, config
+
+
+def _on_all_ranks(function: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """This rank's result, and what was unreadable on any rank: all ranks must pass over the same checkpoints."""
+    result, error = None, None
+    try:
+        result = function()
+    except Unreadable as raised:
+        error = str(raised)
+    errors: list[str | None] = [error] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return result, [f"rank {rank}: {error}" if len(errors) > 1 else error for rank, error in enumerate(errors) if error]
+
+
+def _check_same_run(
+    checkpoint: Path,
+    manifest: Manifest,
+    saved: dict[str, Any],
+    config: dict[str, Any],
+    images: int,
+    allowed: Iterable[str],
+) -> None:
+    changed = differences(saved, config, allowed)
+    if manifest.images != images and "crossbatch.data.path" not in allowed:
+        changed.append(f"crossbatch.data.path: held {manifest.images} images, holds {images}")
+    if changed:
+        keys = " ".join(f"--allow-change {difference.split(':')[0]}" for difference in changed)
+        raise InputError(
+            f"--resume {checkpoint}: the configuration changed in a way that changes the run: {'; '.join(changed)}. "
+            f"Go back to {checkpoint / CONFIG}, choose another --out, or accept it with {keys}"
+        )
+
+
+def _check_same_tensors(checkpoint: Path, manifest: Manifest, held: dict[str, Held]) -> None:
+    theirs = {name: shape for name, shape in manifest.shapes.items() if not name.startswith("random.")}
+    missing, unexpected = sorted(held.keys() - theirs.keys()), sorted(theirs.keys() - held.keys())
+    wrong = sorted(name for name in held.keys() & theirs.keys() if list(held[name].shape) != theirs[name])
+    if missing or unexpected or wrong:
+        raise InputError(
+            f"--resume {checkpoint}: is of another model or optimizer ({len(missing)} missing {missing[:2]}, "
+            f"{len(unexpected)} unexpected {unexpected[:2]}, {len(wrong)} of another shape {wrong[:2]}); "
+            f"resume with the configuration in {checkpoint / CONFIG}"
+        )

@@ -1,0 +1,87 @@
+"""What goes wrong inside the numbers: steps that are not finite, spikes of the loss, collapse of the features."""
+
+import math
+from collections import deque
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from crossbatch.engine.config import WatchConfig
+from crossbatch.engine.step import Progress
+from crossbatch.models import Contrast
+
+WINDOW, ENOUGH = 100, 20  # lines of metrics that the mean of the loss is taken over
+
+
+class NonFiniteSteps:
+    """Counts steps whose gradients are not finite, and keeps the state from before them.
+
+    Such a step updates nothing, but its forward pass has moved the running statistics, maybe to NaN. They are put back.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.in_a_row = 0
+        self.progress_before: Progress | None = None
+        self._buffers = [buffer.detach() for buffer in model.buffers()]
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def remember(self) -> None:
+        """Before a step."""
+        torch._foreach_copy_(self._before, self._buffers)
+
+    def count(self, finite: bool, progress: Progress) -> None:
+        """After it, with the progress from before it."""
+        if finite:
+            self.in_a_row, self.progress_before = 0, None
+            return
+        torch._foreach_copy_(self._buffers, self._before)
+        self.in_a_row += 1
+        if self.in_a_row == 1:
+            self.progress_before = replace(progress)
+
+
+def blame(contrast: Contrast) -> str:
+    """Which rank's which loss term is not finite; every rank must call it and gets the same text."""
+    values = {**{f"loss term {name}": value for name, value in contrast.terms.items()}, "the loss": contrast.loss}
+    mine = [name for name, value in values.items() if not math.isfinite(float(value))]
+    everyone: list[list[str]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    guilty = [f"{names[0]} of rank {rank} is not finite" for rank, names in enumerate(everyone) if names]
+    return "; ".join(guilty) if guilty else "the losses of all ranks are finite, their gradients are not"
+
+
+class Alarms:
+    """Warnings about lines of metrics, on rank 0."""
+
+    def __init__(self, settings: WatchConfig):
+        self.settings = settings
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._collapsed = False
+
+    def check(self, loss: float, feature_std: float) -> list[str]:
+        """What is odd about a line that follows those of the calls before."""
+        found = [self._spike(loss), self._collapse(feature_std)]
+        self._losses.append(loss)
+        return [text for text in found if text]
+
+    def _spike(self, loss: float) -> str | None:
+        sigmas = self.settings.spike_sigmas
+        if not sigmas or len(self._losses) < ENOUGH:
+            return None
+        values = torch.tensor(self._losses, dtype=torch.float64)
+        mean, deviation = float(values.mean()), float(values.std())
+        if loss <= mean + sigmas * deviation:
+            return None
+        z = (loss - mean) / deviation if deviation else math.inf
+        return f"the loss jumped to {loss:.4g}, {z:.1f} standard deviations above its recent mean of {mean:.4g}"
+
+    def _collapse(self, feature_std: float) -> str | None:
+        was, self._collapsed = self._collapsed, feature_std < self.settings.collapse_std
+        if was or not self._collapsed:
+            return None
+        return (
+            f"feature_std fell to {feature_std:.3g}: the features of different images become equal (collapse); lower "
+            f"optimizer.params.lr or raise crossbatch.momentum.base"
+        )
