@@ -13,24 +13,32 @@ from dataclasses import dataclass
 
 import torch
 
+ATTENTION, AFTER_ATTENTION, INSIDE_MLP, AFTER_MLP = range(4)  # the four places of dropout
+NUM_PLACES = 4
+
+# `triple32`: three times xor with the word shifted right, times an odd number; then one more such xor.
+ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+LAST_SHIFT = 14
+
 
 def hash_word(word: int) -> int:
     """`triple32` of one 32-bit word, in Python integers."""
-    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+    for shift, factor in ROUNDS:
         word ^= word >> shift
         word = word * factor & 0xFFFFFFFF
-    return word ^ word >> 14
+    return word ^ word >> LAST_SHIFT
 
 
 def hash_words(words: torch.Tensor) -> torch.Tensor:
     """`triple32` elementwise on int32 tensors, whose bits are read as unsigned; products wrap."""
-    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+    for shift, factor in ROUNDS:
         words = words ^ (words >> shift & (1 << (32 - shift)) - 1)
-        words = words * _signed(factor)
-    return words ^ (words >> 14 & (1 << 18) - 1)
+        words = words * signed(factor)
+    return words ^ (words >> LAST_SHIFT & (1 << (32 - LAST_SHIFT)) - 1)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
+    """The int32 with these 32 bits."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
@@ -49,12 +57,65 @@ class DropoutKey:
             word = hash_word(word ^ part & 0xFFFFFFFF)
         return word
 
+    def words(self, views: int, device: torch.device) -> torch.Tensor:
+        """int32 [NUM_PLACES, views]: all words of one pass, where kernels read them. Nothing waits for the copy."""
+        words = [[signed(self.word(view, place)) for view in range(views)] for place in range(NUM_PLACES)]
+        host = torch.tensor(words, dtype=torch.int32)
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
-def keep_mask(word: int, rows: torch.Tensor, columns: torch.Tensor, probability: float) -> torch.Tensor:
-    """Which elements survive dropout: those whose word, read as a signed integer, is at least probability * 2^32 - 2^31.
+
+@dataclass(frozen=True)
+class Mask:
+    """What is dropped at one place of the layer, for S sequences: the A groups of this rank of view 0, those of view 1, ...
+
+    Row i and column j of a sequence stand at consecutive global positions: in group a, at first_row + a * rows + i and at
+    first_column + a * columns + j. Of the attention, row (i, head h) has the number position * heads + h and columns are
+    positions; elsewhere rows are positions and columns features.
+    """
+
+    words_V: torch.Tensor  # int32, of this place
+    probability: float
+    first_row: int = 0
+    first_column: int = 0
+
+    @property
+    def threshold(self) -> int:
+        """The smallest word, read as a signed integer, that survives."""
+        return threshold(self.probability)
+
+    def rows(self, sequences: int, rows: int) -> torch.Tensor:
+        """int32 [S, rows]: global positions."""
+        return self._positions(self.first_row, sequences, rows)
+
+    def columns(self, sequences: int, columns: int) -> torch.Tensor:
+        """int32 [S, columns]: global positions."""
+        return self._positions(self.first_column, sequences, columns)
+
+    def attention_rows(self, sequences: int, heads: int, rows: int) -> torch.Tensor:
+        """int32 [S, heads, rows]."""
+        head = torch.arange(heads, dtype=torch.int32, device=self.words_V.device)
+        return self.rows(sequences, rows).unsqueeze(1) * heads + head.unsqueeze(-1)
+
+    def words(self, sequences: int) -> torch.Tensor:
+        """int32 [S]: each sequence's word, that of its view."""
+        return self.words_V.repeat_interleave(sequences // len(self.words_V), output_size=sequences)
+
+    def _positions(self, first: int, sequences: int, length: int) -> torch.Tensor:
+        groups = sequences // len(self.words_V)
+        one_view = torch.arange(first, first + groups * length, dtype=torch.int32, device=self.words_V.device)
+        return one_view.view(groups, length).repeat(len(self.words_V), 1)
+
+
+def threshold(probability: float) -> int:
+    """probability * 2^32 - 2^31 as an int32: a word, read as a signed integer, survives if it is at least this."""
+    return min(round(probability * 2**32), 2**32 - 1) - 2**31
+
+
+def keep_mask(word: int | torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, probability: float) -> torch.Tensor:
+    """Which elements survive dropout: see `threshold`.
 
     Args:
-        word: `DropoutKey.word` of the mask.
+        word: `DropoutKey.word` of the mask, or int32 words [...].
         rows: int32 [..., R], distinct numbers of the rows.
         columns: int32 [..., K], distinct numbers of the columns.
         probability: share of elements to drop, in [0, 1).
@@ -62,7 +123,7 @@ def keep_mask(word: int, rows: torch.Tensor, columns: torch.Tensor, probability:
     Returns:
         bool [..., R, K].
     """
-    row_words = hash_words(hash_words(rows) ^ _signed(word))
+    word = signed(word) if isinstance(word, int) else word.unsqueeze(-1)
+    row_words = hash_words(hash_words(rows) ^ word)
     words = hash_words(row_words.unsqueeze(-1) ^ hash_words(columns).unsqueeze(-2))
-    threshold = min(round(probability * 2**32), 2**32 - 1) - 2**31
-    return words >= threshold
+    return words >= threshold(probability)

@@ -7,18 +7,22 @@ Groups are runs of `group_size` images of the *global* batch, so the result does
 inside a rank is plain self-attention; where a group spans ranks, each rank computes the rows of its own images against the
 gathered features of the whole group, and the gather's backward returns each image the gradient that the others owe it.
 
-Shapes: V views, n local images, G images of a group, Q rows computed here (G, or n where a group spans ranks), A groups here,
-C features, H heads.
+What lies between the linear layers is a kernel's: see `dispatch`.
+
+Shapes: V views, n local images, G images of a group, Q rows computed here (G, or n where a group spans ranks), S sequences
+(views x groups here), C features, H heads.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from crossbatch.models.batchformer.dropout import DropoutKey, keep_mask
+from crossbatch.models.batchformer import fused, reference, sdpa
+from crossbatch.models.batchformer.dispatch import Kernel, Situation, check, choose
+from crossbatch.models.batchformer.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, INSIDE_MLP, DropoutKey, Mask
 from crossbatch.models.collective import Collective, gather_with_gradient
 
-ATTENTION, AFTER_ATTENTION, INSIDE_MLP, AFTER_MLP = range(4)  # the four places of dropout
+KERNELS: dict[str, Kernel] = {"fused": fused, "sdpa": sdpa, "reference": reference}
 
 
 class BatchAttention(nn.Module):
@@ -33,23 +37,34 @@ class BatchAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, own_AQC: torch.Tensor, group_AGC: torch.Tensor, mask_AHQG: torch.Tensor | None) -> torch.Tensor:
-        """`mask_AHQG` multiplies the attention probabilities (0 or 1 / (1 - p)); None drops nothing. Returns [A, Q, C]."""
-        dim = own_AQC.shape[-1]
-        q_weight, kv_weight = self.in_proj_weight.split((dim, 2 * dim))
-        q_bias, kv_bias = self.in_proj_bias.split((dim, 2 * dim))
-        q = self._heads(F.linear(own_AQC, q_weight, q_bias))
-        k, v = map(self._heads, F.linear(group_AGC, kv_weight, kv_bias).chunk(2, dim=-1))
-        if mask_AHQG is None:
-            out = F.scaled_dot_product_attention(q, k, v)
+    def forward(self, own_SQC: torch.Tensor, group_SGC: torch.Tensor, kernel: Kernel, mask: Mask) -> torch.Tensor:
+        """[S, Q, C]."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if group_SGC is own_SQC:
+            q, k, v = self._heads(F.linear(own_SQC, weight, bias), 3)
         else:
-            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-            probabilities = scores.float().softmax(dim=-1) * mask_AHQG
-            out = probabilities.to(v.dtype) @ v
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+            dim = own_SQC.shape[-1]
+            (q,) = self._heads(F.linear(own_SQC, weight[:dim], bias[:dim]), 1)
+            k, v = self._heads(F.linear(group_SGC, weight[dim:], bias[dim:]), 2)
+        return self.out_proj(kernel.attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def _heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+        """[S, N, parts * C] -> `parts` views [S, H, N, D]."""
+        return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+class MaskedRelu(nn.Linear):
+    """dropout(relu(x weight^T + bias))."""
+
+    def forward(self, input: torch.Tensor, kernel: Kernel, mask: Mask) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return kernel.bias_relu(F.linear(input, self.weight), self.bias, mask)
+
+
+class AddNorm(nn.LayerNorm):
+    """LayerNorm(x + dropout(y))."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, kernel: Kernel, mask: Mask) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return kernel.add_norm(x, y, self.weight, self.bias, self.eps, mask)
 
 
 class BatchFormer(nn.Module):
@@ -60,73 +75,53 @@ class BatchFormer(nn.Module):
         group_size: images G that attend to each other; divides the global batch, and either divides the local batch or is
             a multiple of it.
         dropout: probability at the four places.
+        kernel: "auto" or one of `dispatch.NAMES`.
+
+    Raises:
+        ValueError: for a width that the heads do not divide, or a kernel that cannot run.
     """
 
-    def __init__(self, dim: int, group_size: int, dropout: float = 0.5, num_heads: int = 4):
+    def __init__(self, dim: int, group_size: int, dropout: float = 0.5, num_heads: int = 4, kernel: str = "auto"):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"BatchFormer needs a feature width divisible by {num_heads} heads; given {dim}")
-        self.group_size, self.dropout = group_size, dropout
+        self.group_size, self.dropout, self.kernel = group_size, dropout, kernel
+        check(kernel, Situation("cpu", dropout=dropout))
         self.collective = Collective()
         self.self_attn = BatchAttention(dim, num_heads)
-        self.linear1 = nn.Linear(dim, dim)
+        self.linear1 = MaskedRelu(dim, dim)
         self.linear2 = nn.Linear(dim, dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm1 = AddNorm(dim)
+        self.norm2 = AddNorm(dim)
 
     def forward(self, features_VnC: torch.Tensor, key: DropoutKey) -> torch.Tensor:
         """[V, n, C] -> [V, n, C]; every view attends within itself."""
         if not self.training:
             return features_VnC
-        views, n, _ = features_VnC.shape
-        own, group, rows, columns = self._groups(features_VnC)
-        drop = _Dropout(key if self.dropout else None, self.dropout, views, rows, columns, self.self_attn.num_heads)
-        own = self.norm1(own + drop.features(self.self_attn(own, group, drop.attention()), AFTER_ATTENTION))
-        hidden = drop.features(F.relu(self.linear1(own)), INSIDE_MLP)
-        own = self.norm2(own + drop.features(self.linear2(hidden), AFTER_MLP))
-        return own.reshape(views, n, -1)
+        return self.mix(features_VnC, key.words(len(features_VnC), features_VnC.device))
 
-    def _groups(self, features_VnC: torch.Tensor):
-        """Own rows [V*A, Q, C], their groups [V*A, G, C], and the global positions of both, int32 [A, Q] and [A, G]."""
+    def mix(self, features_VnC: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """`forward` in training, with the key as `DropoutKey.words`: tensors only."""
+        kernel = KERNELS[choose(self.kernel, Situation.of(features_VnC, self.dropout))]
+        own, group, first_row, first_column = self._groups(features_VnC)
+
+        def mask(place: int) -> Mask:
+            return Mask(words[place], self.dropout, first_row, first_column)
+
+        own = self.norm1(own, self.self_attn(own, group, kernel, mask(ATTENTION)), kernel, mask(AFTER_ATTENTION))
+        hidden = self.linear1(own, kernel, mask(INSIDE_MLP))
+        own = self.norm2(own, self.linear2(hidden), kernel, mask(AFTER_MLP))
+        return own.reshape(features_VnC.shape)
+
+    def _groups(self, features_VnC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Own rows [S, Q, C], their groups [S, G, C], and the global position of the first image of either."""
         _, n, dim = features_VnC.shape
-        first = self.collective.rank * n
-        positions = torch.arange(first, first + n, dtype=torch.int32, device=features_VnC.device)
-        size = self.group_size
+        first, size = self.collective.rank * n, self.group_size
         if n % size == 0:
             own = features_VnC.reshape(-1, size, dim)
-            return own, own, positions.view(-1, size), positions.view(-1, size)
+            return own, own, first, first
         assert size % n == 0, (size, n)
         everyone = gather_with_gradient(features_VnC, self.collective)  # [W, V, n, C]
         start = first // size * (size // n)
         group = everyone[start : start + size // n].transpose(0, 1).reshape(-1, size, dim)
-        group_positions = torch.arange(start * n, start * n + size, dtype=torch.int32, device=features_VnC.device)
-        return features_VnC, group, positions.unsqueeze(0), group_positions.unsqueeze(0)
-
-
-class _Dropout:
-    """The masks of one forward pass; `key` None drops nothing."""
-
-    def __init__(self, key: DropoutKey | None, probability: float, views: int, rows_AQ, columns_AG, num_heads: int):
-        self.key, self.probability, self.views = key, probability, views
-        self.rows_AQ, self.columns_AG, self.num_heads = rows_AQ, columns_AG, num_heads
-
-    def attention(self) -> torch.Tensor | None:
-        """[V*A, H, Q, G]: rows are (position, head), columns positions."""
-        if self.key is None:
-            return None
-        heads = torch.arange(self.num_heads, dtype=torch.int32, device=self.rows_AQ.device)
-        rows = self.rows_AQ.unsqueeze(1) * self.num_heads + heads.view(-1, 1)  # [A, H, Q]
-        return self._mask(ATTENTION, rows, self.columns_AG.unsqueeze(1))
-
-    def features(self, x_AQC: torch.Tensor, place: int) -> torch.Tensor:
-        """Drops elements of [V*A, Q, C]: rows are positions, columns features."""
-        if self.key is None:
-            return x_AQC
-        columns = torch.arange(x_AQC.shape[-1], dtype=torch.int32, device=x_AQC.device)
-        return x_AQC * self._mask(place, self.rows_AQ, columns.expand(len(self.rows_AQ), -1)).to(x_AQC.dtype)
-
-    def _mask(self, place: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        assert self.key is not None
-        words = [self.key.word(view, place) for view in range(self.views)]
-        masks = [keep_mask(word, rows, columns, self.probability) for word in words]
-        return torch.cat(masks).float() / (1 - self.probability)
+        return features_VnC, group, first, start * n

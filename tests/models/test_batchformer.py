@@ -10,9 +10,10 @@ from crossbatch.models.batchformer import BatchFormer, DropoutKey, keep_mask
 KEY = DropoutKey(seed=1, step=2)
 
 
-def test_equals_torch_encoder_layer_at_dropout_0():
+@pytest.mark.parametrize("kernel", ["reference", "sdpa", "fused"])
+def test_equals_torch_encoder_layer_at_dropout_0(kernel):
     torch.manual_seed(0)
-    ours = BatchFormer(16, group_size=5, dropout=0.0)
+    ours = BatchFormer(16, group_size=5, dropout=0.0, kernel=kernel)
     theirs = torch.nn.TransformerEncoderLayer(16, 4, 16, dropout=0.0)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 10, 16, requires_grad=True)

@@ -1,0 +1,132 @@
+"""Attention over tiles of the score matrices: two products and one pass between them, and never all of the matrix.
+
+A tile is either whole sequences with all their heads, or rows of one head. The backward pass computes the scores again (one
+product of seven), so memory is O(G * C) plus a tile: on every device, for any width of a head. Scores and their
+gradients are at least fp32.
+"""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossbatch.models.batchformer.dropout import Mask
+from crossbatch.models.batchformer.reference import wide
+
+TILE = {
+    "cpu": 1 << 19,
+    "cuda": 1 << 23,
+}  # elements: 2 MiB of fp32 for a core's cache; 32 MiB for a GPU (not yet measured)
+
+
+class Area(NamedTuple):
+    """Where a tile [B, R, G] lies in the scores [S * H, Q, G], and what is dropped there."""
+
+    mask: Mask
+    sequences: int  # S
+    heads: int  # H
+    rows: int  # Q
+    first_head: int  # of S * H
+    first_row: int  # of Q
+
+
+class _Block(NamedTuple):
+    """Sequences and heads that are computed at once, and how many rows at a time."""
+
+    sequences: slice
+    heads: slice
+    rows: int
+
+    def of(self, x_SHND: Tensor) -> Tensor:
+        """[B, N, D]; a view where the block is one sequence."""
+        block = x_SHND[self.sequences, self.heads].flatten(0, 1)
+        return wide(block) if block.device.type == "cpu" else block  # tensor cores take 16 bits, a CPU had rather not
+
+    def area(self, mask: Mask, q_SHQD: Tensor, first_row: int) -> Area:
+        S, H, Q, _ = q_SHQD.shape
+        return Area(mask, S, H, Q, self.sequences.start * H + self.heads.start, first_row)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor, lse: Tensor, passes: ModuleType) -> None:
+    """Fills `out`, [S, H, Q, D], and `lse`, the log-sum-exp of the scaled scores, [S, H, Q]."""
+    for block in _blocks(q, k):
+        q_b, k_b, v_b = (block.of(x) for x in (q, k, v))
+        for rows in _rows(q, block):
+            area = block.area(mask, q, rows.start)
+            part = lse[block.sequences, block.heads, rows].flatten(0, 1)
+            kept = passes.softmax_dropout(_product(q_b[:, rows], k_b.mT), q.shape[-1] ** -0.5, part, area, v_b.dtype)
+            _store(out, block, rows, torch.bmm(kept, v_b))
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    grads: tuple[Tensor, Tensor, Tensor],
+    passes: ModuleType,
+) -> None:
+    """Fills `grads`, the gradients of q, k and v.
+
+    With P the probabilities, M the mask / (1 - p), dO = grad and dP = dO V^T: dV = (P M)^T dO,
+    dS = P (dP M - rowsum(dO O)) / sqrt(D), dQ = dS K, dK = dS^T Q (Dao et al. 2022, "FlashAttention", appendix B.2 and B.4).
+    """
+    dq, dk, dv = grads
+    everything = slice(None)
+    for block in _blocks(q, k):
+        q_b, k_b, v_b, grad_b = (block.of(x) for x in (q, k, v, grad))
+        dk_b = dv_b = None
+        for rows in _rows(q, block):
+            area = block.area(mask, q, rows.start)
+            part = lse[block.sequences, block.heads, rows].flatten(0, 1)
+            q_r, grad_r, out_r = q_b[:, rows], grad_b[:, rows], out[block.sequences, block.heads, rows].flatten(0, 1)
+            delta = (wide(grad_r) * out_r).sum(-1)
+            scores, gradient = _product(q_r, k_b.mT), _product(grad_r, v_b.mT)
+            kept, gradient = passes.softmax_dropout_backward(
+                scores, gradient, q.shape[-1] ** -0.5, part, delta, area, v_b.dtype
+            )
+            _store(dq, block, rows, torch.bmm(gradient, k_b))
+            dk_b, dv_b = _add(dk_b, gradient.mT, q_r), _add(dv_b, kept.mT, grad_r)
+        assert dk_b is not None and dv_b is not None
+        _store(dk, block, everything, dk_b)
+        _store(dv, block, everything, dv_b)
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[_Block]:
+    S, H, Q, _ = q.shape
+    tile, G = TILE[q.device.type], k.shape[2]
+    if tile >= H * Q * G:
+        step = tile // (H * Q * G)
+        for start in range(0, S, step):
+            yield _Block(slice(start, min(start + step, S)), slice(0, H), Q)
+        return
+    for sequence in range(S):
+        for head in range(H):
+            yield _Block(slice(sequence, sequence + 1), slice(head, head + 1), max(1, tile // G))
+
+
+def _rows(q: Tensor, block: _Block) -> Iterator[slice]:
+    for start in range(0, q.shape[2], block.rows):
+        yield slice(start, min(start + block.rows, q.shape[2]))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched, with a result of at least fp32."""
+    return torch.bmm(a, b) if a.dtype == wide(a).dtype else torch.bmm(a, b, out_dtype=torch.float32)
+
+
+def _add(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b, from the second addition on at least fp32."""
+    if total is None:
+        return torch.bmm(a, b)
+    return total.baddbmm_(a, b) if total.dtype == a.dtype == wide(a).dtype else wide(total).add_(torch.bmm(a, b))
+
+
+def _store(target: Tensor, block: _Block, rows: slice, value: Tensor) -> None:
+    region = target[block.sequences, block.heads, rows]
+    region.copy_(value.view(region.shape))

@@ -1,0 +1,65 @@
+"""python compile_batchformer_kernels.py {CAPABILITY passes|flash}...: compiles kernels as a launch would, without a GPU.
+
+Prints the name of each and the bytes of shared memory that a program takes. A process of its own, since the tests interpret.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from crossbatch.models.batchformer import flash, passes_triton, tiles
+from crossbatch.models.batchformer.dropout import Mask
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+
+
+def type_of(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_instead(kernel, *args, grid, warmup, num_warps=4, **constants):
+    """In place of `JITFunction.run`."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+    names = [(i, p.name) for i, p in enumerate(kernel.params) if not p.is_constexpr]
+    signature = {p.name: "constexpr" if p.is_constexpr else type_of(values[p.name]) for p in kernel.params}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in names
+        if isinstance(values[name], torch.Tensor) or (isinstance(values[name], int) and values[name] % 16 == 0)
+    }
+    source = ASTSource(kernel, signature, {name: values[name] for name in constants}, divisible)
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    print(kernel.__name__, done.metadata.shared)
+
+
+def passes(dtype: torch.dtype) -> None:
+    area = tiles.Area(MASK, 2, 2, 256, 0, 0)
+    scores, rows = torch.zeros(4, 256, 256), torch.zeros(4, 256)
+    passes_triton.softmax_dropout(scores, 1.0, rows, area, dtype)
+    passes_triton.softmax_dropout_backward(scores, scores, 1.0, rows, rows, area, dtype)
+    x, vector = torch.zeros(2, 16, 2048), torch.zeros(2048)
+    passes_triton.bias_relu(x.to(dtype), vector, MASK)
+    passes_triton.bias_relu_backward(x.to(dtype), x.to(dtype), 0.5)
+    _, total, mean, rstd = passes_triton.add_norm(x, x.to(dtype), vector, vector, 1e-5, MASK)
+    passes_triton.add_norm_backward(x, total, mean, rstd, vector, MASK, dtype)
+
+
+def flash_kernels(dtype: torch.dtype) -> None:
+    q, rows = torch.zeros(2, 4, 256, 512, dtype=dtype), torch.zeros(2, 4, 256)
+    flash.forward(q, q, q, MASK, q, rows, passes_triton)
+    flash.backward(q, q, q, q, q, rows, MASK, (q, q, q), passes_triton)
+
+
+MASK = Mask(torch.zeros(2, dtype=torch.int32), 0.5)
+
+if __name__ == "__main__":
+    JITFunction.run = compile_instead  # pyright: ignore[reportAttributeAccessIssue]
+    for number, what in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        capability = int(number)
+        {"passes": passes, "flash": flash_kernels}[what](torch.bfloat16 if capability >= 80 else torch.float16)
