@@ -71,17 +71,17 @@ def bytes_per_image(backbone: nn.Module, image_size: int, device: torch.device, 
 
 
 def batch_wide_bytes(model: MoCo, run: ResolvedConfig) -> float:
-    """An upper estimate of what is there once: fp32 gradients and optimizer state, heads, BatchFormer and logits.
+    """An upper estimate of what is there once: fp32 gradients and optimizer state, heads, BatchFormer and keys.
 
-    Per stream of a view, rows of the local batch: about six activations of the heads' hidden width; per loss term, a
-    [rows, global batch] matrix of logits, its softmax and its gradient.
+    Per stream of a view: about six activations of the heads' hidden width for the local batch, and three copies of the
+    keys of the global batch (normalised, gathered, in order). Scores and logits exist in small tiles only.
     """
     ours = run.config.crossbatch
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     streams = NUM_VIEWS * (2 if model.batchformer is not None else 1)
     heads = streams * run.local_batch * 6 * max(ours.model.mlp_dim, model.online.backbone.num_features)
-    logits = 3 * streams * (streams // NUM_VIEWS) * run.local_batch * run.config.train_batch_size
-    return 4.0 * (3 * trainable + heads + logits)
+    keys = 3 * streams * run.config.train_batch_size * ours.model.dim
+    return 4.0 * (3 * trainable + heads + keys)
 
 
 def free_bytes(device: torch.device, local_size: int) -> float:

@@ -14,8 +14,8 @@ One term contrasts the queries of one view and stream with the keys of another:
     other > 0  "joint": both streams as one batch of 2B rows; the other stream's key of the same image is a negative
                (4T ln 2B)
 
-Logits and cross-entropy are fp32 in every precision. Shapes: V views, S streams (o: original, b: after BatchFormer), n local
-rows, B global rows, D width.
+Logits and cross-entropy are fp32 in every precision, and no [n, B] matrix of them is kept. Shapes: V views, S
+streams (o: original, b: after BatchFormer), n local rows, B global rows, D width.
 """
 
 import math
@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from crossbatch.models.collective import Collective
+from crossbatch.models.cross_entropy import cross_entropy_over_keys
 
 STREAMS = "ob"
 SUM, MEAN, MEAN_WITH_SELF = (1, 34), 36, 37
@@ -76,7 +77,7 @@ def contrastive_loss(
             keys = torch.cat((keys, q.detach()[:, 1:]), dim=1)  # the b queries are keys too
         keys_VSBD = _gather(keys, collective)
         terms = {
-            name: 2 * temperature * F.cross_entropy(query @ key.T / temperature, labels)
+            name: 2 * temperature * cross_entropy_over_keys(query, key, labels, temperature)
             for name, query, key, labels in _pairs(q, keys_VSBD, add_bf, collective)
         }
         loss = torch.stack(list(terms.values())).sum() / divisor(add_bf)

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossbatch.models import Collective, chance_loss, contrastive_loss
+from crossbatch.models import Collective, chance_loss, contrastive_loss, cross_entropy
+from crossbatch.models.cross_entropy import cross_entropy_over_keys
 
 N, D = 6, 8
 
@@ -101,3 +104,54 @@ def test_similarities_against_all_pairs():
     own = torch.eye(N, dtype=torch.bool)
     assert signals["positive_similarity"].item() == pytest.approx(cosines[:, own].mean().item(), abs=1e-6)
     assert signals["negative_similarity"].item() == pytest.approx(cosines[:, ~own].mean().item(), abs=1e-6)
+
+
+def plain(q, keys, labels, temperature):
+    return torch.nn.functional.cross_entropy(q @ keys.T / temperature, labels)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+@pytest.mark.parametrize("rows_at_once", [1, 5, 33])
+def test_cross_entropy_in_tiles_is_the_plain_formula(rows_at_once, temperature, monkeypatch):
+    torch.manual_seed(0)
+    n, B = 33, 1001
+    monkeypatch.setattr(cross_entropy, "_TILE", rows_at_once * B)
+    q, keys, labels = unit(torch.randn(n, 64)), unit(torch.randn(B, 64)), torch.randperm(B)[:n]
+    results = []
+    for function, dtype in ((cross_entropy_over_keys, torch.float32), (plain, torch.float64)):
+        own = q.to(dtype, copy=True).requires_grad_()
+        loss = function(own, keys.to(dtype), labels, temperature)
+        (3 * loss).backward()
+        assert own.grad is not None
+        results.append((loss.detach().double(), own.grad.double()))
+    (loss, gradient), (want, want_gradient) = results
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    assert (gradient - want_gradient).norm() <= 1e-6 * want_gradient.norm()
+
+
+class Peak(TorchDispatchMode):
+    """`bytes`: the largest sum of all storages that operators have made and that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self._alive = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            storage = out.untyped_storage()
+            self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {at: (ref, size) for at, (ref, size) in self._alive.items() if not ref.expired()}
+        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
+        return out
+
+
+def test_peak_memory_at_65536_keys_is_under_a_tenth_of_the_plain_formulas():
+    q, keys, labels = torch.randn(256, 32, requires_grad=True), torch.randn(65536, 32), torch.arange(256)
+    peaks = []
+    for function in (cross_entropy_over_keys, plain):
+        with Peak() as peak:
+            function(q, keys, labels, 1.0).backward()
+        peaks.append(peak.bytes)
+    assert peaks[1] > 2 * 256 * 65536 * 4
+    assert peaks[0] < peaks[1] / 10

@@ -1,0 +1,50 @@
+"""Cross-entropy of rows against many keys, without the matrix of logits.
+
+A tile of rows meets all keys at once, its softmax gives the loss and, right away, the gradient of the queries
+
+    d mean(loss) / dq_i = (sum_j softmax_ij k_j - k_own) / (T n)
+
+which is no larger than the queries; the tile is then used again. Two products where autograd takes three, and for
+256 rows and 65,536 keys 8 MiB where it keeps several times 64.
+
+Shapes: n rows, B keys, D width.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_TILE = 1 << 21  # logits at a time: 8 MiB
+
+
+def cross_entropy_over_keys(q_nD: Tensor, keys_BD: Tensor, labels_n: Tensor, temperature: float) -> Tensor:
+    """Mean over the rows of cross_entropy(q keys^T / temperature, labels); the keys get no gradient."""
+    return _CrossEntropy.apply(q_nD, keys_BD, labels_n, temperature)  # pyright: ignore[reportReturnType]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_nD: Tensor, keys_BD: Tensor, labels_n: Tensor, temperature: float) -> Tensor:
+        n = len(q_nD)
+        loss_n, gradient_nD = q_nD.new_empty(n), torch.empty_like(q_nD) if ctx.needs_input_grad[0] else None
+        step = max(1, _TILE // len(keys_BD))
+        tile_RB = q_nD.new_empty(min(step, n), len(keys_BD))
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            q, labels = q_nD[rows], labels_n[rows]
+            logits = torch.mm(q, keys_BD.T, out=tile_RB[: len(q)]).div_(temperature)
+            own = logits.gather(1, labels.unsqueeze(1))
+            highest = logits.amax(1, keepdim=True)
+            total = logits.sub_(highest).exp_().sum(1, keepdim=True)
+            loss_n[rows] = (total.log() + highest - own).squeeze(1)
+            if gradient_nD is not None:
+                expected = torch.mm(logits, keys_BD).div_(total)
+                gradient_nD[rows] = expected.sub_(keys_BD[labels]).div_(temperature * n)
+        ctx.save_for_backward(gradient_nD)
+        return loss_n.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient_nD,) = ctx.saved_tensors
+        return gradient_nD * grad, None, None, None
