@@ -1,5 +1,6 @@
 # Everything that a fresh machine needs (Debian/Ubuntu, Python 3.10+ with venv, no GPU): `make pretrain` or `make test`.
 PYTHON ?= python3
+CUDA ?= cuda13  # whose DALI is installed: cuda13 or cuda12; both run without a GPU, too
 BIN := .venv/bin
 
 .PHONY: pretrain test test-all check bench-gpu install
@@ -27,5 +28,5 @@ install: .venv/installed
 .venv/installed: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(strip $(CUDA)),test,dev]'
 	touch $@

@@ -26,7 +26,8 @@ setup(
         "deepspeed>=0.19",  # ZeRO and the launcher
         "numpy>=1.26",  # data order and augmentation parameters
         "scipy>=1.11",  # .mat files of Flowers-102
-        "pillow>=10.0",  # JPEG decoding where DALI is absent
+        "pillow>=10.0",  # decoding where DALI is absent, and of whatever is no ordinary JPEG
+        "opencv-python-headless>=4.9",  # colours and blur on a CPU, at several times PIL's speed
         "tensorboard>=2.16",  # event files
         "rich>=13.7",  # progress bar and tables
     ],

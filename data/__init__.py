@@ -5,19 +5,20 @@ Three questions, kept apart, each answered in one file:
 - **who reads what**: order.py. Pure integers; the global batch does not depend on the world size.
 - **what is done to an image**: recipe.py. Parameters as a pure function of (seed, epoch, index, view),
   by counter.py.
-- **how**: a backend. torchvision_backend.py applies the parameters with PIL; loader.py, stream.py and pieces.py run it in
-  worker processes.
+- **how**: a backend, chosen in backends.py. torchvision_backend.py applies the parameters with PIL and is the reference;
+  opencv_backend.py is the fast one for CPUs; dali_backend.py decodes with DALI and, on a GPU, leaves the colours to
+  colour_cuda.py. loader.py, stream.py and pieces.py run them ahead of the training.
 
 Beside them stands what images there are: sources.py opens a path (location.py parses it); image_folder.py, shards.py,
 cifar.py, synthetic.py and shapes.py are the kinds of source; decode.py says what an image file means, listing.py keeps what
 was found in a folder. shard_scan.py, shard_index.py and shard_writer.py belong to shards.py.
 
-Where the next thing goes: another kind of source, in its own file, with a branch in sources.py and location.py; another backend
-(DALI), in its own file, with the iterators of loader.py and parameters from recipe.draw, so that a test can compare
-it to PIL view by view; another augmentation, as fields of ViewRecipe and ViewParameters, drawn in recipe.draw,
-applied in every backend.
+Where the next thing goes: another kind of source, in its own file, with a branch in sources.py and location.py; another
+backend, in its own file, with parameters from recipe.draw, so that tests/data/test_backends.py compares it to PIL view by
+view; another augmentation, as fields of ViewRecipe and ViewParameters, drawn in recipe.draw, applied in every backend.
 """
 
+from crossbatch.data.backends import BACKENDS, choose_backend
 from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
 from crossbatch.data.order import Order, evaluation_share
 from crossbatch.data.recipe import ViewParameters, ViewRecipe, draw, moco_v3_views, normalize
@@ -25,6 +26,7 @@ from crossbatch.data.shapes import write_shapes
 from crossbatch.data.sources import Source, has_evaluation_split, open_source, prepare
 
 __all__ = [
+    "BACKENDS",
     "Batch",
     "EvaluationLoader",
     "Order",
@@ -32,6 +34,7 @@ __all__ = [
     "TrainLoader",
     "ViewParameters",
     "ViewRecipe",
+    "choose_backend",
     "draw",
     "evaluation_share",
     "has_evaluation_split",

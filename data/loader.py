@@ -1,12 +1,14 @@
-"""Batches for the trainer. The interface is what every backend offers; this is the one on torchvision and PIL.
+"""Batches for the trainer.
 
 `TrainLoader.epoch(epoch, start_step)` yields the rank's batches from a position. Underneath runs one endless stream of
-pieces (pieces.py) through torch's DataLoader: (epoch 3, last step), (epoch 4, step 0), ... The stream does not know
-about epochs, so workers live for the whole run and prefetching does not stop at their ends, where the ordinary loader
-drains and refills: at 4096 images a batch that costs seconds per epoch. Asking for the position where the stream
-stands continues it; asking for any other starts a new one there.
+pieces (pieces.py): (epoch 3, last step), (epoch 4, step 0), ... The stream does not know about epochs, so workers live for
+the whole run and prefetching does not stop at their ends, where the ordinary loader drains and refills: at 4096 images
+a batch that costs seconds per epoch. Asking for the position where the stream stands continues it; asking for any other
+starts a new one there.
 
-    Order.batch(epoch, step) -> cut into pieces -> workers: open, two views -> put together -> Batch
+    Order.batch(epoch, step) -> cut into pieces -> open, two views -> put together -> Batch
+                                                   in processes       in a thread
+                                                   or DALI's threads
 
 Nothing in a batch depends on the number of workers, on timing or on what was read before, except the count of broken
 images, which is per run.
@@ -15,6 +17,7 @@ images, which is per run.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from crossbatch.data.order import Order
 from crossbatch.data.pieces import Broken, EvaluationPieces, Piece, TrainPieces
 from crossbatch.data.recipe import ViewRecipe
 from crossbatch.data.sources import Source
-from crossbatch.data.stream import Stream
+from crossbatch.data.stream import Ahead, Stream
 
 _BATCHES_AHEAD = 2  # prefetched, in pieces, over all workers
 _IMAGES_BEFORE_VERDICT = 1000  # or one epoch if that is less: no run stops because image number 3 was broken
@@ -36,7 +39,9 @@ _NAMED = 5  # broken images named in a message
 class Batch:
     """One rank's share of one step."""
 
-    views: torch.Tensor  # uint8 [2, n, 3, H, W], in pinned memory where there is CUDA
+    views: (
+        torch.Tensor
+    )  # uint8 [2, n, 3, H, W], stored channels last; on the GPU with DALI, else pinned where there is one
     indices: np.ndarray  # int64 [n], as the order gave them, also where an image was replaced
     skipped: list[str]  # names of the broken images met in this batch
 
@@ -49,8 +54,10 @@ class TrainLoader:
         order: which of them this rank reads, and when.
         recipes: one per view.
         seed: of the augmentation.
-        workers: processes; 0 works in this one.
+        workers: processes (with DALI: threads); 0 works in this one.
         max_skipped_fraction: a larger share of broken ones among the images read so far stops the run.
+        backend: who decodes and augments, one of `backends.BACKENDS`.
+        device: of the training, where DALI works.
 
     Raises (from the iterators):
         RunStopped: too many broken images, or 16 in a row.
@@ -65,6 +72,8 @@ class TrainLoader:
         seed: int,
         workers: int,
         max_skipped_fraction: float = 0.001,
+        backend: str = "torchvision",
+        device: torch.device | None = None,
     ):
         if len({recipe.image_size for recipe in recipes}) != 1:
             raise ValueError(f"recipes must share one image_size, got {[recipe.image_size for recipe in recipes]}")
@@ -72,10 +81,11 @@ class TrainLoader:
         self.images_read = 0
         self.images_skipped = 0
         self._broken: dict[str, Broken] = {}  # by name
-        self._dataset = TrainPieces(source, tuple(recipes), seed)
-        self._num_views, self._side = len(recipes), recipes[0].image_size
+        self._source, self._recipes, self._seed, self._backend = source, tuple(recipes), seed, backend
+        self._device = device or torch.device("cpu")
         self._workers, self._max_skipped_fraction = workers, max_skipped_fraction
-        self._stream: Stream | None = None
+        self._pieces: Any = None
+        self._batches: Iterator[tuple[Batch, list[Broken]]] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) that the stream yields next
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -87,42 +97,62 @@ class TrainLoader:
 
     def close(self):
         """Stop the workers. The loader can be used again; it starts new ones."""
-        if self._stream is not None:
-            self._stream.close()
-        self._stream = self._position = None
+        if isinstance(self._batches, Ahead):
+            self._batches.close()
+        if self._pieces is not None:
+            self._pieces.close()
+        self._pieces = self._batches = self._position = None
 
     def _batch(self, epoch: int, step: int) -> Batch:
         if self._position != (epoch, step):
             self.close()
-            self._stream = self._start(epoch, step)
-        assert self._stream is not None
+            self._start(epoch, step)
+        assert self._batches is not None
         self._position = None  # should a piece raise, the stream is not where it says
-        batch = self._put_together(self._stream)
+        batch, broken = next(self._batches)
+        if batch.views.is_cuda:
+            batch.views.record_stream(torch.cuda.current_stream())  # it came into being on the stream of another thread
+        self._judge(self.order.local_batch, broken)
         last = step + 1 == self.order.steps_per_epoch
         self._position = (epoch + 1, 0) if last else (epoch, step + 1)
         return batch
 
-    def _start(self, epoch: int, step: int) -> Stream:
-        pieces_per_batch = len(pieces.cut(np.arange(self.order.local_batch), self._workers))
-        ahead = math.ceil(_BATCHES_AHEAD * pieces_per_batch / max(self._workers, 1))
-        return Stream(self._dataset, _Keys(self.order, epoch, step, self._workers), self._workers, max(2, ahead))
+    def _start(self, epoch: int, step: int) -> None:
+        if self._backend == "dali":
+            from crossbatch.data.dali_backend import MAX_PIECE, DaliPieces
 
-    def _put_together(self, stream: Iterator[Piece]) -> Batch:
-        """The next n images of the stream, copied into one tensor, which is pinned so that its transfer can overlap."""
-        n = self.order.local_batch
-        shape = (self._num_views, n, 3, self._side, self._side)
-        views = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        indices, broken, filled = [], [], 0
-        while filled < n:
-            piece = next(stream)
-            broken += piece.broken
-            if piece.views is None:
-                raise RunStopped(_verdict("no readable image to replace a broken one", piece.broken))
-            views[:, filled : filled + len(piece.indices)] = piece.views
-            indices.append(piece.indices)
-            filled += len(piece.indices)
-        self._judge(n, broken)
-        return Batch(views, np.concatenate(indices), [image.name for image in broken])
+            keys = _Keys(self.order, epoch, step, 0, MAX_PIECE)
+            self._pieces = DaliPieces(self._source, self._recipes, self._seed, keys, self._workers, self._device)
+        else:
+            keys = _Keys(self.order, epoch, step, self._workers, pieces.MAX_PIECE)
+            pieces_per_batch = len(keys.cut(np.arange(self.order.local_batch)))
+            ahead = math.ceil(_BATCHES_AHEAD * pieces_per_batch / max(self._workers, 1))
+            dataset = TrainPieces(self._source, self._recipes, self._seed, self._backend)
+            self._pieces = Stream(dataset, keys, self._workers, max(2, ahead))
+        batches = self._put_together(self._pieces)
+        self._batches = Ahead(batches, self._device) if self._workers or self._backend == "dali" else batches
+
+    def _put_together(self, stream: Iterator[Piece]) -> Iterator[tuple[Batch, list[Broken]]]:
+        """Runs of n images of the stream, each in one tensor, which is pinned so that its transfer can overlap."""
+        n, size = self.order.local_batch, self._recipes[0].image_size
+        on_gpu = self._backend == "dali" and self._device.type == "cuda"
+        where: dict = {"device": self._device} if on_gpu else {"pin_memory": torch.cuda.is_available()}
+        while True:
+            views = torch.empty((len(self._recipes), n, size, size, 3), dtype=torch.uint8, **where).permute(
+                0, 1, 4, 2, 3
+            )
+            indices, broken, filled = [], [], 0
+            while filled < n:
+                piece = next(stream)
+                broken += piece.broken
+                if piece.views is None:
+                    raise RunStopped(_verdict("no readable image to replace a broken one", piece.broken))
+                views[:, filled : filled + len(piece.indices)] = piece.views
+                indices.append(piece.indices)
+                filled += len(piece.indices)
+            if on_gpu:
+                torch.cuda.current_stream().synchronize()
+            yield Batch(views, np.concatenate(indices), [image.name for image in broken]), broken
 
     def _judge(self, images: int, broken: list[Broken]):
         """Stop the run if too many different images are broken, of the different images read. Whole images, rounded up:
@@ -175,13 +205,16 @@ class EvaluationLoader:
 class _Keys:
     """The endless sequence of (epoch, image indices), one per piece, from a position on. Runs in the trainer."""
 
-    def __init__(self, order: Order, epoch: int, step: int, workers: int):
-        self.order, self.epoch, self.step, self.workers = order, epoch, step, workers
+    def __init__(self, order: Order, epoch: int, step: int, workers: int, most: int):
+        self.order, self.epoch, self.step, self.workers, self.most = order, epoch, step, workers, most
+
+    def cut(self, indices: np.ndarray) -> list[np.ndarray]:
+        return pieces.cut(indices, self.workers, self.most)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         epoch, step = self.epoch, self.step
         while True:
-            for indices in pieces.cut(self.order.batch(epoch, step), self.workers):
+            for indices in self.cut(self.order.batch(epoch, step)):
                 yield epoch, indices
             step += 1
             if step == self.order.steps_per_epoch:

@@ -11,17 +11,21 @@ import signal
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
 
+from crossbatch.data import opencv_backend, torchvision_backend
 from crossbatch.data.recipe import ViewRecipe
 from crossbatch.data.sources import Source
-from crossbatch.data.torchvision_backend import evaluation_image, two_views
+from crossbatch.data.torchvision_backend import evaluation_image
+
+Opened = TypeVar("Opened")  # an image as a backend wants it
 
 MAX_PIECE = 64
 _MAX_TRIES = 16  # broken images in a row before a piece is given up
@@ -49,19 +53,20 @@ class Piece:
 class TrainPieces:
     """A map-style dataset whose "index" is (epoch, image indices): the two views of these images."""
 
-    def __init__(self, source: Source, recipes: Sequence[ViewRecipe], seed: int):
-        self.source, self.recipes, self.seed = source, recipes, seed
+    def __init__(self, source: Source, recipes: Sequence[ViewRecipe], seed: int, backend: str):
+        self.source, self.recipes, self.seed, self.backend = source, recipes, seed, backend
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Piece:
         epoch, indices = key
+        backend = opencv_backend if self.backend == "opencv" else torchvision_backend
         images, broken = [], []
         for index in indices:
-            image, failures = open_or_replace(self.source, int(index))
+            image, failures = open_or_replace(self.source, int(index), backend.open_image)
             broken += failures
             if image is None:
                 return Piece(None, indices, broken)
             images.append(image)
-        return Piece(two_views(images, self.recipes, self.seed, epoch, indices), indices, broken)
+        return Piece(backend.two_views(images, self.recipes, self.seed, epoch, indices), indices, broken)
 
 
 class EvaluationPieces:
@@ -81,8 +86,10 @@ class EvaluationPieces:
         return Piece(torch.stack(views) if views else None, np.array(kept, dtype=np.int64), broken)
 
 
-def open_or_replace(source: Source, index: int) -> tuple[Image.Image | None, list[Broken]]:
-    """Image `index`, or the first after it that can be read (None after 16 tries), and the broken ones met on the way.
+def open_or_replace(
+    source: Source, index: int, open_image: Callable[[Source, int], Opened]
+) -> tuple[Opened | None, list[Broken]]:
+    """Image `index`, or the first after it that `open_image` can read (None after 16 tries), and the broken ones on the way.
 
     The next index, not a random one: any rule serves that depends on the index alone, and this one can be checked by
     hand.
@@ -91,7 +98,7 @@ def open_or_replace(source: Source, index: int) -> tuple[Image.Image | None, lis
     for offset in range(min(_MAX_TRIES, len(source))):
         candidate = (index + offset) % len(source)
         try:
-            return source.open(candidate), broken
+            return open_image(source, candidate), broken
         except _BROKEN as error:
             broken.append(_describe(source, candidate, error))
     return None, broken
@@ -101,21 +108,22 @@ def _describe(source: Source, index: int, error: Exception) -> Broken:
     return Broken(source.name(index), f"{type(error).__name__}: {error}")
 
 
-def cut(indices: np.ndarray, workers: int) -> list[np.ndarray]:
-    """`indices` in pieces: at most 64 images each, and where that would leave workers idle, down to 8."""
+def cut(indices: np.ndarray, workers: int, most: int = MAX_PIECE) -> list[np.ndarray]:
+    """`indices` in pieces: at most `most` images each, and where that would leave workers idle, down to 8."""
     share = math.ceil(len(indices) / max(workers, 1))
-    count = math.ceil(len(indices) / min(MAX_PIECE, max(8, share)))
+    count = math.ceil(len(indices) / min(most, max(8, share)))
     return np.array_split(indices, count)
 
 
 def start_worker(worker_id: int):
     """Runs first in every worker process.
 
-    One thread, because the workers are the parallelism. Interrupts are left to the trainer, and so is a SIGTERM that
-    the trainer did not send: a preempted job gets it in every process at once, and workers that died of it would fail
-    the step that the trainer still wants to save.
+    One thread (OpenCV has its own), because the workers are the parallelism. Interrupts are left to the trainer, and so
+    is a SIGTERM that the trainer did not send: a preempted job gets it in every process at once, and workers that died
+    of it would fail the step that the trainer still wants to save.
     """
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
     if trainer is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS

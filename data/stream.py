@@ -3,8 +3,11 @@
 How processes start, how they end (also when something failed), and what the trainer sees when one dies.
 """
 
+import contextlib
 import multiprocessing
+import queue
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -59,6 +62,48 @@ class Stream:
             shut_down()
 
 
+class Ahead:
+    """What `items` yields, computed by a thread one item ahead of who asks; an error comes out where the item would.
+
+    With a GPU as `device` the thread has a CUDA stream of its own there, so what it launches and waits for holds nobody up.
+    """
+
+    def __init__(self, items: Iterator[Any], device: torch.device):
+        self._device = device
+        self._ready: queue.Queue = queue.Queue(maxsize=1)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self) -> Any:
+        item, error = self._ready.get()
+        if error is not None:
+            raise error
+        return item
+
+    def close(self):
+        """Ends the thread, at the latest when the item that it works on is done."""
+        self._closed.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.05)
+
+    def _fill(self, items: Iterator[Any]):
+        gpu = self._device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(self._device)) if gpu else contextlib.nullcontext():
+            try:
+                for item in items:
+                    self._ready.put((item, None))
+                    if self._closed.is_set():
+                        return
+                self._ready.put((None, StopIteration()))
+            except BaseException as error:
+                self._ready.put((None, error))
+
+
 def start_method() -> str:
     """fork where that is safe: workers start in 40 ms and share the source's memory. Else forkserver: 3 to 6 s, once.
 
@@ -67,7 +112,8 @@ def start_method() -> str:
     any process with threads warns.
     """
     communicating = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if torch.cuda.is_initialized() or communicating or sys.version_info >= (3, 12):
+    threads = torch.cuda.is_initialized() or communicating or "nvidia.dali" in sys.modules
+    if threads or sys.version_info >= (3, 12):
         # Preloaded, torch is imported once, in the server, and not again in every worker.
         multiprocessing.get_context("forkserver").set_forkserver_preload(["crossbatch.data.pieces"])
         return "forkserver"

@@ -1,4 +1,4 @@
-"""Applies a recipe with PIL, to the bit as torchvision does: the reference backend, for machines without DALI.
+"""Applies a recipe with PIL, to the bit as torchvision does: the reference for the faster backends.
 
 An image is decoded once and both views come from the decoded image. It stays a PIL image until blurred, because the
 originals augment with PIL: its rounding to 8 bits between operations and its Gaussian blur (a sum of box blurs) are
@@ -18,6 +18,12 @@ from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as F
 
 from crossbatch.data.recipe import ViewParameters, ViewRecipe, draw
+from crossbatch.data.sources import Source
+
+
+def open_image(source: Source, index: int) -> Image.Image:
+    """Image `index`, RGB. Raises what `source.open` raises for a damaged one."""
+    return source.open(index)
 
 
 def two_views(

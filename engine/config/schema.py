@@ -33,6 +33,9 @@ class ModelConfig:
     checkpoint_activations: bool = key(
         False, "run the blocks of the backbone once more in the backward pass instead of keeping their activations"
     )
+    cuda_graph: bool = key(
+        False, "replay BatchFormer and heads as a CUDA graph, for small batches; one GPU, sharding zero below stage 3"
+    )
     backbone_args: Mapping[str, Any] = key(
         dict,
         "keyword arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)",
@@ -49,6 +52,9 @@ class BatchFormerConfig:
         "trained", "trained with the model; released: frozen at its initialisation; ema: the keys use a moving average"
     )
     dropout: float = key(0.5, "dropout of the BatchFormer layer", low=0.0, high=0.95)
+    kernel: Literal["auto", "fused", "sdpa", "reference"] = key(
+        "auto", "who computes it (launch/doctor.py says which can run); sdpa only at dropout 0"
+    )
     lr_scale: float = key(1.0, "learning rate of BatchFormer relative to the rest", above=0.0)
 
 
@@ -69,10 +75,12 @@ class DataConfig:
     path: str | None = key(
         None, "folder with train/ and, for k-NN, val/ or test/; or cifar10://, cifar100://, synthetic://, shapes://"
     )
-    backend: Literal["auto", "torchvision"] = key("auto", "who decodes and augments")
+    backend: Literal["auto", "dali", "opencv", "torchvision"] = key(
+        "auto", "who decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
+    )
     crop_min: float = key(0.08, "smallest crop as a share of the image's area", above=0.0, high=1.0)
     image_size: int = key(224, "side of a view in pixels", low=8)
-    workers: int | Auto = key("auto", "loader processes of a rank; 0 loads in the training process", low=0)
+    workers: int | Auto = key("auto", "loader processes (with DALI: threads) of a rank; 0 loads in the training process", low=0)
     max_skipped_fraction: float = key(0.001, "share of broken images above which the run stops", low=0.0, high=1.0)
     shuffle_window: int = key(
         0, "images shuffled among each other, at least a batch, for tar shards on a network disk; 0 all", low=0

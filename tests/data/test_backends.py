@@ -1,0 +1,204 @@
+"""The fast backends against the reference on PIL: the same crops, colours, order and broken images."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossbatch import InputError
+from crossbatch.data import backends, jpeg, torchvision_backend
+from crossbatch.data.loader import TrainLoader
+from crossbatch.data.order import Order
+from crossbatch.data.recipe import ViewRecipe, draw, moco_v3_views
+from crossbatch.data.sources import open_source
+from tests.data.damage import WHOLE, damaged_files, encoded
+
+SIZE = 64
+VIEWS = moco_v3_views(SIZE)
+DALI = pytest.param("dali", marks=pytest.mark.skipif("not __import__('importlib.util').util.find_spec('nvidia.dali')"))
+FAST = ["opencv", DALI]
+
+
+def photo(number: int, width: int, height: int) -> Image.Image:
+    """Colourful and smooth, with edges: what a JPEG of a scene is like at this scale."""
+    random = np.random.default_rng(number)
+    coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    for _ in range(3):
+        colour = tuple(int(value) for value in random.integers(0, 256, 3))
+        x, y = int(random.integers(0, width)), int(random.integers(0, height))
+        image.paste(colour, (x, y, x + width // 4, y + height // 3))
+    return image
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    sizes = np.random.default_rng(0).integers(60, 300, (48, 2))
+    for number, (width, height) in enumerate(sizes):
+        file = root / "train" / f"class_{number % 3}" / f"{number:03}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(photo(number, int(width), int(height)), "JPEG", quality=92))
+    return root
+
+
+def read(root: Path, backend: str, recipes=VIEWS, batch: int = 24, start: int = 0, device="cpu", **order) -> list:
+    source = open_source(root, "train")
+    loader = TrainLoader(
+        source,
+        Order(0, len(source), batch, **order),
+        recipes,
+        seed=3,
+        workers=0,
+        max_skipped_fraction=1.0,
+        backend=backend,
+        device=torch.device(device),
+    )
+    batches = list(loader.epoch(1, start))
+    loader.close()
+    return batches
+
+
+def difference(found: list, want: list) -> torch.Tensor:
+    """Mean absolute difference of every view, as a part of the value range: [batches, 2, n]."""
+    pairs = zip(found, want, strict=True)
+    return torch.stack([(a.views.cpu().float() - b.views.float()).abs().mean((2, 3, 4)) / 255 for a, b in pairs])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_views_agree_with_the_reference(photos, backend):
+    want = read(photos, "torchvision")
+    found = read(photos, backend)
+    assert all(np.array_equal(a.indices, b.indices) for a, b in zip(found, want, strict=True))
+    assert found[0].views.is_contiguous() is False and found[0].views[0].is_contiguous(
+        memory_format=torch.channels_last
+    )
+    assert difference(found, want).max() < 0.02 and difference(found, want).mean() < 0.01
+    other = torch.stack([(b.views[0].float() - b.views[1].float()).abs().mean((1, 2, 3)) / 255 for b in want])
+    assert other.mean() > 0.05  # different views differ by more
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", [DALI])
+def test_views_on_a_gpu_agree_with_the_reference(photos, backend):
+    found = read(photos, backend, device="cuda")
+    assert found[0].views.is_cuda
+    assert difference(found, read(photos, "torchvision")).max() < 0.02
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_crops_agree_to_a_pixel(tmp_path, backend):
+    """Of pictures whose red is the column and whose green is the row, a crop says where it is from."""
+    (tmp_path / "train/a").mkdir(parents=True)
+    y, x = np.mgrid[:200, :250]
+    picture = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+    for number in range(24):
+        picture.save(tmp_path / f"train/a/{number:02}.png")
+    plain = ViewRecipe(SIZE, (0.08, 1.0), 0.0, 0.0, jitter_probability=0.0, grayscale_probability=0.0)
+    want, found = (read(tmp_path, name, (plain, plain)) for name in ("torchvision", backend))
+    apart = [(a.views.float() - b.views.float()).abs() for a, b in zip(found, want, strict=True)]
+    assert torch.stack(apart).max() <= 1.0
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_batches_from_the_middle_and_on_other_ranks_are_the_same(photos, backend):
+    whole = read(photos, backend, batch=12)
+    for one, other in zip(read(photos, backend, batch=12, start=2), whole[2:], strict=True):
+        assert np.array_equal(one.indices, other.indices) and torch.equal(one.views, other.views)
+    ranks = [read(photos, backend, batch=12, world_size=3, rank=rank) for rank in range(3)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([ranks[rank][step].views for rank in range(3)], dim=1), batch.views)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_the_same_images_are_broken_and_replaced_alike(tmp_path, backend):
+    """320 damaged files through the whole loader; also nothing crashes and nothing hangs."""
+    folder = tmp_path / "train/a"
+    folder.mkdir(parents=True)
+    for number, (name, data) in enumerate(damaged_files(320)):
+        if name != "large.png":
+            (folder / f"{number:04}_{name}").write_bytes(data)
+            (folder / f"{number:04}_then.jpg").write_bytes(encoded(photo(number, 60, 50), "JPEG"))
+    tiny = tuple(replace(recipe, image_size=16) for recipe in VIEWS)
+    want, found = (read(tmp_path, name, tiny, batch=63) for name in ("torchvision", backend))
+    broken = [name for batch in want for name in batch.skipped]
+    assert len(broken) > 100 and not any(name.split("_", 1)[1] in WHOLE for name in broken)
+    assert [name for batch in found for name in batch.skipped] == broken
+    # Decoders fill in damaged parts of a picture each in their own way; whole pictures agree.
+    close = difference(found, want) < 0.02
+    assert close.float().mean() > 0.9
+    for batch, rows in zip(want, close.all(1), strict=True):
+        names = [open_source(tmp_path, "train").name(int(index)) for index in batch.indices]
+        assert all(
+            rows[i] for i, name in enumerate(names) if name.endswith("then.jpg") or name.split("_", 1)[1] in WHOLE
+        )
+
+
+def test_dali_that_refuses_a_file_gets_what_pil_sees(photos, monkeypatch):
+    """As for a JPEG that only PIL reads: here every file is one, to DALI."""
+    dali_backend = pytest.importorskip("crossbatch.data.dali_backend")
+    want = read(photos, "dali")
+    monkeypatch.setattr(dali_backend, "encoded", lambda source, index: dali_backend.Encoded(os.urandom(64), 60, 60))
+    assert difference(read(photos, "dali"), want).max() < 0.005
+
+
+@pytest.mark.parametrize("blur", [0.0, 1.0])
+def test_colour_kernels(blur):
+    """All but the blur to PIL's bits, save for a float on the edge between two bytes."""
+    pytest.importorskip("triton")
+    from crossbatch.data import colour_cuda
+
+    recipe = replace(
+        VIEWS[1],
+        image_size=19,
+        solarize_probability=0.4,
+        grayscale_probability=0.3,
+        saturation=0.9,
+        hue=0.5,
+        blur_probability=blur,
+    )
+    count = 12
+    p = draw(recipe, 0, 0, np.arange(count), 1, np.full(count, 37), np.full(count, 45))
+    images = [photo(number, 45, 37) for number in range(count)]
+    plain = replace(p, jitter=0 * p.jitter, grayscale=0 * p.grayscale, blur_sigma=0 * p.blur_sigma)
+    plain = replace(plain, solarize=0 * p.solarize, flip=0 * p.flip)
+    crops = np.stack([torchvision_backend.augment(image, plain, row, 19) for row, image in enumerate(images)])
+    want = np.stack([torchvision_backend.augment(image, p, row, 19) for row, image in enumerate(images)])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = torch.zeros(count, 19, 19, 3, dtype=torch.uint8, device=device)
+    colour_cuda.colour_view(torch.from_numpy(crops).to(device), p, recipe, out)
+    apart = np.abs(out.cpu().numpy().astype(int) - want)
+    assert p.solarize.any() and p.grayscale.any() and p.flip.any()
+    if blur:
+        assert apart.mean((1, 2, 3)).max() < 0.02 * 255
+    else:
+        assert (apart > 0).mean() < 0.01 and apart.max() <= 12
+
+
+def test_size_of_a_jpeg():
+    for width, height in ((40, 30), (1, 300)):
+        for options in ({}, {"progressive": True}, {"exif": b"Exif\x00\x00" + 1000 * b"\x00"}, {"quality": 20}):
+            data = encoded(photo(0, width, height).convert("RGB"), "JPEG", **options)
+            assert jpeg.jpeg_size(data) == (height, width)
+    data = encoded(photo(0, 40, 30), "JPEG")
+    assert jpeg.jpeg_size(encoded(photo(0, 40, 30).convert("L"), "JPEG")) == (30, 40)
+    assert jpeg.jpeg_size(encoded(photo(0, 40, 30).convert("CMYK"), "JPEG")) is None  # PIL's business
+    assert jpeg.jpeg_size(encoded(photo(0, 40, 30), "PNG")) is None
+    assert all(jpeg.jpeg_size(data[:length]) is None for length in range(0, len(data), 7))
+
+
+def test_choice(monkeypatch):
+    found = {"nvidia": True, "nvidia.dali": True}
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: found.get(name) or None)
+    assert (
+        backends.choose_backend("auto", "cuda")[0] == "dali" and backends.choose_backend("auto", "cpu")[0] == "opencv"
+    )
+    found["nvidia.dali"] = False
+    assert backends.choose_backend("auto", "cuda") == ("opencv", "DALI is not installed")
+    with pytest.raises(InputError, match=r"crossbatch\.data\.backend: dali is not installed; pip install"):
+        backends.choose_backend("dali", "cuda")
