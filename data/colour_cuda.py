@@ -29,6 +29,7 @@ def colour_view(pixels: torch.Tensor, p: ViewParameters, recipe: ViewRecipe, out
     _mean_gray[(count,)](pixels, table, means, size * size, _COLUMNS, _BLOCK)
     _jitter[(count, blocks)](pixels, table, means, jittered, size * size, _COLUMNS, _BLOCK)
     reach: Any = int(np.ceil(3 * recipe.blur_sigma[1]))
+    rows: Any
     for source, target, rows in ((jittered, blurred, True), (blurred, out, False)):
         _blur[(count, blocks)](source, table, target, size, _COLUMNS, reach, rows, _BLOCK)
 
@@ -62,7 +63,7 @@ def _mean_gray(pixels, table, means, num_pixels, COLUMNS: tl.constexpr, BLOCK: t
             inside = offsets < num_pixels
             r, g, b = _load(pixels, image, offsets, inside, num_pixels)
             before = 1
-            for slot in tl.static_range(4):
+            for slot in range(4):
                 operation = tl.load(row + slot)
                 if operation == 1:
                     before = 0
@@ -80,7 +81,7 @@ def _jitter(pixels, table, means, out, num_pixels, COLUMNS: tl.constexpr, BLOCK:
     inside = offsets < num_pixels
     r, g, b = _load(pixels, image, offsets, inside, num_pixels)
     mean = tl.load(means + image)
-    for slot in tl.static_range(4):
+    for slot in range(4):
         r, g, b = _adjust(r, g, b, tl.load(row + slot), row, mean)
     if tl.load(row + 8) != 0:
         r = _gray(r, g, b)
@@ -106,7 +107,7 @@ def _blur(
         g = tl.zeros([BLOCK], tl.float32)
         b = tl.zeros([BLOCK], tl.float32)
         weights = 0.0
-        for step in tl.static_range(-REACH, REACH + 1):
+        for step in range(-REACH, REACH + 1):
             weight = tl.exp(-step * step / (2 * sigma * sigma))
             if ROWS:
                 there = y * size + tl.minimum(tl.maximum(x + step, 0), size - 1)

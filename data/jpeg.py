@@ -1,7 +1,7 @@
 """What a JPEG says of itself before it is decoded.
 
 DALI is given what it surely reads as PIL does: baseline or progressive JPEGs of one or three components whose header is in
-order. All else (PNG, CMYK, arithmetic coding, cut-off files, ...) goes to PIL. That is no matter of taste: DALI 2.4 crashed over
+order. All else (PNG, CMYK, arithmetic coding, cut-off files, ...) goes to PIL. No matter of taste: DALI 2.4 crashed over
 batches in which several headers were damaged.
 """
 

@@ -271,6 +271,7 @@ def test_forkserver_workers_give_the_same(two_epochs, monkeypatch):
 
 def test_fork_only_where_nothing_communicates(monkeypatch):
     monkeypatch.setattr(stream.sys, "version_info", (3, 11))
+    monkeypatch.delitem(stream.sys.modules, "nvidia.dali", raising=False)
     assert stream.start_method() == "fork"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert stream.start_method() == "forkserver"
