@@ -11,7 +11,8 @@ from rich.console import Console
 
 from benchmarks import harness
 
-STAGES = ("index", "optimizer", "step")
+STAGES = ("batchformer", "heads", "index", "optimizer", "step")
+OF_IMAGES = ("decode", "augment", "data")  # these take --images
 
 
 def main() -> None:
@@ -19,10 +20,14 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: does it run?")
     parser.add_argument("--out", metavar="DIR", type=Path, help="append the rows to DIR/<stage>.jsonl")
+    parser.add_argument(
+        "--images", metavar="DIR", type=Path, help="decode, augment and load DIR/train/... (default: generated)"
+    )
     arguments = parser.parse_args()
     console = Console(highlight=False)
     for stage in arguments.stages:
-        rows = importlib.import_module(f"benchmarks.{stage}").run(arguments.quick)
+        options = {"images": arguments.images} if stage in OF_IMAGES else {}
+        rows = importlib.import_module(f"benchmarks.{stage}").run(arguments.quick, **options)
         console.print(harness.table(stage, rows))
         if arguments.out is not None:
             harness.append(arguments.out / f"{stage}.jsonl", stage, rows)

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -55,6 +56,11 @@ def compare(
     while time.perf_counter() < end or len(times[baseline]) < rounds:
         for name, call in cases.items():
             times[name].append(_milliseconds(call))
+    return summarise(times, baseline, settings)
+
+
+def summarise(times: dict[str, list[float]], baseline: str, settings: dict[str, Any]) -> list[Row]:
+    """Rows of what was timed, in ms, case by case."""
     middle = float(np.median(times[baseline]))
     return [
         Row(
@@ -76,6 +82,34 @@ def _milliseconds(call: Callable[[], Any]) -> float:
     call()
     wait()
     return 1000 * (time.perf_counter() - start)
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """MiB that `call` adds at most: to the resident memory of this process, on a GPU to what the allocator has given out."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the largest resident memory so far, starts anew
+    before = _status_kib("VmRSS")
+    call()
+    return (_status_kib("VmHWM") - before) / 2**10
+
+
+def peak_mib_alone(module: str, *arguments: str) -> float:
+    """The number that `python -m module arguments` prints last: a peak in a process that has done nothing else."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return float(done.stdout.splitlines()[-1])
+
+
+def _status_kib(name: str) -> float:
+    """From the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def machine() -> dict[str, Any]:

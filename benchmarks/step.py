@@ -7,15 +7,12 @@ Memory: the peak of a process of its own at B, 2B and 4B images, the chunk stayi
 memory of the process less what it has before the first step; on a GPU the peak of the allocator.
 """
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Row, compare
+from benchmarks.harness import Row, compare, peak_mib, peak_mib_alone
 from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
 from crossbatch.engine.distributed import GroupCollective, process_group, world_from_environment
@@ -64,10 +61,7 @@ def _memory(family: str, batch: int, chunk: int) -> list[Row]:
     rows = []
     for factor, chunked in ((1, chunk), (2, chunk), (4, chunk), (4, None)):
         images = factor * batch
-        command = [sys.executable, "-m", "benchmarks.step", family, str(images), str(chunked or images)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        mib = json.loads(done.stdout.splitlines()[-1])
+        mib = peak_mib_alone("benchmarks.step", family, str(images), str(chunked or images))
         case = f"{family}, memory, {images} images, " + (f"chunks of {chunked}" if chunked else "1 chunk")
         rows.append(Row(case, mib, mib, mib, 1, "MiB", settings={"overrides": BACKBONES[family], "batch": images}))
     return rows
@@ -78,20 +72,7 @@ def _peak(family: str, batch: int, chunk: int) -> float:
     with process_group(world_from_environment(), Device.detect().type) as device:
         step = _step(_config(family, batch, chunk, False), device)
         views = torch.randint(0, 256, (2, batch, 3, 32, 32), dtype=torch.uint8)
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            step(views)
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the largest resident memory so far, starts anew
-        before = _status("VmRSS")
-        step(views)
-        return (_status("VmHWM") - before) / 2**10
-
-
-def _status(name: str) -> float:
-    """KiB, from the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(name))
+        return peak_mib(lambda: step(views))
 
 
 def _config(family: str, batch: int, chunk: int, checkpointed: bool) -> ResolvedConfig:
@@ -113,4 +94,4 @@ def _step(config: ResolvedConfig, device: torch.device) -> TrainStep:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    print(_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -16,7 +16,7 @@ def choose_backend(asked: str, device_type: str) -> tuple[str, str]:
 
     Raises InputError if DALI is asked for and not installed.
     """
-    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    installed = has_dali()
     if asked == "dali" and not installed:
         raise InputError(
             "crossbatch.data.backend: dali is not installed; pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120), "
@@ -27,3 +27,8 @@ def choose_backend(asked: str, device_type: str) -> tuple[str, str]:
     if device_type != "cuda":
         return "opencv", "on a CPU it is faster than DALI"
     return ("dali", "installed, and there is a GPU") if installed else ("opencv", "DALI is not installed")
+
+
+def has_dali() -> bool:
+    """Whether NVIDIA DALI is installed."""
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None

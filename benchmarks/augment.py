@@ -1,0 +1,65 @@
+"""Decoded images -> two views each, on one core (the Triton kernels of colours and blur: on the GPU).
+
+The baseline is the same recipe with torchvision's transforms on PIL images. It ends in normalised fp32, ours in uint8,
+which the training device normalises: `python -m benchmarks transfer`.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from benchmarks.harness import Row, compare
+from benchmarks.plain import TwoViews, write_jpegs
+from crossbatch.data import draw, moco_v3_views, open_source, opencv_backend, torchvision_backend
+
+SIZE = 224
+
+
+def run(quick: bool, images: Path | None = None) -> list[Row]:
+    count, recipes = 8 if quick else 64, moco_v3_views(SIZE)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = images or Path(temporary)
+        if images is None:
+            write_jpegs(root, count)
+        source = open_source(root, "train")
+        indices = np.arange(min(count, len(source)))
+        pil = [source.open(int(index)) for index in indices]
+    pixels, plain = [np.array(image) for image in pil], TwoViews(SIZE)
+    cases: dict[str, Any] = {
+        "torchvision's transforms": lambda: [plain(image) for image in pil],
+        "ours on PIL": lambda: torchvision_backend.two_views(pil, recipes, 0, 0, indices),
+        "ours on OpenCV": lambda: opencv_backend.two_views(pixels, recipes, 0, 0, indices),
+    }
+    if torch.cuda.is_available():
+        cases["colours and blur in Triton"] = _triton(pixels, indices)
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    try:
+        settings = {"images": len(indices), "size": SIZE, "folder": "given" if images else "generated"}
+        return compare(
+            cases, "torchvision's transforms", settings, 1 if quick else 20, warmup=1, rounds=2 if quick else 5
+        )
+    finally:
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
+
+
+def _triton(pixels: list[np.ndarray], indices: np.ndarray):
+    from crossbatch.data.colour_cuda import colour_view
+
+    crops = torch.randint(0, 256, (len(pixels), SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")
+    heights, widths = np.array([image.shape[:2] for image in pixels]).T
+    recipes = moco_v3_views(SIZE)
+    parameters = [draw(recipe, 0, 0, indices, view, heights, widths) for view, recipe in enumerate(recipes)]
+    out = torch.empty_like(crops)
+
+    def call() -> None:
+        for recipe, p in zip(recipes, parameters, strict=True):
+            colour_view(crops, p, recipe, out)
+
+    return call

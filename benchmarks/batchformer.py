@@ -1,0 +1,121 @@
+"""The BatchFormer layer on G images of C features, one view: forward, forward and backward, and the memory of the latter.
+
+Cases: our kernels by name (see models/batchformer/dispatch.py), with dropout 0.5 but for sdpa, which has none; torch's
+`nn.TransformerEncoderLayer` with dropout 0.5, as the originals call it, and on a GPU the same compiled. Precision is what
+`precision: auto` gives. With NVIDIA's apex installed, its LayerNorm (after a sum and torch's dropout) stands beside ours.
+
+Memory is the peak of a process of its own for each case. On a CPU, sizes are those that take seconds.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks.harness import Row, compare, peak_mib, peak_mib_alone
+from crossbatch.engine.config import Device, resolve_precision
+from crossbatch.models.batchformer import BatchFormer, DropoutKey, fused
+from crossbatch.models.batchformer.dispatch import NAMES, Situation, reason_against
+from crossbatch.models.batchformer.dropout import AFTER_MLP, Mask
+
+EAGER, COMPILED = "nn.TransformerEncoderLayer", "nn.TransformerEncoderLayer, compiled"
+GPU_SIZES = [(G, C) for C in (384, 768, 2048) for G in (64, 256, 1024, 4096, 16384)]
+CPU_SIZES = [(64, 2048), (256, 384), (256, 768), (256, 2048), (1024, 768)]
+CPU_MEMORY_SIZES = [(1024, 768), (4096, 384), (4096, 2048)]
+
+
+def run(quick: bool) -> list[Row]:
+    gpu = Device.detect().type == "cuda"
+    sizes = [(256, 384)] if quick else GPU_SIZES if gpu else CPU_SIZES
+    rows = []
+    for G, C in sizes:
+        rows += _time(G, C, 0.5 if quick else 5)
+    for G, C in [(1024, 384)] if quick else GPU_SIZES if gpu else CPU_MEMORY_SIZES:
+        rows += _memory(G, C)
+    return rows + _norms(256, 384 if quick else 2048, 0.2 if quick else 5)
+
+
+def _names() -> list[str]:
+    gpu = Device.detect().type == "cuda"
+    situation = Situation("cuda", torch.cuda.get_device_capability()) if gpu else Situation("cpu")
+    ours = [name for name in NAMES if name == "sdpa" or reason_against(name, situation) is None]
+    return [*ours, EAGER, *([COMPILED] if gpu else [])]
+
+
+def _layer(name: str, G: int, C: int) -> Callable[[], torch.Tensor]:
+    """A call of the layer, in the precision of this device; the input has a gradient."""
+    device = Device.detect()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[resolve_precision("auto", device)]
+    torch.manual_seed(0)
+    x = torch.randn(1, G, C, device=device.type, requires_grad=True)
+    if name in NAMES:
+        layer = BatchFormer(C, G, dropout=0.0 if name == "sdpa" else 0.5, kernel=name).to(device.type)
+        words = DropoutKey(0, 0).words(1, x.device)
+        call = partial(layer, x, words)
+    else:
+        layer = torch.nn.TransformerEncoderLayer(C, 4, C, dropout=0.5).to(device.type)
+        call = partial(torch.compile(layer) if name == COMPILED else layer, x.transpose(0, 1))
+
+    def forward() -> torch.Tensor:
+        layer.zero_grad()
+        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+            return call()
+
+    return forward
+
+
+def _backward(forward: Callable[[], torch.Tensor]) -> None:
+    forward().sum().backward()
+
+
+def _settings(G: int, C: int) -> dict:
+    return {"G": G, "C": C, "heads": 4, "precision": resolve_precision("auto", Device.detect())}
+
+
+def _time(G: int, C: int, seconds: float) -> list[Row]:
+    layers = {name: _layer(name, G, C) for name in _names()}
+    rows = []
+    for what, call in (("forward", lambda forward: forward()), ("forward + backward", _backward)):
+        cases = {f"{name}, {what}, G {G}, C {C}": partial(call, forward) for name, forward in layers.items()}
+        rows += compare(cases, f"{EAGER}, {what}, G {G}, C {C}", _settings(G, C), seconds, warmup=2, rounds=3)
+    return rows
+
+
+def _memory(G: int, C: int) -> list[Row]:
+    peaks = {name: peak_mib_alone("benchmarks.batchformer", name, str(G), str(C)) for name in _names()}
+    baseline = f"{EAGER}, memory, G {G}, C {C}"
+    return [
+        Row(f"{name}, memory, G {G}, C {C}", *[mib] * 3, 1, "MiB", baseline, peaks[EAGER] / mib, _settings(G, C))
+        for name, mib in peaks.items()
+    ]
+
+
+def _norms(G: int, C: int, seconds: float) -> list[Row]:
+    """LayerNorm(x + dropout(y)) by our operator and by apex: who should do it, where apex is."""
+    try:
+        from apex.normalization import FusedLayerNorm  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return []
+    x, y = (torch.randn(1, G, C, device="cuda", requires_grad=True) for _ in range(2))
+    norm = FusedLayerNorm(C).cuda()
+    mask = Mask(DropoutKey(0, 0).words(1, x.device)[AFTER_MLP], 0.5)
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "fused add_norm": lambda: fused.add_norm(x, y, norm.weight, norm.bias, norm.eps, mask),
+        "apex FusedLayerNorm": lambda: norm(x + torch.nn.functional.dropout(y, 0.5)),
+    }
+    cases = {f"{name}, G {G}, C {C}": partial(_backward, call) for name, call in calls.items()}
+    return compare(cases, f"apex FusedLayerNorm, G {G}, C {C}", _settings(G, C), seconds)
+
+
+def _peak(name: str, G: int, C: int) -> float:
+    _backward(_layer(name, 8, C))  # libraries, thread pools, handles
+    forward = _layer(name, G, C)
+    if name == COMPILED:
+        _backward(forward)
+    return peak_mib(partial(_backward, forward))
+
+
+if __name__ == "__main__":
+    print(_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,106 @@
+"""Files -> batches of two 224 px views, with every core: what can be trained on per second, and whether memory stays flat.
+
+The baseline is torchvision's ImageFolder and DataLoader with as many worker processes (benchmarks/plain.py). Times are ms for a
+batch while nothing trains, an average over 20 of them. Memory: resident size of this process and its workers, at three points
+of one long run.
+"""
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Row, summarise
+from benchmarks.plain import plain_loader, write_jpegs
+from crossbatch.data import BACKENDS, Order, TrainLoader, moco_v3_views, open_source
+from crossbatch.data.backends import has_dali
+
+SIZE = 224
+BASELINE = "torchvision's ImageFolder and DataLoader"
+
+
+def run(quick: bool, images: Path | None = None) -> list[Row]:
+    with tempfile.TemporaryDirectory() as temporary:
+        root = images or Path(temporary)
+        if images is None:
+            write_jpegs(root, 64 if quick else 256)
+        return [*_speed(root, quick, "given" if images else "generated"), *_memory(quick)]
+
+
+def _speed(root: Path, quick: bool, folder: str) -> list[Row]:
+    workers, batch = os.cpu_count() or 1, 32 if quick else 64
+    settings = {"workers": workers, "batch": batch, "size": SIZE, "folder": folder}
+    starts: dict[str, Callable[[], Iterator]] = {BASELINE: lambda: iter(plain_loader(root, SIZE, batch, workers))}
+    for backend in backends():
+        starts[f"ours, {backend}"] = lambda backend=backend: _endless(_loader(root, batch, workers, backend))
+    times: dict[str, list[float]] = {name: [] for name in starts}
+    for _ in range(1 if quick else 3):  # one loader at a time: two would take the cores from each other
+        for name, start in starts.items():
+            times[name].append(_ms_per_batch(start(), 4 if quick else 20))
+    return summarise(times, BASELINE, settings)
+
+
+def _ms_per_batch(batches: Iterator, count: int) -> float:
+    """Of `count` batches, after enough others that none of them was made while nobody waited."""
+    for _ in range(count // 2):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return 1000 * (time.perf_counter() - start) / count
+
+
+def _memory(quick: bool) -> list[Row]:
+    marks = (20, 50, 100) if quick else (1000, 5000, 10000)
+    rows = []
+    for backend in backends():
+        loader = TrainLoader(
+            open_source("synthetic://256?size=24", "train"), Order(0, 256, 8), moco_v3_views(16), 0, 2, backend=backend
+        )
+        batches = _endless(loader)
+        for step in range(1, marks[-1] + 1):
+            next(batches)
+            if step in marks:
+                mib = _resident_mib()
+                rows.append(
+                    Row(f"memory, {backend}, after {step} steps", mib, mib, mib, 1, "MiB", settings={"batch": 8})
+                )
+        batches.close()
+    return rows
+
+
+def backends() -> list[str]:
+    """Those that are installed."""
+    return [name for name in BACKENDS if name != "dali" or has_dali()]
+
+
+def _loader(root: Path, batch: int, workers: int, backend: str) -> TrainLoader:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = open_source(root, "train")
+    return TrainLoader(
+        source, Order(0, len(source), batch), moco_v3_views(SIZE), 0, workers, backend=backend, device=device
+    )
+
+
+def _endless(loader: TrainLoader) -> Generator[Any, None, None]:
+    try:
+        for epoch in itertools.count():
+            yield from loader.epoch(epoch)
+    finally:
+        loader.close()
+
+
+def _resident_mib() -> float:
+    """Of this process and its children, by the proportional set size: shared pages count once."""
+    me = os.getpid()
+    processes = [me, *(int(child) for child in Path(f"/proc/{me}/task/{me}/children").read_text().split())]
+    kib = 0.0
+    for process in processes:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        kib += next(float(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return kib / 1024

@@ -1,0 +1,54 @@
+"""JPEG bytes in memory -> RGB pixels: PIL, as everybody, and DALI. A call decodes a batch."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import Row, compare
+from benchmarks.plain import write_jpegs
+from crossbatch.data import open_source
+from crossbatch.data.backends import has_dali
+from crossbatch.data.decode import decode
+
+
+def run(quick: bool, images: Path | None = None) -> list[Row]:
+    with tempfile.TemporaryDirectory() as temporary:
+        root = images or Path(temporary)
+        if images is None:
+            write_jpegs(root, 32)
+        source = open_source(root, "train")
+        files = [source.read(index) for index in range(min(len(source), 64))]
+    threads = torch.get_num_threads()
+    cases: dict[str, Any] = {"PIL, one thread": lambda: [decode(file) for file in files]}
+    if has_dali():
+        for device in ["cpu", *(["mixed"] if torch.cuda.is_available() else [])]:
+            cases[f"DALI, {device}, {threads} threads"] = _dali(files, device, threads)
+    settings = {"images": len(files), "bytes": sum(map(len, files)), "folder": "given" if images else "generated"}
+    return compare(cases, "PIL, one thread", settings, 1 if quick else 15, rounds=2 if quick else 5)
+
+
+def _dali(files: list[bytes], device: str, threads: int):
+    from crossbatch.data.dali_backend import dali
+
+    @dali.pipeline_def
+    def graph():
+        data = dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1)
+        return dali.fn.decoders.image(data, device=device, output_type=dali.types.RGB, adjust_orientation=False)
+
+    on_gpu = device == "mixed"
+    pipeline: Any = graph(
+        batch_size=len(files), num_threads=threads, device_id=0 if on_gpu else None, prefetch_queue_depth=1
+    )
+    pipeline.build()
+    arrays = [np.frombuffer(file, dtype=np.uint8) for file in files]
+
+    def call() -> None:
+        pipeline.feed_input("encoded", arrays)
+        pipeline.schedule_run()
+        pipeline.share_outputs()
+        pipeline.release_outputs()
+
+    return call

@@ -1,0 +1,93 @@
+"""What follows BatchFormer: projector and predictor on n images, and the loss against the keys of B.
+
+Heads: forward and backward on both views of n images. Ours, whose norms take both views in one call, beside the same
+layers with torch's `nn.BatchNorm1d`, called once a view. Widths are those of a ResNet-50 (C 2048, hidden 4096, 256 out).
+
+Loss: one term, forward and backward, n rows against B keys. Ours, in tiles, beside
+`cross_entropy(q @ keys.T / T)`. Memory is the peak of a process of its own.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.harness import Row, compare, peak_mib, peak_mib_alone
+from crossbatch.engine.config import Device
+from crossbatch.models.cross_entropy import cross_entropy_over_keys
+from crossbatch.models.heads import build_predictor, build_projector
+from crossbatch.models.norm import ViewBatchNorm
+
+C, HIDDEN, D = 2048, 4096, 256
+OURS, PLAIN = "ours", "plain torch"
+
+
+def run(quick: bool) -> list[Row]:
+    gpu = Device.detect().type == "cuda"
+    sizes = [64] if quick else [64, 256, 1024, 4096, 16384] if gpu else [64, 256]
+    rows = [row for n in sizes for row in _heads(n, 0.5 if quick else 5)]
+    for n, B in [(64, 4096)] if quick else [(256, 4096), (256, 16384), (256, 65536)]:
+        rows += _loss(n, B, 0.3 if quick else 5)
+    return rows
+
+
+def _heads(n: int, seconds: float) -> list[Row]:
+    device = Device.detect().type
+    torch.manual_seed(0)
+    features = torch.randn(2 * n, C, device=device, requires_grad=True)
+    ours = nn.Sequential(build_projector("resnet", C, HIDDEN, D), build_predictor("resnet", HIDDEN, D)).to(device)
+    plain = nn.Sequential(*(_with_torchs_norm(layer) for head in ours for layer in head)).to(device)
+
+    def per_view() -> torch.Tensor:
+        return torch.cat([plain(view) for view in features.chunk(2)])
+
+    cases: dict[str, Callable[[], object]] = {
+        f"{OURS}, heads, n {n}": lambda: _backward(ours(features)),
+        f"{PLAIN}, heads, n {n}": lambda: _backward(per_view()),
+    }
+    return compare(
+        cases, f"{PLAIN}, heads, n {n}", {"n": n, "C": C, "hidden": HIDDEN, "D": D}, seconds, warmup=1, rounds=3
+    )
+
+
+def _with_torchs_norm(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, ViewBatchNorm):
+        return nn.BatchNorm1d(layer.num_features, affine=layer.affine)
+    return nn.Linear(layer.in_features, layer.out_features, bias=False) if isinstance(layer, nn.Linear) else nn.ReLU()
+
+
+def _backward(out: torch.Tensor) -> None:
+    out.sum().backward()
+
+
+def _loss(n: int, B: int, seconds: float) -> list[Row]:
+    settings = {"n": n, "B": B, "D": D}
+    names = {name: f"{name}, loss, n {n}, B {B}" for name in (OURS, PLAIN)}
+    rows = compare({names[name]: _term(name, n, B) for name in names}, names[PLAIN], settings, seconds, 1, 3)
+    peaks = {name: peak_mib_alone("benchmarks.heads", name, str(n), str(B)) for name in names}
+    for name, mib in peaks.items():
+        ratio = peaks[PLAIN] / mib
+        rows.append(Row(f"{names[name]}, memory", *[mib] * 3, 1, "MiB", f"{names[PLAIN]}, memory", ratio, settings))
+    return rows
+
+
+def _term(name: str, n: int, B: int) -> Callable[[], None]:
+    device = Device.detect().type
+    q = F.normalize(torch.randn(n, D, device=device), dim=-1).requires_grad_()
+    keys, labels = F.normalize(torch.randn(B, D, device=device), dim=-1), torch.arange(n, device=device)
+
+    def plain() -> torch.Tensor:
+        return F.cross_entropy(q @ keys.T / 0.2, labels)
+
+    return lambda: _backward(cross_entropy_over_keys(q, keys, labels, 0.2) if name == OURS else plain())
+
+
+def _peak(name: str, n: int, B: int) -> float:
+    _term(name, 4, 8)()
+    return peak_mib(_term(name, n, B))
+
+
+if __name__ == "__main__":
+    print(_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,31 @@
+"""A batch of views on its way into the network: as uint8, normalised where the network is, or as fp32 from the workers.
+
+On a machine without a GPU there is no transfer, only the normalisation.
+"""
+
+import torch
+from torchvision.transforms.functional import normalize as torchvision_normalize
+
+from benchmarks.harness import Row, compare
+from crossbatch.data import normalize
+from crossbatch.data.recipe import IMAGENET_MEAN, IMAGENET_STD
+
+
+def run(quick: bool) -> list[Row]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = 16 if quick else 256
+    views = torch.randint(0, 256, (2 * count, 224, 224, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    views = views.permute(0, 3, 1, 2)  # channels last, as the loader stores them
+    floats = (views / 255).contiguous()
+    if device.type == "cuda":
+        floats = floats.pin_memory()
+
+    def ours() -> None:
+        normalize(views.to(device, non_blocking=True))
+
+    def plain() -> None:
+        torchvision_normalize(floats, list(IMAGENET_MEAN), list(IMAGENET_STD)).to(device, non_blocking=True)
+
+    cases = {"fp32, normalised before": plain, "uint8, normalised after": ours}
+    settings = {"images": count, "views": 2, "size": 224, "device": device.type}
+    return compare(cases, "fp32, normalised before", settings, 1 if quick else 10, warmup=1)
