@@ -7,16 +7,15 @@ nothing and becomes a world of one.
 import contextlib
 import ctypes
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from crossbatch import InputError
 from crossbatch.models.collective import Collective
@@ -49,6 +48,11 @@ def world_from_environment() -> World:
     )
 
 
+def may_be_restarted() -> bool:
+    """Whether a launcher will start this very command again after a failure (torchrun --max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 @contextlib.contextmanager
 def process_group(world: World, device_type: str, threads: int = 1, timeout_s: float = 1800) -> Iterator[torch.device]:
     """Joins the ranks (NCCL on GPUs, gloo on CPUs) and yields this rank's device; leaves the group at the end.
@@ -65,22 +69,41 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method="env://" if "MASTER_ADDR" in os.environ else f"file://{Path(folder) / 'store'}",
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=timeout_s + (60 if device.type == "cuda" else 0)),
-            device_id=device if device.type == "cuda" else None,
-        )
-        try:
-            yield device
-        except Exception as error:
-            if world.size == 1 or isinstance(error, InputError):
-                dist.destroy_process_group()
-            raise  # else not: the others may be gone, and leaving the group would wait for them
-        dist.destroy_process_group()
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=_store(world, timeout),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout + timedelta(seconds=60 if device.type == "cuda" else 0),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield device
+    except Exception as error:
+        if world.size == 1 or isinstance(error, InputError):
+            dist.destroy_process_group()
+        raise  # else not: the others may be gone, and leaving the group would wait for them
+    dist.destroy_process_group()
+
+
+def _store(world: World, timeout: timedelta) -> dist.Store:
+    """Where the ranks find each other.
+
+    torchrun starts ranks again beside a store that still holds the addresses of those that died, so each attempt has names
+    of its own.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()  # of this process
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def make_deterministic() -> None:
+    """From now on the same inputs give the same bits, or an error where torch has no such algorithm. Before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:

@@ -43,13 +43,26 @@ class NonFiniteSteps:
 
 
 def blame(contrast: Contrast) -> str:
-    """Which rank's which loss term is not finite; every rank must call it and gets the same text."""
-    values = {**{f"loss term {name}": value for name, value in contrast.terms.items()}, "the loss": contrast.loss}
+    """What of which rank is not finite; every rank must call it and gets the same text.
+
+    The heads' norms and the keys carry one rank's NaN into the loss of all, so ranks whose features are not finite come first.
+    """
+    values = {"the features": contrast.signals["feature_std"], "the loss": contrast.loss}
+    values |= {f"loss term {name}": value for name, value in contrast.terms.items()}
     mine = [name for name, value in values.items() if not math.isfinite(float(value))]
     everyone: list[list[str]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    guilty = [f"{names[0]} of rank {rank} is not finite" for rank, names in enumerate(everyone) if names]
-    return "; ".join(guilty) if guilty else "the losses of all ranks are finite, their gradients are not"
+    if not any(everyone):
+        return "the losses of all ranks are finite, their gradients are not"
+    guilty = {rank: names for rank, names in enumerate(everyone) if "the features" in names}
+    guilty = guilty or {rank: names for rank, names in enumerate(everyone) if names}
+    first_names = next(iter(guilty.values()))
+    ranks = " and ".join(str(rank) for rank in guilty)
+    return f"{_enumerated(first_names)} of rank {ranks} are not finite"
+
+
+def _enumerated(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class Alarms:

@@ -26,7 +26,9 @@ class Signals:
         self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:
+            return  # a launcher ends with SIGTERM what is leaving with a message and an exit code of its own
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

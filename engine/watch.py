@@ -28,6 +28,7 @@ from crossbatch.engine.distributed import World, barrier, shared_token
 PHASES = ("starting", "evaluating", "saving", "waiting for data", "training")  # in the order of a step
 SILENT_BEATS = 60  # at most; counted in our own beats, so that a machine which slept as a whole accuses nobody
 LOOK_S = 5.0  # for the culprit, after a collective failed
+LINGER_S = 2.0  # of rank 0, whose process keeps the store that the others read the verdict from
 LEAVE_S = 10.0  # for the main thread, after a verdict
 
 
@@ -97,12 +98,12 @@ class Watch:
             if verdict is not None:
                 self._leave()
                 if self.world.is_main:
-                    time.sleep(LOOK_S)  # the store must outlive the others' questions
+                    time.sleep(LINGER_S)
                 raise RunStopped(f"{verdict}; the last checkpoint is good: repeat the command to resume") from error
         self._tell(Verdict(self.world.rank, f"stopped: {_first_line(error)}"))
         self._leave()
         if self.world.is_main and not isinstance(error, InputError):
-            time.sleep(LOOK_S)
+            time.sleep(LINGER_S)
 
     # --- the main thread -------------------------------------------------------------------------------------------
 
@@ -111,12 +112,11 @@ class Watch:
         first, end = self._beats, time.monotonic() + LOOK_S + self.beat_s
         while self._verdict is None and time.monotonic() < end:
             time.sleep(0.1)
-        if self._verdict is None:
             suspect = self._suspect(silent_beats=3, still_beats=max(3, int(self.timeout_s / self.beat_s / 2)))
-            if suspect is None and self._beats == first:
-                suspect = Verdict(0, "does not answer (its process or its host is gone)")
             if suspect is not None:
                 self._tell(suspect)
+        if self._verdict is None and self._beats == first:
+            self._tell(Verdict(0, "does not answer (its process or its host is gone)"))
         return self._verdict
 
     def _tell(self, verdict: Verdict) -> None:

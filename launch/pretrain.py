@@ -15,7 +15,13 @@ from crossbatch.data import open_source
 from crossbatch.engine.build import describe
 from crossbatch.engine.checkpoint import check_allowed
 from crossbatch.engine.config import Config, Device, load_config, resolve
-from crossbatch.engine.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.engine.distributed import (
+    broadcast_object,
+    make_deterministic,
+    may_be_restarted,
+    process_group,
+    world_from_environment,
+)
 from crossbatch.engine.watch import Watch
 from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
 from crossbatch.launch.exits import run_main
@@ -54,9 +60,15 @@ def main() -> None:
         run = resolve(config, arguments.world_size_hint or world.size, device)
         print(json.dumps(describe(run, steps_per_epoch(config)), indent=2))
         return
+    if arguments.out is None and may_be_restarted():
+        raise InputError(
+            "--out: not given, but torchrun may restart this run, which then must find its checkpoints; name one"
+        )
     run = resolve(config, world.size, device, world.local_size)
     out = writable_folder(arguments.out or default_out(arguments.deepspeed_config))
     timeout_s = run.config.crossbatch.watch.timeout_s
+    if run.config.crossbatch.deterministic:
+        make_deterministic()
     with process_group(world, device.type, run.threads, timeout_s) as torch_device, Watch(world, timeout_s) as watch:
         from crossbatch.engine.trainer import Trainer
 

@@ -23,6 +23,8 @@ FREE = (
     "crossbatch.data.workers",
     "crossbatch.data.max_skipped_fraction",
     "crossbatch.model.checkpoint_activations",
+    "crossbatch.model.cuda_graph",
+    "crossbatch.batchformer.kernel",
 )
 CHUNK = "train_micro_batch_size_per_gpu"
 

@@ -125,15 +125,22 @@ class _Writer(dcp.FileSystemWriter):
             described = [result for result in one_rank if isinstance(result.storage_data, dict)]
             self.manifest.files |= {result.index.fqn: result.storage_data for result in described}
         super().finish(metadata, tensors)
-        self.manifest.files[METADATA] = _describe(self.aside / METADATA)
         folders.write_atomically(self.aside / CONFIG, json.dumps(self.config, indent=2) + "\n")
-        folders.write_atomically(self.aside / MANIFEST, _one_line_a_field(asdict(self.manifest)))
+        self.manifest.files |= {name: _describe(self.aside / name) for name in (METADATA, CONFIG)}
+        folders.write_atomically(self.aside / MANIFEST, _to_json(self.manifest))
         check_sizes(self.aside, self.manifest)
         folders.commit(self.aside, self.folder, self.manifest.step, self.keep)
 
 
-def _one_line_a_field(fields: dict[str, Any]) -> str:
-    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()) + "\n}\n"
+def _to_json(manifest: Manifest) -> str:
+    """One line a field; the last one is the checksum of the others."""
+    fields = asdict(manifest)
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+    return "{\n" + ",\n".join([*lines, f'"crc32": {_checksum(fields)}']) + "\n}\n"
+
+
+def _checksum(fields: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields).encode())
 
 
 def _describe(file: Path) -> dict[str, int]:
@@ -158,6 +165,8 @@ def read_manifest(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
         raise Unreadable(f"damaged: {error}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise Unreadable(f"of another format than {FORMAT}")
+    if raw.pop("crc32", None) != _checksum(raw):
+        raise Unreadable(f"damaged: the checksum in {MANIFEST} is wrong")
     manifest = Manifest(**raw)
     check_sizes(checkpoint, manifest)
     return manifest, config

@@ -80,7 +80,9 @@ class DataConfig:
     )
     crop_min: float = key(0.08, "smallest crop as a share of the image's area", above=0.0, high=1.0)
     image_size: int = key(224, "side of a view in pixels", low=8)
-    workers: int | Auto = key("auto", "loader processes (with DALI: threads) of a rank; 0 loads in the training process", low=0)
+    workers: int | Auto = key(
+        "auto", "loader processes (with DALI: threads) of a rank; 0 loads in the training process", low=0
+    )
     max_skipped_fraction: float = key(0.001, "share of broken images above which the run stops", low=0.0, high=1.0)
     shuffle_window: int = key(
         0, "images shuffled among each other, at least a batch, for tar shards on a network disk; 0 all", low=0
@@ -133,6 +135,9 @@ class CrossbatchConfig:
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key(
         "auto", "autocast of the forward pass; auto: bf16 where the GPU has it, fp16 before, fp32 on a CPU"
+    )
+    deterministic: bool = key(
+        False, "on a GPU only algorithms that give the same bits again, so that a resumed run is the same one; slower"
     )
     seed: int = key(0, "of weights, data order, augmentation and dropout", low=0)
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from crossbatch import InputError
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
-from crossbatch.engine.checkpoint.changes import differences
+from crossbatch.engine.checkpoint.changes import FREE, differences
 from crossbatch.engine.checkpoint.pieces import SavePieces, shares
 from crossbatch.engine.checkpoint.store import read_manifest
 from crossbatch.engine.config import load_config, to_dict
@@ -139,8 +140,9 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     folder = tmp_path / "step-00000007"
     (folder / ".metadata").write_bytes(pickle.dumps(Bomb()))
     state = json.loads((folder / "state.json").read_text())
-    state["files"].pop(".metadata")  # a checksum can be forged, too
-    (folder / "state.json").write_text(json.dumps(state))
+    state["files"].pop(".metadata")  # checksums can be forged, too
+    state.pop("crc32")
+    (folder / "state.json").write_text(json.dumps({**state, "crc32": zlib.crc32(json.dumps(state).encode())}))
     with pytest.raises(Unreadable, match=r"asks for posix\.system"):
         checkpoint.read(folder, "parameters.")
 
@@ -303,6 +305,10 @@ def test_what_only_says_how_it_is_computed_may_change():
     assert differences(config(), config(world_size=1, chunk=16)) == []  # the norms see all 16 images either way
 
 
+def test_everything_that_may_change_is_a_key():
+    checkpoint.check_allowed(FREE)
+
+
 def test_chunks_change_what_the_norms_of_a_resnet_see():
     (found,) = differences(config(), config(chunk=4))
     assert found.startswith("train_micro_batch_size_per_gpu: the norms of a ResNet saw the whole batch")
@@ -366,6 +372,6 @@ def test_manifest_round_trip(tmp_path):
     save(tmp_path, 7)
     manifest, saved = read_manifest(tmp_path / "step-00000007")
     assert (manifest.step, saved, manifest.images) == (7, {"world_size": 1}, 48)
-    files = [path for path in (tmp_path / "step-00000007").iterdir() if path.suffix != ".json"]
+    files = [path for path in (tmp_path / "step-00000007").iterdir() if path.name != "state.json"]
     assert manifest.num_bytes == sum(path.stat().st_size for path in files) > 0
     assert time.time() - files[0].stat().st_mtime < 60

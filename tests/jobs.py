@@ -1,0 +1,170 @@
+"""Whole runs as processes that a test can kill: `launch/pretrain.py` on some ranks, without paying for the imports each time.
+
+One process imports everything and then forks a rank whenever it is asked to; the rank sets up its environment and calls the
+launcher's main, as a process started by hand would.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEADLINE_S = 120
+
+
+@dataclass
+class Job:
+    """One attempt at a run: its ranks' process ids and what they printed."""
+
+    nursery: "Nursery"
+    pids: list[int]
+    logs: list[Path]
+    codes: dict[int, int] = field(default_factory=dict)  # by rank; a signal is negative
+
+    def kill(self, signal: int, *ranks: int) -> None:
+        for rank in ranks or range(len(self.pids)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pids[rank], signal)
+
+    def wait(self, *ranks: int, within: float = DEADLINE_S) -> list[int]:
+        """Exit codes of `ranks` (of all)."""
+        ranks = ranks or tuple(range(len(self.pids)))
+        end = time.monotonic() + within
+        while not all(rank in self.codes for rank in ranks):
+            for rank in set(ranks) - self.codes.keys():
+                code = self.nursery.poll(self.pids[rank])
+                if code is not None:
+                    self.codes[rank] = code
+            assert time.monotonic() < end, f"still running after {within} s: {self.output()}"
+            time.sleep(0.05)
+        return [self.codes[rank] for rank in ranks]
+
+    def output(self, rank: int | None = None) -> str:
+        logs = self.logs if rank is None else [self.logs[rank]]
+        return "\n".join(log.read_text() for log in logs)
+
+    def wait_for(self, text: str, rank: int = 0) -> None:
+        """Until `rank` has printed `text`."""
+        end = time.monotonic() + DEADLINE_S
+        while text not in self.output(rank):
+            assert time.monotonic() < end and self.nursery.poll(self.pids[rank]) is None, self.output()
+            time.sleep(0.02)
+
+
+class Nursery:
+    """Starts ranks. `close` kills what is left of them."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_nurse, args=(there,))
+        self._process.start()
+        self._pids: set[int] = set()
+
+    def start(self, folder: Path, ranks: int, *arguments: str, **environment: str) -> Job:
+        """`arguments` of launch/pretrain.py; logs go to `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job = Job(self, [], [])
+        for rank in range(ranks):
+            variables = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "DS_ACCELERATOR": "cpu",
+                **environment,
+            }
+            log = folder / f"log-{time.monotonic_ns()}-{rank}"
+            log.touch()
+            job.logs.append(log)
+            job.pids.append(self._ask("start", list(arguments), {k: str(v) for k, v in variables.items()}, str(log)))
+        self._pids.update(job.pids)
+        return job
+
+    def poll(self, pid: int) -> int | None:
+        """The exit code, or None while it runs."""
+        return self._ask("poll", pid)
+
+    def close(self) -> None:
+        for pid in self._pids:
+            if self.poll(pid) is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+        self._process.kill()
+        self._process.join()
+
+    def _ask(self, *question):
+        self._pipe.send(question)
+        return self._pipe.recv()
+
+
+def _nurse(pipe) -> None:
+    import torch
+
+    import crossbatch.engine.sharding.fsdp
+    import crossbatch.engine.sharding.zero
+    import crossbatch.engine.trainer
+    import crossbatch.launch.pretrain  # noqa: F401
+
+    torch.set_num_threads(1)
+    codes: dict[int, int] = {}
+    while True:
+        try:
+            question, *arguments = pipe.recv()
+        except EOFError:
+            return
+        if question == "start":
+            pid = os.fork()
+            if pid == 0:
+                _be_a_rank(*arguments)
+            pipe.send(pid)
+            continue
+        (pid,) = arguments
+        if pid not in codes:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        pipe.send(codes.get(pid))
+
+
+def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    from crossbatch.launch import pretrain
+    from crossbatch.launch.exits import run_main
+
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.update(environment)
+        sys.argv = ["launch/pretrain.py", *arguments]
+        code = 0
+        run_main(pretrain.main)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of a run, without what depends on the clock."""
+    clock = ("images_per_s", "data_wait_ms", "step_ms")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
