@@ -29,6 +29,8 @@ def build_model(run: ResolvedConfig) -> MoCo:
             group_size=run.group_size or 1,
             dropout=ours.batchformer.dropout,
             batchformer_mode=ours.batchformer.mode,
+            batchformer_kernel=ours.batchformer.kernel,
+            cuda_graph=ours.model.cuda_graph,
         )
     except ValueError as error:
         raise InputError(f"crossbatch.{error}") from None

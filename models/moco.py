@@ -14,6 +14,7 @@ statistics per view. With BatchFormer the heads' norms take their statistics ove
 Shapes: V views, n local images, S streams (o and b), C backbone features, D width of queries and keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from crossbatch.models.backbones import Backbone, build_backbone, family
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
 from crossbatch.models.collective import Collective
+from crossbatch.models.graphs import captured
 from crossbatch.models.heads import build_predictor, build_projector
 from crossbatch.models.loss import contrastive_loss, uses_batchformer
 from crossbatch.models.norm import synchronize_norms
@@ -49,6 +51,26 @@ class Encoder(nn.Module):
         self.batchformer = batchformer
 
 
+class Heads(nn.Module):
+    """Backbone features [V*n, C] of one encoder -> queries or keys [V*S*n, D]: BatchFormer, projector and predictor.
+
+    From tensors to a tensor, so that it can be captured (`crossbatch.models.graphs`). Parameters belong to `MoCo`.
+    """
+
+    def __init__(self, batchformer: BatchFormer | None, heads: Sequence[nn.Module], with_grad: bool):
+        super().__init__()
+        self.batchformer, self.heads, self.with_grad = batchformer, nn.Sequential(*heads), with_grad
+
+    def forward(self, features_NC: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """`words` as in `DropoutKey.words`. With BatchFormer, a view's original features come before the mixed ones."""
+        with torch.set_grad_enabled(self.with_grad and torch.is_grad_enabled()):
+            if self.batchformer is not None:
+                features_VnC = features_NC.unflatten(0, (NUM_VIEWS, -1)).float()
+                mixed_VnC = self.batchformer(features_VnC, words)
+                features_NC = torch.cat((features_VnC, mixed_VnC), dim=1).flatten(0, 1)
+            return self.heads(features_NC)
+
+
 class MoCo(nn.Module):
     """Online encoder, momentum encoder, predictor and BatchFormer, on one device.
 
@@ -60,6 +82,8 @@ class MoCo(nn.Module):
         group_size, dropout: see `BatchFormer`.
         batchformer_mode: "trained": one module for both encoders, trained through the queries. "released": the same module,
             frozen at its initialisation, as the released BatchFormer code behaves. "ema": the keys use a moving average.
+        batchformer_kernel: see `crossbatch.models.batchformer.dispatch`.
+        cuda_graph: what follows the backbone runs as a CUDA graph; see `crossbatch.models.graphs`.
     """
 
     def __init__(
@@ -78,6 +102,8 @@ class MoCo(nn.Module):
         group_size: int = 256,
         dropout: float = 0.5,
         batchformer_mode: str = "trained",
+        batchformer_kernel: str = "auto",
+        cuda_graph: bool = False,
     ):
         super().__init__()
         self.add_bf, self.temperature = add_bf, temperature
@@ -94,12 +120,19 @@ class MoCo(nn.Module):
         self.batchformer = None
         if uses_batchformer(add_bf):
             width = self.online.backbone.num_features
-            self.batchformer = BatchFormer(width, group_size, dropout)
+            self.batchformer = BatchFormer(width, group_size, dropout, kernel=batchformer_kernel)
             self.batchformer.requires_grad_(batchformer_mode != "released")
             if batchformer_mode == "ema":
-                self.momentum.batchformer = BatchFormer(width, group_size, dropout)
+                self.momentum.batchformer = BatchFormer(width, group_size, dropout, kernel=batchformer_kernel)
         self.momentum.requires_grad_(False)
         self.copy_to_momentum()
+        key_batchformer = self.momentum.batchformer or self.batchformer
+        # In a tuple, or their parameters would be registered twice.
+        self._heads = (
+            Heads(self.batchformer, (self.online.projector, self.predictor), with_grad=True),
+            Heads(key_batchformer, (self.momentum.projector,), with_grad=False),
+        )
+        self.cuda_graph, self._graphs = cuda_graph, None
 
     def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
         """(name, online parameter, momentum parameter) of everything that the moving average follows."""
@@ -143,10 +176,11 @@ class MoCo(nn.Module):
 
     def contrast(self, online_NC: torch.Tensor, momentum_NC: torch.Tensor, step: int, seed: int) -> Contrast:
         """The batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
-        queries = self.predictor(self.online.projector(self._streams(online_NC, self.batchformer, step, seed, 0)))
-        with torch.no_grad():
-            batchformer = self.momentum.batchformer or self.batchformer
-            keys = self.momentum.projector(self._streams(momentum_NC, batchformer, step, seed, 1))
+        words = [DropoutKey(seed, step, stream).words(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
+        if self.cuda_graph and self._graphs is None:
+            self._graphs = captured(self._heads, (online_NC, momentum_NC), words)
+        to_queries, to_keys = self._graphs or self._heads
+        queries, keys = to_queries(online_NC, words[0]), to_keys(momentum_NC, words[1])
         loss, terms, signals = contrastive_loss(
             self._unstack(queries, online_NC),
             self._unstack(keys, momentum_NC),
@@ -156,14 +190,6 @@ class MoCo(nn.Module):
         )
         signals["feature_std"] = feature_std(online_NC.detach())
         return Contrast(loss, terms, signals)
-
-    def _streams(self, features_NC: torch.Tensor, batchformer: BatchFormer | None, step: int, seed: int, stream: int):
-        """[V*n, C] -> [V*S*n, C]: the original features of a view, then those after BatchFormer."""
-        if batchformer is None:
-            return features_NC
-        features_VnC = features_NC.unflatten(0, (NUM_VIEWS, -1)).float()
-        mixed = batchformer(features_VnC, DropoutKey(seed, step, stream))
-        return torch.cat((features_VnC, mixed), dim=1).flatten(0, 1)
 
     def _unstack(self, rows: torch.Tensor, features_NC: torch.Tensor) -> torch.Tensor:
         """[V*S*n, D] -> [V, S, n, D]."""

@@ -55,6 +55,7 @@ class ResolvedConfig:
 def resolve(config: Config, world_size: int, device: Device, local_world_size: int = 1) -> ResolvedConfig:
     """Raises InputError where the configuration cannot run on `world_size` ranks of `device`."""
     _check_combinations(config, world_size)
+    _check_cuda_graph(config, world_size, device)
     local_batch = config.train_batch_size // world_size
     chunk = config.train_micro_batch_size_per_gpu
     auto_chunk = chunk == "auto"
@@ -119,6 +120,21 @@ def _check_combinations(config: Config, world_size: int) -> None:
                     f"optimizer.params.{name}: given true with optimizer.params.variant {params.variant}; allowed: false; "
                     f"set the variant to {variant}"
                 )
+
+
+def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:
+    """Of what a graph cannot replay: other devices' work, collectives, parameters that move."""
+    obstacles = {
+        f"on a {device.name}": device.type != "cuda",
+        f"with {world_size} ranks": world_size > 1,
+        "with crossbatch.sharding fsdp": config.crossbatch.sharding == "fsdp",
+        "with zero_optimization.stage 3": config.zero_optimization.stage == 3,
+    }
+    if config.crossbatch.model.cuda_graph and any(obstacles.values()):
+        raise InputError(
+            f"crossbatch.model.cuda_graph: given true {next(why for why, stands in obstacles.items() if stands)}; allowed: "
+            f"false, or true on one GPU with crossbatch.sharding zero and zero_optimization.stage 0 to 2; set it to false"
+        )
 
 
 def _group_size(config: Config, local_batch: int) -> int | None:

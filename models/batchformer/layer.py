@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from crossbatch.models.batchformer import fused, reference, sdpa
 from crossbatch.models.batchformer.dispatch import Kernel, Situation, check, choose
-from crossbatch.models.batchformer.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, INSIDE_MLP, DropoutKey, Mask
+from crossbatch.models.batchformer.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, INSIDE_MLP, Mask
 from crossbatch.models.collective import Collective, gather_with_gradient
 
 KERNELS: dict[str, Kernel] = {"fused": fused, "sdpa": sdpa, "reference": reference}
@@ -94,14 +94,10 @@ class BatchFormer(nn.Module):
         self.norm1 = AddNorm(dim)
         self.norm2 = AddNorm(dim)
 
-    def forward(self, features_VnC: torch.Tensor, key: DropoutKey) -> torch.Tensor:
-        """[V, n, C] -> [V, n, C]; every view attends within itself."""
+    def forward(self, features_VnC: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """[V, n, C] -> [V, n, C]; every view attends within itself. `words`, of the masks, as in `DropoutKey.words`."""
         if not self.training:
             return features_VnC
-        return self.mix(features_VnC, key.words(len(features_VnC), features_VnC.device))
-
-    def mix(self, features_VnC: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """`forward` in training, with the key as `DropoutKey.words`: tensors only."""
         kernel = KERNELS[choose(self.kernel, Situation.of(features_VnC, self.dropout))]
         own, group, first_row, first_column = self._groups(features_VnC)
 

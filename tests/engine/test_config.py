@@ -117,6 +117,14 @@ def test_the_table_for_users_is_that_of_the_schema():
             ["crossbatch.batchformer.group_size", "given 100", "set it to 128"],
         ),
         (["crossbatch.schedule.epochs=5"], 1, CPU, ["crossbatch.schedule.warmup_epochs", "10 of 5"]),
+        (["crossbatch.model.cuda_graph=true"], 1, CPU, ["crossbatch.model.cuda_graph", "on a CPU", "set it to false"]),
+        (["crossbatch.model.cuda_graph=true"], 2, Device("cuda"), ["with 2 ranks"]),
+        (
+            ["crossbatch.model.cuda_graph=true", "zero_optimization.stage=3"],
+            1,
+            Device("cuda"),
+            ["zero_optimization.stage 3"],
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_remedy(overrides, world, device, words):

@@ -8,6 +8,7 @@ from crossbatch.engine.distributed import GroupCollective
 from crossbatch.models.batchformer import BatchFormer, DropoutKey, keep_mask
 
 KEY = DropoutKey(seed=1, step=2)
+WORDS = KEY.words(2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kernel", ["reference", "sdpa", "fused"])
@@ -17,7 +18,7 @@ def test_equals_torch_encoder_layer_at_dropout_0(kernel):
     theirs = torch.nn.TransformerEncoderLayer(16, 4, 16, dropout=0.0)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 10, 16, requires_grad=True)
-    out = ours(x, KEY)
+    out = ours(x, WORDS)
     # [views, groups, 5, C] -> sequence first, as the original calls it
     want = theirs(x.view(4, 5, 16).transpose(0, 1)).transpose(0, 1).reshape(2, 10, 16)
     torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
@@ -46,9 +47,9 @@ def test_groups_do_not_see_each_other_and_evaluation_is_the_identity():
     x = torch.randn(2, 4, 8)
     changed = x.clone()
     changed[0, 0] += 1
-    difference = (layer(x, KEY) - layer(changed, KEY)).abs().sum(-1) > 0
+    difference = (layer(x, WORDS) - layer(changed, WORDS)).abs().sum(-1) > 0
     assert difference.tolist() == [[True, True, False, False], [False] * 4]
-    assert layer.eval()(x, KEY) is x
+    assert layer.eval()(x, WORDS) is x
 
 
 def test_masks_are_balanced_independent_and_depend_on_every_word():
@@ -87,7 +88,7 @@ def test_mask_bits_are_those_of_the_documented_hash():
 def test_dropout_changes_with_the_step_and_repeats():
     torch.manual_seed(0)
     layer, x = BatchFormer(8, 4), torch.randn(2, 4, 8)
-    first, again, later = (layer(x, DropoutKey(0, step)) for step in (3, 3, 4))
+    first, again, later = (layer(x, DropoutKey(0, step).words(2, x.device)) for step in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.allclose(first, later)
 
@@ -101,7 +102,7 @@ def _rank_part(features, weight, group_size, state):
     n = features.shape[1] // collective.world_size
     mine = slice(collective.rank * n, (collective.rank + 1) * n)
     x = features[:, mine].clone().requires_grad_()
-    out = layer(x, KEY)
+    out = layer(x, WORDS)
     (out * weight[:, mine]).sum().backward()
     return out.detach(), x.grad, [p.grad for p in layer.parameters()]
 
@@ -111,7 +112,7 @@ def test_two_ranks_equal_one_for_groups_inside_and_across_ranks(two_ranks, group
     torch.manual_seed(0)
     layer = BatchFormer(8, group_size, dropout=0.5)
     features, weight = torch.randn(2, 8, 8, requires_grad=True), torch.randn(2, 8, 8)
-    out = layer(features, KEY)
+    out = layer(features, WORDS)
     (out * weight).sum().backward()
     parts = two_ranks.run(_rank_part, features.detach(), weight, group_size, layer.state_dict())
     torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), out.detach(), rtol=1e-5, atol=1e-6)

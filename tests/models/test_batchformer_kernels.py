@@ -26,6 +26,7 @@ from crossbatch.models.batchformer.dispatch import Situation, check, choose, exp
 from crossbatch.models.batchformer.dropout import NUM_PLACES, Mask
 
 KEY = DropoutKey(seed=1, step=2)
+WORDS = KEY.words(2, torch.device("cpu"))
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
@@ -61,7 +62,7 @@ def layer_results(kernel, dtype, views, n, dim, group_size, dropout, device):
         p.data += 0.1 * torch.randn_like(p)
     layer, x, weight = layer.to(device, dtype), x.to(device, dtype).requires_grad_(), weight.to(device, dtype)
     assert not x.is_contiguous() or n == 1
-    out = layer(x, KEY)
+    out = layer(x, WORDS[:, :views].to(device))
     (out * weight).sum().backward()
     gradients = {name: p.grad for name, p in layer.named_parameters()}
     return {"out": out.detach(), "x": x.grad, **gradients}
@@ -161,7 +162,7 @@ S, A, H, Q, G, C = 4, 2, 3, 5, 10, 300  # two views of two groups; rows start el
 
 
 def masks_of(place):
-    return Mask(KEY.words(2, torch.device("cpu"))[place], 0.5, first_row=40, first_column=20)
+    return Mask(WORDS[place], 0.5, first_row=40, first_column=20)
 
 
 @with_passes("cpu", "triton")
@@ -209,7 +210,7 @@ def test_features_are_dropped_as_the_hash_says(passes):
 )
 def test_gradcheck_in_float64(kernel, dropout):
     torch.manual_seed(0)
-    mask = Mask(KEY.words(2, torch.device("cpu"))[0], dropout, 4, 2)
+    mask = Mask(WORDS[0], dropout, 4, 2)
     q, k, v = (torch.randn(2, 2, rows, 3, dtype=torch.float64, requires_grad=True) for rows in (3, 5, 5))
     x, y, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (2, 3, 6), (6,), (6,))
@@ -229,14 +230,14 @@ def test_scores_are_not_kept():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x, KEY).sum()
+        layer(x, WORDS[:, :1]).sum()
     assert 4 * G < max(kept) <= 3 * dim * G
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck asks for it
 @pytest.mark.parametrize("name", ["attention", "bias_relu", "add_norm"])
 def test_operators_are_registered_as_torch_wants_them(name):
-    words = KEY.words(2, torch.device("cpu"))[0]
+    words = WORDS[0]
     x, y = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
     vector = torch.randn(8, requires_grad=True)
     q = torch.randn(2, 3, 2, 4).transpose(1, 2).requires_grad_()
@@ -251,12 +252,11 @@ def test_operators_are_registered_as_torch_wants_them(name):
 def test_torch_compile_takes_the_layer_whole():
     torch.manual_seed(0)
     layer, x = BatchFormer(16, 5), torch.randn(2, 10, 16)
-    words = KEY.words(2, x.device)
-    compiled = torch.compile(layer.mix, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     results = []
-    for mix in (layer.mix, compiled):
+    for mix in (layer, compiled):
         own = x.clone().requires_grad_()
-        out = mix(own, words)
+        out = mix(own, WORDS)
         out.sum().backward()
         results.append((out.detach(), own.grad))
     torch.testing.assert_close(results[1], results[0])
@@ -310,6 +310,5 @@ def test_kernels_compile_for_gpus_that_are_not_here(cases):
 
 
 def test_places_have_words_of_their_own():
-    words = KEY.words(2, torch.device("cpu"))
-    assert words.shape == (NUM_PLACES, 2) and len(set(words.flatten().tolist())) == 2 * NUM_PLACES
-    assert words[3, 1].item() % 2**32 == KEY.word(1, 3)
+    assert WORDS.shape == (NUM_PLACES, 2) and len(set(WORDS.flatten().tolist())) == 2 * NUM_PLACES
+    assert WORDS[3, 1].item() % 2**32 == KEY.word(1, 3)
