@@ -1,6 +1,8 @@
 """Turns one form into another.
 
 python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards
+python launch/convert.py import checkpoint_0099.pth.tar --out runs/continued --data /data/imagenet -a resnet50 -b 4096 ...
+python launch/convert.py export --checkpoint runs/bs4096 --to moco-v3 --output checkpoint_0099.pth.tar
 """
 
 import argparse
@@ -13,6 +15,8 @@ from rich.progress import Progress
 from crossbatch import InputError
 from crossbatch.data.shard_writer import Written, write_shards
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
+from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
 from crossbatch.launch.exits import run_main
 
 _NAMED = 10  # broken images named
@@ -22,6 +26,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_shards(commands)
+    add_import(commands)
+    add_export(commands)
     return parser.parse_args()
 
 
@@ -76,6 +82,55 @@ def report(folder: Path, written: Written) -> None:
         raise InputError(f"--data: none of the {len(written.skipped)} images for {folder} can be read; nothing written")
     left_out = f", {len(written.skipped)} broken images left out" if written.skipped else ""
     print(f"{folder}: {written.images} images in {written.shards} shards{left_out}")
+
+
+def add_import(commands) -> None:
+    """`convert.py import`: an original file as the first checkpoint of a run."""
+    parser = commands.add_parser(
+        "import",
+        help="a checkpoint of moco-v3 or BatchFormer as a run to continue",
+        description="The file has no configuration: give the recipe, or the flags that its run was started with.",
+        epilog="example: python launch/convert.py import checkpoint_0099.pth.tar --out runs/continued --data /data/imagenet "
+        "--deepspeed_config ds_configs/bs4096.json",
+    )
+    parser.add_argument("file", metavar="FILE", type=Path, help="checkpoint_*.pth.tar")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="run directory to make")
+    add_config_flags(parser)
+    parser.set_defaults(run=import_legacy)
+
+
+def import_legacy(arguments: argparse.Namespace) -> None:
+    from crossbatch.engine.legacy import import_file
+
+    run = resolve(load_config(arguments.deepspeed_config, overrides(arguments)), 1, Device("cpu"))
+    path = run.config.crossbatch.data.path
+    if path is None:
+        raise InputError(
+            "crossbatch.data.path: not given; the size of the data says which step an epoch ends at; give --data"
+        )
+    prepare(path)
+    notes = import_file(arguments.file, run, len(open_source(path, "train")), writable_folder(arguments.out))
+    print("\n".join(notes))
+    print(f"next: python launch/pretrain.py --out {arguments.out} and the same recipe, flags and data")
+
+
+def add_export(commands) -> None:
+    """`convert.py export`: a checkpoint in somebody else's format."""
+    parser = commands.add_parser(
+        "export",
+        help="a checkpoint in another format",
+        epilog="example: python launch/convert.py export --checkpoint runs/bs4096 --to moco-v3 --output checkpoint.pth.tar",
+    )
+    parser.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="a run or one of its checkpoints")
+    parser.add_argument("--to", choices=("moco-v3",), required=True, help="moco-v3: to continue with the originals")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="what to write")
+    parser.set_defaults(run=export)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from crossbatch.engine.legacy import export_file
+
+    print("\n".join(export_file(arguments.checkpoint, arguments.output)))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ launcher's main, as a process started by hand would.
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DEADLINE_S = 120
+IMPORTED_ONCE = (
+    "crossbatch.launch.pretrain",
+    "crossbatch.engine.trainer",
+    "crossbatch.engine.sharding.fsdp",
+    "crossbatch.engine.sharding.zero",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch._inductor, 4 s
+    "torch.utils.tensorboard",
+)
 
 
 @dataclass
@@ -109,14 +120,8 @@ class Nursery:
 
 
 def _nurse(pipe) -> None:
-    import torch
-
-    import crossbatch.engine.sharding.fsdp
-    import crossbatch.engine.sharding.zero
-    import crossbatch.engine.trainer
-    import crossbatch.launch.pretrain  # noqa: F401
-
-    torch.set_num_threads(1)
+    for module in IMPORTED_ONCE:
+        importlib.import_module(module)
     codes: dict[int, int] = {}
     while True:
         try:

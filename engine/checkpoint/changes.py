@@ -42,25 +42,28 @@ def check_allowed(keys: Iterable[str]) -> None:
 def differences(saved: dict[str, Any], ours: dict[str, Any], allowed: Iterable[str] = ()) -> list[str]:
     """ "key: was A, is B" for each key that changes the run and is neither free nor allowed.
 
-    Both are resolved configurations as a checkpoint's `config.json` holds them, with `world_size`.
+    Both are resolved configurations as a checkpoint's `config.json` holds them, with `world_size`. A saved "auto", as an
+    imported checkpoint has it, is left to the run that goes on.
     """
     before, now = _flat(_with_defaults(saved)), _flat(_with_defaults(ours))
     free = [*FREE, *allowed]
     changed = [
         f"{path}: was {before.get(path)!r}, is {now.get(path)!r}"
         for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path) and path != CHUNK and not any(_covers(key, path) for key in free)
+        if before.get(path) not in ("auto", now.get(path)) and path != CHUNK
+        if not any(_covers(key, path) for key in free)
     ]
-    if CHUNK not in free and _norm_batches(saved) != _norm_batches(ours):
-        changed.append(
-            f"{CHUNK}: the norms of a ResNet saw {_norm_batches(saved)}, and would see {_norm_batches(ours)}"
-        )
+    norms_saw, norms_see = _norm_batches(saved), _norm_batches(ours)
+    if norms_saw not in (None, norms_see) and CHUNK not in free:
+        changed.append(f"{CHUNK}: the norms of a ResNet saw {norms_saw}, and would see {norms_see}")
     return changed
 
 
-def _norm_batches(config: dict[str, Any]) -> str:
+def _norm_batches(config: dict[str, Any]) -> str | None:
     """Over which images the norms of the backbone take their statistics: of all, that is the same for any number of ranks."""
     world_size, chunk = config["world_size"], config[CHUNK]
+    if chunk == "auto":
+        return None
     chunks = -(-config["train_batch_size"] // world_size // chunk)
     if family(config["crossbatch"]["model"]["arch"]) == "vit" or chunks == 1:
         return "the whole batch"

@@ -190,11 +190,11 @@ def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, pools, opti
 def test_a_checkpoint_fits_another_world_and_backend(tmp_path, pools, optimizer):
     overrides = [*VIT, *optimizer]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    pools(1).run(train, [*overrides, *zero(0)], str(whole), 8)
-    pools(3).run(train, [*overrides, *zero(1)], str(moved), 2)
-    pools(2).run(train, [*overrides, *fsdp(3)], str(moved), 4)
-    pools(2).run(train, [*overrides, *zero(3)], str(moved), 6)
-    pools(1).run(train, [*overrides, *fsdp(0)], str(moved), 8)
+    pools(2).run(train, [*overrides, *zero(1)], str(whole), 8)
+    pools(2).run(train, [*overrides, *zero(1)], str(moved), 2)
+    pools(1).run(train, [*overrides, *fsdp(3)], str(moved), 4)
+    pools(3).run(train, [*overrides, *zero(3)], str(moved), 6)
+    pools(2).run(train, [*overrides, *fsdp(0)], str(moved), 8)
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
 
 

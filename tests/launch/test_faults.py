@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import schema
@@ -244,6 +245,7 @@ def test_a_full_disk(nursery, small_disk):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("model", "optimizer"), [(RESNET, LARS), (VIT, ADAMW)], ids=name_of)
 def test_a_resumed_run_on_a_gpu_is_the_same_with_the_deterministic_switch(tmp_path, model, optimizer):
     """In processes of their own: the switch is for a whole process, and tests hide the GPU from the nursery."""
