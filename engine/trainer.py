@@ -14,7 +14,16 @@ import torch
 from torchvision.utils import make_grid
 
 from crossbatch import InputError, RunStopped
-from crossbatch.data import Batch, Order, TrainLoader, has_evaluation_split, moco_v3_views, open_source, prepare
+from crossbatch.data import (
+    Batch,
+    Order,
+    TrainLoader,
+    choose_backend,
+    has_evaluation_split,
+    moco_v3_views,
+    open_source,
+    prepare,
+)
 from crossbatch.engine import checkpoint
 from crossbatch.engine.build import build_model
 from crossbatch.engine.config import ResolvedConfig, to_dict
@@ -73,6 +82,7 @@ class Trainer:
         resumed = self._build(chunk)
         if world.is_main:
             checkpoint.write_atomically(out / "config.json", json.dumps(self._config(), indent=2) + "\n")
+        backend, why_backend = choose_backend(self.ours.data.backend, device.type)
         self.loader = TrainLoader(
             source,
             self.order,
@@ -80,6 +90,8 @@ class Trainer:
             self.ours.seed,
             workers=run.workers,
             max_skipped_fraction=self.ours.data.max_skipped_fraction,
+            backend=backend,
+            device=device,
         )
         self.log: Log = RunLog(out, self.step, self.stop) if world.is_main else Log()
         self.clock = StepClock()
@@ -92,6 +104,7 @@ class Trainer:
         )
         self.saves = self._open_saves(resumed)
         self.knn_history: list[tuple[int, float]] = []
+        self.log.note(f"images: {backend} ({why_backend})")
         if why is not None and chunk < run.local_batch:
             self.log.note(why)
         if resumed:

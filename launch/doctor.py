@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from crossbatch.data import choose_backend
 from crossbatch.engine.config import Device, resolve_precision
 from crossbatch.models.batchformer import dispatch
 
@@ -55,7 +56,7 @@ def stages(device: Device) -> list[tuple[str, str, str]]:
     why = f"{device.name} has {'' if device.has_bf16 else 'no '}bf16" if gpu else "no GPU"
     return [
         ("collectives", "NCCL" if gpu else "gloo", "GPU" if gpu else "no GPU"),
-        ("decode and augment", "torchvision + PIL", "the one backend so far"),
+        ("decode and augment", *choose_backend("auto", device.type)),
         ("precision auto", precision, why),
         ("BatchFormer", *batchformer(device)),
         (
