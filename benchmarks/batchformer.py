@@ -28,12 +28,12 @@ CPU_MEMORY_SIZES = [(1024, 768), (4096, 384), (4096, 2048)]
 
 def run(quick: bool) -> list[Row]:
     gpu = Device.detect().type == "cuda"
-    sizes = [(256, 384)] if quick else GPU_SIZES if gpu else CPU_SIZES
+    sizes = [(64, 384)] if quick else GPU_SIZES if gpu else CPU_SIZES
     rows = []
     for G, C in sizes:
-        rows += _time(G, C, 0.5 if quick else 5)
+        rows += _time(G, C, 0.2 if quick else 5)
     for G, C in [(1024, 384)] if quick else GPU_SIZES if gpu else CPU_MEMORY_SIZES:
-        rows += _memory(G, C)
+        rows += _memory(G, C, [_names()[0], EAGER] if quick else _names())
     return rows + _norms(256, 384 if quick else 2048, 0.2 if quick else 5)
 
 
@@ -83,13 +83,13 @@ def _time(G: int, C: int, seconds: float) -> list[Row]:
     return rows
 
 
-def _memory(G: int, C: int) -> list[Row]:
-    peaks = {name: peak_mib_alone("benchmarks.batchformer", name, str(G), str(C)) for name in _names()}
-    baseline = f"{EAGER}, memory, G {G}, C {C}"
-    return [
-        Row(f"{name}, memory, G {G}, C {C}", *[mib] * 3, 1, "MiB", baseline, peaks[EAGER] / mib, _settings(G, C))
-        for name, mib in peaks.items()
-    ]
+def _memory(G: int, C: int, names: list[str]) -> list[Row]:
+    peaks = {name: peak_mib_alone("benchmarks.batchformer", name, str(G), str(C)) for name in names}
+    rows = []
+    for name, mib in peaks.items():
+        case, baseline = (f"{which}, memory, G {G}, C {C}" for which in (name, EAGER))
+        rows.append(Row(case, mib, mib, mib, 1, "MiB", baseline, peaks[EAGER] / mib, _settings(G, C)))
+    return rows
 
 
 def _norms(G: int, C: int, seconds: float) -> list[Row]:
@@ -109,7 +109,8 @@ def _norms(G: int, C: int, seconds: float) -> list[Row]:
     return compare(cases, f"apex FusedLayerNorm, G {G}, C {C}", _settings(G, C), seconds)
 
 
-def _peak(name: str, G: int, C: int) -> float:
+def _peak(name: str, *size: str) -> float:
+    G, C = map(int, size)
     _backward(_layer(name, 8, C))  # libraries, thread pools, handles
     forward = _layer(name, G, C)
     if name == COMPILED:
@@ -118,4 +119,4 @@ def _peak(name: str, G: int, C: int) -> float:
 
 
 if __name__ == "__main__":
-    print(_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    print(_peak(*sys.argv[1:]))

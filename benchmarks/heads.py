@@ -26,8 +26,8 @@ OURS, PLAIN = "ours", "plain torch"
 
 def run(quick: bool) -> list[Row]:
     gpu = Device.detect().type == "cuda"
-    sizes = [64] if quick else [64, 256, 1024, 4096, 16384] if gpu else [64, 256]
-    rows = [row for n in sizes for row in _heads(n, 0.5 if quick else 5)]
+    sizes = [16] if quick else [64, 256, 1024, 4096, 16384] if gpu else [64, 256]
+    rows = [row for n in sizes for row in _heads(n, 0.2 if quick else 5)]
     for n, B in [(64, 4096)] if quick else [(256, 4096), (256, 16384), (256, 65536)]:
         rows += _loss(n, B, 0.3 if quick else 5)
     return rows
@@ -38,7 +38,8 @@ def _heads(n: int, seconds: float) -> list[Row]:
     torch.manual_seed(0)
     features = torch.randn(2 * n, C, device=device, requires_grad=True)
     ours = nn.Sequential(build_projector("resnet", C, HIDDEN, D), build_predictor("resnet", HIDDEN, D)).to(device)
-    plain = nn.Sequential(*(_with_torchs_norm(layer) for head in ours for layer in head)).to(device)
+    layers = [layer for head in ours.children() for layer in head.children()]
+    plain = nn.Sequential(*(_with_torchs_norm(layer) for layer in layers)).to(device)
 
     def per_view() -> torch.Tensor:
         return torch.cat([plain(view) for view in features.chunk(2)])
@@ -68,8 +69,8 @@ def _loss(n: int, B: int, seconds: float) -> list[Row]:
     rows = compare({names[name]: _term(name, n, B) for name in names}, names[PLAIN], settings, seconds, 1, 3)
     peaks = {name: peak_mib_alone("benchmarks.heads", name, str(n), str(B)) for name in names}
     for name, mib in peaks.items():
-        ratio = peaks[PLAIN] / mib
-        rows.append(Row(f"{names[name]}, memory", *[mib] * 3, 1, "MiB", f"{names[PLAIN]}, memory", ratio, settings))
+        case, baseline = (f"{names[which]}, memory" for which in (name, PLAIN))
+        rows.append(Row(case, mib, mib, mib, 1, "MiB", baseline, peaks[PLAIN] / mib, settings))
     return rows
 
 
@@ -84,10 +85,11 @@ def _term(name: str, n: int, B: int) -> Callable[[], None]:
     return lambda: _backward(cross_entropy_over_keys(q, keys, labels, 0.2) if name == OURS else plain())
 
 
-def _peak(name: str, n: int, B: int) -> float:
+def _peak(name: str, *size: str) -> float:
+    n, B = map(int, size)
     _term(name, 4, 8)()
     return peak_mib(_term(name, n, B))
 
 
 if __name__ == "__main__":
-    print(_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    print(_peak(*sys.argv[1:]))
