@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks import harness
 
-STAGES = ("batchformer", "heads", "index", "optimizer", "step")
+STAGES = ("batchformer", "checkpoint", "heads", "index", "optimizer", "step")
 OF_IMAGES = ("decode", "augment", "data")  # these take --images
 
 

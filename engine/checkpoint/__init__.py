@@ -2,11 +2,11 @@
 
     checkpoints/
       step-00001200/
-        __0_0.distcp ...   the tensors, one file per rank that wrote it (torch.distributed.checkpoint)
-        .metadata          which run of which tensor lies where in them
-        config.json        the resolved configuration
-        state.json         progress, shapes, versions, and size and checksum of every file above
-      latest               the name of the newest one
+        0.bin ...      the tensors, one file per rank that wrote it
+        .metadata      which run of which tensor lies where in them (torch.distributed.checkpoint)
+        config.json    the resolved configuration
+        state.json     progress, shapes, versions, and size and checksum of every file
+      latest           the name of the newest one
 
 Every tensor is stored flattened, in runs. A rank writes the runs that it holds, or an equal share of what all ranks hold, and
 reads whichever runs it needs of whoever wrote them: so nothing is gathered, and nothing in a file knows about ranks, ZeRO

@@ -126,6 +126,7 @@ class LoadPieces(LoadPlanner):
         for name, tensor in self.held.items():
             stored = self.metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
+            assert all(piece.local.dtype == stored.properties.dtype for piece in tensor.pieces), name
             wanted = [_run(piece.start, piece.local.numel()) for piece in tensor.pieces if piece.local.numel()]
             items += create_read_items_for_chunk_list(name, stored, wanted)
         return LoadPlan(items)

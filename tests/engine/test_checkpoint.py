@@ -96,22 +96,22 @@ def test_what_is_kept(tmp_path):
 
 
 def cut_off(folder: Path) -> None:
-    with (folder / "__0_0.distcp").open("r+b") as file:
+    with (folder / "0.bin").open("r+b") as file:
         file.truncate(100)
 
 
 def flip_a_bit(folder: Path) -> None:
     """In the middle of a tensor: torch.load alone would not notice."""
-    content = bytearray((folder / "__0_0.distcp").read_bytes())
+    content = bytearray((folder / "0.bin").read_bytes())
     value = torch.tensor(7.0).numpy().tobytes()
     content[content.index(value)] ^= 1
-    (folder / "__0_0.distcp").write_bytes(content)
+    (folder / "0.bin").write_bytes(content)
 
 
 DAMAGES = {
     "cut off": cut_off,
     "one bit": flip_a_bit,
-    "no tensors": lambda folder: (folder / "__0_0.distcp").unlink(),
+    "no tensors": lambda folder: (folder / "0.bin").unlink(),
     "no state.json": lambda folder: (folder / "state.json").unlink(),
     "no config.json": lambda folder: (folder / "config.json").unlink(),
     "not JSON": lambda folder: (folder / "state.json").write_text('{"format": 2, "prog'),

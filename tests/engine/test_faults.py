@@ -230,7 +230,7 @@ def copied(tmp_path, finished):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("damage", ["state.json", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", ["state.json", "0.bin"])
 def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(copied, pools, damage):
     """The second file is checked by rank 1 only."""
     file = copied / "checkpoints" / "step-00000004" / damage

@@ -1,0 +1,106 @@
+"""Saving the state of bs4096.json (ResNet-50 + BatchFormer with LARS) on one rank: how long training waits, and the save takes.
+
+Cases: what training waits for an asynchronous and for a synchronous save; the whole time of an asynchronous one; torch.save of
+the same tensors with fsync, as one would do it by hand; reading and checking a checkpoint. Then what a save that is under way
+costs whoever computes meanwhile: matrix products for about as long as it takes. Files go to the system's temporary folder.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Row, summarise
+from crossbatch.engine import checkpoint
+from crossbatch.engine.build import build_model
+from crossbatch.engine.checkpoint.resume import resume
+from crossbatch.engine.config import Device, load_config, resolve, to_dict
+from crossbatch.engine.distributed import GroupCollective, process_group, world_from_environment
+from crossbatch.engine.saves import Snapshot
+from crossbatch.engine.sharding import Backend, build_backend
+
+SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=256"]
+
+
+def run(quick: bool) -> list[Row]:
+    overrides = SMALL if quick else []
+    device_type = Device.detect()
+    settings = resolve(load_config("ds_configs/bs4096.json", overrides), 1, device_type)
+    config = {**to_dict(settings.config), "world_size": 1}
+    with (
+        process_group(world_from_environment(), device_type.type, threads=torch.get_num_threads()) as device,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        model = build_model(settings).to(device)
+        model.set_collective(GroupCollective())
+        backend = build_backend(model, settings)
+        times, size = _times(backend, config, Path(folder), device, rounds=2 if quick else 7)
+    facts = {"recipe": "bs4096", "overrides": overrides, "gigabytes": size / 1e9, "device": device.type}
+    waits = {name: values for name, values in times.items() if "product" not in name}
+    products = {name: values for name, values in times.items() if "product" in name}
+    return [
+        *summarise(waits, "synchronous: training waits", facts),
+        *summarise(products, "a matrix product", facts),
+    ]
+
+
+def _times(
+    backend: Backend, config: dict, folder: Path, device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], int]:
+    """Milliseconds by case, and the bytes of a checkpoint. The first save, which allocates host memory, does not count."""
+    saver = checkpoint.Saver(folder / "checkpoints", checkpoint.Keep(1), "0")
+    matrix = torch.randn(512, 512, device=device)
+    names = ("asynchronous: training waits", "asynchronous: until it is safe", "synchronous: training waits")
+    names += ("torch.save and fsync", "read", "a matrix product", "a matrix product while a save is under way")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    size = 0
+    for step in range(0, 4 * (rounds + 1), 4):
+        asynchronous, until_safe, synchronous, by_hand, read, product, product_meanwhile = times.values()
+        snapshots = [_snapshot(backend, config, step + i) for i in range(3)]
+        by_hand.append(_timed(lambda snapshots=snapshots: _save_by_hand(snapshots[0], folder / "by hand")))
+        synchronous.append(_timed(lambda snapshots=snapshots: saver.save(*snapshots[0], wait=True)))
+        asynchronous.append(_timed(lambda snapshots=snapshots: saver.save(*snapshots[1])))
+        saver.wait()
+        outcome = saver.finished()
+        assert outcome is not None and outcome.error is None, outcome
+        until_safe.append(1000 * outcome.seconds)
+        size = outcome.num_bytes
+        candidates = checkpoint.candidates(folder, "auto")
+        read.append(_timed(lambda candidates=candidates: resume(candidates, backend, config, 1)))
+        product += [_timed(lambda: _product(matrix)) for _ in range(10)]
+        saver.save(*snapshots[2])
+        while saver.busy:
+            product_meanwhile.append(_timed(lambda: _product(matrix)))
+        saver.finished()
+        if step == 0:
+            for values in times.values():
+                values.clear()
+    saver.close()
+    return times, size
+
+
+def _snapshot(backend: Backend, config: dict, step: int) -> Snapshot:
+    progress = {"step": step, "updates": 0, "loss_scale": 1.0, "clean_steps": 0}
+    return Snapshot.of(backend, config, progress=progress, images=1, steps_per_epoch=1, skipped_images=0)
+
+
+def _save_by_hand(snapshot: Snapshot, file: Path) -> None:
+    with file.open("wb") as stream:
+        torch.save({name: held.pieces[0].local for name, held in snapshot.held.items()}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _product(matrix: torch.Tensor) -> None:
+    torch.mm(matrix, matrix)
+    if matrix.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
