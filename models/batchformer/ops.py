@@ -17,6 +17,7 @@ from torch.library import custom_op
 
 from crossbatch.models.batchformer import passes_cpu, tiles
 from crossbatch.models.batchformer.dropout import Mask
+from crossbatch.models.batchformer.reference import wide_dtype
 
 
 def _passes(tensor: Tensor) -> ModuleType:
@@ -79,7 +80,7 @@ def attention_backward(
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     S, H, Q, D = q.shape
     out = q.new_empty(S, Q, H, D).transpose(1, 2)  # so that the heads of a row lie side by side for the next product
-    return out, q.new_empty(S, H, Q, dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, q.new_empty(S, H, Q, dtype=wide_dtype(q))
 
 
 def _contiguous_like(x: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def add_norm_backward(
 
 
 def _norm_outputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    dtype = torch.promote_types(wide_dtype(x), y.dtype)
     out = x.new_empty(x.shape, dtype=dtype)
     mean = x.new_empty(x.shape[:-1], dtype=dtype)
     return out, torch.empty_like(out), mean, torch.empty_like(mean)

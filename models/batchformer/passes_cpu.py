@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crossbatch.models.batchformer.dropout import LAST_SHIFT, ROUNDS, Mask, hash_words, signed
-from crossbatch.models.batchformer.reference import wide
+from crossbatch.models.batchformer.reference import wide, wide_dtype
 from crossbatch.models.batchformer.tiles import Area
 
 # Elements: 1 MiB of words. Smaller blocks are faster on an idle CPU (by 1 %) and far slower on a busy one, since every
@@ -77,7 +77,7 @@ def add_norm(
     x_SQC: Tensor, y_SQC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LayerNorm(x + dropout(y)), x + dropout(y), and its mean and 1 / deviation, [S, Q]."""
-    total = wide(y_SQC).to(torch.promote_types(x_SQC.dtype, wide(y_SQC).dtype), copy=True)
+    total = wide(y_SQC).to(torch.promote_types(x_SQC.dtype, wide_dtype(y_SQC)), copy=True)
     for at, keep in _feature_blocks(total, mask):
         block = total[at]
         if keep is not None:
@@ -147,7 +147,7 @@ def _blocks(
                 yield at, None
                 continue
             words = hash_in_place(row_words[at].unsqueeze(-1) ^ column_words[at[0]].unsqueeze(1))
-            factors = torch.empty(words.shape, dtype=wide(x_BRK[:0]).dtype)
+            factors = torch.empty(words.shape, dtype=wide_dtype(x_BRK))
             yield at, torch.ge(words, mask.threshold, out=factors).mul_(1 / (1 - mask.probability))
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crossbatch.models.batchformer.dropout import Mask
-from crossbatch.models.batchformer.reference import wide
+from crossbatch.models.batchformer.reference import wide_dtype
 from crossbatch.models.batchformer.tiles import Area
 
 ELEMENTS = 1024  # of a program at once, or a whole row of C features
@@ -69,7 +69,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LayerNorm(x + dropout(y)), x + dropout(y), and its mean and 1 / deviation, [S, Q]."""
     (S, Q, C), block = x_SQC.shape, _block(x_SQC.shape[-1])
-    out = torch.empty_like(x_SQC, dtype=torch.promote_types(x_SQC.dtype, wide(y_SQC[:0]).dtype))
+    out = torch.empty_like(x_SQC, dtype=torch.promote_types(x_SQC.dtype, wide_dtype(y_SQC)))
     total, mean = torch.empty_like(out), out.new_empty(S, Q)
     rstd = torch.empty_like(mean)
     tensors = x_SQC, y_SQC, weight_C, bias_C, out, total, mean, rstd

@@ -36,7 +36,12 @@ def add_norm(
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
+
+
+def wide_dtype(x: torch.Tensor) -> torch.dtype:
+    """At least fp32."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _drop(x_SQC: torch.Tensor, mask: Mask) -> torch.Tensor:

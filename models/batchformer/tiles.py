@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crossbatch.models.batchformer.dropout import Mask
-from crossbatch.models.batchformer.reference import wide
+from crossbatch.models.batchformer.reference import wide, wide_dtype
 
 TILE = {
     "cpu": 1 << 19,
@@ -117,14 +117,14 @@ def _rows(q: Tensor, block: _Block) -> Iterator[slice]:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Batched, with a result of at least fp32."""
-    return torch.bmm(a, b) if a.dtype == wide(a).dtype else torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b) if a.dtype == wide_dtype(a) else torch.bmm(a, b, out_dtype=torch.float32)
 
 
 def _add(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a b, from the second addition on at least fp32."""
     if total is None:
         return torch.bmm(a, b)
-    return total.baddbmm_(a, b) if total.dtype == a.dtype == wide(a).dtype else wide(total).add_(torch.bmm(a, b))
+    return total.baddbmm_(a, b) if total.dtype == a.dtype == wide_dtype(a) else wide(total).add_(torch.bmm(a, b))
 
 
 def _store(target: Tensor, block: _Block, rows: slice, value: Tensor) -> None:
