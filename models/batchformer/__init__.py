@@ -1,12 +1,12 @@
 """BatchFormer: attention in which the batch is the sequence.
 
-    layer       the module, its groups and its linear layers
-    dropout     masks by position in the global batch
-    dispatch    which kernel computes what lies between the linear layers, and why not another
-    reference, sdpa, fused      the kernels; `fused` consists of
-        ops                     its operators for torch: shapes, gradients, what is kept
-        tiles, flash            the two ways of the attention
-        passes_cpu, passes_triton   what lies between the products
+layer       the module, its groups and its linear layers
+dropout     masks by position in the global batch
+dispatch    which kernel computes what lies between the linear layers, and why not another
+reference, sdpa, fused      the kernels; `fused` consists of
+    ops                     its operators for torch: shapes, gradients, what is kept
+    tiles, flash            the two ways of the attention
+    passes_cpu, passes_triton   what lies between the products
 """
 
 from crossbatch.models.batchformer.dropout import DropoutKey, keep_mask
