@@ -59,10 +59,10 @@ class Job:
         logs = self.logs if rank is None else [self.logs[rank]]
         return "\n".join(log.read_text() for log in logs)
 
-    def wait_for(self, text: str, rank: int = 0) -> None:
-        """Until `rank` has printed `text`."""
+    def wait_for(self, text: str, rank: int = 0, times: int = 1) -> None:
+        """Until `rank` has printed `text` so many times."""
         end = time.monotonic() + DEADLINE_S
-        while text not in self.output(rank):
+        while self.output(rank).count(text) < times:
             assert time.monotonic() < end and self.nursery.poll(self.pids[rank]) is None, self.output()
             time.sleep(0.02)
 
