@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -103,7 +104,8 @@ def smooth_network():
         xhat = (x.double() - mean.view(per_channel)) * invstd.double().view(per_channel)
         return torch.stack((dy.double().sum(rows[x.dim()]), (dy * xhat).sum(rows[x.dim()])))
 
-    whole, input_gradient = norm.ViewBatchNorm._statistics, norm._input_gradient
+    whole: Any = norm.ViewBatchNorm._statistics
+    input_gradient: Any = norm._input_gradient
     with (
         mock.patch.object(torch.nn, "ReLU", torch.nn.SiLU),
         mock.patch.object(norm, "_statistics", statistics),
