@@ -183,7 +183,7 @@ def test_many_ranks_do_what_one_process_does(tmp_path, one_process, pools, ranks
     pools(ranks).run(train, [*model, *optimizer, *backend], str(tmp_path), 10)
     assert len(want) == 10
     assert losses(tmp_path) == pytest.approx(want, rel=1e-5)
-    assert abs(want[0] - want[-1]) > 0.1  # something was trained
+    assert abs(want[0] - want[-1]) > 0.02  # something was trained
     if model is VIT:
         assert worst_deviation(parameters(tmp_path), start, end) <= 1e-5
 
