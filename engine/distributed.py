@@ -7,6 +7,7 @@ nothing and becomes a world of one.
 import contextlib
 import ctypes
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,15 +89,32 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:
-    """Where the ranks find each other.
-
-    torchrun starts ranks again beside a store that still holds the addresses of those that died, so each attempt has names
-    of its own.
-    """
+    """Where the ranks find each other."""
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()  # of this process
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return unused(store, world) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else store
+
+
+def unused(store: dist.Store, world: World) -> dist.Store:
+    """A part of `store` that no earlier attempt at this run has touched.
+
+    torchrun starts ranks again beside the store of those that died, which still holds their addresses. It counts restarts,
+    but each node counts its own. So rank 0 invents a name, and tells it to whoever asks with a name of their own.
+    """
+    me = uuid.uuid4().hex
+    if world.rank > 0:
+        store.set(f"asks/{world.rank}", me)
+        part = store.get(f"told/{me}").decode()  # waits
+        store.set(f"{part}/knows/{world.rank}", "")
+        return dist.PrefixStore(part, store)
+    others = range(1, world.size)
+    while not all(store.check([f"{me}/knows/{rank}"]) for rank in others):
+        for rank in others:  # again and again: the first that asks for a rank may be one that has died
+            if store.check([f"asks/{rank}"]):
+                store.set(f"told/{store.get(f'asks/{rank}').decode()}", me)
+        time.sleep(0.05)
+    return dist.PrefixStore(me, store)
 
 
 def make_deterministic() -> None:

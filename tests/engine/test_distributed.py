@@ -1,0 +1,38 @@
+"""Ranks that are started again find each other, and not those that died."""
+
+import threading
+
+import torch.distributed as dist
+
+from crossbatch.engine.distributed import World, unused
+
+
+def meet(store: dist.Store, size: int) -> list[dist.Store]:
+    """What `unused` gives to each of `size` ranks."""
+    found: dict[int, dist.Store] = {}
+
+    def rank_main(rank: int) -> None:
+        found[rank] = unused(store, World(rank, size, rank, size))
+
+    threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return [found[rank] for rank in range(size)]
+
+
+def test_a_second_attempt_shares_a_part_of_the_store_that_the_first_has_not_touched():
+    store = dist.HashStore()
+    first = meet(store, 3)
+    first[0].set("address", "of one that died")
+    assert first[2].get("address") == b"of one that died"
+    store.set("asks/1", "one that died before it was told")
+    second = meet(store, 3)
+    assert not any(part.check(["address"]) for part in second)
+    second[1].set("address", "new")
+    assert second[0].get("address") == second[2].get("address") == b"new"
+
+
+def test_one_rank_waits_for_nobody():
+    assert not unused(dist.HashStore(), World(0, 1, 0, 1)).check(["anything"])
