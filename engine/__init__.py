@@ -5,7 +5,9 @@
     build, step   configuration -> model; one optimizer step, cut at the features
     optimizers/   LARS and AdamW, meaning the same under every sharding
     sharding/     DeepSpeed ZeRO and FSDP2 behind one interface
-    checkpoint    full tensors by name, any world size and backend
+    checkpoint/   any world size and backend, written in the background; saves: when, and what is said about it
+    legacy        the originals' files
+    signals       being asked to stop; watch: ranks that are gone; faults: numbers that are not finite
     knn           the monitor
     telemetry     metrics.jsonl, TensorBoard, progress bar
     trainer       the run
