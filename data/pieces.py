@@ -124,7 +124,8 @@ def start_worker(worker_id: int):
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for left_to_the_trainer in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(left_to_the_trainer, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
     if trainer is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the threads started from here on, too

@@ -207,7 +207,7 @@ def test_workers_survive_the_signals_of_a_preemption(two_epochs):
     preempted = make(2)
     batches = preempted.epoch(0)
     got = [next(batches)]
-    send_as_another_process([signal.SIGTERM, signal.SIGINT])
+    send_as_another_process([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     assert_same(got + list(batches), two_epochs[:4])
     preempted.close()
 
