@@ -21,7 +21,7 @@ check: install  ## lint, format and types
 
 bench-gpu: install  ## on a machine with an NVIDIA GPU: its tests, then its benchmarks into benchmarks/results
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks batchformer heads optimizer step --out benchmarks/results
+	$(BIN)/python -m benchmarks decode augment data transfer batchformer heads optimizer step --out benchmarks/results
 
 install: .venv/installed
 

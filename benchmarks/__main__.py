@@ -11,7 +11,18 @@ from rich.console import Console
 
 from benchmarks import harness
 
-STAGES = ("batchformer", "checkpoint", "heads", "index", "optimizer", "step")
+STAGES = (
+    "index",
+    "decode",
+    "augment",
+    "data",
+    "transfer",
+    "batchformer",
+    "heads",
+    "optimizer",
+    "step",
+    "checkpoint",
+)
 OF_IMAGES = ("decode", "augment", "data")  # these take --images
 
 
