@@ -1,4 +1,4 @@
-"""JSON -> `Config`: duplicate, unknown and misspelt keys stop the run, each with the nearest valid key.
+"""JSON -> a checked dataclass: duplicate, unknown and misspelt keys stop the run, each with the nearest valid key.
 
 DeepSpeed ignores top-level keys that it does not know, so a typo there trains with a default and nobody notices.
 """
@@ -10,18 +10,25 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin, overload
 
 from crossbatch import InputError
 from crossbatch.engine.config.schema import OPTIMIZERS, REFUSED_DEEPSPEED_KEYS, Config, OptimizerConfig
 
+Schema = TypeVar("Schema")
 
-def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+
+@overload
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config: ...
+@overload
+def load_config(path: str | Path | None, overrides: Iterable[str], schema: type[Schema]) -> Schema: ...
+def load_config(path: str | Path | None, overrides: Iterable[str] = (), schema: type = Config) -> Any:
     """Reads a recipe and applies `a.b.c=value` overrides (values are JSON, or plain text where they are not).
 
     Args:
         path: the recipe; None means all defaults.
         overrides: in order, later ones win.
+        schema: the dataclass that says which keys there are: of pretraining, or of an evaluation.
 
     Raises:
         InputError: for anything that is not a valid configuration.
@@ -29,12 +36,16 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     raw = {} if path is None else _read_json(Path(path))
     for override in overrides:
         _override(raw, override)
-    return parse_config(raw)
+    return parse_config(raw, schema)
 
 
-def parse_config(raw: Mapping[str, Any]) -> Config:
-    """A plain dict (as `to_dict` makes it) -> `Config`."""
-    return _section(Config, raw, "")
+@overload
+def parse_config(raw: Mapping[str, Any]) -> Config: ...
+@overload
+def parse_config(raw: Mapping[str, Any], schema: type[Schema]) -> Schema: ...
+def parse_config(raw: Mapping[str, Any], schema: type = Config) -> Any:
+    """A plain dict (as `to_dict` makes it) -> `schema`."""
+    return _section(schema, raw, "", schema)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -112,17 +123,17 @@ def _override(raw: dict[str, Any], override: str) -> None:
 # --- checking ------------------------------------------------------------------------------------------------------
 
 
-def _section(section: type, raw: Any, prefix: str) -> Any:
+def _section(section: type, raw: Any, prefix: str, schema: type) -> Any:
     if not isinstance(raw, Mapping):
         raise InputError(f"{prefix[:-1] or 'the recipe'}: given {raw!r}; allowed: a JSON object")
     hints = typing.get_type_hints(section)
     for name in raw:
         if name not in hints:
-            raise InputError(_unknown(name, prefix, list(hints)))
+            raise InputError(_unknown(name, prefix, list(hints), schema))
     if section is OptimizerConfig:
         hints["params"] = _optimizer_params(raw, prefix)
     values = {
-        item.name: _value(raw[item.name], hints[item.name], prefix + item.name, item.metadata)
+        item.name: _value(raw[item.name], hints[item.name], prefix + item.name, item.metadata, schema)
         for item in dataclasses.fields(section)
         if item.name in raw
     }
@@ -138,10 +149,10 @@ def _optimizer_params(raw: Mapping[str, Any], prefix: str) -> type:
     return OPTIMIZERS[name]
 
 
-def _unknown(name: str, prefix: str, valid: list[str]) -> str:
+def _unknown(name: str, prefix: str, valid: list[str], schema: type) -> str:
     if not prefix and name in REFUSED_DEEPSPEED_KEYS:
         return f"{name}: a DeepSpeed key that crossbatch does not take; {REFUSED_DEEPSPEED_KEYS[name]}"
-    everywhere = key_paths()
+    everywhere = key_paths(schema)
     elsewhere = [path for path in everywhere if path.rpartition(".")[2] == name or path.endswith(f".{name}")]
     near = elsewhere[:1] or [prefix + match for match in difflib.get_close_matches(name, valid, n=1)]
     near = near or difflib.get_close_matches(prefix + name, everywhere, n=1)
@@ -154,10 +165,10 @@ def options_of(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _value(value: Any, hint: Any, path: str, bounds: Mapping[str, Any]) -> Any:
+def _value(value: Any, hint: Any, path: str, bounds: Mapping[str, Any], schema: type) -> Any:
     options = options_of(hint)
     if len(options) == 1 and dataclasses.is_dataclass(hint):
-        return _section(typing.cast(type, hint), value, f"{path}.")
+        return _section(typing.cast(type, hint), value, f"{path}.", schema)
     for option in options:
         fits, converted = _fits(value, option)
         if fits:
