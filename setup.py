@@ -28,6 +28,8 @@ setup(
         "scipy>=1.11",  # .mat files of Flowers-102
         "pillow>=10.0",  # decoding where DALI is absent, and of whatever is no ordinary JPEG
         "opencv-python-headless>=4.9",  # colours and blur on a CPU, at several times PIL's speed
+        "safetensors>=0.4",  # exported weights without pickle
+        "matplotlib>=3.8",  # pictures of evaluations and benchmarks
         "tensorboard>=2.16",  # event files
         "rich>=13.7",  # progress bar and tables
     ],
@@ -35,7 +37,10 @@ setup(
         # NVIDIA's data loader, one wheel per CUDA major version; both also run without a GPU.
         "cuda12": ["nvidia-dali-cuda120>=2.0"],
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
-        "test": ["pytest>=8.0"],
+        "test": [
+            "pytest>=8.0",
+            "scikit-learn>=1.4",
+        ],  # its k-NN and logistic regression are what ours are tested against
         "dev": ["ruff==0.17.6", "pyright==1.1.414"],
     },
 )
