@@ -10,7 +10,6 @@ others move up by one, and its weights are stored three times. A parameter that 
 its first name. There is no configuration in such a file: it must be given, as the recipe or the originals' flags.
 """
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from crossbatch.engine.build import build_model
 from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
 from crossbatch.engine.config import Device, LarsConfig, ResolvedConfig, parse_config, resolve, to_dict
 from crossbatch.engine.step import CLEAN_STEPS, INITIAL_LOSS_SCALE, Progress
+from crossbatch.engine.weights import read_torch, write_torch
 from crossbatch.models import MoCo
 from crossbatch.models.backbones import family
 
@@ -83,7 +83,7 @@ def export_file(source: Path, file: Path) -> list[str]:
 
     Raises InputError if there is none that can be read, or for a BatchFormer with a moving average, which they do not have.
     """
-    found = checkpoint.candidates(source, str(source))[0]
+    found = checkpoint.find(source, "--checkpoint")
     try:
         manifest, config = checkpoint.read_manifest(found)
         parts = {part: checkpoint.read(found, f"{part}.") for part in ("parameters", "buffers", "optimizer")}
@@ -116,7 +116,7 @@ def export_file(source: Path, file: Path) -> list[str]:
             "_growth_tracker": progress.clean_steps,
         },
     }
-    _write(file, content)
+    write_torch(file, content)
     notes = [f"{found}: step {progress.step} -> {file}, after epoch {epoch}"]
     if rest:
         notes.append(
@@ -144,12 +144,7 @@ def their_names(name: str, head: str, model: MoCo) -> list[str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except Exception as error:
-        raise InputError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+    content = read_torch(file)
     missing = [key for key in ("epoch", "arch", "state_dict") if not isinstance(content, dict) or key not in content]
     if missing:
         raise InputError(f"{file}: is no checkpoint of moco-v3 or BatchFormer: it has no {', '.join(missing)}")
@@ -253,21 +248,6 @@ def _their_optimizer(state: dict[str, Tensor], model: MoCo, run: ResolvedConfig,
         weight_decay=params.weight_decay,
     )
     return {"state": numbered, "param_groups": adamw.state_dict()["param_groups"]}
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """Under another name first: an existing file is replaced by a whole one or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"--output {file}: cannot be written: {error.strerror}; choose another place") from None
 
 
 def _on_meta(run: ResolvedConfig) -> MoCo:

@@ -21,7 +21,7 @@ or FSDP2.
 """
 
 from crossbatch.engine.checkpoint.changes import check_allowed
-from crossbatch.engine.checkpoint.folder import Keep, candidates, clean, write_atomically
+from crossbatch.engine.checkpoint.folder import Keep, candidates, clean, find, write_atomically
 from crossbatch.engine.checkpoint.pieces import everything_held, random_state
 from crossbatch.engine.checkpoint.resume import Resumed, resume
 from crossbatch.engine.checkpoint.saver import Outcome, Saver
@@ -38,6 +38,7 @@ __all__ = [
     "check_allowed",
     "clean",
     "everything_held",
+    "find",
     "random_state",
     "read",
     "read_manifest",

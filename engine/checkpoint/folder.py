@@ -58,6 +58,19 @@ def candidates(out: Path, resume: str) -> list[Path]:
     return found
 
 
+def find(path: Path, key: str) -> Path:
+    """The newest checkpoint of a run directory, or the one that `path` is. Raises InputError, naming `key`."""
+    if (path / MANIFEST).is_file():
+        return path
+    found = _newest_first(path / "checkpoints")
+    if not found:
+        raise InputError(
+            f"{key} {path}: {'no checkpoint in it' if path.exists() else 'no such path'}; allowed: a run directory with "
+            f"checkpoints/, or one of its checkpoints/step-N"
+        )
+    return found[0]
+
+
 def commit(aside: Path, folder: Path, step: int, keep: Keep) -> None:
     """Gives the finished checkpoint `aside` its name in `folder`, moves `latest`, and drops what is not to be kept."""
     target = folder / name_of(step)

@@ -1,0 +1,83 @@
+"""Files of weights that other programs write and read: torch's, in which nothing is ever run, and safetensors.
+
+A torch file is a pickle, and a pickle is a program. `read_torch` lets it make tensors, numbers, text, containers of these, and
+the argparse.Namespace that DeiT puts beside its weights, and refuses the file otherwise. Files are written under another
+name first, so an existing one is replaced by a whole one or not at all.
+"""
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from crossbatch import InputError
+
+
+def read_torch(file: Path) -> Any:
+    """What `torch.save` put there, its tensors mapped from the disk. Raises InputError for any file that it cannot be."""
+    try:
+        mapped = _starts_as_a_zip(file)  # files from before torch 1.6 cannot be mapped
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{file}: cannot be read: {_refused(str(error))}") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{file}: cannot be read, it is cut off, damaged or of another kind: {reason}") from None
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata. Raises InputError."""
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read, it is cut off, damaged or of another kind: {error}") from None
+
+
+def write_torch(file: Path, content: Mapping[str, Any], key: str = "--output") -> None:
+    """As `torch.save`, whole or not at all. Raises InputError, naming `key`, if it cannot be written."""
+    _write(file, lambda temporary: torch.save(content, temporary), key)
+
+
+def write_safetensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Whole or not at all. Raises InputError if it cannot be written."""
+    _write(file, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata), "--output")
+
+
+def _write(file: Path, save: Callable[[Path], None], key: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's writer raises RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{key} {file}: cannot be written: {reason}; choose another place") from None
+
+
+def _starts_as_a_zip(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
+
+
+def _refused(message: str) -> str:
+    """torch's page of advice, in a line."""
+    asked = re.search(r"GLOBAL (\S+)", message)
+    if asked:
+        return f"it asks for {asked[1]}, which could run code; nothing of it was run; allowed: a file of tensors"
+    return "it is cut off, damaged or no file of tensors"
