@@ -31,8 +31,8 @@ def run(quick: bool, images: Path | None = None) -> list[Row]:
     pixels, plain = [np.array(image) for image in pil], TwoViews(SIZE)
     cases: dict[str, Any] = {
         "torchvision's transforms": lambda: [plain(image) for image in pil],
-        "ours on PIL": lambda: torchvision_backend.two_views(pil, recipes, 0, 0, indices),
-        "ours on OpenCV": lambda: opencv_backend.two_views(pixels, recipes, 0, 0, indices),
+        "ours on PIL": lambda: torchvision_backend.make_views(pil, recipes, 0, 0, indices),
+        "ours on OpenCV": lambda: opencv_backend.make_views(pixels, recipes, 0, 0, indices),
     }
     if torch.cuda.is_available():
         cases["colours and blur in Triton"] = _triton(pixels, indices)

@@ -1,9 +1,9 @@
 """Decoding, crop and resize by NVIDIA DALI: on a GPU (with its JPEG decoder where it has one), or in DALI's CPU threads.
 
-    keys -> read (threads) -> parameters (recipe.draw) -> DALI: decode once, both crops -> colours -> Piece
+    keys -> read (threads) -> parameters (recipe.draw) -> DALI: decode once, the crops -> colours -> Piece
 
 DALI draws nothing: the windows come from the recipe, like everything else, so the same images get the same crops as from the
-other backends. The colours follow in colours_cuda.py on a GPU, as in opencv_backend.py on a CPU. DALI has operators for
+other backends. The colours follow in colour_cuda.py on a GPU, as in opencv_backend.py on a CPU. DALI has operators for
 them, but its hue and saturation are a matrix in YIQ, not HSV, and its CPU operators take longer than OpenCV's.
 
 What DALI may not read as PIL does (see jpeg.py) reaches it as a BMP that PIL decoded; and if DALI refuses a file all the same,
@@ -14,7 +14,7 @@ Pieces are prepared by a thread that the trainer does not wait for (loader.py); 
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,8 @@ class _Job:
     """A piece on its way through DALI; `images` is empty if nothing could be read."""
 
     epoch: int
-    indices: np.ndarray
+    asked: np.ndarray  # int64 [m], as the order gave them: the keys of the augmentation
+    read: np.ndarray  # int64 [m], of `images`
     images: list[Encoded]
     broken: list[Broken]
     parameters: list[ViewParameters]  # one per view
@@ -66,7 +67,7 @@ class DaliPieces:
         recipes: one per view.
         seed: of the augmentation.
         threads: that read files, and those of DALI.
-        device: where the views come into being: uint8 [2, m, 3, H, W], stored channels last.
+        device: where the views come into being: uint8 [v, m, 3, H, W], stored channels last.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class DaliPieces:
         self._reading: deque[tuple[int, np.ndarray, list[Future]]] = deque()
         self._jobs: deque[_Job] = deque()
         self._pipeline: Any = self._build()
+        self._colour = _gpu_colours() if device.type == "cuda" else self._colour_on_cpu
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -103,25 +105,26 @@ class DaliPieces:
     def _next_job(self) -> _Job | None:
         while len(self._reading) < _READ_AHEAD and (key := next(self._keys, None)) is not None:
             epoch, indices = key
-            self._reading.append((epoch, indices, [self._pool.submit(self._open, int(i)) for i in indices]))
+            futures = [self._pool.submit(open_or_replace, self.source, int(index), encoded) for index in indices]
+            self._reading.append((epoch, indices, futures))
         if not self._reading:
             return None
         epoch, indices, futures = self._reading.popleft()
         return self._job(epoch, indices, [future.result() for future in futures])
 
-    def _open(self, index: int, reader=None) -> tuple[Encoded | None, list[Broken]]:
-        return open_or_replace(self.source, index, reader or encoded)
-
-    def _job(self, epoch: int, indices: np.ndarray, opened: list[tuple[Encoded | None, list[Broken]]]) -> _Job:
+    def _job(
+        self, epoch: int, asked: np.ndarray, opened: list[tuple[tuple[int, Encoded] | None, list[Broken]]]
+    ) -> _Job:
         broken = [one for _, some in opened for one in some]
-        images = [image for image, _ in opened if image is not None]
-        if len(images) < len(indices):
-            return _Job(epoch, indices, [], broken, [])
+        found = [image for image, _ in opened if image is not None]
+        if len(found) < len(asked):
+            return _Job(epoch, asked, asked[:0], [], broken, [])
+        read, images = np.array([index for index, _ in found], dtype=np.int64), [image for _, image in found]
         heights, widths = np.array([(image.height, image.width) for image in images], dtype=np.int64).T
         parameters = [
-            draw(recipe, self.seed, epoch, indices, view, heights, widths) for view, recipe in enumerate(self.recipes)
+            draw(recipe, self.seed, epoch, asked, view, heights, widths) for view, recipe in enumerate(self.recipes)
         ]
-        return _Job(epoch, indices, images, broken, parameters)
+        return _Job(epoch, asked, read, images, broken, parameters)
 
     def _schedule(self, job: _Job) -> None:
         if not job.images:
@@ -136,22 +139,24 @@ class DaliPieces:
 
     def _finished(self, job: _Job) -> Piece:
         if not job.images:
-            return Piece(None, job.indices, job.broken)
+            return Piece(None, job.read, job.broken)
         try:
             crops = self._pipeline.share_outputs()
         except (RuntimeError, IndexError):
             job = self._start_again()
+            if not job.images:
+                return Piece(None, job.read, job.broken)
             crops = self._pipeline.share_outputs()
         views = self._coloured([crops[view].as_tensor() for view in range(len(self.recipes))], job)
         self._pipeline.release_outputs()
-        return Piece(views, job.indices, job.broken)
+        return Piece(views, job.read, job.broken)
 
     def _start_again(self) -> _Job:
         """A pipeline that raised is of no more use: a new one takes over its jobs, the first of them as PIL decodes it."""
         self._pipeline = self._build()
         first = self._jobs[0]
-        opened = [self._open(int(index), encoded_by_pil) for index in first.indices]
-        self._jobs[0] = self._job(first.epoch, first.indices, opened)
+        opened = [open_or_replace(self.source, int(index), encoded_by_pil) for index in first.asked]
+        self._jobs[0] = self._job(first.epoch, first.asked, opened)
         for job in self._jobs:
             self._schedule(job)
         return self._jobs[0]
@@ -160,19 +165,16 @@ class DaliPieces:
         size = self.recipes[0].image_size
         views = torch.empty((len(self.recipes), len(job.images), size, size, 3), dtype=torch.uint8, device=self.device)
         for out, crop, p, recipe in zip(views, crops, job.parameters, self.recipes, strict=True):
-            if self.device.type == "cuda":
-                from crossbatch.data.colour_cuda import colour_view
-
-                colour_view(torch.from_dlpack(crop), p, recipe, out)
-                torch.cuda.current_stream().synchronize()  # DALI may now overwrite `crop`
-                continue
-            pixels = np.asarray(crop)
-
-            def row(i: int, out=out, pixels=pixels, p=p, recipe=recipe) -> None:
-                out[i] = torch.from_numpy(colour(pixels[i], p, i, recipe.solarize_threshold))
-
-            list(self._pool.map(row, range(len(pixels))))
+            self._colour(crop, p, recipe, out)
         return views.permute(0, 1, 4, 2, 3)
+
+    def _colour_on_cpu(self, crop: Any, p: ViewParameters, recipe: ViewRecipe, out: torch.Tensor) -> None:
+        pixels = np.asarray(crop)
+
+        def row(i: int) -> None:
+            out[i] = torch.from_numpy(colour(pixels[i], p, i, recipe.solarize_threshold))
+
+        list(self._pool.map(row, range(len(pixels))))
 
     def _build(self) -> Any:
         gpu = self.device.type == "cuda"
@@ -212,14 +214,28 @@ def _graph(num_views: int, image_size: int, device: str):
     )
 
 
+def _gpu_colours() -> Callable[[Any, ViewParameters, ViewRecipe, torch.Tensor], None]:
+    from crossbatch.data.colour_cuda import colour_view  # not above: Triton may be missing where there is no GPU
+
+    def colours(crop: Any, p: ViewParameters, recipe: ViewRecipe, out: torch.Tensor) -> None:
+        colour_view(torch.from_dlpack(crop), p, recipe, out)
+        torch.cuda.current_stream().synchronize()  # DALI may now overwrite `crop`
+
+    return colours
+
+
 def encoded(source: Source, index: int) -> Encoded:
     """Image `index` for DALI: its file, if that is an ordinary JPEG. Raises what `source.open` raises for a damaged one."""
     data = source.read(index)
     size = jpeg_size(data)
-    return encoded_by_pil(source, index) if size is None else Encoded(data, *size)
+    return _as_bmp(data) if size is None else Encoded(data, *size)
 
 
 def encoded_by_pil(source: Source, index: int) -> Encoded:
     """Image `index` as a BMP of what PIL sees in it."""
-    image = decode(source.read(index))
+    return _as_bmp(source.read(index))
+
+
+def _as_bmp(data: bytes) -> Encoded:
+    image = decode(data)
     return Encoded(encode_bmp(image), image.height, image.width)

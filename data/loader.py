@@ -6,7 +6,7 @@ the whole run and prefetching does not stop at their ends, where the ordinary lo
 a batch that costs seconds per epoch. Asking for the position where the stream stands continues it; asking for any other
 starts a new one there.
 
-    Order.batch(epoch, step) -> cut into pieces -> open, two views -> put together -> Batch
+    Order.batch(epoch, step) -> cut into pieces -> open, make views -> put together -> Batch
                                                    in processes       in a thread
                                                    or DALI's threads
 
@@ -39,15 +39,13 @@ _NAMED = 5  # broken images named in a message
 class Batch:
     """One rank's share of one step."""
 
-    views: (
-        torch.Tensor
-    )  # uint8 [2, n, 3, H, W], stored channels last; on the GPU with DALI, else pinned where there is one
-    indices: np.ndarray  # int64 [n], as the order gave them, also where an image was replaced
+    views: torch.Tensor  # uint8 [v, n, 3, H, W], channels last; on the GPU with DALI, else pinned where there is one
+    indices: np.ndarray  # int64 [n], of the images in `views`: where one was broken, of the one that replaces it
     skipped: list[str]  # names of the broken images met in this batch
 
 
 class TrainLoader:
-    """Two augmented views of every image, in `order`.
+    """Augmented views of every image, in `order`: v of them, by v recipes (two to contrast, one to classify).
 
     Args:
         source: the images; must pickle if `workers` > 0.

@@ -26,12 +26,12 @@ def open_image(source: Source, index: int) -> np.ndarray:
     return np.array(source.open(index))  # a copy that torch may have
 
 
-def two_views(
+def make_views(
     images: Sequence[np.ndarray], recipes: Sequence[ViewRecipe], seed: int, epoch: int, indices: np.ndarray
 ) -> torch.Tensor:
-    """The views of n decoded images: uint8 [2, n, 3, H, W] (stored channels last), view v by `recipes[v]`.
+    """The views of n decoded images: uint8 [v, n, 3, H, W] (stored channels last), view v by `recipes[v]`.
 
-    `indices` [n] are the keys of the augmentation, as in torchvision_backend.two_views.
+    `indices` [n] are the keys of the augmentation, as in torchvision_backend.make_views.
     """
     heights, widths = np.array([image.shape[:2] for image in images], dtype=np.int64).reshape(-1, 2).T
     size = recipes[0].image_size

@@ -1,4 +1,4 @@
-"""What a worker process does: read a few images, make their views, replace the broken ones.
+"""What a worker process does: read a few images, make their views, replace the broken ones (those that raise OSError).
 
 A piece is at most 64 images of one rank's batch. Workers take pieces, not batches, so that all of them work on the
 batch that the step waits for; one worker per batch would deliver the first batch of 4096 images after minutes.
@@ -8,9 +8,7 @@ import math
 import multiprocessing
 import os
 import signal
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +16,6 @@ from typing import Any, TypeVar
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from crossbatch.data import opencv_backend, torchvision_backend
 from crossbatch.data.recipe import ViewRecipe
@@ -29,8 +26,6 @@ Opened = TypeVar("Opened")  # an image as a backend wants it
 
 MAX_PIECE = 64
 _MAX_TRIES = 16  # broken images in a row before a piece is given up
-# What PIL raises for damaged files, by format and damage (UnidentifiedImageError is an OSError).
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -43,15 +38,15 @@ class Broken:
 
 @dataclass
 class Piece:
-    """`views` is uint8 [2, m, 3, H, W] (training) or [m, 3, H, W] (evaluation), and None if nothing could be read."""
+    """`views` is uint8 [v, m, 3, H, W] (training) or [m, 3, H, W] (evaluation), and None if nothing could be read."""
 
     views: torch.Tensor | None
-    indices: np.ndarray
+    indices: np.ndarray  # int64 [m], of the images in `views`
     broken: list[Broken]
 
 
 class TrainPieces:
-    """A map-style dataset whose "index" is (epoch, image indices): the two views of these images."""
+    """A map-style dataset whose "index" is (epoch, image indices): the views of these images."""
 
     def __init__(self, source: Source, recipes: Sequence[ViewRecipe], seed: int, backend: str):
         self.source, self.recipes, self.seed, self.backend = source, recipes, seed, backend
@@ -59,14 +54,16 @@ class TrainPieces:
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Piece:
         epoch, indices = key
         backend = opencv_backend if self.backend == "opencv" else torchvision_backend
-        images, broken = [], []
+        read, images, broken = [], [], []
         for index in indices:
-            image, failures = open_or_replace(self.source, int(index), backend.open_image)
+            found, failures = open_or_replace(self.source, int(index), backend.open_image)
             broken += failures
-            if image is None:
-                return Piece(None, indices, broken)
-            images.append(image)
-        return Piece(backend.two_views(images, self.recipes, self.seed, epoch, indices), indices, broken)
+            if found is None:
+                return Piece(None, indices[:0], broken)
+            read.append(found[0])
+            images.append(found[1])
+        views = backend.make_views(images, self.recipes, self.seed, epoch, indices)
+        return Piece(views, np.array(read, dtype=np.int64), broken)
 
 
 class EvaluationPieces:
@@ -79,17 +76,20 @@ class EvaluationPieces:
         views, kept, broken = [], [], []
         for index in indices:
             try:
-                views.append(evaluation_image(self.source.open(int(index)), self.image_size))
-                kept.append(index)
-            except _BROKEN as error:
+                image = self.source.open(int(index))
+            except OSError as error:
                 broken.append(_describe(self.source, int(index), error))
+                continue
+            views.append(evaluation_image(image, self.image_size))
+            kept.append(index)
         return Piece(torch.stack(views) if views else None, np.array(kept, dtype=np.int64), broken)
 
 
 def open_or_replace(
     source: Source, index: int, open_image: Callable[[Source, int], Opened]
-) -> tuple[Opened | None, list[Broken]]:
-    """Image `index`, or the first after it that `open_image` can read (None after 16 tries), and the broken ones on the way.
+) -> tuple[tuple[int, Opened] | None, list[Broken]]:
+    """The first image from `index` on that `open_image` can read, with its index (None after 16 tries), and the broken ones
+    before it.
 
     The next index, not a random one: any rule serves that depends on the index alone, and this one can be checked by
     hand.
@@ -98,13 +98,13 @@ def open_or_replace(
     for offset in range(min(_MAX_TRIES, len(source))):
         candidate = (index + offset) % len(source)
         try:
-            return open_image(source, candidate), broken
-        except _BROKEN as error:
+            return (candidate, open_image(source, candidate)), broken
+        except OSError as error:
             broken.append(_describe(source, candidate, error))
     return None, broken
 
 
-def _describe(source: Source, index: int, error: Exception) -> Broken:
+def _describe(source: Source, index: int, error: OSError) -> Broken:
     return Broken(source.name(index), f"{type(error).__name__}: {error}")
 
 

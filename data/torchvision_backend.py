@@ -1,6 +1,6 @@
 """Applies a recipe with PIL, to the bit as torchvision does: the reference for the faster backends.
 
-An image is decoded once and both views come from the decoded image. It stays a PIL image until blurred, because the
+An image is decoded once and all views come from the decoded image. It stays a PIL image until blurred, because the
 originals augment with PIL: its rounding to 8 bits between operations and its Gaussian blur (a sum of box blurs) are
 part of the recipe. The result is that of torchvision.transforms.v2.functional on PIL images (tests/data/ writes that
 composition out and compares bits), but at CIFAR's size most of torchvision's time is Python around PIL's kernels:
@@ -26,10 +26,10 @@ def open_image(source: Source, index: int) -> Image.Image:
     return source.open(index)
 
 
-def two_views(
+def make_views(
     images: Sequence[Image.Image], recipes: Sequence[ViewRecipe], seed: int, epoch: int, indices: np.ndarray
 ) -> torch.Tensor:
-    """The views of n decoded images (RGB): uint8 [2, n, 3, H, W], view v by `recipes[v]`.
+    """The views of n decoded images (RGB): uint8 [v, n, 3, H, W], view v by `recipes[v]`.
 
     `indices` [n] are the keys of the augmentation; they need not be where the images came from (a replaced broken
     image).

@@ -82,6 +82,21 @@ def test_views_agree_with_the_reference(photos, backend):
     assert other.mean() > 0.05  # different views differ by more
 
 
+@pytest.mark.parametrize("backend", ["torchvision", *FAST])
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_view_to_classify_and_three_of_repeated_augmentation(photos, backend, count):
+    recipes = (VIEWS[1], VIEWS[1], VIEWS[0])[:count]
+    batch = read(photos, backend, recipes)[0]
+    images = [open_source(photos, "train").open(int(index)) for index in batch.indices]
+    widths, heights = np.array([image.size for image in images]).T
+    assert batch.views.shape == (count, 24, 3, SIZE, SIZE)
+    for view, recipe in enumerate(recipes):
+        p = draw(recipe, 3, 1, batch.indices, view, heights, widths)
+        want = np.stack([torchvision_backend.augment(image, p, row, SIZE) for row, image in enumerate(images)])
+        apart = np.abs(batch.views[view].permute(0, 2, 3, 1).numpy().astype(int) - want).mean((1, 2, 3)) / 255
+        assert apart.max() < (0.02 if backend != "torchvision" else 1e-9)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("backend", [DALI])
@@ -126,14 +141,16 @@ def test_the_same_images_are_broken_and_replaced_alike(tmp_path, backend):
             (folder / f"{number:04}_then.jpg").write_bytes(encoded(photo(number, 60, 50), "JPEG"))
     tiny = tuple(replace(recipe, image_size=16) for recipe in VIEWS)
     want, found = (read(tmp_path, name, tiny, batch=63) for name in ("torchvision", backend))
-    broken = [name for batch in want for name in batch.skipped]
+    source, broken = open_source(tmp_path, "train"), [name for batch in want for name in batch.skipped]
     assert len(broken) > 100 and not any(name.split("_", 1)[1] in WHOLE for name in broken)
     assert [name for batch in found for name in batch.skipped] == broken
+    assert all(np.array_equal(a.indices, b.indices) for a, b in zip(found, want, strict=True))
     # Decoders fill in damaged parts of a picture each in their own way; whole pictures agree.
     close = difference(found, want) < 0.02
     assert close.float().mean() > 0.9
     for batch, rows in zip(want, close.all(1), strict=True):
-        names = [open_source(tmp_path, "train").name(int(index)) for index in batch.indices]
+        names = [source.name(int(index)) for index in batch.indices]
+        assert not set(names) & set(broken)
         assert all(
             rows[i] for i, name in enumerate(names) if name.endswith("then.jpg") or name.split("_", 1)[1] in WHOLE
         )
@@ -145,6 +162,22 @@ def test_dali_that_refuses_a_file_gets_what_pil_sees(photos, monkeypatch):
     want = read(photos, "dali")
     monkeypatch.setattr(dali_backend, "encoded", lambda source, index: dali_backend.Encoded(os.urandom(64), 60, 60))
     assert difference(read(photos, "dali"), want).max() < 0.005
+
+
+def test_dali_reads_a_file_once(tmp_path):
+    """Also one that PIL must decode for it."""
+    dali_backend = pytest.importorskip("crossbatch.data.dali_backend")
+
+    class Counted:
+        reads = 0
+
+        def read(self, index: int) -> bytes:
+            self.reads += 1
+            return encoded(photo(index, 40, 30), "PNG")
+
+    source = Counted()
+    image = dali_backend.encoded(source, 0)
+    assert (source.reads, image.height, image.width, image.data[:2]) == (1, 30, 40, b"BM")
 
 
 @pytest.mark.parametrize("blur", [0.0, 1.0])

@@ -14,6 +14,7 @@ import torch
 
 from crossbatch import RunStopped
 from crossbatch.data import stream
+from crossbatch.data.decode import BrokenImage
 from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
 from crossbatch.data.order import Order
 from crossbatch.data.pieces import cut
@@ -25,9 +26,9 @@ RECIPES = moco_v3_views(8, 0.2)
 
 
 class Damaged(Synthetic):
-    """Synthetic images of which some raise what PIL raises."""
+    """Synthetic images of which some raise, as damaged files do."""
 
-    def __init__(self, count: int, broken: dict[int, BaseException], size: int = 12):
+    def __init__(self, count: int, broken: dict[int, Exception], size: int = 12):
         super().__init__(count, size)
         self.broken = broken
 
@@ -128,18 +129,19 @@ def test_the_global_random_stream_is_left_alone():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_replaced_by_the_next(workers):
-    broken = {7: OSError("image file is truncated"), 8: SyntaxError("not a PNG file"), 99: ValueError("bad")}
+    broken = {7: OSError("disk"), 8: BrokenImage("truncated"), 99: FileNotFoundError("gone")}
     whole, damaged = Synthetic(100, 12), make(workers, Damaged(100, broken), batch=50, max_skipped_fraction=0.1)
     seen, skipped = {}, []
-    for batch in damaged.epoch(0):
+    for step, batch in enumerate(damaged.epoch(0)):
         skipped += batch.skipped
-        for row, index in enumerate(batch.indices):
+        for row, index in enumerate(damaged.order.batch(0, step)):
             seen[int(index)] = (batch, row)
     damaged.close()
     assert sorted(skipped) == sorted(whole.name(index) for index in (7, 8, 8, 99))  # 7 meets 8 on the way to 9
     assert damaged.images_skipped == 4 and damaged.images_read == 100
     for index, replacement in ((7, 9), (8, 9), (99, 0), (20, 20)):
         batch, row = seen[index]
+        assert batch.indices[row] == replacement and batch.indices.dtype == np.int64
         p = draw(RECIPES[0], 9, 0, np.array([index]), 0, np.array([12]), np.array([12]))  # its own augmentation
         expected = augment(whole.open(replacement), p, 0, 8)
         assert np.array_equal(batch.views[0, row].permute(1, 2, 0).numpy(), expected), index
@@ -179,9 +181,12 @@ def test_a_run_of_broken_images_stops_the_run():
         next(damaged.epoch(0))
 
 
-def test_a_programming_error_is_not_a_broken_image():
-    with pytest.raises(ZeroDivisionError):
-        next(make(0, Damaged(24, {3: ZeroDivisionError()})).epoch(0))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), ValueError("of the program")])
+def test_a_programming_error_is_not_a_broken_image(error):
+    with pytest.raises(type(error)):
+        next(make(0, Damaged(24, {3: error})).epoch(0))
+    with pytest.raises(type(error)):
+        list(EvaluationLoader(Damaged(4, {3: error}), 16, np.arange(4), batch_size=2, workers=0))
 
 
 def test_a_dying_worker_is_an_error_not_a_hang():

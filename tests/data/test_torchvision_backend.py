@@ -11,7 +11,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms import functional as TF
 
 from crossbatch.data.recipe import ViewParameters, draw, moco_v3_views
-from crossbatch.data.torchvision_backend import augment, evaluation_image, two_views
+from crossbatch.data.torchvision_backend import augment, evaluation_image, make_views
 
 RECIPES = moco_v3_views(32, 0.2)
 
@@ -67,7 +67,7 @@ def test_solarize_threshold():
 def test_two_views_are_the_views_of_each_image():
     images = [photo(0), photo(1, (20, 90)), photo(2, (1, 1))]
     indices = np.array([5, 900, 2])
-    views = two_views(images, RECIPES, 3, 4, indices)
+    views = make_views(images, RECIPES, 3, 4, indices)
     assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8 and views.is_contiguous()
     sizes = np.array([37, 90, 1]), np.array([45, 20, 1])
     for view in range(2):
@@ -81,7 +81,7 @@ def test_two_views_are_the_views_of_each_image():
 def test_the_source_image_is_not_changed():
     image = photo(0)
     before = image.tobytes()
-    two_views([image] * 8, RECIPES, 0, 0, np.arange(8))
+    make_views([image] * 8, RECIPES, 0, 0, np.arange(8))
     assert image.tobytes() == before
 
 
