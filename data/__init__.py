@@ -10,8 +10,9 @@ Three questions, kept apart, each answered in one file:
   colour_cuda.py. loader.py, stream.py and pieces.py run them ahead of the training.
 
 Beside them stands what images there are: sources.py opens a path (location.py parses it); image_folder.py, shards.py,
-cifar.py, synthetic.py and shapes.py are the kinds of source; decode.py says what an image file means, listing.py keeps what
-was found in a folder. shard_scan.py, shard_index.py and shard_writer.py belong to shards.py.
+cifar.py, flowers.py, pets.py, synthetic.py and shapes.py are the kinds of source; decode.py says what an image file means,
+listing.py keeps what was found in a folder. image_list.py belongs to flowers.py and pets.py; shard_scan.py, shard_index.py
+and shard_writer.py belong to shards.py.
 
 Where the next thing goes: another kind of source, in its own file, with a branch in sources.py and location.py; another
 backend, in its own file, with parameters from recipe.draw, so that tests/data/test_backends.py compares it to PIL view by

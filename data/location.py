@@ -13,6 +13,8 @@ _OPTIONS: dict[str, dict[str, int | None]] = {  # of each scheme, with their def
     "shapes": {"train": 4000, "val": 800, "size": 64, "seed": 0},
     "cifar10": {},
     "cifar100": {},
+    "flowers": {},
+    "pets": {},
 }
 _EXAMPLES = {"shapes": "shapes://runs/shapes?train=4000&val=800"}
 

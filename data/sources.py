@@ -3,6 +3,8 @@
     /some/folder                                  a folder with train/ and, to evaluate on, val/ or test/. In these lie
                                                   <class>/<image> (image_folder.py), or tar shards (shards.py)
     cifar10://DIR, cifar100://DIR                 torchvision's files in DIR; `prepare` downloads them (cifar.py)
+    flowers://DIR, pets://DIR                     Flowers-102 and Oxford-IIIT Pets as their authors pack them (flowers.py,
+                                                  pets.py)
     synthetic://1000?size=64&classes=10           1000 images computed from their index (synthetic.py); no disk
     shapes://DIR?train=4000&val=800&size=64       DIR, after `prepare` wrote small labelled drawings there (shapes.py)
 
@@ -18,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from crossbatch import InputError
-from crossbatch.data import cifar, shapes
+from crossbatch.data import cifar, flowers, pets, shapes
 from crossbatch.data.image_folder import ImageFolder, list_classes
 from crossbatch.data.location import Location, parse
 from crossbatch.data.shard_index import list_shards
@@ -26,7 +28,15 @@ from crossbatch.data.shards import Shards
 from crossbatch.data.synthetic import Synthetic
 
 SPLITS = {"train": ("train",), "eval": ("val", "test")}  # the folders a split may lie in, the first that exists
-_GENERATED = ("synthetic", "cifar10", "cifar100")  # sources that always have both splits
+_WITH_BOTH_SPLITS = ("synthetic", "cifar10", "cifar100", "flowers", "pets")
+_TELL_TALES = {  # what a folder holds that is opened by a scheme
+    "cifar-10-batches-py": "cifar10",
+    "cifar-100-python": "cifar100",
+    "setid.mat": "flowers",
+    flowers.LAYOUT.folder: "flowers",
+    "annotations/trainval.txt": "pets",
+    pets.LAYOUT.folder: "pets",
+}
 _TREE = (
     "expected\n"
     "  {root}/train/<class>/<image>.jpg   (jpg, jpeg, png, webp, bmp)\n"
@@ -84,7 +94,7 @@ def prepare(path: str | Path, key: str = "crossbatch.data.path", cache: Path | N
 def has_evaluation_split(path: str | Path, key: str = "crossbatch.data.path") -> bool:
     """Whether `open_source(path, "eval")` has something to open."""
     location = parse(path, key)
-    return location.scheme in _GENERATED or any(Path(location.target, name).is_dir() for name in SPLITS["eval"])
+    return location.scheme in _WITH_BOTH_SPLITS or any(Path(location.target, name).is_dir() for name in SPLITS["eval"])
 
 
 def open_source(path: str | Path, split: str, key: str = "crossbatch.data.path", cache: Path | None = None) -> Source:
@@ -102,6 +112,10 @@ def open_source(path: str | Path, split: str, key: str = "crossbatch.data.path",
         return _open_synthetic(location, split)
     if location.scheme in ("cifar10", "cifar100"):
         return cifar.Cifar(location.scheme, location.target, split, key)
+    if location.scheme == "flowers":
+        return flowers.open_flowers(location.target, split, key)
+    if location.scheme == "pets":
+        return pets.open_pets(location.target, split, key)
     root = Path(location.target)
     folder = _split_folder(root, split, key)
     source = _open_folder(folder, key, cache)
@@ -127,9 +141,9 @@ def _split_folder(root: Path, split: str, key: str) -> Path:
     for name in SPLITS[split]:
         if (root / name).is_dir():
             return root / name
-    for scheme, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
-        if (root / folder).is_dir():
-            raise InputError(f"{key}: {root} holds CIFAR as torchvision stores it; give {scheme}://{root}")
+    for part, scheme in _TELL_TALES.items():
+        if (root / part).exists():
+            raise InputError(f"{key}: {root} holds {part} but no folder 'train'; give {scheme}://{root}")
     found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
     wanted = " or ".join(f"'{name}'" for name in SPLITS[split])
     raise InputError(f"{key}: {root} has no folder {wanted} (it holds: {found}); {tree}")

@@ -73,7 +73,8 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str | None = key(
-        None, "folder with train/ and, for k-NN, val/ or test/; or cifar10://, cifar100://, synthetic://, shapes://"
+        None,
+        "folder with train/ and, for k-NN, val/ or test/; or cifar10://, cifar100://, flowers://, pets://, synthetic://, shapes://",
     )
     backend: Literal["auto", "dali", "opencv", "torchvision"] = key(
         "auto", "who decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
