@@ -103,3 +103,21 @@ def one_rank(pools):
 @pytest.fixture(scope="session")
 def two_ranks(pools):
     return pools(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(two_ranks, tmp_path_factory):
+    """`tiny_runs("resnet")` or `("vit")`: a run of two steps at 16 px, sharded over two ranks by FSDP2."""
+    from tests.engine.test_equivalence import ADAMW, LARS, RESNET, VIT, fsdp
+    from tests.engine.test_faults import run
+
+    settings = {"resnet": [*RESNET, *LARS, *fsdp(3)], "vit": [*VIT, *ADAMW, *fsdp(1)]}
+    folders = {}
+
+    def get(name: str):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("runs") / name
+            assert two_ranks.run(run, settings[name], str(folders[name]), 2) == ["", ""]
+        return folders[name]
+
+    return get

@@ -182,6 +182,10 @@ def _fits(value: Any, option: Any) -> tuple[bool, Any]:
     if get_origin(option) is Literal:
         return (not isinstance(value, bool) and value in get_args(option)), value
     if get_origin(option) is tuple:
+        kind, *rest = get_args(option)
+        if rest == [...]:
+            some = isinstance(value, (list, tuple)) and len(value) > 0 and all(_fits(v, kind)[0] for v in value)
+            return some, tuple(value) if some else value
         length = len(get_args(option))
         numbers = isinstance(value, (list, tuple)) and len(value) == length and all(_fits(v, float)[0] for v in value)
         return numbers, tuple(float(v) for v in value) if numbers else value
@@ -219,7 +223,8 @@ def describe_allowed(options: tuple[Any, ...], bounds: Mapping[str, Any]) -> str
         if get_origin(option) is Literal:
             words += [json.dumps(choice) for choice in get_args(option)]
         elif get_origin(option) is tuple:
-            words.append(f"a list of {len(get_args(option))} numbers")
+            length = "" if get_args(option)[-1] is ... else f"{len(get_args(option))} "
+            words.append(f"a list of {length}numbers")
         elif option is not type(None):
             names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
             words.append(names.get(option, "a JSON object"))

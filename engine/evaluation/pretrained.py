@@ -31,7 +31,7 @@ from crossbatch.models.backbones import ARCHS, Backbone, family
 from crossbatch.models.vit import ViT
 
 NOTE = "crossbatch"  # under which an exported file says what its network is
-PROBE = "linear probe"  # what a file of `engine.evaluation.linear` says that it is
+PROBE, PROBE_FILE = "linear probe", "probe.pt"  # what a file of `linear_results` says that it is, and its name
 CLASSIFIERS = ("fc", "head", "head_dist")  # of torchvision, timm and DeiT; in an original file, the projector
 
 
@@ -121,7 +121,7 @@ def load_pretrained(
     weights = read_weights(Path(path), encoder, key)
     arch, stem, args = _network(weights, arch, stem, backbone_args, where)
     size = _native_size(weights, arch, args)
-    backbone = _built(arch, image_size or size, stem, args)
+    backbone = _built(arch, image_size or size, stem, args, where)
     _check_heads(weights, backbone, arch, args, where)
     notes = _fit_positions(weights, backbone)
     missing = _load(backbone, weights, arch, where)
@@ -172,7 +172,7 @@ def read_weights(path: Path, encoder: str, key: str) -> Weights:
 
 
 def _of_a_run(path: Path, encoder: str, key: str) -> Weights:
-    if (path / "probe.pt").is_file():
+    if (path / PROBE_FILE).is_file():
         raise InputError(
             f"{key} {path}: is the folder of a linear probe; give the checkpoint that the probe was made on"
         )
@@ -282,11 +282,11 @@ def _native_size(weights: Weights, arch: str, args: Mapping[str, Any]) -> int:
     return weights.image_size or 224
 
 
-def _built(arch: str, image_size: int, stem: str, args: dict[str, Any]) -> Backbone:
+def _built(arch: str, image_size: int, stem: str, args: dict[str, Any], where: str) -> Backbone:
     try:
         return build_backbone(arch, image_size, stem, backbone_args=args)
     except ValueError as error:
-        raise InputError(f"crossbatch.{error}") from None
+        raise InputError(f"{where}: crossbatch.{error}") from None
 
 
 def _heads(backbone: Backbone) -> int | None:

@@ -1,0 +1,129 @@
+"""Features of whole data sets by a network that does not change meanwhile, spread over the ranks.
+
+Who has the network is asked for `embed`: normalised images [m, 3, H, W] on the device -> features [m, C]. In training that is
+the sharded model, which gathers its parameters at every call; outside it is a plain backbone. Hence the one rule here: all
+ranks call `embed` equally often.
+
+Shapes: N images, C features, W ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from crossbatch import InputError
+from crossbatch.data import EvaluationLoader, Source, evaluation_share, has_evaluation_split, normalize, open_source
+from crossbatch.models.collective import Collective
+
+Embed = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Rows:
+    """Features of some images of a source, in its order."""
+
+    features_NC: torch.Tensor  # fp32
+    labels_N: torch.Tensor  # int64
+    indices_N: torch.Tensor  # int64, in the source
+    skipped: list[str]  # names of the broken images among them, which have no row
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read and shown to the network."""
+
+    image_size: int
+    batch_size: int  # of a rank
+    workers: int
+    device: torch.device
+
+
+def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Source, Source]:
+    """Training and evaluation images of `crossbatch.data.path`, after `prepare`.
+
+    Raises InputError if one is missing or empty, or if a label has no class.
+    """
+    key = "crossbatch.data.path"
+    if path is None:
+        raise InputError(f"{key}: not given; allowed: a folder with train/ and val/ or test/; give it with --data DIR")
+    train = open_source(path, "train", cache=cache)
+    if not has_evaluation_split(path):
+        raise InputError(f"{key}: {path} has no val/ and no test/, whose images are to be recognised; add one")
+    evaluation = open_source(path, "eval", cache=cache)
+    for split, source in (("training", train), ("evaluation", evaluation)):
+        _check_labels(source, len(train.class_names), f"{key}: {path}: the {split} images")
+    return train, evaluation
+
+
+def _check_labels(source: Source, num_classes: int, where: str) -> None:
+    labels = source.labels
+    if not (labels >= 0).any():
+        raise InputError(f"{where}: none that has a label; add some")
+    wrong = np.flatnonzero((labels < -1) | (labels >= num_classes))  # -1: cannot be read, and is left out
+    if len(wrong):
+        first = int(wrong[0])
+        raise InputError(
+            f"{where}: {len(wrong)} labels out of range, the first {int(labels[first])} of {source.name(first)}; allowed: "
+            f"0 to {num_classes - 1}, as there are {num_classes} classes"
+        )
+
+
+@torch.no_grad()
+def extract(
+    embed: Embed,
+    source: Source,
+    indices: np.ndarray,
+    reading: Reading,
+    collective: Collective,
+    advance: Callable[[int], None] | None = None,
+) -> Rows:
+    """This rank's share of the rows of `indices`, by the images' central views; every rank must call it.
+
+    All ranks make the same number of forward passes; a rank that has run out of images repeats its last ones and throws the
+    result away. `advance` is told how many images of this rank came in. A broken image has no row.
+    """
+    mine = indices[evaluation_share(len(indices), collective.world_size, collective.rank)]
+    largest_share = -(-len(indices) // collective.world_size)
+    loader = EvaluationLoader(source, reading.image_size, mine, reading.batch_size, reading.workers)
+    batches = iter(loader)
+    images = torch.zeros(1, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
+    features, read = [], [mine[:0]]
+    for _ in range(-(-largest_share // reading.batch_size)):
+        images, numbers = next(batches, (images, None))
+        output = embed(prepared(images, reading.device)).float()
+        features.append(output[:0] if numbers is None else output)
+        if numbers is not None:
+            read.append(numbers)
+            if advance is not None:
+                advance(len(numbers))
+    next(batches, None)  # lets the loader end its workers
+    numbers = np.concatenate(read)
+    labels, numbers = (torch.as_tensor(array, device=reading.device) for array in (source.labels[numbers], numbers))
+    return Rows(torch.cat(features), labels, numbers, loader.skipped)
+
+
+def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 [m, 3, H, W] as a backbone takes them."""
+    return normalize(images.to(device, non_blocking=True)).to(memory_format=torch.channels_last)
+
+
+def gathered(rows: Rows, collective: Collective) -> Rows:
+    """All ranks' rows, in the order of the ranks, on every rank. Names of broken images stay with the rank that met them."""
+    if collective.world_size == 1:
+        return rows
+    counts = collective.all_gather(torch.tensor([len(rows)], device=rows.labels_N.device)).flatten().tolist()
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        """Shares differ in length, so they are padded to the longest one and cut again."""
+        padding = (0, 0) * (tensor.dim() - 1) + (0, max(counts) - len(tensor))
+        padded = collective.all_gather(F.pad(tensor, padding))
+        return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
+
+    return Rows(whole(rows.features_NC), whole(rows.labels_N), whole(rows.indices_N), rows.skipped)

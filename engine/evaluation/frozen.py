@@ -1,0 +1,53 @@
+"""A pretrained backbone that nothing may change: no gradient, running statistics as they are, and a check that it held."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from crossbatch import InputError
+from crossbatch.engine.config.probe import FrozenModelConfig
+from crossbatch.engine.evaluation.pretrained import Pretrained, load_pretrained
+from crossbatch.engine.step import AUTOCAST
+
+
+class Frozen:
+    """`pretrained` in evaluation mode on `device`: normalised images [m, 3, H, W] -> features [m, C]."""
+
+    def __init__(self, pretrained: Pretrained, device: torch.device, precision: str = "fp32"):
+        self.backbone: nn.Module = pretrained.backbone.to(device).eval().requires_grad_(False)
+        self.num_features = pretrained.backbone.num_features
+        self._autocast = torch.autocast(
+            device.type, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST
+        )
+        self.fingerprint = fingerprint(self.backbone)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with self._autocast:
+            return self.backbone(images)
+
+    def check(self) -> None:
+        """Raises RuntimeError if any bit of the backbone is another than at the start."""
+        if fingerprint(self.backbone) != self.fingerprint:
+            raise RuntimeError("the backbone was to stay as it is, and has changed: the probe measured another network")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of the names and bits of all parameters and buffers."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def load_configured(model: FrozenModelConfig, image_size: int | str) -> Pretrained:
+    """What the section `crossbatch.model` says. `image_size` "auto": that of pretraining. Raises InputError."""
+    if model.checkpoint is None:
+        raise InputError(
+            "crossbatch.model.checkpoint: not given; allowed: a run directory, one of its checkpoints, or a file of weights; "
+            "give it with --checkpoint"
+        )
+    size = image_size if isinstance(image_size, int) else None
+    return load_pretrained(model.checkpoint, model.arch, model.stem, model.backbone_args, size, model.encoder)

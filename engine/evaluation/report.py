@@ -1,0 +1,74 @@
+"""What an evaluation leaves behind: results.json, pictures, a table. For rank 0."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from crossbatch import InputError, __version__
+from crossbatch.engine.checkpoint import write_atomically
+from crossbatch.engine.evaluation import pictures
+
+RESULTS = "results.json"
+
+
+def claim(out: Path, command: str) -> None:
+    """Makes the folder. Raises InputError if it holds something else than an earlier result of `command`."""
+    if (out / "checkpoints").exists() or _command(out) not in (None, command):
+        raise InputError(f"--out {out}: already holds a run of another kind; choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose a writable folder") from None
+
+
+def _command(out: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((out / RESULTS).read_text(encoding="utf-8")).get("command")
+    return None
+
+
+def write_results(out: Path, results: dict[str, Any]) -> None:
+    versions = {"crossbatch": __version__, "torch": torch.__version__}
+    write_atomically(out / RESULTS, json.dumps({**results, "versions": versions}, indent=2) + "\n")
+
+
+def draw(out: Path, figures: dict[str, Figure], step: int = 0) -> None:
+    """Each figure as NAME.png and in TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(str(out))
+    for name, figure in figures.items():
+        board.add_image(name, pictures.save(figure, out / f"{name}.png"), step)
+    board.close()
+
+
+def say(rows: list[tuple[str, str]], commands: list[str], console: Console | None = None) -> None:
+    """A table, and what to type next."""
+    console = console or Console(highlight=False)
+    table = Table(show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+    console.print("next:")
+    for command in commands:
+        console.print(f"  {command}", soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over images on a terminal; yields what to call with the number of images done."""
+    console = Console(stderr=True)
+    if not (visible and console.is_terminal):
+        yield lambda images: None
+        return
+    with Progress(console=console) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda images: bar.advance(task, images)

@@ -1,0 +1,125 @@
+"""Exported weights are the same network in timm, DeiT and torchvision, at the published sizes."""
+
+import json
+
+import pytest
+import safetensors
+import timm
+import torch
+import torchvision
+from timm.models import VisionTransformer
+
+from crossbatch import InputError
+from crossbatch.engine.evaluation.pretrained import NOTE, load_pretrained
+from crossbatch.engine.export import export
+from crossbatch.models import build_backbone
+from crossbatch.models.norm import ViewBatchNorm
+
+
+def original(arch: str) -> dict:
+    """A moco-v3 file of `arch` at its published size, with norms that matter."""
+    torch.manual_seed(0)
+    backbone = build_backbone(arch)
+    for module in backbone.modules():
+        if isinstance(module, ViewBatchNorm):
+            assert module.running_mean is not None and module.running_var is not None
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2.0)
+    state = {f"module.base_encoder.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    head = "fc" if arch == "resnet50" else "head"
+    state |= {f"module.base_encoder.{head}.0.weight": torch.ones(4, 4), "module.predictor.0.weight": torch.ones(4, 4)}
+    return {"epoch": 100, "arch": arch, "state_dict": state}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    for arch in ("vit_small", "resnet50"):
+        torch.save(original(arch), folder / arch)
+    return folder
+
+
+def written(files, arch: str, to: str, file) -> dict:
+    """What is in the exported file, under whatever key."""
+    notes = export(load_pretrained(files / arch), to, file)
+    tensors = torch.load(file, weights_only=True)
+    state = tensors.get("model", tensors.get("state_dict", tensors))
+    assert any(f"{len(state)} tensors written" in note for note in notes), notes
+    return state
+
+
+@torch.no_grad()
+def features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model.eval()(images)
+
+
+@pytest.mark.parametrize(("to", "name"), [("timm", "vit_small_patch16_224"), ("deit", "deit_small_patch16_224")])
+def test_a_vit_is_the_same_in_timm(files, tmp_path, to, name):
+    state = written(files, "vit_small", to, tmp_path / "vit.pth")
+    theirs = timm.create_model(name, num_heads=12)
+    report = theirs.load_state_dict(state, strict=False)
+    assert sorted(report.missing_keys) == ["head.bias", "head.weight"] and not report.unexpected_keys
+    assert isinstance(theirs, VisionTransformer)
+    theirs.reset_classifier(0)
+    images = torch.rand(2, 3, 224, 224)
+    ours = features(load_pretrained(files / "vit_small").backbone, images)
+    torch.testing.assert_close(features(theirs, images), ours, atol=1e-5, rtol=0)
+    for block in theirs.blocks.children():  # timm's default loads without a word, and is another network
+        vars(block.get_submodule("attn")).update(num_heads=6, head_dim=64, scale=64**-0.5)
+    assert (features(theirs, images) - ours).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("to", ["torchvision", "timm"])
+def test_a_resnet_is_the_same_in_torchvision_and_timm(files, tmp_path, to):
+    state = written(files, "resnet50", to, tmp_path / "resnet.pth")
+    theirs = torchvision.models.resnet50() if to == "torchvision" else timm.create_model("resnet50")
+    report = theirs.load_state_dict(state, strict=False)
+    assert sorted(report.missing_keys) == ["fc.bias", "fc.weight"] and not report.unexpected_keys
+    theirs.fc = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+    images = torch.rand(2, 3, 96, 96)
+    ours = features(load_pretrained(files / "resnet50").backbone, images)
+    torch.testing.assert_close(features(theirs, images), ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("to", "name"), [("timm", "v.pth"), ("timm", "v.safetensors"), ("safetensors", "v"), ("deit", "v")]
+)
+def test_the_file_says_how_many_heads_it_has(tiny_runs, tmp_path, to, name):
+    name = f"{name}.safetensors" if to == "safetensors" else name
+    before = load_pretrained(tiny_runs("vit"))
+    advice = " ".join(export(before, to, tmp_path / name))
+    assert "30 tensors written" in advice and "num_heads=2, patch_size=4, img_size=16)" in advice
+    if name.endswith("safetensors"):
+        metadata = safetensors.safe_open(tmp_path / name, "pt").metadata()
+        assert metadata["num_heads"] == "2" and json.loads(metadata[NOTE])["arch"] == "vit_small"
+    else:
+        assert torch.load(tmp_path / name, weights_only=True)["num_heads"] == 2
+    after = load_pretrained(tmp_path / name)
+    assert (after.arch, after.backbone_args, after.image_size) == (before.arch, before.backbone_args, 16)
+    images = torch.rand(2, 3, 16, 16)
+    assert features(after.backbone, images).equal(features(before.backbone, images))
+    with pytest.raises(InputError, match=r"has num_heads 2; crossbatch.model.backbone_args.num_heads: given 12"):
+        load_pretrained(tmp_path / name, backbone_args={"num_heads": 12})
+
+
+def test_what_others_cannot_build_goes_to_safetensors(tiny_runs, tmp_path):
+    small_stem = load_pretrained(tiny_runs("resnet"))
+    for to, words in (("torchvision", "stem small, width 8"), ("timm", "stem small"), ("deit", "DeiT trains ViTs")):
+        with pytest.raises(InputError, match=f"--to {to}: .*{words}.*; or --to safetensors"):
+            export(small_stem, to, tmp_path / "file")
+    with pytest.raises(InputError, match="torchvision has other ViTs"):
+        export(load_pretrained(tiny_runs("vit")), "torchvision", tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+    assert "cannot build" in export(small_stem, "safetensors", tmp_path / "file.safetensors")[-1]
+    again = load_pretrained(tmp_path / "file.safetensors").backbone
+    images = torch.rand(2, 3, 16, 16)
+    assert features(again, images).equal(features(small_stem.backbone, images))
+
+
+def test_an_existing_file_is_replaced_whole_or_not_at_all(tiny_runs, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "something").touch()
+    with pytest.raises(InputError, match=r"--output .*taken: cannot be written"):
+        export(load_pretrained(tiny_runs("vit")), "deit", tmp_path / "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
