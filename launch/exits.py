@@ -15,17 +15,18 @@ def run_main(main: Callable[[], None]) -> None:
 
     Among several ranks a process that failed ends without tidying up, which could wait for those that are gone.
     """
-    world = world_from_environment()
     try:
         main()
     except InputError as error:
-        if world.is_main:
+        if world_from_environment().is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RunStopped as error:
+        world = world_from_environment()
         print(f"stopped (rank {world.rank}): {error}", file=sys.stderr, flush=True)
         _exit(3, world)
     except Exception:
+        world = world_from_environment()
         if world.size == 1:
             raise
         traceback.print_exc()

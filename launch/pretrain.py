@@ -3,6 +3,7 @@
 python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
 deepspeed --num_gpus 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
 torchrun --nproc_per_node 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
+python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://node0:29500 ... /data/imagenet
 """
 
 import argparse
@@ -25,11 +26,13 @@ from crossbatch.engine.distributed import (
 from crossbatch.engine.watch import Watch
 from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
 from crossbatch.launch.exits import run_main
+from crossbatch.launch.legacy_launch import add_legacy_launch_flags, asked_world_size, launched
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_flags(parser)
+    add_legacy_launch_flags(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default runs/<recipe>-<time>)")
     parser.add_argument(
         "--steps", metavar="N", type=int, help="stop at optimizer step N, counted from the start of the run"
@@ -47,6 +50,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--steps: given {arguments.steps}; allowed: >= 1")
     if arguments.world_size_hint is not None and not (arguments.dry_run and arguments.world_size_hint >= 1):
         parser.error(f"--world-size-hint: given {arguments.world_size_hint}; allowed: >= 1, with --dry-run")
+    arguments.resume = arguments.resume or "none"  # '' in the originals
+    if Path(arguments.resume).is_file():
+        parser.error(
+            f"--resume: {arguments.resume} is a file; allowed: auto, none, a run directory or one of its checkpoints/step-N; "
+            f"python launch/convert.py import makes a run of a checkpoint of the originals"
+        )
     return arguments
 
 
@@ -54,12 +63,14 @@ def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.deepspeed_config, overrides(arguments))
     check_allowed(arguments.allow_change)
-    world = world_from_environment()
-    device = Device.detect()
     if arguments.dry_run:
-        run = resolve(config, arguments.world_size_hint or world.size, device)
+        ranks = arguments.world_size_hint or asked_world_size(arguments) or world_from_environment().size
+        run = resolve(config, ranks, Device.detect())
         print(json.dumps(describe(run, steps_per_epoch(config)), indent=2))
         return
+    if launched(arguments):
+        return
+    world, device = world_from_environment(), Device.detect()
     if arguments.out is None and may_be_restarted():
         raise InputError(
             "--out: not given, but torchrun may restart this run, which then must find its checkpoints; name one"

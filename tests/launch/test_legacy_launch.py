@@ -1,0 +1,218 @@
+"""legacy_launch.py: the originals' command lines, what each flag starts, and what is refused because it would do nothing."""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from crossbatch.launch import pretrain
+from crossbatch.launch.exits import run_main
+from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
+
+TINY = [
+    *("-b", "16", "--moco-dim", "16", "--moco-mlp-dim", "32", "--epochs", "1", "--warmup-epochs", "0", "-p", "1", "-j", "0"),
+    *("--set", "crossbatch.data.image_size=16", "--set", 'crossbatch.model.backbone_args={"width": 8}'),
+    *("--set", "crossbatch.batchformer.group_size=8"),
+]  # fmt: skip
+DATA = "synthetic://32?size=20&classes=4"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No launcher has started these tests, and what they put into the environment goes again."""
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "RANK"})
+
+
+def call(monkeypatch, *arguments) -> int:
+    """Runs the launcher in this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+    try:
+        run_main(pretrain.main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(*command: str) -> subprocess.Popen:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_the_pretraining_command_line_on_two_nodes(tmp_path):
+    """Two nodes are two commands on this machine; BatchFormer's README has the line, without TINY and --out."""
+    line = f"--moco-m-cos --crop-min=.2 --dist-url tcp://localhost:{free_port()} --multiprocessing-distributed --world-size 2"
+    nodes = [
+        start("launch/pretrain.py", *line.split(), "--rank", rank, "--add_bf", "1", *TINY, "--out", str(tmp_path), DATA)
+        for rank in ("0", "1")
+    ]
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["world_size"], config["train_batch_size"]) == (2, 16)
+    ours = config["crossbatch"]
+    assert (ours["batchformer"]["add_bf"], ours["momentum"]["cosine"], ours["data"]["crop_min"]) == (1, True, 0.2)
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "loss" in line
+    ]
+    assert len(losses) == 2
+    assert "step 2" in said[0] or "next:" in said[0]
+    assert "next:" not in said[1]  # one summary, on the node of rank 0
+
+
+LAUNCHER = """
+import os, sys, time
+
+if "RANK" in os.environ:
+    print(os.environ["RANK"], os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:], flush=True)
+    if os.environ["RANK"] == "0":
+        time.sleep(60)
+    time.sleep(1)
+    os._exit(3)
+import argparse
+from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
+
+parser = argparse.ArgumentParser()
+add_legacy_launch_flags(parser)
+parser.add_argument("-j", type=int, dest="crossbatch.data.workers")
+launched(parser.parse_args())
+"""
+
+
+def test_ranks_of_one_node_and_their_exit_code(tmp_path):
+    """Each rank gets the command line, and its part of the node's loader processes; the first that fails ends the others."""
+    (tmp_path / "script.py").write_text(LAUNCHER)
+    line = ["--multiprocessing-distributed", "--world-size", "1", "--rank", "0", "--nproc-per-node", "2", "-j", "5"]
+    launcher = start(str(tmp_path / "script.py"), *line)
+    said = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 3, said
+    workers = ["--set", "crossbatch.data.workers=3"]
+    for rank in ("0", "1"):
+        assert " ".join([rank, rank, "2", *workers, *line]) in said.splitlines()
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_legacy_launch_flags(parser)
+    return parser.parse_args(arguments)
+
+
+def test_a_rank_by_hand():
+    assert not launched(parse("--world-size", "4", "--rank", "2", "--dist-url", "tcp://[::1]:29500"))
+    is_so = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")}
+    assert is_so == {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "::1", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}
+
+
+def test_one_gpu_of_several(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert not launched(parse("--gpu", "5"))
+    assert os.environ["LOCAL_RANK"] == "5" and "RANK" not in os.environ
+
+
+@pytest.mark.parametrize("flags", [[], ["--world-size", "-1", "--rank", "-1"], ["--start-epoch", "0"]])
+def test_flags_that_ask_for_nothing(flags):
+    before = dict(os.environ)
+    assert not launched(parse(*flags)) and os.environ == before
+
+
+def test_flags_that_say_what_is_so(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setitem(os.environ, name, value)
+    assert not launched(parse("--world-size", "2", "--rank", "1", "--dist-url", "env://", "--dist-backend", "gloo"))
+
+
+NODES = ["--multiprocessing-distributed", "--dist-url", "tcp://node0:29500"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "ranks"),
+    [
+        ([*NODES, "--world-size", "2", "--rank", "1"], 0, 2),
+        ([*NODES, "--world-size", "2", "--rank", "1"], 8, 16),
+        ([*NODES, "--world-size", "2", "--rank", "0", "--nproc-per-node", "4"], 8, 8),
+        (["--multiprocessing-distributed"], 4, 4),
+        (["--world-size", "8", "--rank", "3", "--dist-url", "tcp://node0:29500"], 0, 8),
+    ],
+)
+def test_a_dry_run_counts_them(monkeypatch, capsys, flags, gpus, ranks):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert call(monkeypatch, "--dry-run", "-b", "32", *flags) == 0
+    assert json.loads(capsys.readouterr().out)["world_size"] == ranks
+
+
+BAD = [
+    ([*NODES, "--world-size", "2"], 0, "--rank: given None; allowed: 0 to 1"),
+    ([*NODES, "--world-size", "2", "--rank", "2"], 0, "--rank: given 2; allowed: 0 to 1"),
+    ([*NODES, "--world-size", "0"], 0, "--world-size: given 0; allowed: >= 1, the number of nodes"),
+    ([*NODES, "--gpu", "0"], 4, "--gpu: given 0 with --multiprocessing-distributed"),
+    ([*NODES, "--nproc-per-node", "5"], 4, "--nproc-per-node: given 5; allowed: 1 to 4, the GPUs"),
+    ([*NODES, "--nproc-per-node", "0"], 0, "--nproc-per-node: given 0; allowed: >= 1"),
+    (["--nproc-per-node", "2"], 0, "without --multiprocessing-distributed"),
+    (
+        [*NODES[:1], "--world-size", "2", "--rank", "0"],
+        0,
+        "--dist-url: given nothing for 2 nodes; allowed: tcp://HOST:PORT",
+    ),
+    ([*NODES[:2], "tcp://[HOST]:[PORT]"], 0, "--dist-url: given tcp://[HOST]:[PORT]"),
+    ([*NODES[:2], "file:///tmp/x"], 0, "--dist-url: given file:///tmp/x"),
+    ([*NODES[:2], "env://"], 0, "--dist-url: given env://"),
+    (NODES[1:], 0, "--dist-url: given tcp://node0:29500 for one process"),
+    (["--rank", "1"], 0, "--rank: given 1; allowed: 0 to 0, as --world-size says 1 ranks"),
+    (["--world-size", "2", "--rank", "1", *NODES[1:]], 2, "--gpu: not given, but this machine has 2 GPUs"),
+    (["--gpu", "0"], 0, "--gpu: given 0; allowed: nothing, as no GPU was found"),
+    (["--gpu", "2"], 2, "--gpu: given 2; allowed: 0 to 1"),
+    (
+        ["--dist-backend", "nccl"],
+        0,
+        "--dist-backend: given nccl; no GPU was found, and CPUs talk through gloo; leave it out",
+    ),
+    (["--start-epoch", "3"], 0, "--start-epoch: given 3; allowed: 0"),
+    (["--resume", "setup.py"], 0, "--resume: setup.py is a file"),
+    (["--moco-t", "0", *NODES], 0, "crossbatch.model.temperature"),  # before anything is started
+]
+
+
+@pytest.mark.parametrize(("flags", "gpus", "message"), BAD, ids=[message for *_, message in BAD])
+def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tmp_path, flags, gpus, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert call(monkeypatch, "--out", tmp_path / "run", *flags) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_resume_with_nothing_starts_anew(monkeypatch, capsys, tmp_path):
+    """As `--resume none` does, which does not write over a run."""
+    (tmp_path / "metrics.jsonl").touch()
+    assert call(monkeypatch, "--resume", "", "--out", tmp_path, *TINY, "--set", "train_batch_size=8", DATA) == 2
+    assert "--resume none" in capsys.readouterr().err
+
+
+BESIDE = {
+    "--multiprocessing-distributed": [],
+    "--world-size": ["3"],
+    "--rank": ["0"],
+    "--gpu": ["0"],
+    "--nproc-per-node": ["2"],
+    "--dist-url": ["tcp://node0:29500"],
+}
+
+
+@pytest.mark.parametrize(("flag", "value"), BESIDE.items(), ids=BESIDE)
+def test_beside_another_launcher(monkeypatch, flag, value):
+    for name, so in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setitem(os.environ, name, so)
+    with pytest.raises(
+        ValueError, match=f"{flag}: given, but a launcher has started this process as rank 1 of 2; leave"
+    ):
+        launched(parse(flag, *value))
