@@ -4,8 +4,9 @@
     python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://node0:29500 ... DATA
 
 --world-size and --rank count nodes. Each command starts the ranks of its node, through torchrun: one per GPU, one where there
-is no GPU, or as many as --nproc-per-node says; it ends with the exit code of the first that failed. `torchrun --nnodes 2
---node-rank 0 --master-addr node0 --nproc-per-node 8 launch/pretrain.py ...` does the same, and can restart what failed.
+is no GPU, or as many as --nproc-per-node says; it ends with the exit code of the first that failed. A SIGTERM is passed on to
+them, so that they save; the exit code is then 143. `torchrun --nnodes 2 --node-rank 0 --master-addr node0 --nproc-per-node 8
+launch/pretrain.py ...` does the same, and can restart what failed.
 
     python launch/pretrain.py --world-size 4 --rank 2 --gpu 0 --dist-url tcp://node0:29500 ... DATA
 
@@ -181,7 +182,7 @@ def _count_and_number(given: argparse.Namespace, what: str) -> tuple[int, int]:
         raise InputError(f"--world-size: given {count}; allowed: >= 1, the number of {what}")
     number = 0 if given.rank is None and count == 1 else given.rank
     if number is None or not 0 <= number < count:
-        raise InputError(f"--rank: given {number}; allowed: 0 to {count - 1}, as --world-size says {count} {what}")
+        raise InputError(f"--rank: given {number}; allowed: 0 to {count - 1}, as --world-size is {count} ({what})")
     return count, number
 
 

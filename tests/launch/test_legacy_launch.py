@@ -169,7 +169,7 @@ BAD = [
     ([*NODES[:2], "file:///tmp/x"], 0, "--dist-url: given file:///tmp/x"),
     ([*NODES[:2], "env://"], 0, "--dist-url: given env://"),
     (NODES[1:], 0, "--dist-url: given tcp://node0:29500 for one process"),
-    (["--rank", "1"], 0, "--rank: given 1; allowed: 0 to 0, as --world-size says 1 ranks"),
+    (["--rank", "1"], 0, "--rank: given 1; allowed: 0 to 0, as --world-size is 1 (ranks)"),
     (["--world-size", "2", "--rank", "1", *NODES[1:]], 2, "--gpu: not given, but this machine has 2 GPUs"),
     (["--gpu", "0"], 0, "--gpu: given 0; allowed: nothing, as no GPU was found"),
     (["--gpu", "2"], 2, "--gpu: given 2; allowed: 0 to 1"),
