@@ -10,7 +10,7 @@
     signals       being asked to stop; watch: ranks that are gone; faults: numbers that are not finite
     knn           the monitor
     telemetry     metrics.jsonl, TensorBoard, progress bar
-    trainer       the run
+    trainer       the loop of any run; pretraining, finetuning: what is trained in it
 
 A new optimizer goes into optimizers/, a new way of sharding into sharding/ as a `Backend`.
 """

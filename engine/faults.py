@@ -10,7 +10,6 @@ from torch import nn
 
 from crossbatch.engine.config import WatchConfig
 from crossbatch.engine.step import Progress
-from crossbatch.models import Contrast
 
 WINDOW, ENOUGH = 100, 20  # lines of metrics that the mean of the loss is taken over
 
@@ -29,32 +28,34 @@ class NonFiniteSteps:
 
     def remember(self) -> None:
         """Before a step."""
-        torch._foreach_copy_(self._before, self._buffers)
+        for before, buffer in zip(self._before, self._buffers, strict=True):
+            before.copy_(buffer)
 
     def count(self, finite: bool, progress: Progress) -> None:
         """After it, with the progress from before it."""
         if finite:
             self.in_a_row, self.progress_before = 0, None
             return
-        torch._foreach_copy_(self._buffers, self._before)
+        for before, buffer in zip(self._before, self._buffers, strict=True):
+            buffer.copy_(before)
         self.in_a_row += 1
         if self.in_a_row == 1:
             self.progress_before = replace(progress)
 
 
-def blame(contrast: Contrast) -> str:
+def blame(values: dict[str, torch.Tensor]) -> str:
     """What of which rank is not finite; every rank must call it and gets the same text.
 
-    The heads' norms and the keys carry one rank's NaN into the loss of all, so ranks whose features are not finite come first.
+    Norms and keys carry one rank's NaN into the loss of all: the first of `values` is what no other rank can spoil, and ranks
+    where it is not finite are named alone.
     """
-    values = {"the features": contrast.signals["feature_std"], "the loss": contrast.loss}
-    values |= {f"loss term {name}": value for name, value in contrast.terms.items()}
     mine = [name for name, value in values.items() if not math.isfinite(float(value))]
     everyone: list[list[str]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if not any(everyone):
         return "the losses of all ranks are finite, their gradients are not"
-    guilty = {rank: names for rank, names in enumerate(everyone) if "the features" in names}
+    own = next(iter(values))
+    guilty = {rank: names for rank, names in enumerate(everyone) if own in names}
     guilty = guilty or {rank: names for rank, names in enumerate(everyone) if names}
     first_names = next(iter(guilty.values()))
     ranks = " and ".join(str(rank) for rank in guilty)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from crossbatch.data import normalize
-from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.config import Resolved, ResolvedConfig
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.schedule import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend
-from crossbatch.models import NUM_VIEWS, Contrast, set_num_chunks, untracked
+from crossbatch.models import NUM_VIEWS, Contrast, MoCo, set_num_chunks, untracked
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_LOSS_SCALE, CLEAN_STEPS = 2.0**16, 2000
@@ -32,13 +32,31 @@ class Progress:
     loss_scale: float = 1.0
     clean_steps: int = 0  # since the loss scale changed
 
+    @staticmethod
+    def start(precision: str) -> "Progress":
+        return Progress(loss_scale=INITIAL_LOSS_SCALE if precision == "fp16" else 1.0)
+
+    def finished(self, gradient_norm: float, precision: str) -> bool:
+        """Counts a step, and adjusts the loss scale of fp16 as torch.amp.GradScaler does: doubled after 2000 clean steps,
+        halved on overflow (Micikevicius et al., 2018, section 3.2). Returns whether the step updated anything.
+        """
+        clean = math.isfinite(gradient_norm)
+        self.step += 1
+        self.updates += clean
+        if precision == "fp16":
+            self.clean_steps = self.clean_steps + 1 if clean else 0
+            if not clean:
+                self.loss_scale /= 2
+            elif self.clean_steps == CLEAN_STEPS:
+                self.loss_scale, self.clean_steps = self.loss_scale * 2, 0
+        return clean
+
 
 class TrainStep:
     """Calls of `__call__` train; what varies is an argument or in `progress`, so a resumed run repeats the same steps.
 
     A step whose gradients are not finite changes nothing: not the optimizer, not the schedules (they count `updates`), not the
-    moving average. With fp16 that is how the loss scale is found (Micikevicius et al., 2018, section 3.2): doubled after 2000
-    clean steps, halved on overflow, as torch.amp.GradScaler does.
+    moving average. With fp16 that is how the loss scale is found.
 
     Args:
         backend: the sharded model and its optimizer.
@@ -50,9 +68,11 @@ class TrainStep:
         self.backend, self.run, self.device, self.steps_per_epoch = backend, run, device, steps_per_epoch
         self.seed = run.config.crossbatch.seed
         self.chunks = -(-run.local_batch // chunk)
-        for encoder in (backend.model.online, backend.model.momentum):
-            set_num_chunks(encoder.backbone, self.chunks)
-        self.progress = Progress(loss_scale=INITIAL_LOSS_SCALE if run.precision == "fp16" else 1.0)
+        assert isinstance(backend.model, MoCo)
+        self.backbone = backend.model.online.backbone
+        for backbone in (self.backbone, backend.model.momentum.backbone):
+            set_num_chunks(backbone, self.chunks)
+        self.progress = Progress.start(run.precision)
 
     def __call__(self, views: torch.Tensor) -> tuple[Contrast, float]:
         """Trains on uint8 views [2, n, 3, H, W].
@@ -65,12 +85,9 @@ class TrainStep:
         contrast.loss = contrast.loss.detach()
         set_learning_rate(self.backend.optimizer, self.learning_rate(progress.updates))
         gradient_norm = self.backend.step(progress.loss_scale)
-        if math.isfinite(gradient_norm):
-            progress.updates += 1
+        if progress.finished(gradient_norm, self.run.precision):
             # The originals update the average at the start of the next step, with that step's momentum: the same numbers.
             self.backend.update_momentum(self.momentum(progress.updates))
-        self._adjust_loss_scale(math.isfinite(gradient_norm))
-        progress.step += 1
         return contrast, gradient_norm
 
     def _in_one_chunk(self, views: torch.Tensor) -> Contrast:
@@ -90,7 +107,7 @@ class TrainStep:
         assert online.grad is not None
         *gradients, last_gradient = online.grad.unflatten(0, (NUM_VIEWS, -1)).tensor_split(self.chunks, dim=1)
         self._backward_features(features[-1][0], last_gradient, more=True)
-        with untracked(self.backend.model.online.backbone):
+        with untracked(self.backbone):
             for number, (chunk, gradient) in enumerate(zip(earlier, gradients, strict=True), start=1):
                 again = self._forward("embed", self._to_device(chunk))
                 self._backward_features(again, gradient, more=number < len(earlier))
@@ -107,16 +124,6 @@ class TrainStep:
         # In fp32, where taking out the scale (a power of two) and putting it in again changes no bit.
         surrogate = (features.float() * (gradient.float() / scale).flatten(0, 1)).sum()  # whose gradient is `gradient`
         self.backend.backward(surrogate, scale, more)
-
-    def _adjust_loss_scale(self, clean: bool) -> None:
-        progress = self.progress
-        if self.run.precision != "fp16":
-            return
-        progress.clean_steps = progress.clean_steps + 1 if clean else 0
-        if not clean:
-            progress.loss_scale /= 2
-        elif progress.clean_steps == CLEAN_STEPS:
-            progress.loss_scale, progress.clean_steps = progress.loss_scale * 2, 0
 
     def autocast(self):
         return autocast(self.run, self.device)
@@ -137,7 +144,7 @@ class TrainStep:
         return normalize(images).to(memory_format=torch.channels_last)
 
 
-def autocast(run: ResolvedConfig, device: torch.device) -> torch.autocast:
+def autocast(run: Resolved, device: torch.device) -> torch.autocast:
     """The precision of forward passes."""
     dtype = AUTOCAST.get(run.precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

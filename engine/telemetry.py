@@ -18,6 +18,8 @@ from rich.table import Table
 
 from crossbatch.engine.checkpoint import write_atomically
 
+SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
+
 
 class Log:
     """Says nothing."""
@@ -87,8 +89,8 @@ class RunLog(Log):
         status = _status(values)
         if self.bar is not None:
             self.bar.update(self.task, status=status, epoch=f"epoch {values['epoch']:.2f}")
-            if "knn_top1" in values:
-                self.note(f"step {values['step']}: k-NN top-1 {values['knn_top1']:.2f} %")
+            for name in SCORES.keys() & values.keys():
+                self.note(f"step {values['step']}: {SCORES[name]} {values[name]:.2f} %")
         else:
             self.note(f"step {values['step']}/{self.last_step}  epoch {values['epoch']:.2f}  {status}")
 
@@ -224,5 +226,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _status(values: dict[str, Any]) -> str:
-    formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s", "knn_top1": "k-NN {:.2f} %"}
+    formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s"}
+    formats |= {name: f"{label} {{:.2f}} %" for name, label in SCORES.items()}
     return "  ".join(text.format(values[name]) for name, text in formats.items() if values.get(name) is not None)

@@ -1,4 +1,4 @@
-"""The run: opens data and model, trains, logs, evaluates and saves."""
+"""The loop of a run: trains, logs, evaluates, saves, obeys signals. What is trained is in pretraining.py and finetuning.py."""
 
 import gc
 import itertools
@@ -6,43 +6,36 @@ import json
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torchvision.utils import make_grid
 
 from crossbatch import InputError, RunStopped
-from crossbatch.data import (
-    Batch,
-    Order,
-    TrainLoader,
-    choose_backend,
-    has_evaluation_split,
-    moco_v3_views,
-    open_source,
-    prepare,
-)
+from crossbatch.data import Batch, Order, TrainLoader
 from crossbatch.engine import checkpoint
-from crossbatch.engine.build import build_model
-from crossbatch.engine.config import ResolvedConfig, to_dict
-from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main, shared_token
-from crossbatch.engine.faults import Alarms, NonFiniteSteps, blame
-from crossbatch.engine.knn import KnnMonitor
-from crossbatch.engine.memory import automatic_chunk, remember
+from crossbatch.engine.config import Resolved, to_dict
+from crossbatch.engine.distributed import World, mean_over_ranks, on_main, shared_token
+from crossbatch.engine.faults import NonFiniteSteps
 from crossbatch.engine.saves import Saves, Snapshot
-from crossbatch.engine.sharding import build_backend
+from crossbatch.engine.sharding import Backend
 from crossbatch.engine.signals import Agreement, Signals
-from crossbatch.engine.step import Progress, TrainStep, autocast
-from crossbatch.engine.telemetry import Log, RunLog, StepClock
+from crossbatch.engine.step import Progress
+from crossbatch.engine.telemetry import SCORES, Log, RunLog, StepClock
 from crossbatch.engine.watch import Watch
-from crossbatch.models import Contrast
-
-CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_gpu: "auto"` came to
 
 
-class Trainer:
+class Step(Protocol):
+    """What a subclass trains with."""
+
+    backend: Backend
+    progress: Progress
+
+
+class Trainer(ABC):
     """One run on this rank, inside a process group.
 
     Args:
@@ -58,7 +51,7 @@ class Trainer:
 
     def __init__(
         self,
-        run: ResolvedConfig,
+        run: Resolved,
         world: World,
         device: torch.device,
         out: Path,
@@ -70,105 +63,92 @@ class Trainer:
         self.run, self.world, self.device, self.out = run, world, device, out
         self.allow_change, self.watch = tuple(allow_change), watch
         self.ours = run.config.crossbatch
-        source = self._open_data()
-        self.steps_per_epoch = self.order.steps_per_epoch
+        self.notes: list[str] = []  # for the log, which opens last
+        self.order, self.loader = self.open_data()
+        self.steps_per_epoch = self.count_steps()
         self.last_step = self.ours.schedule.epochs * self.steps_per_epoch
         self.stop = min(self.last_step, stop_after) if stop_after is not None else self.last_step
         self.candidates = on_main(lambda: self._open_run(resume))
-
-        chunk, why = run.chunk, None
-        if run.auto_chunk:
-            chunk, why = automatic_chunk(run, world, device, lambda: autocast(run, device), out / CHUNK)
-        resumed = self._build(chunk)
+        resumed = self._build(self.choose_chunk())
         if world.is_main:
             checkpoint.write_atomically(out / "config.json", json.dumps(self._config(), indent=2) + "\n")
-        backend, why_backend = choose_backend(self.ours.data.backend, device.type)
-        self.loader = TrainLoader(
-            source,
-            self.order,
-            moco_v3_views(self.ours.data.image_size, self.ours.data.crop_min),
-            self.ours.seed,
-            workers=run.workers,
-            max_skipped_fraction=self.ours.data.max_skipped_fraction,
-            backend=backend,
-            device=device,
-        )
         self.log: Log = RunLog(out, self.step, self.stop) if world.is_main else Log()
         self.clock = StepClock()
         self.skipped = 0
         self.skipped_before = resumed.manifest.skipped_images if resumed else 0
-        self.signals, self.agreement, self.alarms = (
-            Signals(),
-            Agreement(self.ours.watch.timeout_s),
-            Alarms(self.ours.watch),
-        )
+        self.signals, self.agreement = Signals(), Agreement(self.ours.watch.timeout_s)
         self.saves = self._open_saves(resumed)
-        self.knn_history: list[tuple[int, float]] = []
-        self.log.note(f"images: {backend} ({why_backend})")
-        if why is not None and chunk < run.local_batch:
-            self.log.note(why)
+        self.scores: list[tuple[int, dict[str, float]]] = []  # (step, what `evaluate` found)
+        for note in self.notes:
+            self.log.note(note)
         if resumed:
             for reason in resumed.passed_over:
                 self.log.warn(reason)
             self.log.note(f"resumed {resumed.checkpoint} at step {self.step}")
 
+    # --- what a subclass knows -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def open_data(self) -> tuple[Order, TrainLoader]:
+        """The training images, and whatever `evaluate` needs."""
+
+    def count_steps(self) -> int:
+        """Steps of an epoch."""
+        return self.order.steps_per_epoch
+
+    def choose_chunk(self) -> int:
+        """Images that the backbone sees at once."""
+        return self.run.chunk
+
+    def remember_chunk(self) -> None:
+        """After `self.chunk` had to become smaller."""
+        return
+
+    @abstractmethod
+    def build_step(self, chunk: int) -> Step:
+        """Model, sharding backend and step, as the seed says."""
+
+    @abstractmethod
+    def train_on(self, batch: Batch) -> tuple[Any, float]:
+        """One step -> what `values` and `blame` take, and the global gradient norm."""
+
+    @abstractmethod
+    def values(self, result: Any) -> dict[str, torch.Tensor]:
+        """Scalars of this rank for a line of metrics, the "loss" first; "a/b" becomes b in a section a."""
+
+    @abstractmethod
+    def rates(self) -> dict[str, float]:
+        """The learning rate and what else the last step was made with."""
+
+    @abstractmethod
+    def blame(self, result: Any) -> str:
+        """Whose fault a step that is not finite is; all ranks call it."""
+
+    @abstractmethod
+    def evaluation_due(self) -> bool:
+        """After this step."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Percentages by their name in metrics.jsonl; all ranks call it."""
+
+    def started(self, batch: Batch) -> None:
+        """Before the very first step of a run."""
+        return
+
+    def recorded(self, metrics: dict[str, Any]) -> None:
+        """After a line of metrics."""
+        return
+
+    def ended(self) -> None:
+        """After the last step."""
+        return
+
+    # --- the run -------------------------------------------------------------------------------------------------------
+
     @property
     def step(self) -> int:
         return self.train_step.progress.step
-
-    def _build(self, chunk: int) -> checkpoint.Resumed | None:
-        """Model, backend and step, as the seed or a checkpoint says."""
-        torch.manual_seed(self.ours.seed)
-        model = build_model(self.run).to(self.device)
-        model.set_collective(GroupCollective())
-        self.backend = build_backend(model, self.run)
-        self.train_step = TrainStep(self.backend, self.run, self.device, self.steps_per_epoch, chunk)
-        self.chunk, self.fits = chunk, False
-        images = self.order.size
-        resumed = checkpoint.resume(self.candidates, self.backend, self._config(), images, self.allow_change)
-        if resumed:
-            self.train_step.progress = Progress(**resumed.manifest.progress)
-        self.nonfinite = NonFiniteSteps(model)
-        return resumed
-
-    def _open_saves(self, resumed: checkpoint.Resumed | None) -> Saves:
-        settings, folder = self.ours.checkpoint, self.out / "checkpoints"
-        keep = checkpoint.Keep(settings.keep, settings.keep_every_steps)
-        saver = checkpoint.Saver(folder, keep, shared_token(), settings.asynchronous)
-        every = self.steps_per_epoch if settings.every_steps == "auto" else settings.every_steps
-        saved = self.step if resumed and resumed.checkpoint.parent == folder else None
-        return Saves(saver, every, self._snapshot, self.log, saved)
-
-    def _open_data(self):
-        path = self.ours.data.path
-        if path is None:
-            raise InputError("crossbatch.data.path: not given; allowed: a folder with train/; give it with --data DIR")
-        cache = self.out / "data_index"
-        on_main(lambda: prepare(path, cache=cache))
-        source = open_source(path, "train", cache=cache)
-        self.order = Order(
-            self.ours.seed,
-            len(source),
-            self.run.config.train_batch_size,
-            self.world.size,
-            self.world.rank,
-            self.ours.data.shuffle_window,
-        )
-        self.monitor = None
-        if self.ours.evaluate.knn_every_epochs and has_evaluation_split(path):
-            self.monitor = KnnMonitor(self.run, source, open_source(path, "eval", cache=cache), self.device)
-        return source
-
-    def _open_run(self, resume: str) -> list[Path]:
-        found = checkpoint.candidates(self.out, resume)
-        try:
-            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            checkpoint.clean(self.out / "checkpoints")
-        except OSError as error:
-            raise InputError(
-                f"--out {self.out}: cannot be written: {error.strerror}; choose a writable folder"
-            ) from None
-        return found
 
     def train(self) -> None:
         """Trains up to the last step, or until a signal asks to stop; saves at the end."""
@@ -176,10 +156,11 @@ class Trainer:
         try:
             with self.signals:
                 if self.step == 0:
-                    self._record({}, knn=self.monitor is not None)
+                    self._record({}, self.evaluation_due())
                 received = self._loop()
                 if self.step > first:
                     self._save()
+            self.ended()
             self._summarise(time.perf_counter() - started, self.step - first, received)
             self.saves.close()
             self.agreement.close()
@@ -207,15 +188,21 @@ class Trainer:
             assert batch is not None
             self._skip(batch.skipped)
             if self.step == 0:
-                self.log.pictures("views", view_pairs(batch.views), 0)
+                self.started(batch)
             self._at("training")
-            contrast, gradient_norm = self._train_on(batch.views)
-            self._skip_step(contrast, gradient_norm)
+            result, gradient_norm = self._train_on(batch)
+            self._skip_step(result, gradient_norm)
             self.log.advance(self.step)
-            knn = self._knn_due()
-            if knn or self.step % self.ours.log.every_steps == 0 or self.step == self.stop:
-                self._record(self._metrics(contrast, gradient_norm), knn)
+            evaluation = self.evaluation_due()
+            if evaluation or self.step % self.ours.log.every_steps == 0 or self.step == self.stop:
+                self._record(self._metrics(result, gradient_norm), evaluation)
         return None
+
+    def _batches(self) -> Iterator[Batch]:
+        epoch, step = divmod(self.step, self.order.steps_per_epoch)
+        yield from self.loader.epoch(epoch, step)
+        for later in itertools.count(epoch + 1):
+            yield from self.loader.epoch(later)
 
     def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
         """The next batch, or why there is none: the other ranks must learn of it before this one leaves."""
@@ -229,26 +216,42 @@ class Trainer:
         if self.watch is not None:
             self.watch.at(self.step, phase)
 
-    def _train_on(self, views: torch.Tensor) -> tuple[Contrast, float]:
+    # --- a step --------------------------------------------------------------------------------------------------------
+
+    def _build(self, chunk: int) -> checkpoint.Resumed | None:
+        """Model, backend and step, as the seed or a checkpoint says."""
+        torch.manual_seed(self.ours.seed)
+        self.train_step = self.build_step(chunk)
+        self.chunk, self.fits = chunk, False
+        backend = self.train_step.backend
+        resumed = checkpoint.resume(
+            self.candidates, backend, self._config(), self.order.size, self.allow_change, type(self.run.config)
+        )
+        if resumed:
+            self.train_step.progress = Progress(**resumed.manifest.progress)
+        self.nonfinite = NonFiniteSteps(backend.model)
+        return resumed
+
+    def _train_on(self, batch: Batch) -> tuple[Any, float]:
         """One step; if the first one of this process does not fit into memory, with smaller chunks."""
         while True:
             before = replace(self.train_step.progress)
             self.nonfinite.remember()
             try:
-                contrast, gradient_norm = self.train_step(views)
+                result, gradient_norm = self.train_on(batch)
                 self.nonfinite.count(math.isfinite(gradient_norm), before)
                 self.fits = True
-                return contrast, gradient_norm
+                return result, gradient_norm
             except torch.OutOfMemoryError:
                 self._stop_unless_smaller_chunks_help()
             # Outside of the handler, whose traceback holds on to the memory of the step.
-            del self.backend, self.train_step.backend
+            del self.train_step.backend
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.allow_change += ("train_micro_batch_size_per_gpu",)
             self._build(self.chunk // 2)
-            remember(self.out / CHUNK, self.run, self.chunk)
+            self.remember_chunk()
             self.log.note(f"out of memory: trying again with chunks of {self.chunk} images")
 
     def _stop_unless_smaller_chunks_help(self) -> None:
@@ -256,7 +259,7 @@ class Trainer:
         if self.fits:
             saved = "the last checkpoint is older"
             if self.world.size == 1:  # the others may be anywhere
-                self.backend.discard()
+                self.train_step.backend.discard()
                 self._save()
                 saved = "saved"
             raise RunStopped(
@@ -265,28 +268,12 @@ class Trainer:
         if self.chunk == 1 or self.world.size > 1:
             raise RunStopped(f"out of memory in the first step with chunks of {self.chunk} images; {remedy}")
 
-    def _batches(self) -> Iterator[Batch]:
-        epoch, step = divmod(self.step, self.steps_per_epoch)
-        yield from self.loader.epoch(epoch, step)
-        for later in itertools.count(epoch + 1):
-            yield from self.loader.epoch(later)
-
-    def _knn_due(self) -> bool:
-        if self.monitor is None:
-            return False
-        return self.step == self.stop or self.step % (self.ours.evaluate.knn_every_epochs * self.steps_per_epoch) == 0
-
-    def _skip(self, names: list[str]) -> None:
-        for name in names[: max(0, 10 - self.skipped)]:
-            self.log.note(f"skipped a broken image: {name}")
-        self.skipped += len(names)
-
-    def _skip_step(self, contrast: Contrast, gradient_norm: float) -> None:
+    def _skip_step(self, result: Any, gradient_norm: float) -> None:
         if math.isfinite(gradient_norm):
             return
         progress = self.train_step.progress
         scale = f"; loss scale now {progress.loss_scale:g}" if self.run.precision == "fp16" else ""
-        whose = blame(contrast)
+        whose = self.blame(result)
         self.log.note(f"step {self.step} changes nothing: {whose}{scale}")
         if self.nonfinite.in_a_row == self.ours.watch.max_nonfinite_steps:
             assert self.nonfinite.progress_before is not None
@@ -297,33 +284,38 @@ class Trainer:
                 f"lower optimizer.params.lr, lengthen crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
             )
 
-    def _metrics(self, contrast: Contrast, gradient_norm: float) -> dict:
-        """One line of metrics: the losses and signals of this very step, averaged over ranks."""
-        named = {"loss": contrast.loss, **contrast.signals, **contrast.terms}
+    # --- what is told --------------------------------------------------------------------------------------------------
+
+    def _skip(self, names: list[str]) -> None:
+        for name in names[: max(0, 10 - self.skipped)]:
+            self.log.note(f"skipped a broken image: {name}")
+        self.skipped += len(names)
+
+    def _metrics(self, result: Any, gradient_norm: float) -> dict[str, Any]:
+        """One line of metrics: what `values` says of this very step, averaged over ranks."""
+        named = self.values(result)
         skipped = torch.tensor(float(self.skipped), device=self.device)
         values = torch.stack([*(value.float() for value in named.values()), skipped]).double()
         *means, skipped_mean = mean_over_ranks(values).tolist()
         mean = dict(zip(named, means, strict=True))
-        progress = self.train_step.progress
+        loss, progress = mean.pop("loss"), self.train_step.progress
         return {
-            "loss": mean["loss"] if math.isfinite(mean["loss"]) else None,
-            "lr": self.train_step.learning_rate(max(0, progress.updates - 1)),
-            "momentum": self.train_step.momentum(max(0, progress.updates - 1)),
+            "loss": loss if math.isfinite(loss) else None,
+            **self.rates(),
             "grad_norm": gradient_norm if math.isfinite(gradient_norm) else None,
             **({"loss_scale": progress.loss_scale} if self.run.precision == "fp16" else {}),
             "skipped_steps": progress.step - progress.updates,
             **self.clock.reading(self.run.config.train_batch_size),
-            **{name: mean[name] for name in contrast.signals},
-            "loss_terms": {name: mean[name] for name in contrast.terms},
+            **_sections(mean),
             "skipped_images": self.skipped_before + round(skipped_mean * self.world.size),
         }
 
-    def _record(self, metrics: dict, knn: bool) -> None:
-        if knn:
-            assert self.monitor is not None
+    def _record(self, metrics: dict[str, Any], evaluation: bool) -> None:
+        if evaluation:
             self._at("evaluating")
-            metrics["knn_top1"] = self.monitor.top1(self.backend, self.train_step.autocast)
-            self.knn_history.append((self.step, metrics["knn_top1"]))
+            found = self.evaluate()
+            metrics |= found
+            self.scores.append((self.step, found))
         if metrics:
             where = {
                 "step": self.step,
@@ -331,10 +323,51 @@ class Trainer:
                 "images_seen": self.step * self.run.config.train_batch_size,
             }
             self.log.record({**where, **metrics})
-        if metrics.get("loss") is not None:
-            for alarm in self.alarms.check(metrics["loss"], metrics["feature_std"]):
-                self.log.warn(f"step {self.step}: {alarm}")
+            self.recorded(metrics)
         self.clock.restart()
+
+    def _summarise(self, seconds: float, steps: int, received: signal.Signals | None) -> None:
+        images = steps * self.run.config.train_batch_size
+        first_and_last = self.scores if len(self.scores) < 2 else [self.scores[0], self.scores[-1]]
+        rows = [
+            ("steps", f"{self.step} of {self.last_step}"),
+            ("images", f"{images:,} in {seconds:.0f} s ({images / seconds:.0f} images/s, evaluation included)"),
+            *(
+                (f"{SCORES[name]} at step {step}", f"{found[name]:.2f} %")
+                for step, found in first_and_last
+                for name in found
+            ),
+            ("run directory", str(self.out)),
+            *([("stopped by", received.name)] if received else []),
+        ]
+        commands = [f"tensorboard --logdir {self.out}"]
+        if self.step < self.last_step:
+            commands.insert(
+                0,
+                f"resume with: the same command, --out {self.out}  (goes on from step {self.step} to {self.last_step})",
+            )
+        self.log.summary(rows, commands)
+
+    # --- what is kept --------------------------------------------------------------------------------------------------
+
+    def _open_run(self, resume: str) -> list[Path]:
+        found = checkpoint.candidates(self.out, resume)
+        try:
+            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(self.out / "checkpoints")
+        except OSError as error:
+            raise InputError(
+                f"--out {self.out}: cannot be written: {error.strerror}; choose a writable folder"
+            ) from None
+        return found
+
+    def _open_saves(self, resumed: checkpoint.Resumed | None) -> Saves:
+        settings, folder = self.ours.checkpoint, self.out / "checkpoints"
+        keep = checkpoint.Keep(settings.keep, settings.keep_every_steps)
+        saver = checkpoint.Saver(folder, keep, shared_token(), settings.asynchronous)
+        every = self.steps_per_epoch if settings.every_steps == "auto" else settings.every_steps
+        saved = self.step if resumed and resumed.checkpoint.parent == folder else None
+        return Saves(saver, every, self._snapshot, self.log, saved)
 
     def _save_if_due(self, saving: bool) -> None:
         """`saving`: whether any rank is still busy with the last one."""
@@ -350,7 +383,7 @@ class Trainer:
     def _snapshot(self) -> Snapshot:
         skipped = torch.tensor([float(self.skipped)], device=self.device)
         return Snapshot.of(
-            self.backend,
+            self.train_step.backend,
             progress=asdict(self.train_step.progress),
             config=self._config(),
             images=self.order.size,
@@ -358,34 +391,16 @@ class Trainer:
             skipped_images=self.skipped_before + round(float(mean_over_ranks(skipped)) * self.world.size),
         )
 
-    def _config(self) -> dict:
+    def _config(self) -> dict[str, Any]:
         """As resolved, for who wants to repeat the run."""
         config = {**to_dict(self.run.config), "world_size": self.world.size}
         return {**config, "train_micro_batch_size_per_gpu": self.chunk}
 
-    def _summarise(self, seconds: float, steps: int, received: signal.Signals | None) -> None:
-        images = steps * self.run.config.train_batch_size
-        rows = [
-            ("steps", f"{self.step} of {self.last_step}"),
-            ("images", f"{images:,} in {seconds:.0f} s ({images / seconds:.0f} images/s, evaluation included)"),
-            *((f"k-NN top-1 at step {step}", f"{top1:.2f} %") for step, top1 in _first_and_last(self.knn_history)),
-            ("run directory", str(self.out)),
-            *([("stopped by", received.name)] if received else []),
-        ]
-        commands = [f"tensorboard --logdir {self.out}"]
-        if self.step < self.last_step:
-            commands.insert(
-                0,
-                f"resume with: the same command, --out {self.out}  (goes on from step {self.step} to {self.last_step})",
-            )
-        self.log.summary(rows, commands)
 
-
-def view_pairs(views: torch.Tensor, count: int = 16) -> torch.Tensor:
-    """uint8 views [2, n, 3, H, W] -> one picture [3, ., .]; view 1 above its view 2, eight images a row."""
-    pairs = [row for some in zip(*(view[:count].split(8) for view in views), strict=True) for row in some]
-    return make_grid(torch.cat(pairs), nrow=8, pad_value=255)
-
-
-def _first_and_last(history: list) -> list:
-    return history if len(history) < 2 else [history[0], history[-1]]
+def _sections(values: dict[str, float]) -> dict[str, Any]:
+    """{"a": 1, "b/c": 2} -> {"a": 1, "b": {"c": 2}}."""
+    nested: dict[str, Any] = {}
+    for path, value in values.items():
+        section, _, name = path.rpartition("/")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested

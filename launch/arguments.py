@@ -2,12 +2,18 @@
 
 import argparse
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from crossbatch import InputError
 
 # flag names, key path, type (None: a switch that sets true)
-ALIASES: list[tuple[tuple[str, ...], str, type | None]] = [
+Alias = tuple[tuple[str, ...], str, Callable[[str], Any] | None]
+
+# Of pretraining.
+ALIASES: list[Alias] = [
     (("-a", "--arch"), "crossbatch.model.arch", str),
     (("-b", "--batch-size"), "train_batch_size", int),
     (("-j", "--workers"), "crossbatch.data.workers", int),
@@ -30,7 +36,9 @@ ALIASES: list[tuple[tuple[str, ...], str, type | None]] = [
 ]
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
+def add_config_flags(
+    parser: argparse.ArgumentParser, aliases: list[Alias] = ALIASES, title: str = "the originals' flags"
+) -> None:
     """--deepspeed_config, --set and the aliases; `overrides` turns them into key=value pairs."""
     parser.add_argument("--deepspeed_config", metavar="F", help="recipe, e.g. ds_configs/bs4096.json")
     parser.add_argument(
@@ -41,21 +49,40 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it
-    group = parser.add_argument_group("the originals' flags, as aliases of configuration keys")
-    for flags, path, kind in ALIASES:
+    group = parser.add_argument_group(f"{title}, as aliases of configuration keys")
+    for flags, path, kind in aliases:
         if kind is None:
             group.add_argument(*flags, dest=path, action="store_const", const="true", help=path)
         else:
             group.add_argument(*flags, dest=path, type=kind, metavar="X", help=path)
 
 
-def overrides(arguments: argparse.Namespace) -> list[str]:
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Of whatever trains step by step."""
+    parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default runs/<recipe>-<time>)")
+    parser.add_argument(
+        "--steps", metavar="N", type=positive, help="stop at optimizer step N, counted from the start of the run"
+    )
+    parser.add_argument("--resume", metavar="auto|none|DIR", default="auto", help="what to continue (default auto)")
+    parser.add_argument(
+        "--allow-change", metavar="KEY", action="append", default=[], help="resume although KEY changed; repeatable"
+    )
+
+
+def positive(text: str) -> int:
+    """A type for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"given {text}; allowed: >= 1")
+    return int(text)
+
+
+def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> list[str]:
     """What the flags say as key=value pairs: data, aliases, then --set in its order."""
     pairs = []
     data = arguments.data or arguments.data_positional
     if data:
         pairs.append(f"crossbatch.data.path={data}")
-    for _, path, _ in ALIASES:
+    for _, path, _ in aliases:
         value = getattr(arguments, path)
         if value is not None:
             pairs.append(f"{path}={_optimizer_name(value) if path == 'optimizer.type' else value}")
@@ -64,6 +91,11 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 def _optimizer_name(value: str) -> str:
     return {"lars": "LARS", "adamw": "AdamW"}.get(value, value)
+
+
+def default_out(recipe: str | None, name: str) -> Path:
+    """For who gives no --out."""
+    return Path("runs") / f"{Path(recipe).stem if recipe else name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def writable_folder(path: Path) -> Path:

@@ -10,6 +10,7 @@ from crossbatch.models.collective import Collective
 from crossbatch.models.loss import chance_loss, contrastive_loss
 from crossbatch.models.moco import NUM_VIEWS, Contrast, MoCo
 from crossbatch.models.norm import set_num_chunks, untracked
+from crossbatch.models.trainable import Trainable
 
 __all__ = [
     "ARCHS",
@@ -18,6 +19,7 @@ __all__ = [
     "Collective",
     "Contrast",
     "MoCo",
+    "Trainable",
     "build_backbone",
     "chance_loss",
     "contrastive_loss",

@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from torch import nn
+
 from crossbatch.models import resnet, vit
 
 ARCHS: tuple[str, ...] = resnet.ARCHS + vit.ARCHS
@@ -20,6 +22,12 @@ def family(arch: str) -> str:
     if arch in vit.ARCHS:
         return "vit"
     raise ValueError(f"model.arch is {arch!r}; {_allowed(arch, ARCHS)}")
+
+
+def blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a ViT or the stages of a ResNet, in order."""
+    found = getattr(backbone, "blocks", None)
+    return list(found) if found is not None else [getattr(backbone, f"layer{number}") for number in range(1, 5)]
 
 
 def build_backbone(

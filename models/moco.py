@@ -28,6 +28,7 @@ from crossbatch.models.graphs import captured
 from crossbatch.models.heads import build_predictor, build_projector
 from crossbatch.models.loss import contrastive_loss, uses_batchformer
 from crossbatch.models.norm import synchronize_norms
+from crossbatch.models.trainable import Trainable, backbone_units
 
 NUM_VIEWS = 2
 
@@ -71,7 +72,7 @@ class Heads(nn.Module):
             return self.heads(features_NC)
 
 
-class MoCo(nn.Module):
+class MoCo(Trainable):
     """Online encoder, momentum encoder, predictor and BatchFormer, on one device.
 
     Args:
@@ -135,7 +136,6 @@ class MoCo(nn.Module):
         self.cuda_graph, self._graphs = cuda_graph, None
 
     def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-        """(name, online parameter, momentum parameter) of everything that the moving average follows."""
         online = dict(self.online.named_parameters())
         if self.batchformer is not None:
             online |= {f"batchformer.{name}": p for name, p in self.batchformer.named_parameters()}
@@ -155,9 +155,16 @@ class MoCo(nn.Module):
             if isinstance(module, BatchFormer):
                 module.collective = collective
 
-    def forward(self, part: str, *args):
-        """Calls the method named `part`: sharding backends gather parameters where `forward` is called, and only there."""
-        return getattr(self, part)(*args)
+    @property
+    def chunked(self) -> nn.Module:
+        return self.online.backbone
+
+    def units(self) -> list[nn.Module]:
+        units: list[nn.Module] = []
+        for encoder in (self.online, self.momentum):
+            units += [*backbone_units(encoder.backbone), encoder.projector]
+        parts = (self.predictor, self.batchformer, self.momentum.batchformer)
+        return units + [part for part in parts if part is not None]
 
     def loss(self, images: torch.Tensor, step: int, seed: int) -> Contrast:
         """Both views [V*n, 3, H, W] of the whole local batch -> the loss."""

@@ -18,7 +18,7 @@ from pathlib import Path
 DEADLINE_S = 120
 IMPORTED_ONCE = (
     "crossbatch.launch.pretrain",
-    "crossbatch.engine.trainer",
+    "crossbatch.engine.pretraining",
     "crossbatch.engine.sharding.fsdp",
     "crossbatch.engine.sharding.zero",
     "deepspeed.runtime.zero.stage_1_and_2",

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from crossbatch import InputError
-from crossbatch.engine.config import key_paths, parse_config, to_dict
+from crossbatch.engine.config import Config, key_paths, parse_config, to_dict
 from crossbatch.models.backbones import family
 
 FREE = (
@@ -22,6 +22,7 @@ FREE = (
     "crossbatch.data.path",  # what counts is that it holds as many images
     "crossbatch.data.workers",
     "crossbatch.data.max_skipped_fraction",
+    "crossbatch.model.checkpoint",  # what a fine-tuning started from
     "crossbatch.model.checkpoint_activations",
     "crossbatch.model.cuda_graph",
     "crossbatch.batchformer.kernel",
@@ -29,9 +30,9 @@ FREE = (
 CHUNK = "train_micro_batch_size_per_gpu"
 
 
-def check_allowed(keys: Iterable[str]) -> None:
-    """Raises InputError for a --allow-change that names no key or section."""
-    paths = key_paths()
+def check_allowed(keys: Iterable[str], schema: type = Config) -> None:
+    """Raises InputError for a --allow-change that names no key or section of `schema`."""
+    paths = key_paths(schema)
     for key in keys:
         if not any(_covers(key, path) for path in paths):
             raise InputError(
@@ -39,13 +40,15 @@ def check_allowed(keys: Iterable[str]) -> None:
             )
 
 
-def differences(saved: dict[str, Any], ours: dict[str, Any], allowed: Iterable[str] = ()) -> list[str]:
+def differences(
+    saved: dict[str, Any], ours: dict[str, Any], allowed: Iterable[str] = (), schema: type = Config
+) -> list[str]:
     """ "key: was A, is B" for each key that changes the run and is neither free nor allowed.
 
     Both are resolved configurations as a checkpoint's `config.json` holds them, with `world_size`. A saved "auto", as an
     imported checkpoint has it, is left to the run that goes on.
     """
-    before, now = _flat(_with_defaults(saved)), _flat(_with_defaults(ours))
+    before, now = _flat(_with_defaults(saved, schema)), _flat(_with_defaults(ours, schema))
     free = [*FREE, *allowed]
     changed = [
         f"{path}: was {before.get(path)!r}, is {now.get(path)!r}"
@@ -70,9 +73,9 @@ def _norm_batches(config: dict[str, Any]) -> str | None:
     return f"one of {chunks} chunks of {world_size} ranks"
 
 
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(config: dict[str, Any], schema: type) -> dict[str, Any]:
     """A key that did not exist when the checkpoint was written had what is its default now."""
-    return to_dict(parse_config({name: value for name, value in config.items() if name != "world_size"}))
+    return to_dict(parse_config({name: value for name, value in config.items() if name != "world_size"}, schema))
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

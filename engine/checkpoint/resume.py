@@ -14,6 +14,7 @@ from crossbatch.engine.checkpoint.changes import differences
 from crossbatch.engine.checkpoint.folder import CONFIG
 from crossbatch.engine.checkpoint.pieces import everything_held, random_state
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable
+from crossbatch.engine.config import Config
 from crossbatch.engine.sharding import Backend, Held
 
 
@@ -32,6 +33,7 @@ def resume(
     config: dict[str, Any],
     images: int,
     allowed: Iterable[str] = (),
+    schema: type = Config,
 ) -> Resumed | None:
     """Fills `backend` from the first of `candidates` that can be read; every rank must call it.
 
@@ -41,6 +43,7 @@ def resume(
         config: of this run, resolved, with `world_size`.
         images: in the training set.
         allowed: keys that may differ (--allow-change).
+        schema: of `config`.
 
     Raises:
         InputError: if there are candidates but none can be read; or if the first readable one is of another run.
@@ -50,7 +53,7 @@ def resume(
         opened, errors = _on_all_ranks(lambda checkpoint=checkpoint: _open(checkpoint))
         if opened is not None and not errors:
             manifest, saved = opened
-            _check_same_run(checkpoint, manifest, saved, config, images, allowed)
+            _check_same_run(checkpoint, manifest, saved, config, images, allowed, schema)
             held = everything_held(backend)
             _check_same_tensors(checkpoint, manifest, held)
             _, errors = _on_all_ranks(lambda checkpoint=checkpoint, held=held: store.fill(checkpoint, held))
@@ -102,8 +105,9 @@ def _check_same_run(
     config: dict[str, Any],
     images: int,
     allowed: Iterable[str],
+    schema: type,
 ) -> None:
-    changed = differences(saved, config, allowed)
+    changed = differences(saved, config, allowed, schema)
     if manifest.images != images and "crossbatch.data.path" not in allowed:
         changed.append(f"crossbatch.data.path: held {manifest.images} images, holds {images}")
     if changed:

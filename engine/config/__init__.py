@@ -1,20 +1,25 @@
 """The one configuration surface: `schema` (every key), `load` (JSON -> checked dataclasses), `resolve` ("auto" -> numbers)."""
 
+from crossbatch.engine.config.finetune import FinetuneConfig, ResolvedFinetune, resolve_finetune
 from crossbatch.engine.config.load import key_paths, load_config, parse_config, to_dict
-from crossbatch.engine.config.resolve import Device, ResolvedConfig, resolve, resolve_precision
+from crossbatch.engine.config.resolve import Device, Resolved, ResolvedConfig, resolve, resolve_precision
 from crossbatch.engine.config.schema import AdamWConfig, Config, LarsConfig, WatchConfig
 
 __all__ = [
     "AdamWConfig",
     "Config",
     "Device",
+    "FinetuneConfig",
     "LarsConfig",
+    "Resolved",
     "ResolvedConfig",
+    "ResolvedFinetune",
     "WatchConfig",
     "key_paths",
     "load_config",
     "parse_config",
     "resolve",
+    "resolve_finetune",
     "resolve_precision",
     "to_dict",
 ]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -26,20 +27,27 @@ class Device:
 
 
 @dataclass(frozen=True)
-class ResolvedConfig:
-    """A configuration without "auto", and the numbers that follow from it."""
+class Resolved:
+    """A configuration without "auto", and the numbers that follow from it for any kind of training."""
 
-    config: Config
+    config: Any
     world_size: int
     device: Device
     local_batch: int
     chunk: int
     chunks: int
     auto_chunk: bool  # `chunk` is the local batch until memory is known
-    group_size: int | None
     precision: str
     workers: int
     threads: int  # that compute, on a CPU
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(Resolved):
+    """Of pretraining."""
+
+    config: Config
+    group_size: int | None
 
     @property
     def lr_peak(self) -> float:
@@ -54,20 +62,23 @@ class ResolvedConfig:
 
 def resolve(config: Config, world_size: int, device: Device, local_world_size: int = 1) -> ResolvedConfig:
     """Raises InputError where the configuration cannot run on `world_size` ranks of `device`."""
-    _check_combinations(config, world_size)
+    check_training(config, world_size)
+    _check_lars(config)
     _check_cuda_graph(config, world_size, device)
+    shared = resolve_training(config, world_size, device, local_world_size)
+    return ResolvedConfig(**vars(shared), group_size=_group_size(config, shared.local_batch))
+
+
+def resolve_training(config: Any, world_size: int, device: Device, local_world_size: int) -> Resolved:
+    """What every kind of training resolves alike."""
     local_batch = config.train_batch_size // world_size
     chunk = config.train_micro_batch_size_per_gpu
     auto_chunk = chunk == "auto"
     chunk = local_batch if chunk == "auto" else min(chunk, local_batch)
-    cores = (os.cpu_count() or 1) // local_world_size
-    workers = config.crossbatch.data.workers
-    if workers == "auto":
-        # Where the CPU computes too, that takes far longer than loading.
-        workers = max(1, min(16, cores - 1 if device.type == "cuda" else cores // 4))
+    workers, threads = share_cores(config.crossbatch.data.workers, device, local_world_size)
     precision = resolve_precision(config.crossbatch.precision, device)
     ours = replace(config.crossbatch, precision=precision, data=replace(config.crossbatch.data, workers=workers))
-    return ResolvedConfig(
+    return Resolved(
         config=replace(config, crossbatch=ours, train_micro_batch_size_per_gpu=chunk),
         world_size=world_size,
         device=device,
@@ -75,16 +86,25 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
         chunk=chunk,
         chunks=-(-local_batch // chunk),
         auto_chunk=auto_chunk,
-        group_size=_group_size(config, local_batch),
         precision=precision,
         workers=workers,
-        # Compute threads wait actively: two of them beside a loader on two cores are slower than one (170 against 198
-        # images/s in the quickstart).
-        threads=max(1, cores - workers),
+        threads=threads,
     )
 
 
-def _check_combinations(config: Config, world_size: int) -> None:
+def share_cores(workers: int | str, device: Device, local_world_size: int) -> tuple[int, int]:
+    """Loader workers and compute threads of a rank; `workers` may be "auto"."""
+    cores = (os.cpu_count() or 1) // local_world_size
+    if not isinstance(workers, int):
+        # Where the CPU computes too, that takes far longer than loading.
+        workers = max(1, min(16, cores - 1 if device.type == "cuda" else cores // 4))
+    # Compute threads wait actively: two of them beside a loader on two cores are slower than one (170 against 198
+    # images/s in the quickstart).
+    return workers, max(1, cores - workers)
+
+
+def check_training(config: Any, world_size: int) -> None:
+    """Batch, ranks, schedule and sharding of any kind of training."""
     ours, zero = config.crossbatch, config.zero_optimization
     batch = config.train_batch_size
     if batch % world_size:
@@ -112,6 +132,9 @@ def _check_combinations(config: Config, world_size: int) -> None:
             "zero_optimization.offload_optimizer.device: given cpu with zero_optimization.stage 0, where DeepSpeed ignores it; "
             "allowed: none; set the stage to 1, 2 or 3"
         )
+
+
+def _check_lars(config: Config) -> None:
     params = config.optimizer.params
     if isinstance(params, LarsConfig):
         for name, variant in (("clip", "larc"), ("decay_after_momentum", "mlperf")):

@@ -142,6 +142,11 @@ class CrossbatchConfig:
     )
     seed: int = key(0, "of weights, data order, augmentation and dropout", low=0)
 
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """By prefix of a parameter's name; see `optimizers.parameter_groups`."""
+        return {"batchformer.": self.batchformer.lr_scale}
+
 
 @dataclass(frozen=True)
 class LarsConfig:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from crossbatch.models import MoCo
+from crossbatch.models import Trainable
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Held:
 
 
 class Backend(ABC):
-    """A sharded `MoCo` with its optimizer."""
+    """A sharded network with its optimizer."""
 
-    model: MoCo
+    model: Trainable
     optimizer: Any  # has param_groups, as torch.optim.Optimizer
 
     @abstractmethod
@@ -44,8 +44,8 @@ class Backend(ABC):
     def backward(self, loss: torch.Tensor, scale: float, more: bool = False) -> None:
         """Back-propagates the local mean loss times `scale` and leaves averaged gradients for `step`.
 
-        With `more`, further calls belong to the same step: gradients add up, and the ranks exchange those of the online
-        backbone only at the call without.
+        With `more`, further calls belong to the same step: gradients add up, and the ranks exchange those of what
+        is chunked only at the call without.
         """
 
     @abstractmethod
@@ -80,6 +80,8 @@ class Backend(ABC):
     def update_momentum(self, momentum: float) -> None:
         """average = momentum * average + (1 - momentum) * online, in fp32, each rank on its own shards."""
         pairs = [(online, average) for _, online, average in self.model.momentum_pairs() if online.requires_grad]
+        if not pairs:
+            return
         online = [self.local_parameter(online) for online, _ in pairs]
         average = [self.local_parameter(average) for _, average in pairs]
         torch._foreach_lerp_(average, online, weight=1 - momentum)

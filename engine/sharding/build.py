@@ -1,11 +1,11 @@
 """Chooses the backend; imports DeepSpeed only where it is used, because that takes seconds."""
 
-from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.config import Resolved
 from crossbatch.engine.sharding.backend import Backend
-from crossbatch.models import MoCo
+from crossbatch.models import Trainable
 
 
-def build_backend(model: MoCo, run: ResolvedConfig) -> Backend:
+def build_backend(model: Trainable, run: Resolved) -> Backend:
     """Shards `model` (already on its device, equal on all ranks) and builds its optimizer."""
     if run.config.crossbatch.sharding == "fsdp":
         from crossbatch.engine.sharding.fsdp import FsdpBackend

@@ -16,16 +16,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.config import Resolved
 from crossbatch.engine.optimizers import build_optimizer, parameter_groups
 from crossbatch.engine.optimizers.lars import local
 from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
 from crossbatch.engine.sharding.backend import Backend, Held, Piece
-from crossbatch.models import MoCo
+from crossbatch.models import Trainable
 
 
 class FsdpBackend(Backend):
-    def __init__(self, model: MoCo, run: ResolvedConfig):
+    def __init__(self, model: Trainable, run: Resolved):
         # A pooled feature is a view; nobody writes into it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self.model = model
@@ -35,7 +35,7 @@ class FsdpBackend(Backend):
         shape = (run.world_size, 1) if stage == 0 else (1, run.world_size)
         mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
         mesh = mesh if stage == 0 else mesh["shard"]
-        for module in (*wrapped_modules(model), model):
+        for module in (*model.units(), model):
             fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3)
         self.optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
 
@@ -43,9 +43,9 @@ class FsdpBackend(Backend):
         return self.model(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor, scale: float, more: bool = False) -> None:
-        backbone, root = self.model.online.backbone, self.model
-        assert isinstance(backbone, FSDPModule) and isinstance(root, FSDPModule)
-        backbone.set_requires_gradient_sync(not more)
+        chunked, root = self.model.chunked, self.model
+        assert isinstance(chunked, FSDPModule) and isinstance(root, FSDPModule)
+        chunked.set_requires_gradient_sync(not more)
         root.set_is_last_backward(not more)
         (loss * scale).backward()
 
@@ -83,18 +83,6 @@ class FsdpBackend(Backend):
 
     def loaded(self, updates: int) -> None:
         set_step_count(self.optimizer, updates)
-
-
-def wrapped_modules(model: MoCo) -> list[nn.Module]:
-    """What is gathered together, from the inside out: the blocks of a ViT or the stages of a ResNet, then the parts."""
-    modules: list[nn.Module] = []
-    for encoder in (model.online, model.momentum):
-        backbone = encoder.backbone
-        blocks = getattr(backbone, "blocks", None)
-        modules += list(blocks) if blocks is not None else [getattr(backbone, f"layer{i}") for i in range(1, 5)]
-        modules += [backbone, encoder.projector]
-    parts = (model.predictor, model.batchformer, model.momentum.batchformer)
-    return modules + [part for part in parts if part is not None]
 
 
 def _held(tensor: torch.Tensor) -> Held:

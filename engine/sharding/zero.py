@@ -23,15 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.config import Resolved
 from crossbatch.engine.optimizers import LARS, Layout, Segment, build_optimizer, parameter_groups
 from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
 from crossbatch.engine.sharding.backend import Backend, Held, Piece
-from crossbatch.models import MoCo
+from crossbatch.models import Trainable
 
 
 class ZeroBackend(Backend):
-    def __init__(self, model: MoCo, run: ResolvedConfig):
+    def __init__(self, model: Trainable, run: Resolved):
         if run.device.type == "cpu":
             # It would compile, for a minute, a shared-memory all-reduce that only inference calls.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -191,7 +191,7 @@ def _even_cut(parameter: Any) -> tuple[int, int]:
     return start, max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
 
 
-def deepspeed_config(run: ResolvedConfig) -> dict[str, Any]:
+def deepspeed_config(run: Resolved) -> dict[str, Any]:
     """The dict that DeepSpeed sees: no "auto", no section of ours."""
     zero = {name: value for name, value in vars(run.config.zero_optimization).items() if value is not None}
     offload = vars(zero.pop("offload_optimizer"))

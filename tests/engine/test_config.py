@@ -7,8 +7,19 @@ from pathlib import Path
 import pytest
 
 from crossbatch import InputError
-from crossbatch.engine.config import Device, key_paths, load_config, parse_config, resolve, to_dict
-from crossbatch.engine.config.document import key_table
+from crossbatch.engine.config import (
+    Config,
+    Device,
+    FinetuneConfig,
+    key_paths,
+    load_config,
+    parse_config,
+    resolve,
+    resolve_finetune,
+    to_dict,
+)
+from crossbatch.engine.config.document import all_tables
+from crossbatch.engine.config.probe import KnnConfig, LinearConfig
 
 RECIPES = sorted(Path("ds_configs").glob("*.json"))
 CPU = Device("cpu")
@@ -78,18 +89,20 @@ def test_overrides_apply_in_order_and_read_json_or_text():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_load_resolve_and_survive_a_round_trip(recipe):
-    config = load_config(recipe)
+    is_finetuning = recipe.stem.startswith("finetune_")
+    config = load_config(recipe, [], FinetuneConfig) if is_finetuning else load_config(recipe)
     assert json.loads(recipe.read_text())["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1.0
-    resolved = resolve(config, 2, CPU)
+    resolved = (resolve_finetune if is_finetuning else resolve)(config, 2, CPU)  # pyright: ignore[reportArgumentType]
     assert "auto" not in (resolved.config.train_micro_batch_size_per_gpu, resolved.precision, resolved.workers)
-    assert parse_config(json.loads(json.dumps(to_dict(resolved.config)))) == resolved.config
+    assert parse_config(json.loads(json.dumps(to_dict(resolved.config))), type(config)) == resolved.config
 
 
 def test_the_table_for_users_is_that_of_the_schema():
     """If this fails: python -m crossbatch.engine.config.document, and paste its output into ds_configs/README.md."""
     text = Path("ds_configs/README.md").read_text()
-    assert key_table() in text
-    assert all(f"`{path}`" in text for path in key_paths())
+    assert all_tables() in text
+    for schema in (Config, FinetuneConfig, LinearConfig, KnnConfig):
+        assert all(f"`{path}`" in text for path in key_paths(schema))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def run(
     """
     import torch
 
-    from crossbatch.engine.trainer import Trainer
+    from crossbatch.engine.pretraining import Pretraining
 
     world = world_from_environment()
     settings = resolve(load_config(None, [*BASE, *EVERY_2, *overrides]), world.size, Device("cpu"))
@@ -38,7 +38,7 @@ def run(
         for target, factory in patches:
             stack.enter_context(mock.patch(target, factory()))
         try:
-            Trainer(settings, world, torch.device("cpu"), Path(out), resume, steps, allow).train()
+            Pretraining(settings, world, torch.device("cpu"), Path(out), resume, steps, allow).train()
         except (InputError, RunStopped) as stopped:
             return f"{type(stopped).__name__}: {stopped}"
         finally:

@@ -1,0 +1,116 @@
+"""Pretraining: MoCo v3 + BatchFormer on two views of every image, watched by k-NN."""
+
+import torch
+from torchvision.utils import make_grid
+
+from crossbatch import InputError
+from crossbatch.data import (
+    Batch,
+    Order,
+    TrainLoader,
+    choose_backend,
+    has_evaluation_split,
+    moco_v3_views,
+    open_source,
+    prepare,
+)
+from crossbatch.engine.build import build_model
+from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.distributed import GroupCollective, on_main
+from crossbatch.engine.evaluation.knn import KnnMonitor
+from crossbatch.engine.faults import Alarms, blame
+from crossbatch.engine.memory import automatic_chunk, remember
+from crossbatch.engine.sharding import build_backend
+from crossbatch.engine.step import TrainStep, autocast
+from crossbatch.engine.trainer import Trainer
+from crossbatch.models import Contrast
+
+CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_gpu: "auto"` came to
+
+
+class Pretraining(Trainer):
+    run: ResolvedConfig
+    train_step: TrainStep
+
+    def open_data(self) -> tuple[Order, TrainLoader]:
+        data = self.ours.data
+        path = data.path
+        if path is None:
+            raise InputError("crossbatch.data.path: not given; allowed: a folder with train/; give it with --data DIR")
+        cache = self.out / "data_index"
+        on_main(lambda: prepare(path, cache=cache))
+        source = open_source(path, "train", cache=cache)
+        batch, seed = self.run.config.train_batch_size, self.ours.seed
+        order = Order(seed, len(source), batch, self.world.size, self.world.rank, data.shuffle_window)
+        self.alarms = Alarms(self.ours.watch)
+        self.monitor = None
+        if self.ours.evaluate.knn_every_epochs and has_evaluation_split(path):
+            self.monitor = KnnMonitor(self.run, source, open_source(path, "eval", cache=cache), self.device)
+        backend, why = choose_backend(data.backend, self.device.type)
+        self.notes.append(f"images: {backend} ({why})")
+        loader = TrainLoader(
+            source,
+            order,
+            moco_v3_views(data.image_size, data.crop_min),
+            seed,
+            workers=self.run.workers,
+            max_skipped_fraction=data.max_skipped_fraction,
+            backend=backend,
+            device=self.device,
+        )
+        return order, loader
+
+    def choose_chunk(self) -> int:
+        if not self.run.auto_chunk:
+            return self.run.chunk
+        cache = self.out / CHUNK
+        chunk, why = automatic_chunk(self.run, self.world, self.device, lambda: autocast(self.run, self.device), cache)
+        if chunk < self.run.local_batch:
+            self.notes.append(why)
+        return chunk
+
+    def remember_chunk(self) -> None:
+        remember(self.out / CHUNK, self.run, self.chunk)
+
+    def build_step(self, chunk: int) -> TrainStep:
+        model = build_model(self.run).to(self.device)
+        model.set_collective(GroupCollective())
+        return TrainStep(build_backend(model, self.run), self.run, self.device, self.order.steps_per_epoch, chunk)
+
+    def started(self, batch: Batch) -> None:
+        self.log.pictures("views", view_pairs(batch.views), 0)
+
+    def train_on(self, batch: Batch) -> tuple[Contrast, float]:
+        return self.train_step(batch.views)
+
+    def values(self, result: Contrast) -> dict[str, torch.Tensor]:
+        terms = {f"loss_terms/{name}": term for name, term in result.terms.items()}
+        return {"loss": result.loss, **result.signals, **terms}
+
+    def rates(self) -> dict[str, float]:
+        updates = max(0, self.train_step.progress.updates - 1)
+        return {"lr": self.train_step.learning_rate(updates), "momentum": self.train_step.momentum(updates)}
+
+    def blame(self, result: Contrast) -> str:
+        terms = {f"loss term {name}": term for name, term in result.terms.items()}
+        return blame({"the features": result.signals["feature_std"], "the loss": result.loss, **terms})
+
+    def evaluation_due(self) -> bool:
+        if self.monitor is None:
+            return False
+        return self.step == self.stop or self.step % (self.ours.evaluate.knn_every_epochs * self.steps_per_epoch) == 0
+
+    def evaluate(self) -> dict[str, float]:
+        assert self.monitor is not None
+        return {"knn_top1": self.monitor.top1(self.train_step.backend, self.train_step.autocast)}
+
+    def recorded(self, metrics: dict) -> None:
+        if metrics.get("loss") is not None:
+            for alarm in self.alarms.check(metrics["loss"], metrics["feature_std"]):
+                self.log.warn(f"step {self.step}: {alarm}")
+
+
+def view_pairs(views: torch.Tensor, count: int = 16) -> torch.Tensor:
+    """uint8 views [2, n, 3, H, W] -> one picture [3, ., .]; view 1 above its view 2, eight images a row."""
+    pairs = [row for some in zip(*(view[:count].split(8) for view in views), strict=True) for row in some]
+    return make_grid(torch.cat(pairs), nrow=8, pad_value=255)

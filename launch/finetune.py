@@ -1,0 +1,54 @@
+"""Fine-tunes a pretrained backbone on labelled images.
+
+python launch/finetune.py --deepspeed_config ds_configs/finetune_cifar10.json --checkpoint runs/vitb --data cifar10://datasets
+deepspeed --num_gpus 8 launch/finetune.py --deepspeed_config ds_configs/finetune_pets.json --checkpoint runs/vitb --data pets://DIR
+"""
+
+import argparse
+
+from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
+from crossbatch.engine.distributed import world_from_environment
+from crossbatch.launch.arguments import Alias, add_config_flags, add_run_flags, overrides
+from crossbatch.launch.exits import run_main
+
+ALIASES: list[Alias] = [
+    (("-a", "--arch", "--model"), "crossbatch.model.arch", str),
+    (("-b", "--batch-size"), "train_batch_size", int),
+    (("-j", "--workers", "--num_workers"), "crossbatch.data.workers", int),
+    (("--input-size",), "crossbatch.data.image_size", int),
+    (("--epochs",), "crossbatch.schedule.epochs", int),
+    (("--warmup-epochs",), "crossbatch.schedule.warmup_epochs", float),
+    (("--lr",), "optimizer.params.lr", float),
+    (("--weight-decay",), "optimizer.params.weight_decay", float),
+    (("--clip-grad",), "gradient_clipping", float),
+    (("--drop-path",), "crossbatch.finetune.drop_path", float),
+    (("--mixup",), "crossbatch.finetune.mixup", float),
+    (("--cutmix",), "crossbatch.finetune.cutmix", float),
+    (("--smoothing",), "crossbatch.finetune.label_smoothing", float),
+    (("--reprob",), "crossbatch.finetune.random_erasing", float),
+    (("--seed",), "crossbatch.seed", int),
+    (("--checkpoint", "--pretrained", "--finetune"), "crossbatch.model.checkpoint", str),
+]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_flags(parser, ALIASES, "DeiT's flags, as aliases of configuration keys")
+    add_run_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = load_config(arguments.deepspeed_config, overrides(arguments, ALIASES), FinetuneConfig)
+    world = world_from_environment()
+    run = resolve_finetune(config, world.size, Device.detect(), world.local_size)
+    # Late: its libraries take seconds, which wrong input should not wait for.
+    from crossbatch.engine.finetuning import FineTuning
+    from crossbatch.launch.training import train
+
+    train(FineTuning, run, world, arguments, "finetune")
+
+
+if __name__ == "__main__":
+    run_main(main)

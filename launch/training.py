@@ -1,0 +1,35 @@
+"""What `pretrain.py` and `finetune.py` do once their configuration is resolved."""
+
+import argparse
+import time
+from pathlib import Path
+
+from crossbatch import InputError
+from crossbatch.engine.checkpoint import check_allowed
+from crossbatch.engine.config import Resolved
+from crossbatch.engine.distributed import World, broadcast_object, make_deterministic, may_be_restarted, process_group
+from crossbatch.engine.trainer import Trainer
+from crossbatch.engine.watch import Watch
+from crossbatch.launch.arguments import writable_folder
+
+
+def train(trainer: type[Trainer], run: Resolved, world: World, arguments: argparse.Namespace, name: str) -> None:
+    """Joins the other ranks and trains.
+
+    Args:
+        arguments: of `add_run_flags` and `add_config_flags`.
+        name: of the run directory if there is neither --out nor a recipe.
+    """
+    check_allowed(arguments.allow_change, type(run.config))
+    if arguments.out is None and may_be_restarted():
+        raise InputError(
+            "--out: not given, but torchrun may restart this run, which then must find its checkpoints; name one"
+        )
+    recipe = Path(arguments.deepspeed_config).stem if arguments.deepspeed_config else name
+    out = writable_folder(arguments.out or Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    timeout_s, device = run.config.crossbatch.watch.timeout_s, run.device
+    if run.config.crossbatch.deterministic:
+        make_deterministic()
+    with process_group(world, device.type, run.threads, timeout_s) as torch_device, Watch(world, timeout_s) as watch:
+        out, resume, steps = broadcast_object(out), arguments.resume, arguments.steps
+        trainer(run, world, torch_device, out, resume, steps, arguments.allow_change, watch).train()

@@ -1,0 +1,38 @@
+"""What a network must tell so that it can be sharded, trained in chunks, and followed by a moving average."""
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+
+from crossbatch.models.backbones import blocks
+from crossbatch.models.collective import Collective
+
+
+class Trainable(nn.Module, ABC):
+    """A network whose online part is trained and whose momentum part, if there is one, follows it."""
+
+    collective: Collective
+
+    def forward(self, part: str, *args):
+        """Calls the method named `part`: sharding backends gather parameters where `forward` is called, and only there."""
+        return getattr(self, part)(*args)
+
+    @property
+    @abstractmethod
+    def chunked(self) -> nn.Module:
+        """The part that is run and back-propagated chunk by chunk."""
+
+    @abstractmethod
+    def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(name, online parameter, momentum parameter) of everything that the moving average follows."""
+
+    @abstractmethod
+    def units(self) -> list[nn.Module]:
+        """What is gathered together where parameters are sharded, from the inside out, without the network itself. Online and
+        momentum parts alike, so that their shards are cut alike.
+        """
+
+
+def backbone_units(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone, then all of it."""
+    return [*blocks(backbone), backbone]
