@@ -13,7 +13,7 @@ from crossbatch import RunStopped
 from crossbatch.engine import checkpoint, memory
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.distributed import world_from_environment
-from crossbatch.engine.trainer import Trainer
+from crossbatch.engine.pretraining import Pretraining
 from crossbatch.models import Collective
 from crossbatch.models.norm import synchronize_norms
 from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, name_of, parameters, train, zero
@@ -72,7 +72,7 @@ def vit(group_size: int) -> list[str]:
 def test_a_split_changes_nothing(tmp_path, in_one, pools, group_size, ranks, chunks, backend):
     want, end = in_one(group_size)
     pools(ranks).run(train, [*vit(group_size), *backend, *split(ranks, chunks)], str(tmp_path), 10)
-    assert len(want) == 10 and abs(want[0] - want[-1]) > 0.02
+    assert len(want) == 10 and abs(want[0] - want[-1]) > 0.1
     assert losses(tmp_path) == pytest.approx(want, rel=1e-5)
     for name, tensor in parameters(tmp_path).items():
         assert (tensor - end[name]).norm() <= 1e-5 * end[name].norm(), name
@@ -116,9 +116,9 @@ def step_of_resnet(overrides: list[str], out: str, alone: bool) -> tuple[float, 
     """One step on this rank: the global loss and the gradient-updated parameters."""
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *LARGE, *RESNET, *ADAMW, *overrides]), world.size, Device("cpu"))
-    trainer = Trainer(run, world, torch.device("cpu"), Path(out), "none", 2)
+    trainer = Pretraining(run, world, torch.device("cpu"), Path(out), "none", 2)
     if alone:
-        for encoder in (trainer.backend.model.online, trainer.backend.model.momentum):
+        for encoder in (trainer.train_step.backend.model.online, trainer.train_step.backend.model.momentum):
             synchronize_norms(encoder.backbone, Collective())
     batches = trainer._batches()
     trainer.train_step(next(batches).views)  # at rate 0
@@ -126,7 +126,7 @@ def step_of_resnet(overrides: list[str], out: str, alone: bool) -> tuple[float, 
     trainer.loader.close()
     torch.distributed.all_reduce(contrast.loss)
     return float(contrast.loss) / world.size, {
-        n: p.detach().clone() for n, p in trainer.backend.model.named_parameters()
+        n: p.detach().clone() for n, p in trainer.train_step.backend.model.named_parameters()
     }
 
 
@@ -158,7 +158,7 @@ def run_with_little_memory(out: str, chunk: int, rows: int, until_call: int) -> 
 
     with mock.patch.object(MoCo, "embed", greedy):
         try:
-            Trainer(run, world, torch.device("cpu"), Path(out), "auto", 3).train()
+            Pretraining(run, world, torch.device("cpu"), Path(out), "auto", 3).train()
         except RunStopped as stopped:
             return str(stopped)
     return ""

@@ -1,10 +1,8 @@
 """Sharding changes nothing: ten steps of one process against two ranks, for every backend and optimizer that is allowed."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -28,6 +26,7 @@ BASE = [
     "crossbatch.data.path=synthetic://48?size=20&classes=4",
     "crossbatch.data.image_size=16",
     "crossbatch.data.workers=0",
+    "crossbatch.data.backend=torchvision",
     "crossbatch.model.dim=16",
     "crossbatch.model.mlp_dim=32",
     "crossbatch.model.temperature=0.2",
@@ -42,7 +41,7 @@ BASE = [
 ]
 LARS = [
     "optimizer.type=LARS",
-    "optimizer.params.lr=0.02",
+    "optimizer.params.lr=0.05",
     "optimizer.params.weight_decay=1e-2",
     "optimizer.params.trust_coefficient=0.1",
 ]
@@ -68,54 +67,15 @@ def name_of(case) -> str:
     return "".join(part.split("=")[1] for part in case).replace("none", "")
 
 
-def train(overrides: list[str], out: str, steps: int, smooth: bool = False) -> None:
-    """One run on this rank of a pool; if `smooth`, see `smooth_network`."""
+def train(overrides: list[str], out: str, steps: int) -> None:
+    """One run on this rank of a pool."""
     import torch
 
-    from crossbatch.engine.trainer import Trainer
+    from crossbatch.engine.pretraining import Pretraining
 
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
-    with smooth_network() if smooth else contextlib.nullcontext():
-        Trainer(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
-
-
-@contextlib.contextmanager
-def smooth_network():
-    """What makes rounding matter to a ResNet's weights, taken out: SiLU for ReLU, and norms that add up in double.
-
-    ReLU has a kink: where an activation is 0 but for rounding, the order of summation decides whether it passes a gradient,
-    and about once in ten steps a batch norm's gradient then differs by 1 %. torch's norm kernel for channels_last on CPUs adds
-    up in fp32, term by term (relative error of a variance 1e-6 and more), and the gradient of a norm's bias is a sum that
-    nearly cancels before the next norm: with it the biases differ by some 5e-5, replicated (stage 0) as sharded.
-    """
-    import torch
-
-    from crossbatch.models import norm
-
-    rows = {2: (0,), 4: (0, 2, 3)}
-
-    def statistics(x):
-        var, mean = torch.var_mean(x.double(), rows[x.dim()], correction=0)
-        return torch.stack((mean, var))
-
-    def backward_sums(dy, x, mean, invstd, _weight):
-        per_channel = (1, -1) + (1,) * (x.dim() - 2)
-        xhat = (x.double() - mean.view(per_channel)) * invstd.double().view(per_channel)
-        return torch.stack((dy.double().sum(rows[x.dim()]), (dy * xhat).sum(rows[x.dim()])))
-
-    whole: Any = norm.ViewBatchNorm._statistics
-    input_gradient: Any = norm._input_gradient
-    with (
-        mock.patch.object(torch.nn, "ReLU", torch.nn.SiLU),
-        mock.patch.object(norm, "_statistics", statistics),
-        mock.patch.object(norm, "_backward_sums", backward_sums),
-        mock.patch.object(norm.ViewBatchNorm, "_statistics", lambda self, x: [t.float() for t in whole(self, x)]),
-        mock.patch.object(
-            norm, "_input_gradient", lambda *args, out: input_gradient(*args[:-1], args[-1].float(), out=out)
-        ),
-    ):
-        yield
+    Pretraining(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
 
 
 def losses(out) -> list[float]:
@@ -131,13 +91,13 @@ def one_process(tmp_path_factory, one_rank):
     """Losses, and parameters before and after, of the one-process run; computed once per model and optimizer."""
     known = {}
 
-    def get(model, optimizer, smooth=False):
-        key = (*model, *optimizer, smooth)
+    def get(model, optimizer):
+        key = (*model, *optimizer)
         if key not in known:
             start, out = tmp_path_factory.mktemp("start"), tmp_path_factory.mktemp("one")
             run = [*model, *optimizer, *zero(0)]
-            one_rank.run(train, [*run, "crossbatch.schedule.warmup_epochs=4"], str(start), 1, smooth)
-            one_rank.run(train, run, str(out), 10, smooth)
+            one_rank.run(train, [*run, "crossbatch.schedule.warmup_epochs=4"], str(start), 1)
+            one_rank.run(train, run, str(out), 10)
             known[key] = losses(out), parameters(start), parameters(out)
         return known[key]
 
@@ -145,8 +105,6 @@ def one_process(tmp_path_factory, one_rank):
 
 
 BACKENDS = [zero(0), zero(1), zero(2), zero(3), zero(1, "cpu"), zero(3, "cpu"), fsdp(0), fsdp(1), fsdp(3)]
-
-OFTEN = (zero(1), zero(3), fsdp(3))
 
 
 def cases():
@@ -183,19 +141,7 @@ def test_many_ranks_do_what_one_process_does(tmp_path, one_process, pools, ranks
     pools(ranks).run(train, [*model, *optimizer, *backend], str(tmp_path), 10)
     assert len(want) == 10
     assert losses(tmp_path) == pytest.approx(want, rel=1e-5)
-    assert abs(want[0] - want[-1]) > 0.02  # something was trained
-    if model is VIT:
-        assert worst_deviation(parameters(tmp_path), start, end) <= 1e-5
-
-
-@pytest.mark.parametrize("optimizer", [LARS, ADAMW], ids=name_of)
-@pytest.mark.parametrize(
-    "backend", [pytest.param(b, marks=() if b in OFTEN else pytest.mark.slow) for b in BACKENDS], ids=name_of
-)
-def test_weights_of_a_resnet(tmp_path, one_process, pools, backend, optimizer):
-    want, start, end = one_process(RESNET, optimizer, smooth=True)
-    pools(3).run(train, [*RESNET, *optimizer, *backend], str(tmp_path), 10, True)
-    assert losses(tmp_path) == pytest.approx(want, rel=1e-5)
+    assert abs(want[0] - want[-1]) > 0.1  # something was trained
     assert worst_deviation(parameters(tmp_path), start, end) <= 1e-5
 
 
@@ -242,15 +188,17 @@ def buffers_of(overrides: list[str], out: str) -> list:
     """Trains three steps on this rank; its batch norms' buffers."""
     import torch
 
-    from crossbatch.engine.trainer import Trainer
+    from crossbatch.engine.pretraining import Pretraining
 
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
     with mock.patch("crossbatch.engine.step.INITIAL_LOSS_SCALE", 2.0**6):  # a step that overflows changes nothing
-        trainer = Trainer(run, world, torch.device("cpu"), Path(out), "auto", 3)
+        trainer = Pretraining(run, world, torch.device("cpu"), Path(out), "auto", 3)
     trainer.train()
     assert all(math.isfinite(loss) for loss in losses(out))
-    return [(name, str(buffer.dtype), buffer.tolist()) for name, buffer in trainer.backend.model.named_buffers()]
+    return [
+        (name, str(buffer.dtype), buffer.tolist()) for name, buffer in trainer.train_step.backend.model.named_buffers()
+    ]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
