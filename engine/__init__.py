@@ -6,9 +6,9 @@
     optimizers/   LARS and AdamW, meaning the same under every sharding
     sharding/     DeepSpeed ZeRO and FSDP2 behind one interface
     checkpoint/   any world size and backend, written in the background; saves: when, and what is said about it
-    legacy        the originals' files
+    legacy        the originals' files; export: a backbone for timm, DeiT, torchvision; weights: reading and writing such files
     signals       being asked to stop; watch: ranks that are gone; faults: numbers that are not finite
-    knn           the monitor
+    evaluation/   k-NN, the linear probe, and loading pretrained weights from anything
     telemetry     metrics.jsonl, TensorBoard, progress bar
     trainer       the loop of any run; pretraining, finetuning: what is trained in it
 

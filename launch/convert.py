@@ -3,9 +3,11 @@
 python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards
 python launch/convert.py import checkpoint_0099.pth.tar --out runs/continued --data /data/imagenet -a resnet50 -b 4096 ...
 python launch/convert.py export --checkpoint runs/bs4096 --to moco-v3 --output checkpoint_0099.pth.tar
+python launch/convert.py export --checkpoint checkpoint_0299.pth.tar --to timm --output vit_small.pth
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from crossbatch import InputError
 from crossbatch.data.shard_writer import Written, write_shards
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
 from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.config.probe import ExportConfig
 from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
 from crossbatch.launch.exits import run_main
+from crossbatch.models.export import FORMATS
 
 _NAMED = 10  # broken images named
 
@@ -119,18 +123,42 @@ def add_export(commands) -> None:
     parser = commands.add_parser(
         "export",
         help="a checkpoint in another format",
-        epilog="example: python launch/convert.py export --checkpoint runs/bs4096 --to moco-v3 --output checkpoint.pth.tar",
+        description="moco-v3 is a whole run of ours, to continue with the originals; the others are a backbone, of a run or of "
+        "anything that launch/knn.py takes.",
+        epilog="example: python launch/convert.py export --checkpoint runs/bs4096 --to torchvision --output resnet50.pth",
     )
-    parser.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="a run or one of its checkpoints")
-    parser.add_argument("--to", choices=("moco-v3",), required=True, help="moco-v3: to continue with the originals")
+    formats = {"moco-v3": "to continue with the originals", **FORMATS}
+    parser.add_argument("--checkpoint", metavar="DIR|FILE", type=Path, required=True, help="what to export")
+    parser.add_argument(
+        "--to", choices=formats, required=True, help="; ".join(f"{name}: {what}" for name, what in formats.items())
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="what to write")
-    parser.set_defaults(run=export)
+    parser.add_argument("-a", "--arch", metavar="X", help="backbone, where the checkpoint does not say")
+    parser.add_argument("--encoder", choices=("online", "momentum"), help="of pretraining; default online")
+    parser.add_argument(
+        "--set", metavar="path=value", action="append", default=[], help="a key of crossbatch.model; repeatable"
+    )
+    parser.set_defaults(run=export_checkpoint)
 
 
-def export(arguments: argparse.Namespace) -> None:
-    from crossbatch.engine.legacy import export_file
+def export_checkpoint(arguments: argparse.Namespace) -> None:
+    pairs = [f"crossbatch.model.checkpoint={json.dumps(str(arguments.checkpoint))}"]
+    for name in ("arch", "encoder"):
+        if getattr(arguments, name) is not None:
+            pairs.append(f"crossbatch.model.{name}={getattr(arguments, name)}")
+    pairs += arguments.set
+    if arguments.to == "moco-v3":
+        if len(pairs) > 1:
+            raise InputError(f"--to moco-v3: writes the whole run, which {pairs[1]} would not change; leave it out")
+        from crossbatch.engine.legacy import export_file
 
-    print("\n".join(export_file(arguments.checkpoint, arguments.output)))
+        print("\n".join(export_file(arguments.checkpoint, arguments.output)))
+        return
+    config = load_config(None, pairs, ExportConfig)
+    from crossbatch.engine.evaluation.frozen import load_configured
+    from crossbatch.engine.export import export
+
+    print("\n".join(export(load_configured(config.crossbatch.model, "auto"), arguments.to, arguments.output)))
 
 
 def main() -> None:

@@ -80,6 +80,7 @@ class SgdConfig:
         "auto",
         "per 256 images: peak = lr * train_batch_size / 256; auto: 0.1 (ResNet), 3 (ViT); a list: a classifier for each",
         above=0.0,
+        high=1e6,
     )
     momentum: float = key(0.9, "of the velocity", low=0.0, high=1.0)
     weight_decay: float = key(0.0, "on weight and bias of the classifier", low=0.0)

@@ -54,6 +54,8 @@ def say(rows: list[tuple[str, str]], commands: list[str], console: Console | Non
     """A table, and what to type next."""
     console = console or Console(highlight=False)
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are to be copied
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)

@@ -1,4 +1,4 @@
-"""launch/convert.py: `shards` writes what `--data` can name, and says what it cannot."""
+"""launch/convert.py: `shards` writes what `--data` can name, `export` what others can load; both say what they cannot."""
 
 import shutil
 import sys
@@ -6,11 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
+import torchvision
 from PIL import Image
 
 from crossbatch.data.sources import open_source
+from crossbatch.engine.evaluation.pretrained import load_pretrained
 from crossbatch.launch import convert
 from crossbatch.launch.exits import run_main
+from tests.engine.test_legacy import original_file
 
 
 def call(monkeypatch, *arguments) -> int:
@@ -69,6 +74,63 @@ def test_bad_input(monkeypatch, capsys, images, tmp_path):
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_help_has_an_example(monkeypatch, capsys):
-    assert call(monkeypatch, "shards", "--help") == 0
-    assert "example: python launch/convert.py shards --data" in capsys.readouterr().out
+EXPORTS = [("vit", "timm", "v.pth"), ("vit", "deit", "v.pth"), ("vit", "safetensors", "v.safetensors"),
+           ("resnet", "safetensors", "r.safetensors"), ("resnet", "moco-v3", "r.pth.tar")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("run", "to", "name"), EXPORTS)
+def test_export_of_a_run_can_be_loaded_again(monkeypatch, capsys, tiny_runs, tmp_path, run, to, name):
+    monkeypatch.chdir(tmp_path)  # FILE without a folder
+    assert call(monkeypatch, "export", "--checkpoint", tiny_runs(run), "--to", to, "--output", name) == 0
+    said = capsys.readouterr().out
+    want = load_pretrained(tiny_runs(run)).backbone.state_dict()
+    if to != "moco-v3":
+        assert f"{name}: {len(want)} tensors written" in said
+    known = {"stem": "small", "backbone_args": {"width": 8}} if to == "moco-v3" else {}
+    again = load_pretrained(tmp_path / name, **known).backbone.state_dict()
+    assert again.keys() == want.keys() and all(tensor.equal(want[key]) for key, tensor in again.items())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_export_of_an_original(monkeypatch, capsys, tmp_path):
+    torch.save(original_file("resnet18", True, "LARS"), tmp_path / "checkpoint_0001.pth.tar")
+    export = ["export", "--checkpoint", tmp_path / "checkpoint_0001.pth.tar", "--output", tmp_path / "new/r.pth"]
+    for flags, encoder in (([], "base_encoder"), (["--encoder", "momentum"], "momentum_encoder")):
+        assert call(monkeypatch, *export, "--to", "torchvision", *flags) == 0
+        said = capsys.readouterr().out
+        assert "r.pth: 120 tensors written" in said and "torchvision.models.resnet18()" in said
+        state = torch.load(tmp_path / "new/r.pth", weights_only=True)
+        theirs = original_file("resnet18", True, "LARS")["state_dict"]
+        assert len(state) == 120 and all(
+            value.equal(theirs[f"module.{encoder}.{name}"]) for name, value in state.items()
+        )
+        model = torchvision.models.resnet18()
+        assert sorted(model.load_state_dict(state, strict=False).missing_keys) == ["fc.bias", "fc.weight"]
+
+
+def test_export_refuses_what_would_be_wrong(monkeypatch, capsys, tiny_runs, tmp_path):
+    def refused(checkpoint, to, *flags) -> str:
+        output = ("--output", tmp_path / "out/file.pth")
+        assert call(monkeypatch, "export", "--checkpoint", checkpoint, "--to", to, *output, *flags) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    probe = {"epoch": 90, "arch": "vit_small", "state_dict": {"module.head.weight": torch.ones(2, 2)}, "best_acc1": 1.0}
+    torch.save(probe, tmp_path / "probe.pth.tar")
+    assert "is the file of a linear probe" in refused(tmp_path / "probe.pth.tar", "deit")
+    six = timm.models.VisionTransformer(img_size=32, embed_dim=384, depth=1, num_heads=6, num_classes=0)
+    torch.save({"model": six.state_dict()}, tmp_path / "six.pth")
+    said = refused(tmp_path / "six.pth", "timm", "-a", "vit_small", '--set=crossbatch.model.backbone_args={"depth": 1}')
+    assert "MoCo v3's ViT-S has 12, DeiT's and timm's has 6" in said
+    assert "--to torchvision: torchvision has other ViTs" in refused(tiny_runs("vit"), "torchvision")
+    assert "--to deit: DeiT trains ViTs" in refused(tiny_runs("resnet"), "deit")
+    assert "stem small, width 8" in refused(tiny_runs("resnet"), "torchvision")
+    assert "holds a resnet18, but vit_base" in refused(tiny_runs("resnet"), "timm", "-a", "vit_base")
+    assert "--to moco-v3: writes the whole run" in refused(tiny_runs("resnet"), "moco-v3", "--encoder", "momentum")
+    assert "no checkpoint in it" in refused(tmp_path / "six.pth", "moco-v3")
+
+
+@pytest.mark.parametrize("command", ["shards", "export"])
+def test_help_has_an_example(monkeypatch, capsys, command):
+    assert call(monkeypatch, command, "--help") == 0
+    assert f"example: python launch/convert.py {command} --" in capsys.readouterr().out

@@ -1,0 +1,401 @@
+"""The linear probe as a command: batches, epochs, resuming, results.
+
+The backbone is frozen and evaluation images are seen by their central views, so their features never change: they are computed
+once, each rank those of its share, and every epoch classifies them anew. Training images are augmented in every epoch as the
+originals do it, unless `crossbatch.linear.cache` keeps their features, too.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from crossbatch import InputError, RunStopped
+from crossbatch.data import Order, Source, TrainLoader, ViewRecipe, choose_backend, prepare
+from crossbatch.engine.config import Resolved, to_dict
+from crossbatch.engine.config.probe import LinearConfig, TrainImagesConfig
+from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main
+from crossbatch.engine.evaluation import pictures, report
+from crossbatch.engine.evaluation.features import Reading, Rows, extract, gathered, labelled_sources, prepared
+from crossbatch.engine.evaluation.frozen import Frozen, load_configured
+from crossbatch.engine.evaluation.linear import LinearProbe
+from crossbatch.engine.evaluation.pretrained import PROBE, PROBE_FILE
+from crossbatch.engine.telemetry import Log, RunLog, StepClock
+from crossbatch.engine.weights import read_torch, write_torch
+from crossbatch.models.backbones import family
+
+AUTO_LR = {"resnet": 0.1, "vit": 3.0}  # the originals'
+ON_TEST = "the best epoch, and the best of several rates, by these evaluation images"
+# What makes another probe of it; the rest says how the same numbers are computed.
+IDENTITY = ("train_batch_size", "optimizer", "crossbatch.schedule", "crossbatch.linear", "crossbatch.seed",
+            "crossbatch.precision", "crossbatch.data.crop_min", "crossbatch.data.image_size")  # fmt: skip
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
+
+
+def linear_view(image_size: int, crop_min: float) -> ViewRecipe:
+    """RandomResizedCrop and a flip, nothing else."""
+    return ViewRecipe(
+        image_size,
+        (crop_min, 1.0),
+        blur_probability=0.0,
+        solarize_probability=0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+    )
+
+
+class Augmented:
+    """Features of freshly augmented images."""
+
+    def __init__(self, frozen: Frozen, source: Source, order: Order, reading: Reading, run: Resolved, clock: StepClock):
+        data: TrainImagesConfig = run.config.crossbatch.data
+        self.frozen, self.source, self.reading, self.clock = frozen, source, reading, clock
+        self.backend, self.why = choose_backend(data.backend, reading.device.type)
+        self.loader = TrainLoader(
+            source,
+            order,
+            [linear_view(reading.image_size, data.crop_min)],
+            run.config.crossbatch.seed,
+            workers=reading.workers,
+            max_skipped_fraction=data.max_skipped_fraction,
+            backend=self.backend,
+            device=reading.device,
+        )
+
+    @property
+    def replaced(self) -> int:
+        """Times that this rank put another image in the place of a broken one."""
+        return self.loader.images_skipped
+
+    def epoch(self, epoch: int) -> Batches:
+        before = time.perf_counter()
+        for batch in self.loader.epoch(epoch):
+            self.clock.waited(before)
+            images = batch.views[0].split(self.reading.batch_size)
+            features = torch.cat([self.frozen(prepared(some, self.reading.device)).float() for some in images])
+            # Those of the images that were read, which differ from those asked for where one was broken.
+            yield features, torch.as_tensor(self.source.labels[batch.indices], device=self.reading.device)
+            before = time.perf_counter()
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+class Cached:
+    """Features computed once; batches in the order that `Augmented` would have."""
+
+    def __init__(self, rows: Rows, order: Order, clock: StepClock):
+        self.rows, self.order, self.clock = rows, order, clock
+        self.indices = rows.indices_N.cpu().numpy()
+        self.replaced = len(rows.skipped)
+
+    def epoch(self, epoch: int) -> Batches:
+        for step in range(self.order.steps_per_epoch):
+            self.clock.waited(time.perf_counter())
+            wanted = self.order.batch(epoch, step)
+            # A broken image has no row; the next one that could be read takes its place, as in TrainLoader.
+            places = torch.as_tensor(np.searchsorted(self.indices, wanted) % len(self.indices))
+            places = places.to(self.rows.labels_N.device)
+            yield self.rows.features_NC[places], self.rows.labels_N[places]
+
+    def close(self) -> None:
+        return
+
+
+class LinearEvaluation:
+    """One probe on this rank, inside a process group; writes to `out`.
+
+    Args:
+        resolved: a `LinearConfig`.
+        resume: "auto" continues what `out` holds, "none" starts anew, a folder or file is another probe to continue.
+
+    Raises:
+        InputError, RunStopped.
+    """
+
+    def __init__(self, resolved: Resolved, world: World, device: torch.device, out: Path, resume: str):
+        self.resolved, self.config = resolved, resolved.config
+        self.ours, self.world, self.device, self.out = self.config.crossbatch, world, device, out
+        self.collective = GroupCollective()
+        _check(self.config)
+        self.pretrained = load_configured(self.ours.model, self.ours.data.image_size)
+        on_main(lambda: report.claim(out, "linear"))
+        path, cache = self.ours.data.path, out / "data_index"
+        if path is not None:
+            on_main(lambda: prepare(path, cache=cache))
+        self.train, self.evaluation = labelled_sources(path, cache)
+        self.names = self.train.class_names
+        batch = self.config.train_batch_size
+        self.order = Order(self.ours.seed, len(self.train), batch, world.size, world.rank)
+        self.frozen = Frozen(self.pretrained, device, self.ours.precision)
+        self.reading = Reading(
+            self.pretrained.image_size, self.config.train_micro_batch_size_per_gpu, resolved.workers, device
+        )
+        self.lrs = _learning_rates(self.config, self.pretrained.arch)
+        params = self.config.optimizer.params
+        self.probe = LinearProbe(
+            self.frozen.num_features,
+            len(self.names),
+            [lr * batch / 256 for lr in self.lrs],
+            momentum=params.momentum,
+            weight_decay=params.weight_decay,
+            norm=self.ours.linear.norm,
+            seed=self.ours.seed,
+            device=device,
+            collective=self.collective,
+        )
+        self.history: list[dict[str, Any]] = self._resume(resume)
+        self.clock = StepClock()
+
+    def run(self) -> dict[str, Any]:
+        """Trains what is left of the epochs; returns what results.json holds."""
+        started = time.perf_counter()
+        epochs, steps = self.ours.schedule.epochs, self.order.steps_per_epoch
+        if self.world.is_main:
+            print(f"loaded {self.pretrained}", flush=True)
+        queries = self._features(self.evaluation, "evaluation images")
+        batches = self._batches()
+        done = len(self.history)
+        log: Log = RunLog(self.out, done * steps, epochs * steps) if self.world.is_main else Log()
+        try:
+            if isinstance(batches, Augmented):
+                log.note(f"images: {batches.backend} ({batches.why})")
+            if done:
+                log.note(f"resumed after epoch {done}")
+            for epoch in range(done, epochs):
+                self._train(epoch, batches, log, queries)
+                self._save()
+        finally:
+            batches.close()
+            log.close()
+        self.frozen.check()
+        return self._finish(queries, batches.replaced, time.perf_counter() - started)
+
+    # --- data ------------------------------------------------------------------------------------------------------
+
+    def _features(self, source: Source, what: str) -> Rows:
+        share = -(-len(source) // self.world.size)
+        with report.counting(f"features: {what}", share, self.world.is_main) as advance:
+            return extract(self.frozen, source, np.arange(len(source)), self.reading, self.collective, advance)
+
+    def _batches(self) -> Augmented | Cached:
+        if self.ours.linear.cache:
+            rows = gathered(self._features(self.train, "training images"), self.collective)
+            return Cached(rows, self.order, self.clock)
+        return Augmented(self.frozen, self.train, self.order, self.reading, self.resolved, self.clock)
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def _train(self, epoch: int, batches: Augmented | Cached, log: Log, queries: Rows) -> None:
+        """One epoch, and what it came to."""
+        self.probe.start_epoch(epoch, self.ours.schedule.epochs)
+        steps, every = self.order.steps_per_epoch, self.ours.log.every_steps
+        total_L = torch.zeros(len(self.lrs), dtype=torch.float64, device=self.device)
+        self.clock.restart()
+        for number, (features, labels) in enumerate(batches.epoch(epoch), 1):
+            losses = self.probe.step(features, labels)
+            total_L += losses
+            step = epoch * steps + number
+            log.advance(step)
+            if step % every == 0 and number < steps:
+                self._record(log, step, mean_over_ranks(losses.double()).tolist())
+        top1 = self._top1(queries)
+        self.history.append({"loss": mean_over_ranks(total_L / steps).tolist(), "top1": top1})
+        self._record(log, (epoch + 1) * steps, self.history[-1]["loss"], top1)
+
+    def _top1(self, queries: Rows) -> list[float]:
+        """Percent of the evaluation images of all ranks, by classifier."""
+        right = (self.probe.predict(queries.features_NC) == queries.labels_N).sum(1)
+        everything = torch.tensor([len(queries)], device=self.device)
+        *counts, images = self.collective.all_reduce(torch.cat((right, everything))).tolist()
+        return [100 * count / images for count in counts]
+
+    def _record(self, log: Log, step: int, losses: list[float], top1: list[float] | None = None) -> None:
+        """One line of metrics: of the classifier that is best so far, and with several, of each of them."""
+        best = self._best() if self.history else 0
+        batch = self.config.train_batch_size
+        line = {
+            "step": step,
+            "epoch": step / self.order.steps_per_epoch,
+            "images_seen": step * batch,
+            "loss": _number(losses[best]),
+            "lr": self.probe.rates[best],
+            **({"top1": top1[best]} if top1 else {}),
+            **self.clock.reading(batch),
+        }
+        if len(self.lrs) > 1:
+            line["loss_by_lr"] = {f"{lr:g}": _number(loss) for lr, loss in zip(self.lrs, losses, strict=True)}
+            if top1:
+                line["top1_by_lr"] = {f"{lr:g}": value for lr, value in zip(self.lrs, top1, strict=True)}
+        log.record(line)
+        self.clock.restart()
+
+    def _best(self) -> int:
+        """The classifier that was best in the last epoch."""
+        scores = zip(self.history[-1]["top1"], self.probe.diverged(), strict=True)
+        return int(np.argmax([-1.0 if diverged else top1 for top1, diverged in scores]))
+
+    # --- resuming --------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        config = to_dict(self.config)
+        found = {}
+        for path in IDENTITY:
+            value = config
+            for name in path.split("."):
+                value = value[name]
+            found[path] = value
+        return _plain({**found, "images": self.order.size, "classes": len(self.names)})
+
+    def _save(self) -> None:
+        if self.world.is_main:
+            content = {
+                "kind": PROBE,
+                "history": self.history,
+                "identity": self._identity(),
+                "backbone": self.frozen.fingerprint,
+                "class_names": list(self.names),
+                **self.probe.state(),
+            }
+            write_torch(self.out / PROBE_FILE, content, "--out")
+
+    def _resume(self, resume: str) -> list[dict[str, Any]]:
+        """Loads the probe that `resume` means; the history of its epochs."""
+        file = self.out / PROBE_FILE if resume == "auto" else Path(resume)
+        file = file / PROBE_FILE if file.is_dir() else file
+        if resume == "none" or (resume == "auto" and not file.exists()):
+            return []
+        content = read_torch(file)
+        if not isinstance(content, dict) or content.get("kind") != PROBE:
+            raise InputError(f"--resume {file}: is no linear probe; allowed: auto, none, an --out of launch/linear.py")
+        changed = [
+            f"{name}: was {content['identity'].get(name)}, is {value}"
+            for name, value in self._identity().items()
+            if content["identity"].get(name) != value
+        ]
+        if content["backbone"] != self.frozen.fingerprint:
+            changed.append("the weights of the backbone: were others")
+        if changed:
+            raise InputError(
+                f"--resume {file}: is another probe: {'; '.join(changed)}; choose another --out, or start anew with "
+                f"--resume none"
+            )
+        self.probe.load(content)
+        return list(content["history"])
+
+    # --- results ---------------------------------------------------------------------------------------------------
+
+    def _finish(self, queries: Rows, replaced: int, seconds: float) -> dict[str, Any]:
+        diverged = self.probe.diverged()
+        if all(diverged):
+            raise RunStopped(
+                "every classifier diverged; lower optimizer.params.lr, or set crossbatch.linear.norm to true"
+            )
+        best = self._best()
+        curves = {lr: [epoch["top1"][i] for epoch in self.history] for i, lr in enumerate(self.lrs)}
+        by_lr = [
+            {
+                "lr": lr,
+                "last_top1": curve[-1],
+                "best_top1": max(curve),
+                "best_epoch": int(np.argmax(curve)) + 1,
+                "last_loss": _number(self.history[-1]["loss"][i]),
+                "diverged": diverged[i],
+            }
+            for i, (lr, curve) in enumerate(curves.items())
+        ]
+        counts = torch.tensor([len(queries), len(queries.skipped), replaced], device=self.device)
+        images, skipped, replaced = self.collective.all_reduce(counts).tolist()
+        seen = {
+            "train": self.order.size,
+            "evaluation": images,
+            "evaluation_skipped": skipped,
+            "train_replaced": replaced,
+        }
+        results = {
+            "command": "linear",
+            "top1": by_lr[best]["last_top1"],
+            "lr": self.lrs[best],
+            "best_top1": max(one["best_top1"] for one in by_lr),
+            "by_lr": by_lr,
+            "selection": ON_TEST,
+            "images": seen,
+            "classes": len(self.names),
+            "backbone_unchanged": True,  # or `check` would have raised
+            "pretrained": self.pretrained.summary(),
+            "seconds": seconds,
+            "config": {**to_dict(self.config), "world_size": self.world.size},
+        }
+        truth = gathered(queries, self.collective)
+        said = self.probe.predict(truth.features_NC)[best]
+        if self.world.is_main:
+            self._write(results, curves, truth.labels_N.cpu().numpy(), said.cpu().numpy())
+        return results
+
+    def _write(
+        self, results: dict[str, Any], curves: dict[float, list[float]], truth: np.ndarray, said: np.ndarray
+    ) -> None:
+        title = f"linear probe, lr {results['lr']:g}, top-1 {results['top1']:.2f} % after {len(self.history)} epochs"
+        matrix = pictures.confusion_counts(truth, said, len(self.names))
+        lines = {f"lr {lr:g}": curve for lr, curve in curves.items()}
+        epochs = list(range(1, len(self.history) + 1))
+        figures = {
+            "confusion": pictures.confusion_matrix(matrix, self.names, title),
+            "accuracy": pictures.curves(lines, epochs, title),
+        }
+        report.draw(self.out, figures, epochs[-1])
+        report.write_results(self.out, results)
+        rows = [
+            *(
+                (
+                    f"top-1, lr {one['lr']:g}",
+                    f"{one['last_top1']:.2f} % at the end; best {one['best_top1']:.2f} % after epoch {one['best_epoch']}",
+                )
+                for one in results["by_lr"]
+            ),
+            ("chosen", ON_TEST),
+            ("images", f"{results['images']['evaluation']:,}, trained on {self.order.size:,}"),
+            ("backbone", "unchanged, to the bit"),
+            ("results", str(self.out / report.RESULTS)),
+        ]
+        model, data = self.ours.model, self.ours.data
+        commands = [
+            f"python launch/finetune.py --deepspeed_config RECIPE --checkpoint {model.checkpoint} --data {data.path}",
+            f"tensorboard --logdir {self.out}",
+        ]
+        report.say(rows, commands)
+
+
+def _check(config: LinearConfig) -> None:
+    """Nothing that would do nothing."""
+    ours, default = config.crossbatch, TrainImagesConfig()
+    if ours.linear.cache:
+        for name in ("crop_min", "backend"):
+            if getattr(ours.data, name) != getattr(default, name):
+                raise InputError(
+                    f"crossbatch.data.{name}: given {getattr(ours.data, name)} with crossbatch.linear.cache, which does not "
+                    f"augment; leave one of the two out"
+                )
+
+
+def _learning_rates(config: LinearConfig, arch: str) -> tuple[float, ...]:
+    given = config.optimizer.params.lr
+    if given == "auto":
+        return (AUTO_LR[family(arch)],)
+    return tuple(dict.fromkeys(given)) if isinstance(given, tuple) else (given,)
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if np.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as they come back from a file."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

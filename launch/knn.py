@@ -1,0 +1,48 @@
+"""Classifies the evaluation images by their nearest training images in the features of a pretrained backbone.
+
+python launch/knn.py --checkpoint runs/bs4096 --data /data/imagenet
+torchrun --nproc_per_node 8 launch/knn.py --checkpoint checkpoint_0099.pth.tar --data /data/imagenet --out runs/knn
+python launch/knn.py --checkpoint runs/cifar10 --data cifar10://datasets --set crossbatch.knn.k=[20,5]
+"""
+
+import argparse
+from pathlib import Path
+
+from crossbatch.engine.config import Device, load_config, resolve_precision
+from crossbatch.engine.config.probe import KnnConfig
+from crossbatch.engine.config.resolve import share_cores
+from crossbatch.engine.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.launch.arguments import Alias, add_config_flags, default_out, overrides, writable_folder
+from crossbatch.launch.exits import run_main
+
+ALIASES: list[Alias] = [
+    (("--checkpoint", "--pretrained"), "crossbatch.model.checkpoint", str),
+    (("-a", "--arch"), "crossbatch.model.arch", str),
+    (("--encoder",), "crossbatch.model.encoder", str),
+    (("-j", "--workers"), "crossbatch.data.workers", int),
+    (("-b", "--batch-size"), "train_micro_batch_size_per_gpu", int),
+]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_flags(parser, ALIASES, "flags")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where results go (default runs/knn-<time>)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = load_config(arguments.deepspeed_config, overrides(arguments, ALIASES), KnnConfig)
+    world, device = world_from_environment(), Device.detect()
+    resolve_precision(config.crossbatch.precision, device)
+    workers, threads = share_cores(config.crossbatch.data.workers, device, world.local_size)
+    out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, "knn"))
+    with process_group(world, device.type, threads) as torch_device:
+        from crossbatch.engine.evaluation.knn_results import KnnEvaluation
+
+        KnnEvaluation(config, world, torch_device, workers, broadcast_object(out)).run()
+
+
+if __name__ == "__main__":
+    run_main(main)

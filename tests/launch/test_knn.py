@@ -1,0 +1,173 @@
+"""launch/knn.py: from a run to numbers and pictures, the same on two ranks, and what it refuses."""
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
+
+from crossbatch.data import open_source, prepare
+from crossbatch.engine.config import load_config
+from crossbatch.engine.config.probe import KnnConfig
+from crossbatch.engine.distributed import world_from_environment
+from crossbatch.launch import knn
+from crossbatch.launch.exits import run_main
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> str:
+    path = f"shapes://{tmp_path_factory.mktemp('knn') / 'images'}?train=64&val=24&size=16"
+    prepare(path)
+    return path
+
+
+def call(monkeypatch, *arguments) -> int:
+    """Runs the launcher in this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["knn.py", *map(str, arguments)])
+    try:
+        run_main(knn.main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def results_of(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def vary(picture: Path) -> None:
+    """It shows something."""
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(float)
+    assert pixels.shape[0] > 200 and pixels.std() > 20
+
+
+def test_a_run_is_scored(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
+    out = tmp_path / "knn"
+    arguments = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, "--out", out, "-j", 0]
+    assert call(monkeypatch, *arguments, "--set=crossbatch.knn.k=[5,1,200]") == 0
+    said = capsys.readouterr().out
+    assert "120 tensors loaded, none missing" in said and "next:" in said and "launch/linear.py" in said
+    results = results_of(out)
+    assert results["command"] == "knn" and results["k"] == 5 and list(results["top1_by_k"]) == ["5", "1", "200"]
+    assert results["top1"] == results["top1_by_k"]["5"]
+    assert results["images"] == {"train": 64, "evaluation": 24, "skipped": 0} and results["classes"] == 8
+    assert results["pretrained"]["arch"] == "resnet18" and results["pretrained"]["tensors"] == 120
+    assert results["config"]["crossbatch"]["model"]["checkpoint"] == str(tiny_runs("resnet"))
+    for name in ("neighbours.png", "confusion.png"):
+        vary(out / name)
+    assert list(out.glob("events.out.tfevents.*"))
+    assert results["top1"] == pytest.approx(by_scikit_learn(tiny_runs("resnet"), shapes, 5))
+    assert call(monkeypatch, *arguments, "--encoder", "momentum") == 0  # over its own results it may write
+    assert "momentum encoder" in results_of(out)["pretrained"]["from"]
+
+
+@torch.no_grad()
+def by_scikit_learn(checkpoint: Path, shapes: str, k: int) -> float:
+    """Read, resize, normalise, embed and vote, written out."""
+    from crossbatch.engine.evaluation.pretrained import load_pretrained
+
+    backbone = load_pretrained(checkpoint).backbone.eval()
+    found = []
+    for split in ("train", "eval"):
+        source = open_source(shapes, split)
+        pixels = (
+            torch.stack([torch.from_numpy(np.array(source.open(i))) for i in range(len(source))]).movedim(-1, 1) / 255
+        )
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        found.append((F.normalize(backbone((pixels - mean) / std), dim=1).double().numpy(), source.labels))
+    classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))  # pyright: ignore
+    classifier.fit(*found[0])
+    return 100 * classifier.score(*found[1])
+
+
+def evaluate_on_this_rank(checkpoint: str, data: str, out: str) -> dict:
+    from crossbatch.engine.evaluation.knn_results import KnnEvaluation
+
+    settings = [f"crossbatch.model.checkpoint={checkpoint}", f"crossbatch.data.path={data}"]
+    config = load_config(None, [*settings, "train_micro_batch_size_per_gpu=7"], KnnConfig)
+    return KnnEvaluation(config, world_from_environment(), torch.device("cpu"), 0, Path(out)).run()
+
+
+def test_two_ranks_find_the_same(monkeypatch, tiny_runs, two_ranks, shapes, tmp_path):
+    alone = ["--checkpoint", tiny_runs("vit"), "--data", shapes, "--out", tmp_path / "alone", "-j", 0]
+    assert call(monkeypatch, *alone) == 0
+    want = results_of(tmp_path / "alone")
+    both = two_ranks.run(evaluate_on_this_rank, str(tiny_runs("vit")), shapes, str(tmp_path / "both"))
+    assert results_of(tmp_path / "both")["config"]["world_size"] == 2
+    for results in (*both, results_of(tmp_path / "both")):
+        assert {int(k): top1 for k, top1 in results["top1_by_k"].items()} == pytest.approx(
+            {int(k): top1 for k, top1 in want["top1_by_k"].items()}
+        )
+        assert results["images"] == want["images"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("boom",)
+
+
+def folder(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(root / name)
+    return root
+
+
+def shards(root: Path, split: str, *labels: int) -> Path:
+    (root / split).mkdir(parents=True)
+    with tarfile.open(root / split / "0.tar", "w") as tar:
+        for number, label in enumerate(labels):
+            stream = io.BytesIO()
+            Image.new("RGB", (9, 9)).save(stream, "PNG")
+            for name, data in ((f"{number}.png", stream.getvalue()), (f"{number}.cls", str(label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return root
+
+
+def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
+    good = {"--checkpoint": tiny_runs("resnet"), "--data": shapes, "--out": tmp_path / "out"}
+
+    def refused(*flags, **change) -> str:
+        arguments = {**good, **{f"--{name}": value for name, value in change.items()}}
+        pairs = [str(part) for name, value in arguments.items() if value is not None for part in (name, value)]
+        assert call(monkeypatch, *pairs, *flags) == 2
+        said = capsys.readouterr()
+        assert said.err.count("error: ") == 1 and "Traceback" not in said.err and "boom" not in said.out + said.err
+        assert not (tmp_path / "out" / "results.json").exists()
+        return said.err
+
+    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pth")
+    torch.save({"a": torch.ones(100)}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-200])
+    assert "nothing of it was run" in refused(checkpoint=tmp_path / "bomb.pth")
+    assert "cannot be read" in refused(checkpoint=tmp_path / "cut.pth")
+    assert "holds a resnet18, but resnet50" in refused("-a", "resnet50")
+    assert "--checkpoint" in refused(checkpoint=None)
+    assert "crossbatch.data.path: not given" in refused(data=None)
+    only_train = folder(tmp_path / "only", "train/a/1.png", "train/b/2.png")
+    assert "has no val/ and no test/" in refused(data=only_train)
+    (only_train / "test").mkdir()
+    assert "has no class folders" in refused(data=only_train)
+    (only_train / "test/a").mkdir()
+    (only_train / "test/b").mkdir()
+    assert "2 of 2 class folders" in refused(data=only_train)
+    beyond = shards(shards(tmp_path / "shards", "train", 0, 1, 2), "val", 0, 7)
+    assert "has labels up to 7" in refused(data=beyond)
+    assert "already holds a run" in refused(out=tiny_runs("resnet"))
+    assert "did you mean crossbatch.knn.temperature" in refused("--set=crossbatch.knn.temprature=1")
+    assert "allowed: a list of numbers (>= 1)" in refused("--set=crossbatch.knn.k=[]")
+    assert (tiny_runs("resnet") / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_help_has_an_example(monkeypatch, capsys):
+    assert call(monkeypatch, "--help") == 0
+    assert "python launch/knn.py --checkpoint runs/bs4096" in capsys.readouterr().out
