@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.nn import functional as F
 
 from crossbatch import InputError
-from crossbatch.data import Batch, Order, TrainLoader, ViewRecipe, choose_backend, normalize, prepare
+from crossbatch.data import Batch, Order, TrainLoader, ViewRecipe, normalize, prepare
 from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.config import ResolvedFinetune
 from crossbatch.engine.distributed import GroupCollective, on_main
@@ -124,8 +124,6 @@ class FineTuning(Trainer):
         self.notes.append(str(pretrained))
         different = self.run.config.train_batch_size // data.repeats
         order = Order(self.ours.seed, len(self.source), different, world.size, world.rank)
-        backend, why = choose_backend(data.backend, self.device.type)
-        self.notes.append(f"images: {backend} ({why})")
         loader = TrainLoader(
             self.source,
             order,
@@ -133,7 +131,7 @@ class FineTuning(Trainer):
             self.ours.seed,
             workers=self.run.workers,
             max_skipped_fraction=data.max_skipped_fraction,
-            backend=backend,
+            backend=data.backend,
             device=self.device,
         )
         return order, loader

@@ -73,7 +73,8 @@ def import_file(file: Path, run: ResolvedConfig, images: int, out: Path) -> list
     staged = {(name, 0): tensor.contiguous().view(-1) for name, tensor in tensors.items()}
     # Chunks and precision depend on the machine that will go on.
     config = {**to_dict(run.config), "world_size": 1, "train_micro_batch_size_per_gpu": "auto"}
-    config["crossbatch"] = {**config["crossbatch"], "precision": "auto"}
+    data = {**config["crossbatch"]["data"], "backend": "auto"}
+    config["crossbatch"] = {**config["crossbatch"], "precision": "auto", "data": data}
     checkpoint.write(out / "checkpoints", staged, manifest, config, Keep(1))
     return [*notes, f"{file}: {theirs['arch']} after epoch {theirs['epoch']} -> step {step} in {out}"]
 

@@ -8,7 +8,6 @@ from crossbatch.data import (
     Batch,
     Order,
     TrainLoader,
-    choose_backend,
     has_evaluation_split,
     moco_v3_views,
     open_source,
@@ -46,8 +45,6 @@ class Pretraining(Trainer):
         self.monitor = None
         if self.ours.evaluate.knn_every_epochs and has_evaluation_split(path):
             self.monitor = KnnMonitor(self.run, source, open_source(path, "eval", cache=cache), self.device)
-        backend, why = choose_backend(data.backend, self.device.type)
-        self.notes.append(f"images: {backend} ({why})")
         loader = TrainLoader(
             source,
             order,
@@ -55,7 +52,7 @@ class Pretraining(Trainer):
             seed,
             workers=self.run.workers,
             max_skipped_fraction=data.max_skipped_fraction,
-            backend=backend,
+            backend=data.backend,
             device=self.device,
         )
         return order, loader
@@ -75,6 +72,8 @@ class Pretraining(Trainer):
     def build_step(self, chunk: int) -> TrainStep:
         model = build_model(self.run).to(self.device)
         model.set_collective(GroupCollective())
+        if model.batchformer is not None:
+            self.notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
         return TrainStep(build_backend(model, self.run), self.run, self.device, self.order.steps_per_epoch, chunk)
 
     def started(self, batch: Batch) -> None:

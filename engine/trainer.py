@@ -63,7 +63,7 @@ class Trainer(ABC):
         self.run, self.world, self.device, self.out = run, world, device, out
         self.allow_change, self.watch = tuple(allow_change), watch
         self.ours = run.config.crossbatch
-        self.notes: list[str] = []  # for the log, which opens last
+        self.notes = list(run.choices)  # for the log, which opens last
         self.order, self.loader = self.open_data()
         self.steps_per_epoch = self.count_steps()
         self.last_step = self.ours.schedule.epochs * self.steps_per_epoch

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crossbatch.data import choose_backend
-from crossbatch.engine.config import Device, resolve_precision
+from crossbatch.engine.config import Device, choose_precision, resolve_precision
 from crossbatch.models.batchformer import dispatch
 
 
@@ -52,12 +52,10 @@ def found() -> list[tuple[str, str]]:
 def stages(device: Device) -> list[tuple[str, str, str]]:
     """(stage, path, reason) as the engine will choose."""
     gpu = device.type == "cuda"
-    precision = resolve_precision("auto", device)
-    why = f"{device.name} has {'' if device.has_bf16 else 'no '}bf16" if gpu else "no GPU"
     return [
         ("collectives", "NCCL" if gpu else "gloo", "GPU" if gpu else "no GPU"),
         ("decode and augment", *choose_backend("auto", device.type)),
-        ("precision auto", precision, why),
+        ("precision auto", *choose_precision("auto", device)),
         ("BatchFormer", *batchformer(device)),
         (
             "chunk of the backbone",
@@ -72,7 +70,7 @@ def batchformer(device: Device) -> tuple[str, str]:
     """Its kernel at dropout 0.5, and why no other; for groups of 256 of a ResNet-50, 512 features a head."""
     capability = torch.cuda.get_device_capability() if device.type == "cuda" else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[resolve_precision("auto", device)]
-    chosen, why = dispatch.explain(dispatch.Situation(device.type, capability))
+    chosen, why = dispatch.explain("auto", dispatch.Situation(device.type, capability))
     passes = "Triton" if device.type == "cuda" else "torch, block by block"
     path = f"fused ({passes}), scores in tiles" if chosen == "fused" else chosen
     flash = dispatch.reason_against_flash(device.type, capability, dtype, features=512, images=256)

@@ -2,7 +2,14 @@
 
 from crossbatch.engine.config.finetune import FinetuneConfig, ResolvedFinetune, resolve_finetune
 from crossbatch.engine.config.load import key_paths, load_config, parse_config, to_dict
-from crossbatch.engine.config.resolve import Device, Resolved, ResolvedConfig, resolve, resolve_precision
+from crossbatch.engine.config.resolve import (
+    Device,
+    Resolved,
+    ResolvedConfig,
+    choose_precision,
+    resolve,
+    resolve_precision,
+)
 from crossbatch.engine.config.schema import AdamWConfig, Config, LarsConfig, WatchConfig
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "ResolvedConfig",
     "ResolvedFinetune",
     "WatchConfig",
+    "choose_precision",
     "key_paths",
     "load_config",
     "parse_config",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from crossbatch import InputError
+from crossbatch.data import choose_backend
 from crossbatch.engine.config.schema import Config, LarsConfig
 from crossbatch.models.loss import chance_loss, uses_batchformer
 
@@ -40,6 +41,7 @@ class Resolved:
     precision: str
     workers: int
     threads: int  # that compute, on a CPU
+    choices: tuple[str, ...]  # what "auto" became, and why, for the log
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ def resolve_training(config: Any, world_size: int, device: Device, local_world_s
     auto_chunk = chunk == "auto"
     chunk = local_batch if chunk == "auto" else min(chunk, local_batch)
     workers, threads = share_cores(config.crossbatch.data.workers, device, local_world_size)
-    precision = resolve_precision(config.crossbatch.precision, device)
-    ours = replace(config.crossbatch, precision=precision, data=replace(config.crossbatch.data, workers=workers))
+    precision, why_precision = choose_precision(config.crossbatch.precision, device)
+    backend, why_backend = choose_backend(config.crossbatch.data.backend, device.type)
+    data = replace(config.crossbatch.data, workers=workers, backend=backend)
+    ours = replace(config.crossbatch, precision=precision, data=data)
     return Resolved(
         config=replace(config, crossbatch=ours, train_micro_batch_size_per_gpu=chunk),
         world_size=world_size,
@@ -89,6 +93,7 @@ def resolve_training(config: Any, world_size: int, device: Device, local_world_s
         precision=precision,
         workers=workers,
         threads=threads,
+        choices=(f"images: {backend} ({why_backend})", f"precision: {precision} ({why_precision})"),
     )
 
 
@@ -175,10 +180,17 @@ def _group_size(config: Config, local_batch: int) -> int | None:
     )
 
 
-def resolve_precision(given: str, device: Device) -> str:
-    """ "auto" -> the precision of this device. Raises InputError for bf16 where there is none."""
+def choose_precision(given: str, device: Device) -> tuple[str, str]:
+    """The precision for `crossbatch.precision` on this device, and why. Raises InputError for bf16 where there is none."""
     if given == "bf16" and not device.has_bf16:
         raise InputError(f"crossbatch.precision: given bf16; {device.name} has none; allowed: auto, fp16, fp32")
-    if given == "auto":
-        return "fp32" if device.type == "cpu" else "bf16" if device.has_bf16 else "fp16"
-    return given
+    if given != "auto":
+        return given, "as configured"
+    if device.type == "cpu":
+        return "fp32", "no GPU"
+    return ("bf16", f"{device.name} has bf16") if device.has_bf16 else ("fp16", f"{device.name} has no bf16")
+
+
+def resolve_precision(given: str, device: Device) -> str:
+    """`choose_precision` without the reason."""
+    return choose_precision(given, device)[0]

@@ -51,8 +51,7 @@ class Situation:
     dropout: float = 0.5
 
     @staticmethod
-    def of(features: torch.Tensor, dropout: float) -> "Situation":
-        device = features.device
+    def on(device: torch.device, dropout: float) -> "Situation":
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return Situation(device.type, capability, dropout)
 
@@ -103,11 +102,13 @@ def choose(name: str, situation: Situation) -> str:
     return next(kernel for kernel in NAMES if name in ("auto", kernel) and reason_against(kernel, situation) is None)
 
 
-def explain(situation: Situation) -> tuple[str, str]:
-    """The kernel that "auto" takes here, and why no other."""
-    against = {name: reason_against(name, situation) for name in NAMES}
-    reasons = [f"{name}: {reason}" for name, reason in against.items() if reason is not None]
-    return choose("auto", situation), "; ".join(reasons)
+def explain(name: str, situation: Situation) -> tuple[str, str]:
+    """The kernel for `name` here, and why; for "auto", why no other."""
+    if name != "auto":
+        return choose(name, situation), "as configured"
+    against = {kernel: reason_against(kernel, situation) for kernel in NAMES}
+    reasons = [f"{kernel}: {reason}" for kernel, reason in against.items() if reason is not None]
+    return choose(name, situation), "; ".join(reasons) or "runs here"
 
 
 @torch.compiler.assume_constant_result

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from crossbatch.models.batchformer import fused, reference, sdpa
-from crossbatch.models.batchformer.dispatch import Kernel, Situation, check, choose
+from crossbatch.models.batchformer.dispatch import Kernel, Situation, check, choose, explain
 from crossbatch.models.batchformer.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, INSIDE_MLP, Mask
 from crossbatch.models.collective import Collective, gather_with_gradient
 
@@ -94,11 +94,15 @@ class BatchFormer(nn.Module):
         self.norm1 = AddNorm(dim)
         self.norm2 = AddNorm(dim)
 
+    def kernel_on(self, device: torch.device) -> tuple[str, str]:
+        """The kernel that computes there, and why."""
+        return explain(self.kernel, Situation.on(device, self.dropout))
+
     def forward(self, features_VnC: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """[V, n, C] -> [V, n, C]; every view attends within itself. `words`, of the masks, as in `DropoutKey.words`."""
         if not self.training:
             return features_VnC
-        kernel = KERNELS[choose(self.kernel, Situation.of(features_VnC, self.dropout))]
+        kernel = KERNELS[choose(self.kernel, Situation.on(features_VnC.device, self.dropout))]
         own, group, first_row, first_column = self._groups(features_VnC)
 
         def mask(place: int) -> Mask:

@@ -269,7 +269,7 @@ def test_a_kernel_that_cannot_run_says_why():
     with pytest.raises(ValueError, match="needs sm_70"):
         check("fused", Situation("cuda", (6, 1)))
     assert choose("auto", Situation("cuda", (6, 1), dropout=0.0)) == "sdpa"
-    name, why = explain(Situation("xpu"))
+    name, why = explain("auto", Situation("xpu"))
     assert name == "reference" and "this is xpu" in why and "sdpa: torch's attention" in why
 
 
