@@ -63,7 +63,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", metavar="N", type=positive, help="stop at optimizer step N, counted from the start of the run"
     )
-    parser.add_argument("--resume", metavar="auto|none|DIR", default="auto", help="what to continue (default auto)")
+    parser.add_argument(
+        "--resume", metavar="auto|none|DIR", type=resume, default="auto", help="what to continue (default auto)"
+    )
     parser.add_argument(
         "--allow-change", metavar="KEY", action="append", default=[], help="resume although KEY changed; repeatable"
     )
@@ -74,6 +76,11 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"given {text}; allowed: >= 1")
     return int(text)
+
+
+def resume(text: str) -> str:
+    """A type for argparse: the originals' way to say none is ''."""
+    return text or "none"
 
 
 def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> list[str]:

@@ -1,4 +1,4 @@
-"""The originals' way to start ranks, so that their command lines run as they are:
+"""The originals' way to start ranks, so that their command lines (of pretraining and of the linear probe) run as they are:
 
     python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://node0:29500 ... DATA
     python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://node0:29500 ... DATA
@@ -47,6 +47,7 @@ def add_legacy_launch_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--nproc-per-node", "--nproc_per_node", metavar="N", type=int, help="ranks to start instead of one per GPU"
     )
+    group.add_argument("-e", "--evaluate", action="store_true", help=argparse.SUPPRESS)
     group.add_argument(
         "--start-epoch", metavar="0", type=_zero, help="only 0: a run goes on where its checkpoint stands"
     )
@@ -103,6 +104,11 @@ def launched(arguments: argparse.Namespace) -> bool:
 
 
 def _asked(given: argparse.Namespace) -> _Asked | None:
+    if given.evaluate:
+        raise InputError(
+            "--evaluate: does nothing by itself; launch/linear.py with the --out of a finished probe evaluates it, and "
+            "launch/knn.py a backbone"
+        )
     if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN_ID):
         return None
     backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -13,8 +13,9 @@ from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.probe import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.distributed import broadcast_object, process_group, world_from_environment
-from crossbatch.launch.arguments import Alias, add_config_flags, default_out, overrides, writable_folder
+from crossbatch.launch.arguments import Alias, add_config_flags, default_out, overrides, resume, writable_folder
 from crossbatch.launch.exits import run_main
+from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 
 def number_or_list(text: str) -> str:
@@ -45,14 +46,21 @@ def parse_arguments() -> argparse.Namespace:
     add_config_flags(parser, ALIASES, "flags")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where results go (default runs/linear-<time>)")
     parser.add_argument(
-        "--resume", metavar="auto|none|DIR|FILE", default="auto", help="probe to continue (default auto: that of --out)"
+        "--resume",
+        metavar="auto|none|DIR|FILE",
+        type=resume,
+        default="auto",
+        help="probe to continue (default auto: that of --out)",
     )
+    add_legacy_launch_flags(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.deepspeed_config, overrides(arguments, ALIASES), LinearConfig)
+    if launched(arguments):
+        return
     world, device = world_from_environment(), Device.detect()
     run = resolve_training(config, world.size, device, world.local_size)
     out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, "linear"))

@@ -32,7 +32,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.world_size_hint is not None and not (arguments.dry_run and arguments.world_size_hint >= 1):
         parser.error(f"--world-size-hint: given {arguments.world_size_hint}; allowed: >= 1, with --dry-run")
-    arguments.resume = arguments.resume or "none"  # '' in the originals
     if Path(arguments.resume).is_file():
         parser.error(
             f"--resume: {arguments.resume} is a file; allowed: auto, none, a run directory or one of its checkpoints/step-N; "

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,20 @@ from crossbatch.launch import pretrain
 from crossbatch.launch.exits import run_main
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
-TINY = [
-    *("-b", "16", "--moco-dim", "16", "--moco-mlp-dim", "32", "--epochs", "1", "--warmup-epochs", "0", "-p", "1", "-j", "0"),
-    *("--set", "crossbatch.data.image_size=16", "--set", 'crossbatch.model.backbone_args={"width": 8}'),
-    *("--set", "crossbatch.batchformer.group_size=8"),
-]  # fmt: skip
+TINY = ["-b", "16", "--epochs", "1", "-p", "1", "-j", "0", "--set", "crossbatch.data.image_size=16"]
+NET = [
+    *(
+        "--moco-dim",
+        "16",
+        "--moco-mlp-dim",
+        "32",
+        "--warmup-epochs",
+        "0",
+        "--set",
+        "crossbatch.batchformer.group_size=8",
+    ),
+    *("--set", 'crossbatch.model.backbone_args={"width": 8}'),
+]
 DATA = "synthetic://32?size=20&classes=4"
 
 
@@ -51,25 +61,50 @@ def start(*command: str) -> subprocess.Popen:
     )
 
 
-def test_the_pretraining_command_line_on_two_nodes(tmp_path):
-    """Two nodes are two commands on this machine; BatchFormer's README has the line, without TINY and --out."""
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> tuple[Path, list[subprocess.Popen], list[str]]:
+    """Two nodes are two commands on this machine. BatchFormer's README has the line, without TINY and --out."""
+    out = tmp_path_factory.mktemp("pretrained")
     line = f"--moco-m-cos --crop-min=.2 --dist-url tcp://localhost:{free_port()} --multiprocessing-distributed --world-size 2"
     nodes = [
-        start("launch/pretrain.py", *line.split(), "--rank", rank, "--add_bf", "1", *TINY, "--out", str(tmp_path), DATA)
+        start(
+            "launch/pretrain.py", *line.split(), "--rank", rank, "--add_bf", "1", *TINY, *NET, "--out", str(out), DATA
+        )
         for rank in ("0", "1")
     ]
-    said = [node.communicate(timeout=200)[0] for node in nodes]
+    return out, nodes, [node.communicate(timeout=200)[0] for node in nodes]
+
+
+def test_the_pretraining_command_line_on_two_nodes(pretrained):
+    out, nodes, said = pretrained
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
     assert (config["world_size"], config["train_batch_size"]) == (2, 16)
     ours = config["crossbatch"]
-    assert (ours["batchformer"]["add_bf"], ours["momentum"]["cosine"], ours["data"]["crop_min"]) == (1, True, 0.2)
-    losses = [
-        json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "loss" in line
-    ]
+    assert (ours["model"]["arch"], ours["batchformer"]["add_bf"], ours["data"]["crop_min"]) == ("resnet50", 1, 0.2)
+    assert ours["momentum"]["cosine"] is True
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     assert len(losses) == 2
-    assert "step 2" in said[0] or "next:" in said[0]
-    assert "next:" not in said[1]  # one summary, on the node of rank 0
+    assert ["next:" in text for text in said] == [True, False]  # one summary, on the node of rank 0
+
+
+def test_the_linear_command_line(pretrained, tmp_path):
+    """MoCo v3's README has the line, without TINY and --out."""
+    line = f"-a resnet50 --dist-url tcp://localhost:{free_port()} --multiprocessing-distributed --world-size 1 --rank 0"
+    node = start(
+        "launch/linear.py",
+        *line.split(),
+        "--pretrained",
+        str(pretrained[0]),
+        *TINY,
+        "--out",
+        str(tmp_path / "out"),
+        DATA,
+    )
+    said = node.communicate(timeout=200)[0]
+    assert node.returncode == 0, said
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["images"]["train"] == 32 and 0 <= results["top1"] <= 100
 
 
 LAUNCHER = """
@@ -179,6 +214,7 @@ BAD = [
         "--dist-backend: given nccl; no GPU was found, and CPUs talk through gloo; leave it out",
     ),
     (["--start-epoch", "3"], 0, "--start-epoch: given 3; allowed: 0"),
+    (["--evaluate"], 0, "--evaluate: does nothing by itself; launch/linear.py with the --out of a finished probe"),
     (["--resume", "setup.py"], 0, "--resume: setup.py is a file"),
     (["--moco-t", "0", *NODES], 0, "crossbatch.model.temperature"),  # before anything is started
 ]
@@ -194,7 +230,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tmp_pat
 def test_resume_with_nothing_starts_anew(monkeypatch, capsys, tmp_path):
     """As `--resume none` does, which does not write over a run."""
     (tmp_path / "metrics.jsonl").touch()
-    assert call(monkeypatch, "--resume", "", "--out", tmp_path, *TINY, "--set", "train_batch_size=8", DATA) == 2
+    assert call(monkeypatch, "--resume", "", "--out", tmp_path, *TINY, *NET, "--set", "train_batch_size=8", DATA) == 2
     assert "--resume none" in capsys.readouterr().err
 
 
