@@ -1,0 +1,153 @@
+"""launch/finetune.py: recipes, results, DeiT's flags, and what it refuses."""
+
+import json
+import os
+import pickle
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossbatch.engine.config import FinetuneConfig, load_config
+from crossbatch.launch import finetune
+from crossbatch.launch.exits import run_main
+from crossbatch.models import build_backbone
+
+TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
+SMALL = [
+    *("-a", "vit_small", "-b", "12", "--epochs", "4", "--warmup-epochs", "1", "-j", "0", "--input-size", "16"),
+    *("--set", f"crossbatch.model.backbone_args={json.dumps(TINY)}", "--set", "crossbatch.log.every_steps=1"),
+    *("--set", "crossbatch.sharding=fsdp"),  # DeepSpeed wants a process of its own
+]
+
+
+def call(monkeypatch, *arguments) -> int:
+    """Runs the launcher in this process and returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
+    try:
+        run_main(finetune.main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """As DeiT's converter writes them."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "vit.pth"
+    torch.save({"model": build_backbone("vit_small", 16, backbone_args=TINY).state_dict()}, file)
+    return file
+
+
+def test_the_recipes_are_the_published_settings():
+    want = {  # weight decay, drop path, mixup, CutMix, random erasing
+        "cifar10": (0.1, 0.1, 0.8, 1.0, 0.0),
+        "cifar100": (0.1, 0.1, 0.5, 1.0, 0.0),
+        "flowers": (0.3, 0.1, 0.0, 0.0, 0.25),
+        "pets": (0.1, 0.0, 0.8, 0.0, 0.0),
+    }
+    for name, numbers in want.items():
+        config = load_config(f"ds_configs/finetune_{name}.json", [], FinetuneConfig)
+        settings, params = config.crossbatch.finetune, config.optimizer.params
+        found = (params.weight_decay, settings.drop_path, settings.mixup, settings.cutmix, settings.random_erasing)
+        assert found == numbers and (config.train_batch_size, params.lr) == (128, 3e-4), name
+        assert (config.crossbatch.schedule.epochs, config.crossbatch.schedule.warmup_epochs) == (100, 3)
+        assert (config.crossbatch.data.crop_min, config.crossbatch.data.image_size) == (0.05, 224)
+        assert settings.label_smoothing == 0.1
+
+
+def test_a_run_learns_and_writes_results(monkeypatch, capsys, tmp_path, weights):
+    flags = [
+        "--pretrained",
+        weights,
+        "--data",
+        "synthetic://96?size=20&classes=3",
+        *SMALL,
+        "--lr",
+        "0.4",
+        "--drop-path",
+        "0.05",
+    ]
+    assert call(monkeypatch, *flags, "--mixup", "0", "--cutmix", "0", "--reprob", "0.1", "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "vit_small with 2 heads of" in said and "30 tensors loaded, none missing" in said
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["top1"] for line in lines if "top1" in line}
+    assert list(scores) == [8, 16, 24, 32] and results["top1"] == scores[32] and results["step"] == 32
+    assert results["best_top1"] == max(scores.values()) and scores[results["best_step"]] == results["best_top1"]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2  # colours tell the classes apart
+    assert results["best_top1"] > 50
+
+
+def test_wrong_weights(monkeypatch, capsys, tmp_path, weights):
+    def refused(*arguments) -> str:
+        code = call(monkeypatch, "--data", "synthetic://24?size=20", "--out", tmp_path / "run", *arguments)
+        said = capsys.readouterr().err
+        assert code == 2 and said.count("\n") == 1 and not (tmp_path / "run/metrics.jsonl").exists(), said
+        return said
+
+    assert "crossbatch.model.checkpoint: not given" in refused(*SMALL)
+    truncated = tmp_path / "truncated.pth"
+    truncated.write_bytes(weights.read_bytes()[:2000])
+    assert str(truncated) in refused("--checkpoint", truncated, *SMALL)
+    assert str(weights) in refused("--checkpoint", weights, *SMALL, "-a", "resnet18")
+    probe = tmp_path / "probe.pth"
+    torch.save({"state_dict": {"module.fc.weight": torch.zeros(3, 4), "module.fc.bias": torch.zeros(3)}}, probe)
+    assert str(probe) in refused("--checkpoint", probe, *SMALL)
+    code = tmp_path / "code.pth"
+    code.write_bytes(pickle.dumps(_Touches(tmp_path / "executed")))
+    assert str(code) in refused("--checkpoint", code, *SMALL)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_wrong_images(monkeypatch, capsys, tmp_path, weights):
+    for name in ("train/a/1.png", "train/b/2.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((9, 9, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
+    assert (
+        call(monkeypatch, "--data", tmp_path / "images", "--checkpoint", weights, *SMALL, "--out", tmp_path / "run")
+        == 2
+    )
+    assert "has no val/ and no test/" in capsys.readouterr().err
+    assert call(monkeypatch, "--data", "synthetic://24?size=20", "--drop-paht", "0.1") == 2
+    assert "--drop-paht" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    "CROSSBATCH_REAL_DATA" not in os.environ, reason="CROSSBATCH_REAL_DATA names no folder with pets-sample.tar"
+)
+def test_pets(monkeypatch, tmp_path, weights):
+    with tarfile.open(Path(os.environ["CROSSBATCH_REAL_DATA"], "pets-sample.tar")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    path = f"pets://{tmp_path / 'pets'}"
+    flags = [
+        "--deepspeed_config",
+        "ds_configs/finetune_pets.json",
+        "--data",
+        path,
+        "--checkpoint",
+        weights,
+        *SMALL,
+        "--lr",
+        "0.4",
+    ]
+    assert call(monkeypatch, *flags, "--out", tmp_path / "run") == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert (results["classes"], results["images"]) == (37, 60)
+    assert results["top1"] > 10  # it names the three breeds that it has seen
+
+
+class _Touches:
+    """What a pickle can do to whoever loads it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
