@@ -6,6 +6,7 @@
     knn              the vote; the monitor of training
     knn_results      launch/knn.py
     linear           the classifiers of the probe and their optimizer
+    batches          what they are trained on
     linear_results   launch/linear.py: epochs, resuming
     pictures         confusion matrix, nearest neighbours, curves
     report           results.json, pictures on disk and in TensorBoard, the closing table

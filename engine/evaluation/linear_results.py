@@ -1,4 +1,4 @@
-"""The linear probe as a command: batches, epochs, resuming, results.
+"""The linear probe as a command: epochs, resuming, results.
 
 The backbone is frozen and evaluation images are seen by their central views, so their features never change: they are computed
 once, each rank those of its share, and every epoch classifies them anew. Training images are augmented in every epoch as the
@@ -6,7 +6,6 @@ originals do it, unless `crossbatch.linear.cache` keeps their features, too.
 """
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import numpy as np
 import torch
 
 from crossbatch import InputError, RunStopped
-from crossbatch.data import Order, Source, TrainLoader, ViewRecipe, choose_backend, prepare
+from crossbatch.data import Order, Source, prepare
 from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.config.probe import LinearConfig, TrainImagesConfig
 from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main
 from crossbatch.engine.evaluation import pictures, report
-from crossbatch.engine.evaluation.features import Reading, Rows, extract, gathered, labelled_sources, prepared
+from crossbatch.engine.evaluation.batches import Augmented, Cached
+from crossbatch.engine.evaluation.features import Reading, Rows, extract, gathered, labelled_sources
 from crossbatch.engine.evaluation.frozen import Frozen, load_configured
 from crossbatch.engine.evaluation.linear import LinearProbe
 from crossbatch.engine.evaluation.pretrained import PROBE, PROBE_FILE
@@ -32,78 +32,6 @@ ON_TEST = "the best epoch, and the best of several rates, by these evaluation im
 # What makes another probe of it; the rest says how the same numbers are computed.
 IDENTITY = ("train_batch_size", "optimizer", "crossbatch.schedule", "crossbatch.linear", "crossbatch.seed",
             "crossbatch.precision", "crossbatch.data.crop_min", "crossbatch.data.image_size")  # fmt: skip
-
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
-
-
-def linear_view(image_size: int, crop_min: float) -> ViewRecipe:
-    """RandomResizedCrop and a flip, nothing else."""
-    return ViewRecipe(
-        image_size,
-        (crop_min, 1.0),
-        blur_probability=0.0,
-        solarize_probability=0.0,
-        jitter_probability=0.0,
-        grayscale_probability=0.0,
-    )
-
-
-class Augmented:
-    """Features of freshly augmented images."""
-
-    def __init__(self, frozen: Frozen, source: Source, order: Order, reading: Reading, run: Resolved, clock: StepClock):
-        data: TrainImagesConfig = run.config.crossbatch.data
-        self.frozen, self.source, self.reading, self.clock = frozen, source, reading, clock
-        self.backend, self.why = choose_backend(data.backend, reading.device.type)
-        self.loader = TrainLoader(
-            source,
-            order,
-            [linear_view(reading.image_size, data.crop_min)],
-            run.config.crossbatch.seed,
-            workers=reading.workers,
-            max_skipped_fraction=data.max_skipped_fraction,
-            backend=self.backend,
-            device=reading.device,
-        )
-
-    @property
-    def replaced(self) -> int:
-        """Times that this rank put another image in the place of a broken one."""
-        return self.loader.images_skipped
-
-    def epoch(self, epoch: int) -> Batches:
-        before = time.perf_counter()
-        for batch in self.loader.epoch(epoch):
-            self.clock.waited(before)
-            images = batch.views[0].split(self.reading.batch_size)
-            features = torch.cat([self.frozen(prepared(some, self.reading.device)).float() for some in images])
-            # Those of the images that were read, which differ from those asked for where one was broken.
-            yield features, torch.as_tensor(self.source.labels[batch.indices], device=self.reading.device)
-            before = time.perf_counter()
-
-    def close(self) -> None:
-        self.loader.close()
-
-
-class Cached:
-    """Features computed once; batches in the order that `Augmented` would have."""
-
-    def __init__(self, rows: Rows, order: Order, clock: StepClock):
-        self.rows, self.order, self.clock = rows, order, clock
-        self.indices = rows.indices_N.cpu().numpy()
-        self.replaced = len(rows.skipped)
-
-    def epoch(self, epoch: int) -> Batches:
-        for step in range(self.order.steps_per_epoch):
-            self.clock.waited(time.perf_counter())
-            wanted = self.order.batch(epoch, step)
-            # A broken image has no row; the next one that could be read takes its place, as in TrainLoader.
-            places = torch.as_tensor(np.searchsorted(self.indices, wanted) % len(self.indices))
-            places = places.to(self.rows.labels_N.device)
-            yield self.rows.features_NC[places], self.rows.labels_N[places]
-
-    def close(self) -> None:
-        return
 
 
 class LinearEvaluation:
@@ -163,7 +91,7 @@ class LinearEvaluation:
         log: Log = RunLog(self.out, done * steps, epochs * steps) if self.world.is_main else Log()
         try:
             if isinstance(batches, Augmented):
-                log.note(f"images: {batches.backend} ({batches.why})")
+                log.note(self.resolved.choices[0])
             if done:
                 log.note(f"resumed after epoch {done}")
             for epoch in range(done, epochs):
@@ -372,14 +300,12 @@ class LinearEvaluation:
 
 def _check(config: LinearConfig) -> None:
     """Nothing that would do nothing."""
-    ours, default = config.crossbatch, TrainImagesConfig()
-    if ours.linear.cache:
-        for name in ("crop_min", "backend"):
-            if getattr(ours.data, name) != getattr(default, name):
-                raise InputError(
-                    f"crossbatch.data.{name}: given {getattr(ours.data, name)} with crossbatch.linear.cache, which does not "
-                    f"augment; leave one of the two out"
-                )
+    crop_min = config.crossbatch.data.crop_min
+    if config.crossbatch.linear.cache and crop_min != TrainImagesConfig().crop_min:
+        raise InputError(
+            f"crossbatch.data.crop_min: given {crop_min:g} with crossbatch.linear.cache, which does not augment; leave one of "
+            f"the two out"
+        )
 
 
 def _learning_rates(config: LinearConfig, arch: str) -> tuple[float, ...]:

@@ -12,10 +12,10 @@ from crossbatch.data import Order, TrainLoader, open_source, prepare
 from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.probe import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
+from crossbatch.engine.evaluation.batches import Augmented, Cached, linear_view
 from crossbatch.engine.evaluation.features import Reading, Rows, extract
 from crossbatch.engine.evaluation.frozen import Frozen
 from crossbatch.engine.evaluation.linear import LinearProbe
-from crossbatch.engine.evaluation.linear_results import Augmented, Cached, linear_view
 from crossbatch.engine.evaluation.pretrained import Pretrained
 from crossbatch.engine.telemetry import StepClock
 from crossbatch.models import build_backbone

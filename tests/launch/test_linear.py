@@ -16,6 +16,7 @@ from crossbatch.engine.config.probe import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.distributed import world_from_environment
 from crossbatch.engine.evaluation import linear_results
+from crossbatch.engine.evaluation.batches import linear_view
 from crossbatch.launch import linear
 from crossbatch.launch.exits import run_main
 
@@ -54,7 +55,7 @@ def test_the_defaults_are_the_originals():
     assert (params.momentum, params.weight_decay, config.crossbatch.precision) == (0.9, 0.0, "fp32")
     assert linear_results._learning_rates(config, "resnet50") == (0.1,)
     assert linear_results._learning_rates(config, "vit_base") == (3.0,)
-    view = linear_results.linear_view(224, config.crossbatch.data.crop_min)
+    view = linear_view(224, config.crossbatch.data.crop_min)
     assert (view.crop_scale, view.crop_ratio, view.flip_probability) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     chances = (view.jitter_probability, view.grayscale_probability, view.blur_probability, view.solarize_probability)
     assert chances == (0, 0, 0, 0)

@@ -1,0 +1,85 @@
+"""Batches of features for the probe: of images augmented anew in every epoch, or of images seen once."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from crossbatch.data import Order, Source, TrainLoader, ViewRecipe
+from crossbatch.engine.config import Resolved
+from crossbatch.engine.config.probe import TrainImagesConfig
+from crossbatch.engine.evaluation.features import Reading, Rows, prepared
+from crossbatch.engine.evaluation.frozen import Frozen
+from crossbatch.engine.telemetry import StepClock
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
+
+
+def linear_view(image_size: int, crop_min: float) -> ViewRecipe:
+    """RandomResizedCrop and a flip, nothing else."""
+    return ViewRecipe(
+        image_size,
+        (crop_min, 1.0),
+        blur_probability=0.0,
+        solarize_probability=0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+    )
+
+
+class Augmented:
+    """Features of freshly augmented images."""
+
+    def __init__(self, frozen: Frozen, source: Source, order: Order, reading: Reading, run: Resolved, clock: StepClock):
+        data: TrainImagesConfig = run.config.crossbatch.data
+        self.frozen, self.source, self.reading, self.clock = frozen, source, reading, clock
+        self.loader = TrainLoader(
+            source,
+            order,
+            [linear_view(reading.image_size, data.crop_min)],
+            run.config.crossbatch.seed,
+            workers=reading.workers,
+            max_skipped_fraction=data.max_skipped_fraction,
+            backend=data.backend,
+            device=reading.device,
+        )
+
+    @property
+    def replaced(self) -> int:
+        """Times that this rank put another image in the place of a broken one."""
+        return self.loader.images_skipped
+
+    def epoch(self, epoch: int) -> Batches:
+        before = time.perf_counter()
+        for batch in self.loader.epoch(epoch):
+            self.clock.waited(before)
+            images = batch.views[0].split(self.reading.batch_size)
+            features = torch.cat([self.frozen(prepared(some, self.reading.device)).float() for some in images])
+            # Those of the images that were read, which differ from those asked for where one was broken.
+            yield features, torch.as_tensor(self.source.labels[batch.indices], device=self.reading.device)
+            before = time.perf_counter()
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+class Cached:
+    """Features computed once; batches in the order that `Augmented` would have."""
+
+    def __init__(self, rows: Rows, order: Order, clock: StepClock):
+        self.rows, self.order, self.clock = rows, order, clock
+        self.indices = rows.indices_N.cpu().numpy()
+        self.replaced = len(rows.skipped)
+
+    def epoch(self, epoch: int) -> Batches:
+        for step in range(self.order.steps_per_epoch):
+            self.clock.waited(time.perf_counter())
+            wanted = self.order.batch(epoch, step)
+            # A broken image has no row; the next one that could be read takes its place, as in TrainLoader.
+            places = torch.as_tensor(np.searchsorted(self.indices, wanted) % len(self.indices))
+            places = places.to(self.rows.labels_N.device)
+            yield self.rows.features_NC[places], self.rows.labels_N[places]
+
+    def close(self) -> None:
+        return
