@@ -16,16 +16,18 @@ from torch.nn import functional as F
 
 from crossbatch import InputError
 from crossbatch.data import Batch, Order, TrainLoader, ViewRecipe, normalize, prepare
-from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.config import ResolvedFinetune
 from crossbatch.engine.distributed import GroupCollective, on_main
-from crossbatch.engine.evaluation.features import Reading, extract, labelled_sources
+from crossbatch.engine.evaluation.features import Reading, extract, gathered, labelled_sources
+from crossbatch.engine.evaluation.pictures import confusion_counts, confusion_matrix, curves
 from crossbatch.engine.evaluation.pretrained import Pretrained, load_pretrained
+from crossbatch.engine.evaluation.report import draw, write_results
 from crossbatch.engine.faults import blame
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.schedule import finetuning_rate
 from crossbatch.engine.sharding import Backend, build_backend
 from crossbatch.engine.step import Progress, autocast
+from crossbatch.engine.telemetry import METRICS, SCORES
 from crossbatch.engine.trainer import Trainer
 from crossbatch.models import set_num_chunks
 from crossbatch.models.classifier import Classifier
@@ -176,11 +178,13 @@ class FineTuning(Trainer):
         if not self.ours.finetune.average:
             del networks["average_top1"]
         backend.model.eval()
-        scores = {name: self._top1(part) for name, part in networks.items()}
+        found = {name: self._predictions(part) for name, part in networks.items()}
         backend.model.train()
-        return scores
+        self.last_predictions = found["top1"]
+        return {name: 100 * float((truth == predicted).mean()) for name, (truth, predicted) in found.items()}
 
-    def _top1(self, part: str) -> float:
+    def _predictions(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """True and predicted class of every evaluation image that can be read, on every rank."""
         reading = Reading(
             self.ours.data.image_size, max(32, min(256, self.chunk)), max(self.run.workers, 0), self.device
         )
@@ -190,28 +194,34 @@ class FineTuning(Trainer):
                 return self.train_step.backend(part, images)
 
         everything = np.flatnonzero(self.evaluation.labels >= 0)
-        rows = extract(logits, self.evaluation, everything, reading, self.train_step.model.collective)
-        right = (rows.features_NC.argmax(1) == rows.labels_N).sum()
-        counts = torch.stack((right, torch.tensor(len(rows), device=self.device)))
-        right_of_all, of_all = self.train_step.model.collective.all_reduce(counts).tolist()
-        return 100 * right_of_all / max(of_all, 1)
+        collective = self.train_step.model.collective
+        rows = gathered(extract(logits, self.evaluation, everything, reading, collective), collective)
+        return rows.labels_N.cpu().numpy(), rows.features_NC.argmax(1).cpu().numpy()
 
     def ended(self) -> None:
-        """results.json, of the last evaluation and of the best one, which was chosen by what it is measured on."""
+        """results.json, of the last evaluation and of the best one, which was chosen by what it is measured on; pictures."""
         if not self.scores or not self.world.is_main:
             return
-        step, last = self.scores[-1]
-        best_step, best = max(self.scores, key=lambda score: score[1]["top1"])
+        lines = [json.loads(line) for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines()]
+        scored = [line for line in lines if "top1" in line]  # before an interruption, too
+        names, best = self.source.class_names, max(scored, key=lambda line: line["top1"])
         results = {
-            **last,
-            "step": step,
+            "command": "finetune",
+            **self.scores[-1][1],
+            "step": self.step,
             "best_top1": best["top1"],
-            "best_step": best_step,
+            "best_step": best["step"],
             "images": len(self.evaluation),
-            "classes": len(self.source.class_names),
+            "classes": len(names),
             "loaded": self.loaded,
         }
-        write_atomically(self.out / "results.json", json.dumps(results, indent=2) + "\n")
+        write_results(self.out, results)
+        counts = confusion_counts(*self.last_predictions, len(names))
+        figures = {"confusion": confusion_matrix(counts, names, f"fine-tuned, step {self.step}")}
+        if len(scored) > 1:
+            top1 = {SCORES[name]: [line[name] for line in scored] for name in self.scores[-1][1]}
+            figures["accuracy"] = curves(top1, [round(line["epoch"]) for line in scored], "fine-tuning")
+        draw(self.out, figures, self.step)
 
     def _pretrained(self) -> Pretrained:
         model = self.ours.model

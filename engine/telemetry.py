@@ -18,6 +18,7 @@ from rich.table import Table
 
 from crossbatch.engine.checkpoint import write_atomically
 
+METRICS = "metrics.jsonl"  # in the run directory
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
 
 
@@ -52,7 +53,7 @@ class RunLog(Log):
 
     def __init__(self, out: Path, first_step: int, last_step: int):
         self.console = Console(highlight=False)
-        self.lines = Lines(out / "metrics.jsonl")
+        self.lines = Lines(out / METRICS)
         self.lines.drop_after(first_step)
         self.out, self.last_step = out, last_step
         self.board, self.purge_step = None, first_step + 1 if first_step else None
@@ -195,7 +196,8 @@ class StepClock:
         self.start = time.perf_counter()
 
     def waited(self, since: float) -> None:
-        self.wait_s += time.perf_counter() - since
+        self.last_wait_s = time.perf_counter() - since
+        self.wait_s += self.last_wait_s
         self.steps += 1
 
     def paused(self, since: float) -> None:

@@ -83,6 +83,7 @@ def test_a_run_learns_and_writes_results(monkeypatch, capsys, tmp_path, weights)
     assert results["best_top1"] == max(scores.values()) and scores[results["best_step"]] == results["best_top1"]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2  # colours tell the classes apart
     assert results["best_top1"] > 50
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"confusion.png", "accuracy.png"}
 
 
 def test_wrong_weights(monkeypatch, capsys, tmp_path, weights):
