@@ -28,7 +28,7 @@ from crossbatch.engine.weights import read_torch, write_torch
 from crossbatch.models.backbones import family
 
 AUTO_LR = {"resnet": 0.1, "vit": 3.0}  # the originals'
-ON_TEST = "the best epoch, and the best of several rates, by these evaluation images"
+ON_TEST = "best epoch and best rate are selected on the evaluation images themselves"
 # What makes another probe of it; the rest says how the same numbers are computed.
 IDENTITY = ("train_batch_size", "optimizer", "crossbatch.schedule", "crossbatch.linear", "crossbatch.seed",
             "crossbatch.precision", "crossbatch.data.crop_min", "crossbatch.data.image_size")  # fmt: skip
@@ -285,14 +285,14 @@ class LinearEvaluation:
                 )
                 for one in results["by_lr"]
             ),
-            ("chosen", ON_TEST),
+            ("note", ON_TEST),
             ("images", f"{results['images']['evaluation']:,}, trained on {self.order.size:,}"),
             ("backbone", "unchanged, to the bit"),
             ("results", str(self.out / report.RESULTS)),
         ]
         model, data = self.ours.model, self.ours.data
         commands = [
-            f"python launch/finetune.py --deepspeed_config RECIPE --checkpoint {model.checkpoint} --data {data.path}",
+            f"python launch/finetune.py --checkpoint {model.checkpoint} --data {data.path}",
             f"tensorboard --logdir {self.out}",
         ]
         report.say(rows, commands)

@@ -151,7 +151,7 @@ def read_weights(path: Path, encoder: str, key: str) -> Weights:
         )
     if path.is_dir():
         return _of_a_run(path, encoder, key)
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         tensors, metadata = read_safetensors(path)
         return _of_one_network(path, tensors, json.loads(metadata.get(NOTE, "{}")), encoder, where)
     content = read_torch(path)
@@ -169,6 +169,14 @@ def read_weights(path: Path, encoder: str, key: str) -> Weights:
             f"file of a linear probe; give the checkpoint that it was made on"
         )
     return _of_one_network(path, tensors, content.get(NOTE, {}), encoder, where)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by its start: the length of a JSON object, and that object."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _of_a_run(path: Path, encoder: str, key: str) -> Weights:

@@ -1,6 +1,7 @@
 """Exported weights are the same network in timm, DeiT and torchvision, at the published sizes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -10,7 +11,7 @@ import torchvision
 from timm.models import VisionTransformer
 
 from crossbatch import InputError
-from crossbatch.engine.evaluation.pretrained import NOTE, load_pretrained
+from crossbatch.engine.evaluation.pretrained import NOTE, Pretrained, load_pretrained
 from crossbatch.engine.export import export
 from crossbatch.models import build_backbone
 from crossbatch.models.norm import ViewBatchNorm
@@ -33,18 +34,18 @@ def original(arch: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def originals(tmp_path_factory) -> dict[str, Pretrained]:
     folder = tmp_path_factory.mktemp("originals")
     for arch in ("vit_small", "resnet50"):
         torch.save(original(arch), folder / arch)
-    return folder
+    return {arch: load_pretrained(folder / arch) for arch in ("vit_small", "resnet50")}
 
 
-def written(files, arch: str, to: str, file) -> dict:
+def written(pretrained: Pretrained, to: str, file: Path) -> dict:
     """What is in the exported file, under whatever key."""
-    notes = export(load_pretrained(files / arch), to, file)
-    tensors = torch.load(file, weights_only=True)
-    state = tensors.get("model", tensors.get("state_dict", tensors))
+    notes = export(pretrained, to, file)
+    content = torch.load(file, weights_only=True)
+    state = content.get("model", content.get("state_dict", content))
     assert any(f"{len(state)} tensors written" in note for note in notes), notes
     return state
 
@@ -55,15 +56,15 @@ def features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("to", "name"), [("timm", "vit_small_patch16_224"), ("deit", "deit_small_patch16_224")])
-def test_a_vit_is_the_same_in_timm(files, tmp_path, to, name):
-    state = written(files, "vit_small", to, tmp_path / "vit.pth")
+def test_a_vit_is_the_same_in_timm(originals, tmp_path, to, name):
+    state = written(originals["vit_small"], to, tmp_path / "vit.pth")
     theirs = timm.create_model(name, num_heads=12)
     report = theirs.load_state_dict(state, strict=False)
     assert sorted(report.missing_keys) == ["head.bias", "head.weight"] and not report.unexpected_keys
     assert isinstance(theirs, VisionTransformer)
     theirs.reset_classifier(0)
     images = torch.rand(2, 3, 224, 224)
-    ours = features(load_pretrained(files / "vit_small").backbone, images)
+    ours = features(originals["vit_small"].backbone, images)
     torch.testing.assert_close(features(theirs, images), ours, atol=1e-5, rtol=0)
     for block in theirs.blocks.children():  # timm's default loads without a word, and is another network
         vars(block.get_submodule("attn")).update(num_heads=6, head_dim=64, scale=64**-0.5)
@@ -71,26 +72,25 @@ def test_a_vit_is_the_same_in_timm(files, tmp_path, to, name):
 
 
 @pytest.mark.parametrize("to", ["torchvision", "timm"])
-def test_a_resnet_is_the_same_in_torchvision_and_timm(files, tmp_path, to):
-    state = written(files, "resnet50", to, tmp_path / "resnet.pth")
+def test_a_resnet_is_the_same_in_torchvision_and_timm(originals, tmp_path, to):
+    state = written(originals["resnet50"], to, tmp_path / "resnet.pth")
     theirs = torchvision.models.resnet50() if to == "torchvision" else timm.create_model("resnet50")
     report = theirs.load_state_dict(state, strict=False)
     assert sorted(report.missing_keys) == ["fc.bias", "fc.weight"] and not report.unexpected_keys
     theirs.fc = torch.nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     images = torch.rand(2, 3, 96, 96)
-    ours = features(load_pretrained(files / "resnet50").backbone, images)
+    ours = features(originals["resnet50"].backbone, images)
     torch.testing.assert_close(features(theirs, images), ours, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("to", "name"), [("timm", "v.pth"), ("timm", "v.safetensors"), ("safetensors", "v"), ("deit", "v")]
+    ("to", "name"), [("timm", "v.pth"), ("timm", "v.safetensors"), ("safetensors", "v.weights"), ("deit", "v")]
 )
 def test_the_file_says_how_many_heads_it_has(tiny_runs, tmp_path, to, name):
-    name = f"{name}.safetensors" if to == "safetensors" else name
     before = load_pretrained(tiny_runs("vit"))
     advice = " ".join(export(before, to, tmp_path / name))
     assert "30 tensors written" in advice and "num_heads=2, patch_size=4, img_size=16)" in advice
-    if name.endswith("safetensors"):
+    if "safetensors" in (to, name.rpartition(".")[2]):
         metadata = safetensors.safe_open(tmp_path / name, "pt").metadata()
         assert metadata["num_heads"] == "2" and json.loads(metadata[NOTE])["arch"] == "vit_small"
     else:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 from crossbatch.data import open_source, prepare
@@ -62,7 +63,8 @@ def test_a_run_is_scored(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     assert results["config"]["crossbatch"]["model"]["checkpoint"] == str(tiny_runs("resnet"))
     for name in ("neighbours.png", "confusion.png"):
         vary(out / name)
-    assert list(out.glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(out)).Reload()
+    assert sorted(events.Tags()["images"]) == ["confusion", "neighbours"]
     assert results["top1"] == pytest.approx(by_scikit_learn(tiny_runs("resnet"), shapes, 5))
     assert call(monkeypatch, *arguments, "--encoder", "momentum") == 0  # over its own results it may write
     assert "momentum encoder" in results_of(out)["pretrained"]["from"]

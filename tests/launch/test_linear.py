@@ -96,7 +96,7 @@ def test_cached_features_and_several_rates(monkeypatch, capsys, tiny_runs, shape
         "--set=crossbatch.linear.norm=true",
     ]
     assert call(monkeypatch, *arguments, "--lr", "[0.01, 1]", "--out", tmp_path / "two") == 0
-    assert "the best of several rates, by these" in capsys.readouterr().out
+    assert "best rate are selected on the" in capsys.readouterr().out
     for lr in ("0.01", "1"):
         assert call(monkeypatch, *arguments, "--lr", lr, "--out", tmp_path / lr) == 0
     both, alone = results_of(tmp_path / "two"), [results_of(tmp_path / lr) for lr in ("0.01", "1")]

@@ -1,0 +1,93 @@
+"""Features of whole sources: every readable image once, with its own label, on any number of ranks."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from crossbatch import InputError
+from crossbatch.data import Source, open_source, prepare
+from crossbatch.engine.evaluation import features
+from crossbatch.engine.evaluation.features import Reading, extract, gathered, labelled_sources
+from crossbatch.models.collective import Collective
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> str:
+    """17 training images, of which 0, 8 to 11 and 16 cannot be read."""
+    path = tmp_path_factory.mktemp("features") / "images"
+    prepare(f"shapes://{path}?train=17&val=8&size=16")
+    source = open_source(path, "train")
+    for index in (0, 8, 9, 10, 11, 16):
+        (path / "train" / source.name(index)).write_bytes(b"")
+    return str(path)
+
+
+def mean_colours(images: torch.Tensor) -> torch.Tensor:
+    return images.mean((2, 3))
+
+
+def features_on_this_rank(path: str) -> tuple[list[int], list[int], torch.Tensor, int, int]:
+    """Of all ranks together; how many rows were its own, and how often it was asked."""
+    from crossbatch.engine.distributed import GroupCollective
+
+    collective, asked = GroupCollective(), []
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(images))
+        return mean_colours(images)
+
+    source = open_source(path, "train")
+    mine = extract(embed, source, np.arange(17), Reading(16, 4, 0, torch.device("cpu")), collective)
+    rows = gathered(mine, collective)
+    return rows.indices_N.tolist(), rows.labels_N.tolist(), rows.features_NC, len(mine), len(asked)
+
+
+def test_every_readable_image_once(damaged, two_ranks):
+    source = open_source(damaged, "train")
+    readable = [index for index in range(17) if index not in (0, 8, 9, 10, 11, 16)]
+    rows = extract(mean_colours, source, np.arange(17), Reading(16, 4, 0, torch.device("cpu")), Collective())
+    assert rows.indices_N.tolist() == readable and len(rows.skipped) == 6
+    assert rows.labels_N.tolist() == source.labels[readable].tolist()
+    mean, std = (np.array(v) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    want = [(np.asarray(source.open(index)).mean((0, 1)) / 255 - mean) / std for index in readable]
+    torch.testing.assert_close(rows.features_NC, torch.tensor(np.array(want)).float(), rtol=1e-4, atol=1e-5)
+    both = two_ranks.run(features_on_this_rank, damaged)
+    for indices, labels, values, _, _ in both:
+        assert (indices, labels) == (readable, rows.labels_N.tolist())
+        torch.testing.assert_close(values, rows.features_NC)
+    # 8 and 9 images in batches of 4, one of which is wholly broken: a sharded network must be called equally often.
+    assert [count for *_, count, _ in both] == [7, 4] and both[0][-1] == both[1][-1] == 3
+
+
+def source_with(labels: list[int], classes: int = 3) -> Source:
+    fake = SimpleNamespace(labels=np.array(labels), class_names=["x"] * classes, name=lambda index: f"image {index}")
+    return fake  # pyright: ignore[reportReturnType]
+
+
+def test_labels_must_have_a_class(monkeypatch, tmp_path):
+    splits = {}
+    monkeypatch.setattr(features, "open_source", lambda path, split, cache: splits[split])
+    monkeypatch.setattr(features, "has_evaluation_split", lambda path: True)
+
+    def refused(train: list[int], evaluation: list[int]) -> str:
+        splits.update(train=source_with(train), eval=source_with(evaluation))
+        with pytest.raises(InputError) as error:
+            labelled_sources("DIR")
+        return str(error.value)
+
+    assert "training images: 1 labels out of range, the first 3 of image 1; allowed: 0 to 2" in refused([0, 3], [0])
+    assert "evaluation images: 2 labels out of range, the first 255 of image 0" in refused([0, 1], [255, -2])
+    assert "evaluation images: none that has a label" in refused([0, 1], [-1, -1])
+    assert "evaluation images: none that has a label" in refused([0, 1], [])
+    splits.update(train=source_with([-1, 2]), eval=source_with([0]))
+    assert labelled_sources("DIR")[0] is splits["train"]
+
+
+def test_a_folder_without_evaluation_images(tmp_path):
+    prepare(f"shapes://{tmp_path / 'images'}?train=8&val=8&size=8")
+    Path(tmp_path / "images/val").rename(tmp_path / "images/elsewhere")
+    with pytest.raises(InputError, match="has no val/ and no test/"):
+        labelled_sources(str(tmp_path / "images"))
