@@ -10,6 +10,7 @@
     signals       being asked to stop; watch: ranks that are gone; faults: numbers that are not finite
     evaluation/   k-NN, the linear probe, and loading pretrained weights from anything
     telemetry     metrics.jsonl, TensorBoard, progress bar
+    parts         where the time of a step goes; profile: the same of a running job, and traces
     trainer       the loop of any run; pretraining, finetuning: what is trained in it
 
 A new optimizer goes into optimizers/, a new way of sharding into sharding/ as a `Backend`.

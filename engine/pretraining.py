@@ -1,5 +1,7 @@
 """Pretraining: MoCo v3 + BatchFormer on two views of every image, watched by k-NN."""
 
+from typing import Any
+
 import torch
 from torchvision.utils import make_grid
 
@@ -19,6 +21,8 @@ from crossbatch.engine.distributed import GroupCollective, on_main
 from crossbatch.engine.evaluation.knn import KnnMonitor
 from crossbatch.engine.faults import Alarms, blame
 from crossbatch.engine.memory import automatic_chunk, remember
+from crossbatch.engine.parts import StepParts, mean_ms
+from crossbatch.engine.profile import RunProfile, steps_needed
 from crossbatch.engine.sharding import build_backend
 from crossbatch.engine.step import TrainStep, autocast
 from crossbatch.engine.trainer import Trainer
@@ -28,8 +32,24 @@ CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_g
 
 
 class Pretraining(Trainer):
+    """A `Trainer` of MoCo v3; `profile`: steps to look into, see `engine.profile`, 0 for none."""
+
     run: ResolvedConfig
     train_step: TrainStep
+
+    def __init__(self, *arguments: Any, profile: int = 0, **more: Any):
+        super().__init__(*arguments, **more)
+        self.taken: list[dict[str, float]] = []  # parts of the steps since the last line of metrics, as far as read
+        self.profile = None
+        if profile:
+            left, needed = self.stop - self.step, steps_needed(profile)
+            if needed > left:
+                raise InputError(
+                    f"--profile: given {profile}, which takes {needed} steps (a few to warm up, as many again for the trace), "
+                    f"but this run has {left} left; lower it, or train longer"
+                )
+            batch, folder = self.run.config.train_batch_size, self.out / "profile"
+            self.profile = RunProfile(folder, profile, self.world.rank, batch, self.log.note)
 
     def open_data(self) -> tuple[Order, TrainLoader]:
         data = self.ours.data
@@ -74,13 +94,23 @@ class Pretraining(Trainer):
         model.set_collective(GroupCollective())
         if model.batchformer is not None:
             self.notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
-        return TrainStep(build_backend(model, self.run), self.run, self.device, self.order.steps_per_epoch, chunk)
+        step = TrainStep(build_backend(model, self.run), self.run, self.device, self.order.steps_per_epoch, chunk)
+        self.parts = StepParts(step)
+        return step
 
     def started(self, batch: Batch) -> None:
         self.log.pictures("views", view_pairs(batch.views), 0)
 
     def train_on(self, batch: Batch) -> tuple[Contrast, float]:
-        return self.train_step(batch.views)
+        result = self.parts(batch.views)
+        if self.profile is not None:
+            self.taken += self.parts.read()
+            self.profile.stepped(self.taken[-1], self.clock.last_wait_s)
+        return result
+
+    def stage_ms(self) -> dict[str, float]:
+        steps, self.taken = self.taken + self.parts.read(), []
+        return mean_ms(steps)
 
     def values(self, result: Contrast) -> dict[str, torch.Tensor]:
         terms = {f"loss_terms/{name}": term for name, term in result.terms.items()}

@@ -132,6 +132,10 @@ class Trainer(ABC):
     def evaluate(self) -> dict[str, float]:
         """Percentages by their name in metrics.jsonl; all ranks call it."""
 
+    def stage_ms(self) -> dict[str, float]:
+        """Milliseconds a step of its parts, on this rank since the last line of metrics."""
+        return {}
+
     def started(self, batch: Batch) -> None:
         """Before the very first step of a run."""
         return
@@ -298,7 +302,7 @@ class Trainer(ABC):
         values = torch.stack([*(value.float() for value in named.values()), skipped]).double()
         *means, skipped_mean = mean_over_ranks(values).tolist()
         mean = dict(zip(named, means, strict=True))
-        loss, progress = mean.pop("loss"), self.train_step.progress
+        loss, progress, stages = mean.pop("loss"), self.train_step.progress, self.stage_ms()
         return {
             "loss": loss if math.isfinite(loss) else None,
             **self.rates(),
@@ -306,6 +310,7 @@ class Trainer(ABC):
             **({"loss_scale": progress.loss_scale} if self.run.precision == "fp16" else {}),
             "skipped_steps": progress.step - progress.updates,
             **self.clock.reading(self.run.config.train_batch_size),
+            **({"stage_ms": stages} if stages else {}),
             **_sections(mean),
             "skipped_images": self.skipped_before + round(skipped_mean * self.world.size),
         }

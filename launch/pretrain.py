@@ -8,6 +8,7 @@ python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 0 
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 from crossbatch import InputError
@@ -15,7 +16,7 @@ from crossbatch.data import open_source
 from crossbatch.engine.build import describe
 from crossbatch.engine.config import Config, Device, load_config, resolve
 from crossbatch.engine.distributed import world_from_environment
-from crossbatch.launch.arguments import add_config_flags, add_run_flags, overrides
+from crossbatch.launch.arguments import add_config_flags, add_run_flags, overrides, positive
 from crossbatch.launch.exits import run_main
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, asked_world_size, launched
 
@@ -25,6 +26,13 @@ def parse_arguments() -> argparse.Namespace:
     add_config_flags(parser)
     add_run_flags(parser)
     add_legacy_launch_flags(parser)
+    parser.add_argument(
+        "--profile",
+        metavar="N",
+        type=positive,
+        default=0,
+        help="time N steps part by part, and trace N, into OUT/profile",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would run as JSON, without data or processes"
     )
@@ -56,7 +64,7 @@ def main() -> None:
     from crossbatch.engine.pretraining import Pretraining
     from crossbatch.launch.training import train
 
-    train(Pretraining, run, world, arguments, "pretrain")
+    train(partial(Pretraining, profile=arguments.profile), run, world, arguments, "pretrain")
 
 
 def steps_per_epoch(config: Config) -> int | None:

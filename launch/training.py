@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from crossbatch import InputError
@@ -13,7 +14,9 @@ from crossbatch.engine.watch import Watch
 from crossbatch.launch.arguments import writable_folder
 
 
-def train(trainer: type[Trainer], run: Resolved, world: World, arguments: argparse.Namespace, name: str) -> None:
+def train(
+    trainer: Callable[..., Trainer], run: Resolved, world: World, arguments: argparse.Namespace, name: str
+) -> None:
     """Joins the other ranks and trains.
 
     Args:

@@ -170,6 +170,6 @@ def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> N
 
 def metrics(out: Path) -> list[dict]:
     """The lines of a run, without what depends on the clock."""
-    clock = ("images_per_s", "data_wait_ms", "step_ms")
+    clock = ("images_per_s", "data_wait_ms", "step_ms", "stage_ms")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]

@@ -165,9 +165,11 @@ def test_three_launchers_lose_the_same_and_write_the_documented_run(tmp_path):
             "images_per_s",
             "data_wait_ms",
             "step_ms",
+            "stage_ms",
         ),
         *("feature_std", "positive_similarity", "negative_similarity", "knn_top1", "skipped_images", "loss_terms"),
     }
+    assert 0 < sum(alone[-1]["stage_ms"].values()) < alone[-1]["step_ms"]
     assert sum(alone[-1]["loss_terms"].values()) == pytest.approx(alone[-1]["loss"], rel=1e-6)
     config = json.loads((tmp_path / "deepspeed" / "config.json").read_text())
     assert (config["world_size"], config["train_micro_batch_size_per_gpu"]) == (2, 8)
