@@ -34,6 +34,7 @@ class Augmented:
     def __init__(self, frozen: Frozen, source: Source, order: Order, reading: Reading, run: Resolved, clock: StepClock):
         data: TrainImagesConfig = run.config.crossbatch.data
         self.frozen, self.source, self.reading, self.clock = frozen, source, reading, clock
+        self.broken: set[str] = set()  # names
         self.loader = TrainLoader(
             source,
             order,
@@ -54,6 +55,7 @@ class Augmented:
         before = time.perf_counter()
         for batch in self.loader.epoch(epoch):
             self.clock.waited(before)
+            self.broken.update(batch.skipped)
             images = batch.views[0].split(self.reading.batch_size)
             features = torch.cat([self.frozen(prepared(some, self.reading.device)).float() for some in images])
             # Those of the images that were read, which differ from those asked for where one was broken.
@@ -70,6 +72,7 @@ class Cached:
     def __init__(self, rows: Rows, order: Order, clock: StepClock):
         self.rows, self.order, self.clock = rows, order, clock
         self.indices = rows.indices_N.cpu().numpy()
+        self.broken = set(rows.skipped)
         self.replaced = len(rows.skipped)
 
     def epoch(self, epoch: int) -> Batches:

@@ -45,6 +45,7 @@ class KnnEvaluation:
         if self.world.is_main:
             print(f"loaded {self.pretrained}", flush=True)
         bank, queries = self._features(self.train, "training images"), self._features(self.evaluation, "evaluation")
+        report.name_broken(bank.skipped + queries.skipped)
         temperature = self.config.crossbatch.knn.temperature
         classes = len(self.train.class_names)
         scored = score(bank, queries, self.ks, classes, self.collective, temperature)
@@ -82,7 +83,6 @@ class KnnEvaluation:
         matrix = pictures.confusion_matrix(pictures.confusion_counts(truth, said, len(names)), names, title)
         report.draw(self.out, {"confusion": matrix, "neighbours": self._grid(scored, k, title)})
         report.write_results(self.out, results)
-        data, checkpoint = self.config.crossbatch.data.path, self.config.crossbatch.model.checkpoint
         images = results["images"]
         rows = [
             *((f"top-1, k = {k}", f"{value:.2f} %") for k, value in results["top1_by_k"].items()),
@@ -91,7 +91,7 @@ class KnnEvaluation:
             ("results", str(self.out / report.RESULTS)),
         ]
         commands = [
-            f"python launch/linear.py --checkpoint {checkpoint} --data {data}",
+            report.command("launch/linear.py", self.config.crossbatch.model, self.config.crossbatch.data.path),
             f"tensorboard --logdir {self.out}",
         ]
         report.say(rows, commands)

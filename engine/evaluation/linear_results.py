@@ -101,6 +101,7 @@ class LinearEvaluation:
             batches.close()
             log.close()
         self.frozen.check()
+        report.name_broken([*queries.skipped, *sorted(batches.broken)])
         return self._finish(queries, batches.replaced, time.perf_counter() - started)
 
     # --- data ------------------------------------------------------------------------------------------------------
@@ -290,9 +291,8 @@ class LinearEvaluation:
             ("backbone", "unchanged, to the bit"),
             ("results", str(self.out / report.RESULTS)),
         ]
-        model, data = self.ours.model, self.ours.data
         commands = [
-            f"python launch/finetune.py --checkpoint {model.checkpoint} --data {data.path}",
+            report.command("launch/finetune.py", self.ours.model, self.ours.data.path),
             f"tensorboard --logdir {self.out}",
         ]
         report.say(rows, commands)

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from rich.table import Table
 
 from crossbatch import InputError, __version__
 from crossbatch.engine.checkpoint import write_atomically
+from crossbatch.engine.config.probe import FrozenModelConfig
 from crossbatch.engine.evaluation import pictures
 
 RESULTS = "results.json"
+NAMED = 10  # broken images of a rank
 
 
-def claim(out: Path, command: str) -> None:
-    """Makes the folder. Raises InputError if it holds something else than an earlier result of `command`."""
-    if (out / "checkpoints").exists() or _command(out) not in (None, command):
+def claim(out: Path, kind: str) -> None:
+    """Makes the folder. Raises InputError if it holds something else than an earlier result of that kind, knn or linear."""
+    if (out / "checkpoints").exists() or _kind(out) not in (None, kind):
         raise InputError(f"--out {out}: already holds a run of another kind; choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -29,7 +32,7 @@ def claim(out: Path, command: str) -> None:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose a writable folder") from None
 
 
-def _command(out: Path) -> str | None:
+def _kind(out: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError):
         return json.loads((out / RESULTS).read_text(encoding="utf-8")).get("command")
     return None
@@ -50,6 +53,12 @@ def draw(out: Path, figures: dict[str, Figure], step: int = 0) -> None:
     board.close()
 
 
+def command(script: str, model: FrozenModelConfig, data: str | None) -> str:
+    """To type next, for the same checkpoint and data."""
+    arch = ["-a", model.arch] if model.arch else []
+    return shlex.join(["python", script, "--checkpoint", str(model.checkpoint), *arch, "--data", str(data)])
+
+
 def say(rows: list[tuple[str, str]], commands: list[str], console: Console | None = None) -> None:
     """A table, and what to type next."""
     console = console or Console(highlight=False)
@@ -62,6 +71,12 @@ def say(rows: list[tuple[str, str]], commands: list[str], console: Console | Non
     console.print("next:")
     for command in commands:
         console.print(f"  {command}", soft_wrap=True, markup=False)
+
+
+def name_broken(names: Iterable[str]) -> None:
+    """Of this rank."""
+    for name in list(names)[:NAMED]:
+        print(f"skipped a broken image: {name}", flush=True)
 
 
 @contextlib.contextmanager

@@ -135,6 +135,18 @@ def shards(root: Path, split: str, *labels: int) -> Path:
     return root
 
 
+def test_broken_images_are_named_and_left_out(monkeypatch, capsys, tiny_runs, tmp_path):
+    prepare(f"shapes://{tmp_path / 'images'}?train=16&val=9&size=16")
+    for name in ("train/star/00004.jpg", "val/disc/00002.jpg"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", tiny_runs("resnet"), "--data", tmp_path / "images", "--out", out, "-j", 0]
+    assert call(monkeypatch, *arguments) == 0
+    said = capsys.readouterr().out
+    assert "skipped a broken image: star/00004.jpg" in said and "skipped a broken image: disc/00002.jpg" in said
+    assert results_of(out)["images"] == {"train": 15, "evaluation": 8, "skipped": 2}
+
+
 def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     good = {"--checkpoint": tiny_runs("resnet"), "--data": shapes, "--out": tmp_path / "out"}
 

@@ -172,6 +172,21 @@ def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tin
     assert call(monkeypatch, *arguments, "--seed", "1", "--resume", "none", "--out", tmp_path / "cut") == 0
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_broken_images_are_named_and_counted(monkeypatch, capsys, tiny_runs, tmp_path, cache):
+    prepare(f"shapes://{tmp_path / 'images'}?train=33&val=9&size=16")
+    for name in ("train/star/00004.jpg", "val/disc/00002.jpg"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    flags = ["--cache"] if cache else ["--set=crossbatch.data.max_skipped_fraction=1"]
+    arguments = ["--checkpoint", tiny_runs("resnet"), "--data", tmp_path / "images", *SHORT, *flags]
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "skipped a broken image: star/00004.jpg" in said and "skipped a broken image: disc/00002.jpg" in said
+    images = results_of(tmp_path / "out")["images"]
+    assert images["train"] == 33 and images["evaluation"] == 8 and images["evaluation_skipped"] == 1
+    assert images["train_replaced"] in ([1] if cache else [2, 3])  # of 3 epochs, each of which leaves one image out
+
+
 def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     good = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, "--out", tmp_path / "out"]
 
