@@ -5,6 +5,7 @@ which the training device normalises: `python -m benchmarks transfer`.
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.harness import Row, compare
+from benchmarks.harness import Effort, Row, compare
 from benchmarks.plain import TwoViews, write_jpegs
 from crossbatch.data import draw, moco_v3_views, open_source, opencv_backend, torchvision_backend
 
 SIZE = 224
 
 
-def run(quick: bool, images: Path | None = None) -> list[Row]:
-    count, recipes = 8 if quick else 64, moco_v3_views(SIZE)
+def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
+    count, recipes = effort.pick(8, 64, 64), moco_v3_views(SIZE)
     with tempfile.TemporaryDirectory() as temporary:
         root = images or Path(temporary)
         if images is None:
@@ -41,9 +42,8 @@ def run(quick: bool, images: Path | None = None) -> list[Row]:
     cv2.setNumThreads(1)
     try:
         settings = {"images": len(indices), "size": SIZE, "folder": "given" if images else "generated"}
-        return compare(
-            cases, "torchvision's transforms", settings, 1 if quick else 20, warmup=1, rounds=2 if quick else 5
-        )
+        seconds, rounds = effort.pick(1, 5, 20), effort.pick(2, 3, 5)
+        yield from compare(cases, "torchvision's transforms", settings, seconds, warmup=1, rounds=rounds)
     finally:
         torch.set_num_threads(threads[0])
         cv2.setNumThreads(threads[1])

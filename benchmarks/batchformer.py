@@ -9,12 +9,12 @@ Memory is the peak of a process of its own for each case. On a CPU, sizes are th
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
-from benchmarks.harness import Row, compare, peak_mib, peak_mib_alone
+from benchmarks.harness import Effort, Row, compare, over, peak_mib, peak_mib_alone
 from crossbatch.engine.config import Device, resolve_precision
 from crossbatch.models.batchformer import BatchFormer, DropoutKey, fused
 from crossbatch.models.batchformer.dispatch import NAMES, Situation, reason_against
@@ -24,24 +24,25 @@ EAGER, COMPILED = "nn.TransformerEncoderLayer", "nn.TransformerEncoderLayer, com
 GPU_SIZES = [(G, C) for C in (384, 768, 2048) for G in (64, 256, 1024, 4096, 16384)]
 CPU_SIZES = [(64, 2048), (256, 384), (256, 768), (256, 2048), (1024, 768)]
 CPU_MEMORY_SIZES = [(1024, 768), (4096, 384), (4096, 2048)]
+BRIEF_SIZES = {"cuda": [(256, 2048), (256, 384), (4096, 2048)], "cpu": [(256, 384), (256, 2048)]}
 
 
-def run(quick: bool) -> list[Row]:
-    gpu = Device.detect().type == "cuda"
-    sizes = [(64, 384)] if quick else GPU_SIZES if gpu else CPU_SIZES
-    rows = []
+def run(effort: Effort) -> Iterator[Row]:
+    device = Device.detect().type
+    sizes = effort.pick([(64, 384)], BRIEF_SIZES[device], GPU_SIZES if device == "cuda" else CPU_SIZES)
+    names, seconds = _names(compiled=effort is Effort.FULL), effort.pick(0.2, 0.7, 5)
     for G, C in sizes:
-        rows += _time(G, C, 0.2 if quick else 5)
-    for G, C in [(1024, 384)] if quick else GPU_SIZES if gpu else CPU_MEMORY_SIZES:
-        rows += _memory(G, C, [_names()[0], EAGER] if quick else _names())
-    return rows + _norms(256, 384 if quick else 2048, 0.2 if quick else 5)
+        yield from _time(G, C, names, seconds)
+    yield from _norms(256, effort.pick(384, 2048, 2048), seconds)
+    for G, C in effort.pick([(1024, 384)], [(4096, 2048)], GPU_SIZES if device == "cuda" else CPU_MEMORY_SIZES):
+        yield from _memory(G, C, effort.pick([names[0], EAGER], [names[0], EAGER], names))
 
 
-def _names() -> list[str]:
+def _names(compiled: bool) -> list[str]:
     gpu = Device.detect().type == "cuda"
     situation = Situation("cuda", torch.cuda.get_device_capability()) if gpu else Situation("cpu")
     ours = [name for name in NAMES if name == "sdpa" or reason_against(name, situation) is None]
-    return [*ours, EAGER, *([COMPILED] if gpu else [])]
+    return [*ours, EAGER, *([COMPILED] if gpu and compiled else [])]
 
 
 def _layer(name: str, G: int, C: int) -> Callable[[], torch.Tensor]:
@@ -74,22 +75,17 @@ def _settings(G: int, C: int) -> dict:
     return {"G": G, "C": C, "heads": 4, "precision": resolve_precision("auto", Device.detect())}
 
 
-def _time(G: int, C: int, seconds: float) -> list[Row]:
-    layers = {name: _layer(name, G, C) for name in _names()}
-    rows = []
+def _time(G: int, C: int, names: list[str], seconds: float) -> Iterator[Row]:
+    layers = {name: _layer(name, G, C) for name in names}
     for what, call in (("forward", lambda forward: forward()), ("forward + backward", _backward)):
         cases = {f"{name}, {what}, G {G}, C {C}": partial(call, forward) for name, forward in layers.items()}
-        rows += compare(cases, f"{EAGER}, {what}, G {G}, C {C}", _settings(G, C), seconds, warmup=2, rounds=3)
-    return rows
+        yield from compare(cases, f"{EAGER}, {what}, G {G}, C {C}", _settings(G, C), seconds, warmup=2, rounds=3)
 
 
-def _memory(G: int, C: int, names: list[str]) -> list[Row]:
-    peaks = {name: peak_mib_alone("benchmarks.batchformer", name, str(G), str(C)) for name in names}
-    rows = []
-    for name, mib in peaks.items():
-        case, baseline = (f"{which}, memory, G {G}, C {C}" for which in (name, EAGER))
-        rows.append(Row(case, mib, mib, mib, 1, "MiB", baseline, peaks[EAGER] / mib, _settings(G, C)))
-    return rows
+def _memory(G: int, C: int, names: list[str]) -> Iterator[Row]:
+    cases = {name: f"{name}, memory, G {G}, C {C}" for name in names}
+    peaks = {cases[name]: peak_mib_alone("benchmarks.batchformer", name, str(G), str(C)) for name in names}
+    yield from over(peaks, cases[EAGER], "MiB", _settings(G, C))
 
 
 def _norms(G: int, C: int, seconds: float) -> list[Row]:

@@ -8,43 +8,37 @@ costs whoever computes meanwhile: matrix products for about as long as it takes.
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Row, summarise
+from benchmarks import recipe
+from benchmarks.harness import Effort, Row, summarise
 from crossbatch.engine import checkpoint
-from crossbatch.engine.build import build_model
 from crossbatch.engine.checkpoint.resume import resume
-from crossbatch.engine.config import Device, load_config, resolve, to_dict
-from crossbatch.engine.distributed import GroupCollective, process_group, world_from_environment
+from crossbatch.engine.config import to_dict
+from crossbatch.engine.distributed import process_group, world_from_environment
 from crossbatch.engine.saves import Snapshot
-from crossbatch.engine.sharding import Backend, build_backend
+from crossbatch.engine.sharding import Backend
 
 SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=256"]
 
 
-def run(quick: bool) -> list[Row]:
-    overrides = SMALL if quick else []
-    device_type = Device.detect()
-    settings = resolve(load_config("ds_configs/bs4096.json", overrides), 1, device_type)
-    config = {**to_dict(settings.config), "world_size": 1}
+def run(effort: Effort) -> Iterator[Row]:
+    overrides = effort.pick(SMALL, [], [])
+    run = recipe.load("bs4096", overrides)
+    config = {**to_dict(run.config), "world_size": 1}
     with (
-        process_group(world_from_environment(), device_type.type, threads=torch.get_num_threads()) as device,
+        process_group(world_from_environment(), run.device.type, threads=torch.get_num_threads()) as device,
         tempfile.TemporaryDirectory() as folder,
     ):
-        model = build_model(settings).to(device)
-        model.set_collective(GroupCollective())
-        backend = build_backend(model, settings)
-        times, size = _times(backend, config, Path(folder), device, rounds=2 if quick else 7)
-    facts = {"recipe": "bs4096", "overrides": overrides, "gigabytes": size / 1e9, "device": device.type}
+        times, size = _times(recipe.build(run, device), config, Path(folder), device, rounds=effort.pick(2, 1, 7))
+    facts = recipe.settings("bs4096", overrides, run, gigabytes=size / 1e9)
     waits = {name: values for name, values in times.items() if "product" not in name}
     products = {name: values for name, values in times.items() if "product" in name}
-    return [
-        *summarise(waits, "synchronous: training waits", facts),
-        *summarise(products, "a matrix product", facts),
-    ]
+    yield from summarise(waits, "synchronous: training waits", facts)
+    yield from summarise(products, "a matrix product", facts)
 
 
 def _times(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Row, summarise
+from benchmarks.harness import Effort, Row, summarise
 from benchmarks.plain import plain_loader, write_jpegs
 from crossbatch.data import BACKENDS, Order, TrainLoader, moco_v3_views, open_source
 from crossbatch.data.backends import has_dali
@@ -24,24 +24,25 @@ SIZE = 224
 BASELINE = "torchvision's ImageFolder and DataLoader"
 
 
-def run(quick: bool, images: Path | None = None) -> list[Row]:
+def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         root = images or Path(temporary)
         if images is None:
-            write_jpegs(root, 64 if quick else 256)
-        return [*_speed(root, quick, "given" if images else "generated"), *_memory(quick)]
+            write_jpegs(root, effort.pick(32, 256, 256))
+        yield from _speed(root, effort, "given" if images else "generated")
+    yield from _memory(effort)
 
 
-def _speed(root: Path, quick: bool, folder: str) -> list[Row]:
-    workers, batch = os.cpu_count() or 1, 32 if quick else 64
+def _speed(root: Path, effort: Effort, folder: str) -> list[Row]:
+    workers, batch = os.cpu_count() or 1, effort.pick(16, 64, 64)
     settings = {"workers": workers, "batch": batch, "size": SIZE, "folder": folder}
     starts: dict[str, Callable[[], Iterator]] = {BASELINE: lambda: iter(plain_loader(root, SIZE, batch, workers))}
     for backend in backends():
         starts[f"ours, {backend}"] = lambda backend=backend: _endless(_loader(root, batch, workers, backend))
     times: dict[str, list[float]] = {name: [] for name in starts}
-    for _ in range(1 if quick else 3):  # one loader at a time: two would take the cores from each other
+    for _ in range(effort.pick(1, 1, 3)):  # one loader at a time: two would take the cores from each other
         for name, start in starts.items():
-            times[name].append(_ms_per_batch(start(), 4 if quick else 20))
+            times[name].append(_ms_per_batch(start(), effort.pick(4, 10, 20)))
     return summarise(times, BASELINE, settings)
 
 
@@ -55,9 +56,8 @@ def _ms_per_batch(batches: Iterator, count: int) -> float:
     return 1000 * (time.perf_counter() - start) / count
 
 
-def _memory(quick: bool) -> list[Row]:
-    marks = (20, 50, 100) if quick else (1000, 5000, 10000)
-    rows = []
+def _memory(effort: Effort) -> Iterator[Row]:
+    marks = effort.pick((10, 20, 40), (50, 100, 200), (1000, 5000, 10000))
     for backend in backends():
         loader = TrainLoader(
             open_source("synthetic://256?size=24", "train"), Order(0, 256, 8), moco_v3_views(16), 0, 2, backend=backend
@@ -66,12 +66,8 @@ def _memory(quick: bool) -> list[Row]:
         for step in range(1, marks[-1] + 1):
             next(batches)
             if step in marks:
-                mib = _resident_mib()
-                rows.append(
-                    Row(f"memory, {backend}, after {step} steps", mib, mib, mib, 1, "MiB", settings={"batch": 8})
-                )
+                yield Row.of_one(f"memory, {backend}, after {step} steps", _resident_mib(), "MiB", {"batch": 8})
         batches.close()
-    return rows
 
 
 def backends() -> list[str]:

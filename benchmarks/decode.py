@@ -1,24 +1,25 @@
 """JPEG bytes in memory -> RGB pixels: PIL, as everybody, and DALI. A call decodes a batch."""
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness import Row, compare
+from benchmarks.harness import Effort, Row, compare
 from benchmarks.plain import write_jpegs
 from crossbatch.data import open_source
 from crossbatch.data.backends import has_dali
 from crossbatch.data.decode import decode
 
 
-def run(quick: bool, images: Path | None = None) -> list[Row]:
+def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         root = images or Path(temporary)
         if images is None:
-            write_jpegs(root, 32)
+            write_jpegs(root, effort.pick(16, 32, 32))
         source = open_source(root, "train")
         files = [source.read(index) for index in range(min(len(source), 64))]
     threads = torch.get_num_threads()
@@ -27,7 +28,8 @@ def run(quick: bool, images: Path | None = None) -> list[Row]:
         for device in ["cpu", *(["mixed"] if torch.cuda.is_available() else [])]:
             cases[f"DALI, {device}, {threads} threads"] = _dali(files, device, threads)
     settings = {"images": len(files), "bytes": sum(map(len, files)), "folder": "given" if images else "generated"}
-    return compare(cases, "PIL, one thread", settings, 1 if quick else 15, rounds=2 if quick else 5)
+    seconds, rounds = effort.pick(1, 5, 15), effort.pick(2, 5, 5)
+    yield from compare(cases, "PIL, one thread", settings, seconds, warmup=1, rounds=rounds, wall=True)
 
 
 def _dali(files: list[bytes], device: str, threads: int):

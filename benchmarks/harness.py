@@ -1,32 +1,53 @@
 """How a stage is measured, and what a row says.
 
-A stage is a module with `run(quick) -> list[Row]`. Its cases take turns (ours, baseline, ours, baseline, ...), so a machine
-that slows down slows all of them, and a figure is always a ratio within one run. A row holds percentiles 20, 50
-and 80 of n calls, and where they come from: machine, versions, commit, and the stage's own settings.
+A stage is a module with `run(effort) -> Iterator[Row]`. Its cases take turns (ours, baseline, ours, baseline, ...), so a
+machine that slows down slows all of them, and a figure is always a ratio within one run. A row holds percentiles 20, 50 and 80
+of n calls, the most memory that was in use, and where they come from: machine, clocks, versions, commit, and the stage's own
+settings with the resolved configuration.
+
+On a GPU a call is timed by CUDA events of the current stream, elsewhere by the wall clock; calls to warm up do not count.
 """
 
+import enum
+import functools
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from rich.table import Table
 
+VERSION = 2  # of a row; rows without one are version 1, which had no time, effort, clocks and peak_mib
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy")
+_CLOCKS = {"clocks.sm": "sm_mhz", "clocks.max.sm": "max_sm_mhz", "clocks.mem": "memory_mhz", "power.limit": "power_w"}
+
+T = TypeVar("T")
+
+
+class Effort(enum.Enum):
+    """How much a stage measures."""
+
+    QUICK = "quick"  # small sizes, few repeats: does it run?
+    BRIEF = "brief"  # the sizes that matter, a second or two each: every stage within minutes
+    FULL = "full"
+
+    def pick(self, quick: T, brief: T, full: T) -> T:
+        return {Effort.QUICK: quick, Effort.BRIEF: brief, Effort.FULL: full}[self]
 
 
 @dataclass
 class Row:
-    """One case of one stage. `ratio` is the baseline's p50 / this p50: above 1 this is faster."""
+    """One case of one stage. `ratio` is the baseline's p50 / this p50: above 1 this is faster, or smaller."""
 
     case: str
     p20: float
@@ -37,6 +58,13 @@ class Row:
     baseline: str | None = None
     ratio: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    peak_mib: float | None = None  # in use at most during a call: of the GPU's allocator, or resident in this process
+    clocks: dict[str, Any] | None = None  # right after the measurement
+
+    @staticmethod
+    def of_one(case: str, value: float, unit: str, settings: dict[str, Any], **more: Any) -> "Row":
+        """Of something that is counted, or measured once."""
+        return Row(case, value, value, value, 1, unit, settings=settings, **more)
 
 
 def compare(
@@ -46,22 +74,29 @@ def compare(
     seconds: float,
     warmup: int = 3,
     rounds: int = 5,
+    wall: bool = False,
 ) -> list[Row]:
-    """Calls the cases in turn for about `seconds` (at least `rounds` times) and times each call, GPU work included."""
-    for call in cases.values():
-        for _ in range(warmup):
-            call()
+    """Calls the cases in turn for about `seconds` (at least `rounds` times) and times each call.
+
+    `wall`: by the wall clock and resident memory on a GPU, too, for what does not work in torch's current stream.
+    """
+    on_gpu = torch.cuda.is_available() and not wall
+    peaks = {name: _warm_up(call, warmup, on_gpu) for name, call in cases.items()}
+    clock = _event_ms if on_gpu else _wall_ms
     times: dict[str, list[float]] = {name: [] for name in cases}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[baseline]) < rounds:
         for name, call in cases.items():
-            times[name].append(_milliseconds(call))
-    return summarise(times, baseline, settings)
+            times[name].append(clock(call))
+    rows = summarise(times, baseline, settings)
+    for row in rows:
+        row.peak_mib = peaks[row.case]
+    return rows
 
 
 def summarise(times: dict[str, list[float]], baseline: str, settings: dict[str, Any]) -> list[Row]:
     """Rows of what was timed, in ms, case by case."""
-    middle = float(np.median(times[baseline]))
+    middle, now = float(np.median(times[baseline])), clocks()
     return [
         Row(
             name,
@@ -70,12 +105,35 @@ def summarise(times: dict[str, list[float]], baseline: str, settings: dict[str, 
             baseline=baseline,
             ratio=middle / float(np.median(values)),
             settings=settings,
+            clocks=now,
         )
         for name, values in times.items()
     ]
 
 
-def _milliseconds(call: Callable[[], Any]) -> float:
+def _warm_up(call: Callable[[], Any], times: int, on_gpu: bool) -> float | None:
+    """Calls it, and returns the peak of the last time; None where there was none, or where memory cannot be seen."""
+    for _ in range(times - 1):
+        call()
+    if times == 0:
+        return None
+    try:
+        return _peak_mib(call, on_gpu)[1]
+    except OSError:  # no /proc
+        return None
+
+
+def _event_ms(call: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _wall_ms(call: Callable[[], Any]) -> float:
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
@@ -86,23 +144,30 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 
 def peak_mib(call: Callable[[], Any]) -> float:
     """MiB that `call` adds at most: to the resident memory of this process, on a GPU to what the allocator has given out."""
-    if torch.cuda.is_available():
+    before, most = _peak_mib(call, torch.cuda.is_available())
+    return most - before
+
+
+def _peak_mib(call: Callable[[], Any], on_gpu: bool) -> tuple[float, float]:
+    """MiB before, and at most during the call."""
+    if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return before / 2**20, torch.cuda.max_memory_allocated() / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the largest resident memory so far, starts anew
     before = _status_kib("VmRSS")
     call()
-    return (_status_kib("VmHWM") - before) / 2**10
+    return before / 2**10, _status_kib("VmHWM") / 2**10
 
 
 def peak_mib_alone(module: str, *arguments: str) -> float:
     """The number that `python -m module arguments` prints last: a peak in a process that has done nothing else."""
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return float(done.stdout.splitlines()[-1])
 
 
@@ -122,8 +187,35 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
+def clocks() -> dict[str, Any]:
+    """MHz now, the mean over CPU cores, and of each GPU, with its limit of power; what cannot be asked is left out."""
+    found: dict[str, Any] = {}
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        mhz = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+        if mhz:
+            found["cpu_mhz"] = round(sum(mhz) / len(mhz))
+    if torch.cuda.is_available():
+        query = [f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"]
+        with suppress(OSError, subprocess.CalledProcessError):
+            out = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=True).stdout
+            found["gpus"] = [
+                {name: _number(value) for name, value in zip(_CLOCKS.values(), line.split(","), strict=True)}
+                for line in out.splitlines()
+            ]
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # [N/A]
+        return None
+
+
+@functools.cache
 def origin() -> dict[str, Any]:
-    """Versions and commit."""
+    """Versions and commit, as they were when this process first asked."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda if torch.cuda.is_available() else None}
     for package in PACKAGES:
         try:
@@ -141,19 +233,35 @@ def origin() -> dict[str, Any]:
     return {"versions": versions, "commit": commit.strip() + ("+changes" if changed.strip() else "")}
 
 
-def append(path: Path, stage: str, rows: list[Row]) -> None:
-    """Adds rows to a JSONL file."""
+def append(path: Path, stage: str, rows: list[Row], effort: Effort = Effort.FULL) -> None:
+    """Adds rows to a JSONL file; a line that was cut off there before stays by itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    common = {"stage": stage, "machine": machine(), **origin()}
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({**common, **asdict(row)}) + "\n")
+    common = {"version": VERSION, "stage": stage, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    common |= {"effort": effort.value, "machine": machine(), **origin()}
+    with path.open("a+b") as file:
+        if file.tell() and _last_byte(file) != b"\n":
+            file.write(b"\n")
+        file.write("".join(json.dumps({**common, **asdict(row)}) + "\n" for row in rows).encode())
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def table(stage: str, rows: list[Row]) -> Table:
     """For a person."""
-    shown = Table("case", "p20", "p50", "p80", "unit", "n", "speed-up", title=stage)
+    shown = Table("case", "p20", "p50", "p80", "unit", "n", "peak MiB", "ratio", title=stage)
     for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f} x {row.baseline}"
-        shown.add_row(row.case, *(f"{value:.4g}" for value in (row.p20, row.p50, row.p80)), row.unit, str(row.n), ratio)
+        ratio = "baseline" if row.case == row.baseline else "" if row.ratio is None else f"{row.ratio:.2f} x"
+        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        values = (f"{value:.0f}" if value >= 1000 else f"{value:.4g}" for value in (row.p20, row.p50, row.p80))
+        shown.add_row(row.case, *values, row.unit, str(row.n), peak, ratio)
     return shown
+
+
+def over(cases: dict[str, float], baseline: str, unit: str, settings: dict[str, Any]) -> Iterator[Row]:
+    """Rows of what was counted or measured once, case by case."""
+    for name, value in cases.items():
+        ratio = cases[baseline] / value if value else None
+        yield Row.of_one(name, value, unit, settings, baseline=baseline, ratio=ratio)

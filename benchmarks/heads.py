@@ -8,13 +8,13 @@ Loss: one term, forward and backward, n rows against B keys. Ours, in tiles, bes
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.harness import Row, compare, peak_mib, peak_mib_alone
+from benchmarks.harness import Effort, Row, compare, over, peak_mib, peak_mib_alone
 from crossbatch.engine.config import Device
 from crossbatch.models.cross_entropy import cross_entropy_over_keys
 from crossbatch.models.heads import build_predictor, build_projector
@@ -24,13 +24,13 @@ C, HIDDEN, D = 2048, 4096, 256
 OURS, PLAIN = "ours", "plain torch"
 
 
-def run(quick: bool) -> list[Row]:
+def run(effort: Effort) -> Iterator[Row]:
     gpu = Device.detect().type == "cuda"
-    sizes = [16] if quick else [64, 256, 1024, 4096, 16384] if gpu else [64, 256]
-    rows = [row for n in sizes for row in _heads(n, 0.2 if quick else 5)]
-    for n, B in [(64, 4096)] if quick else [(256, 4096), (256, 16384), (256, 65536)]:
-        rows += _loss(n, B, 0.3 if quick else 5)
-    return rows
+    seconds = effort.pick(0.3, 1, 5)
+    for n in effort.pick([16], [256, 4096] if gpu else [64], [64, 256, 1024, 4096, 16384] if gpu else [64, 256]):
+        yield from _heads(n, seconds)
+    for n, B in effort.pick([(64, 4096)], [(256, 4096)], [(256, 4096), (256, 16384), (256, 65536)]):
+        yield from _loss(n, B, seconds)
 
 
 def _heads(n: int, seconds: float) -> list[Row]:
@@ -63,15 +63,12 @@ def _backward(out: torch.Tensor) -> None:
     out.sum().backward()
 
 
-def _loss(n: int, B: int, seconds: float) -> list[Row]:
+def _loss(n: int, B: int, seconds: float) -> Iterator[Row]:
     settings = {"n": n, "B": B, "D": D}
     names = {name: f"{name}, loss, n {n}, B {B}" for name in (OURS, PLAIN)}
-    rows = compare({names[name]: _term(name, n, B) for name in names}, names[PLAIN], settings, seconds, 1, 3)
-    peaks = {name: peak_mib_alone("benchmarks.heads", name, str(n), str(B)) for name in names}
-    for name, mib in peaks.items():
-        case, baseline = (f"{names[which]}, memory" for which in (name, PLAIN))
-        rows.append(Row(case, mib, mib, mib, 1, "MiB", baseline, peaks[PLAIN] / mib, settings))
-    return rows
+    yield from compare({names[name]: _term(name, n, B) for name in names}, names[PLAIN], settings, seconds, 1, 3)
+    peaks = {f"{names[name]}, memory": peak_mib_alone("benchmarks.heads", name, str(n), str(B)) for name in names}
+    yield from over(peaks, f"{names[PLAIN]}, memory", "MiB", settings)
 
 
 def _term(name: str, n: int, B: int) -> Callable[[], None]:

@@ -10,12 +10,12 @@ import os
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from benchmarks.harness import Row, compare
+from benchmarks.harness import Effort, Row, compare
 from crossbatch.data.image_folder import ImageFolder
 from crossbatch.data.order import Order
 from crossbatch.data.shard_writer import write_shards
@@ -25,14 +25,15 @@ from crossbatch.data.synthetic import Synthetic
 CLASSES = 1000
 
 
-def run(quick: bool) -> list[Row]:
-    images, in_shards, rounds = (20_000, 1_000, 2) if quick else (1_000_000, 50_000, 3)
+def run(effort: Effort) -> Iterator[Row]:
+    images, in_shards, rounds = effort.pick((20_000, 1_000, 2), (100_000, 5_000, 3), (1_000_000, 50_000, 3))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        return [*_class_folders(folder / "folders", images, rounds), *_shards(folder / "shards", in_shards, rounds)]
+        yield from _class_folders(folder / "folders", images, rounds)
+        yield from _shards(folder / "shards", in_shards, rounds)
 
 
-def _class_folders(folder: Path, images: int, rounds: int) -> list[Row]:
+def _class_folders(folder: Path, images: int, rounds: int) -> Iterator[Row]:
     root, cache, settings = folder / "train", folder / "cache", {"images": images, "classes": CLASSES}
     for label in range(CLASSES):
         (root / f"n{label:08d}").mkdir(parents=True)
@@ -50,10 +51,11 @@ def _class_folders(folder: Path, images: int, rounds: int) -> list[Row]:
         "folders: from the cache": lambda: ImageFolder(root, cache=cache),
     }
     cases = {**sources, "folders: from the cache, and a position": resume}
-    return [*compare(cases, next(iter(cases)), settings, 0, 0, rounds), *_memory(sources, images, settings)]
+    yield from compare(cases, next(iter(cases)), settings, 0, 0, rounds, wall=True)
+    yield from _memory(sources, images, settings)
 
 
-def _shards(folder: Path, images: int, rounds: int) -> list[Row]:
+def _shards(folder: Path, images: int, rounds: int) -> Iterator[Row]:
     root, cache, settings = folder / "train", folder / "cache", {"images": images}
     write_shards(Synthetic(images, size=1, classes=CLASSES), root, images_per_shard=5000)
     index = (root / "index.npz").rename(folder / "index.npz")
@@ -72,25 +74,24 @@ def _shards(folder: Path, images: int, rounds: int) -> list[Row]:
         "shards: from the cache": lambda: Shards(root, cache=cache),
         "shards: from their index": from_index,
     }
-    return [
-        *compare(sources, "shards: scanned", settings, 0, 0, rounds),
-        *_memory({"shards: from their index": from_index}, images, settings),
-    ]
+    yield from compare(sources, "shards: scanned", settings, 0, 0, rounds, wall=True)
+    yield from _memory({"shards: from their index": from_index}, images, settings)
 
 
-def _memory(sources: dict[str, Callable[[], object]], images: int, settings: dict) -> list[Row]:
-    rows = []
+def _memory(sources: dict[str, Callable[[], object]], images: int, settings: dict) -> Iterator[Row]:
+    """Beside the first, where there are several."""
+    first = None
     for name, make in sources.items():
         tracemalloc.start()
         source = make()
         kept, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         del source
-        size = kept / images
-        rows.append(
-            Row(f"{name}: memory", size, size, size, 1, "bytes/image", settings={**settings, "peak_mib": most / 2**20})
-        )
-    return rows
+        row = Row.of_one(f"{name}: memory", kept / images, "bytes/image", {**settings, "peak_mib": most / 2**20})
+        first = first or row
+        if len(sources) > 1:
+            row.baseline, row.ratio = first.case, first.p50 / row.p50
+        yield row
 
 
 def _age(*paths: Path) -> None:

@@ -5,23 +5,26 @@ cost without norms; a copy of as many bytes as LARS moves (28 per parameter: w a
 written), the floor that memory sets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.harness import Row, compare
+from benchmarks import recipe
+from benchmarks.harness import Effort, Row, compare
 from crossbatch.engine.build import build_model
-from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.optimizers import LARS, parameter_groups
 
 _BYTES = 28
 
 
-def run(quick: bool) -> list[Row]:
-    overrides = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=64"] if quick else []
-    config = load_config("ds_configs/bs4096.json", overrides)
+SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=64"]
+
+
+def run(effort: Effort) -> Iterator[Row]:
+    overrides = effort.pick(SMALL, [], [])
+    run = recipe.load("bs4096", overrides)
     with torch.device("meta"):
-        groups = parameter_groups(build_model(resolve(config, 16, Device("cpu"))), config)
+        groups = parameter_groups(build_model(run), run.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for group in groups:
         group["lr"] = 0.1
@@ -40,8 +43,8 @@ def run(quick: bool) -> list[Row]:
     }
     velocities = {p: torch.zeros_like(p) for group in groups for p in group["params"]}
     halves = torch.zeros(2, count * _BYTES // 8, device=device).unbind()
-    settings = {"recipe": "bs4096", "overrides": overrides, "parameters": count, "device": device.type}
-    return compare(cases, "loop over tensors", settings, 1 if quick else 20)
+    settings = recipe.settings("bs4096", overrides, run, parameters=count)
+    yield from compare(cases, "loop over tensors", settings, effort.pick(1, 3, 20))
 
 
 @torch.no_grad()

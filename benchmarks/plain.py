@@ -1,16 +1,24 @@
-"""What people use otherwise: torchvision's ImageFolder, transforms on PIL images, and DataLoader, with MoCo v3's recipe."""
+"""What people use otherwise: torchvision's ImageFolder, transforms on PIL images, and DataLoader, with MoCo v3's recipe;
+torchvision's and timm's backbones. The whole step is in plain_step.py; the optimizer's loop and the like stand in their stages.
+"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
+import torchvision
 from PIL import Image, ImageFilter
+from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from crossbatch.data.recipe import IMAGENET_MEAN, IMAGENET_STD
+from crossbatch.engine.config import Config
+from crossbatch.models import vit
 
 SIZES = (468, 401)  # of a generated picture: the mean of ImageNet's
 
@@ -74,3 +82,22 @@ def write_jpegs(root: Path, count: int) -> None:
         pixels = np.asarray(coarse.resize(SIZES, Image.Resampling.BICUBIC), dtype=np.float32)
         noisy = pixels + random.normal(0, 12, pixels.shape)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:04}.jpg", quality=90)
+
+
+def plain_backbone(config: Config) -> Any:
+    """torchvision's or timm's network of the sizes of `config`, [n, 3, H, W] -> [n, num_features], an attribute of it.
+
+    torchvision's ResNets have one width (and one stem), so `backbone_args` and `stem` must be left alone there.
+    """
+    model, size = config.crossbatch.model, config.crossbatch.data.image_size
+    if model.arch in vit.ARCHS:
+        layout = replace(vit.LAYOUTS[model.arch], **model.backbone_args)
+        sizes = {name: value for name, value in vars(layout).items() if name != "conv_stem"}
+        transformer: Any = timm.models.VisionTransformer(img_size=size, num_classes=0, global_pool="token", **sizes)
+        transformer.pos_embed.requires_grad_(False)
+        transformer.patch_embed.requires_grad_(not model.stop_grad_conv1)
+        return transformer
+    assert not model.backbone_args and model.stem == "imagenet", model
+    network: Any = torchvision.models.get_model(model.arch)
+    network.num_features, network.fc = network.fc.in_features, nn.Identity()
+    return network

@@ -1,31 +1,41 @@
-"""One training step of bs4096.json with a small backbone: what chunks cost, and what memory they save.
+"""One training step of bs4096.json: beside a plain one, in chunks, part by part, and the memory that chunks save.
 
-Time: the same images in 1 and in 8 chunks, and with checkpointed activations; the cases take turns. A step of more than one
-chunk runs the online backbone forward twice: 10 units of compute (a backward pass counts two) where one chunk has 8.
+Time: the same images in 1 and in 8 chunks, and with checkpointed activations; the baseline is `plain_step`. The cases take
+turns. A step of more than one chunk runs the online backbone forward twice: 9.75 units of compute for 8 chunks (a backward pass
+counts two) where one chunk has 8. On a GPU the recipe with the 256 images that a rank has of 16; on a CPU smaller backbones.
 
-Memory: the peak of a process of its own at B, 2B and 4B images, the chunk staying the same. On a CPU that is the resident
-memory of the process less what it has before the first step; on a GPU the peak of the allocator.
+Parts: ranges around what the real step calls (crossbatch.engine.parts), in steps of their own after the others; "other" is
+what the ranges leave out.
+
+Memory: a process of its own for each case. On a CPU what a step adds to resident memory, at B and 4B images; on a GPU the peak
+of the allocator with model and optimizer.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
+import numpy as np
 import torch
 
-from benchmarks.harness import Row, compare, peak_mib, peak_mib_alone
-from crossbatch.engine.build import build_model
-from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
-from crossbatch.engine.distributed import GroupCollective, process_group, world_from_environment
-from crossbatch.engine.sharding import build_backend
+from benchmarks import flops, recipe
+from benchmarks.harness import Effort, Row, clocks, compare, over, peak_mib, peak_mib_alone
+from benchmarks.plain_step import PlainStep
+from crossbatch.engine.config import Device, ResolvedConfig
+from crossbatch.engine.distributed import process_group, world_from_environment
+from crossbatch.engine.parts import WHOLE, StepParts
 from crossbatch.engine.step import TrainStep
 
 BACKBONES = {
+    "ResNet-50, 224 px": [],
+    "ViT-S, 224 px": ["crossbatch.model.arch=vit_small"],
     "ResNet-50, 96 px": ["crossbatch.data.image_size=96"],
     "ViT-S of 4 blocks, 32 px": [
         "crossbatch.model.arch=vit_small",
         'crossbatch.model.backbone_args={"patch_size": 8, "depth": 4}',
         "crossbatch.data.image_size=32",
     ],
+    "ResNet-18, 64 px": ["crossbatch.model.arch=resnet18", "crossbatch.data.image_size=64"],
     "ResNet-18 of width 16, 32 px": [
         "crossbatch.model.arch=resnet18",
         "crossbatch.model.stem=small",
@@ -33,49 +43,88 @@ BACKBONES = {
         "crossbatch.data.image_size=32",
     ],
 }
-TIMED = {"ResNet-50, 96 px": 64, "ViT-S of 4 blocks, 32 px": 256}  # images of a step
-WEIGHED = "ResNet-18 of width 16, 32 px"
+# Images of a step.
+TIMED_ON_GPU = {"ResNet-50, 224 px": 256, "ViT-S, 224 px": 256}
+TIMED_ON_CPU = {"ResNet-50, 96 px": 64, "ViT-S of 4 blocks, 32 px": 256}
+TIMED_QUICKLY = {"ResNet-18, 64 px": 16}
+WEIGHED = {"cuda": "ResNet-50, 224 px", "cpu": "ResNet-18 of width 16, 32 px"}
 
 
-def run(quick: bool) -> list[Row]:
-    rows = []
+def run(effort: Effort) -> Iterator[Row]:
+    device_type = Device.detect().type
+    timed = TIMED_ON_GPU if device_type == "cuda" else TIMED_ON_CPU
     # Once for all: DeepSpeed remembers the groups of the first.
-    with process_group(world_from_environment(), Device.detect().type, threads=torch.get_num_threads()) as device:
-        for backbone, batch in TIMED.items():
-            rows += _time(backbone, batch // 4 if quick else batch, quick, device)
-    return rows + _memory(WEIGHED, 64 if quick else 256, 16 if quick else 64)
+    with process_group(world_from_environment(), device_type, threads=torch.get_num_threads()) as device:
+        for backbone, batch in effort.pick(TIMED_QUICKLY, timed, timed).items():
+            yield from _time(backbone, batch, effort, device)
+    if device_type == "cuda":
+        yield from _memory(WEIGHED["cuda"], 256, 32)
+    else:
+        for images in effort.pick([256], [256, 1024], [256, 512, 1024]):
+            yield from _memory(WEIGHED["cpu"], images, effort.pick(32, 64, 64))
 
 
-def _time(backbone: str, batch: int, quick: bool, device: torch.device) -> list[Row]:
-    views = _views(_config(backbone, batch, batch, False))
-    cases: dict[str, Callable[[], object]] = {}
-    for name, chunks, checkpointed in (
-        ("1 chunk", 1, False),
-        ("8 chunks", 8, False),
-        ("1 chunk, activations checkpointed", 1, True),
-    ):
-        step = _step(_config(backbone, batch, batch // chunks, checkpointed), device)
-        cases[f"{backbone}, {name}"] = lambda step=step: step(views)
-    settings = {"recipe": "bs4096", "overrides": BACKBONES[backbone], "batch": batch}
-    return compare(cases, f"{backbone}, 1 chunk", settings, 1 if quick else 20, warmup=1, rounds=1 if quick else 3)
+def _time(backbone: str, batch: int, effort: Effort, device: torch.device) -> Iterator[Row]:
+    configs = {
+        f"{backbone}, 1 chunk": _config(backbone, batch, batch, False),
+        f"{backbone}, 8 chunks": _config(backbone, batch, batch // 8, False),
+        f"{backbone}, 1 chunk, activations checkpointed": _config(backbone, batch, batch, True),
+    }
+    whole, chunked, _ = configs
+    views = _views(configs[whole])
+    steps = {name: _step(config, device) for name, config in configs.items()}
+    baseline = f"{backbone}, plain torch"
+    cases: dict[str, Callable[[], object]] = {baseline: partial(PlainStep(configs[whole], device), views)}
+    cases |= {name: partial(step, views) for name, step in steps.items()}
+    counted = flops.count(cases[whole])
+    rounds = effort.pick(2, 3, 5)
+    rows = compare(cases, baseline, {}, effort.pick(1, 6, 20), 2, rounds)
+    for row in flops.with_rates(rows, counted, configs[whole].precision):
+        row.settings |= _settings(backbone, configs.get(row.case, configs[whole]))
+        yield row
+    cases.clear()  # the parts need the memory of the plain step
+    for name in (whole, chunked):
+        yield from _parts(name, steps[name], views, effort.pick(3, 5, 20), _settings(backbone, configs[name]))
 
 
-def _memory(backbone: str, batch: int, chunk: int) -> list[Row]:
+def _parts(name: str, step: TrainStep, views: torch.Tensor, count: int, settings: dict) -> list[Row]:
+    """One row a part. `share` is that of the sum: sums over the same steps, so the shares of all parts add up to one."""
+    timed = StepParts(step)
+    timed(views)
+    timed.read()
+    for _ in range(count):
+        timed(views)
+    steps = timed.read()
+    timed.close()
+    total, now = sum(taken[WHOLE] for taken in steps), clocks()
     rows = []
-    for factor, chunked in ((1, chunk), (2, chunk), (4, chunk), (4, None)):
-        images = factor * batch
-        mib = peak_mib_alone("benchmarks.step", backbone, str(images), str(chunked or images))
-        case = f"{backbone}, memory, {images} images, " + (f"chunks of {chunked}" if chunked else "1 chunk")
-        rows.append(Row(case, mib, mib, mib, 1, "MiB", settings={"overrides": BACKBONES[backbone], "batch": images}))
+    for part in steps[0]:
+        values = [taken[part] for taken in steps]
+        facts = {**settings, "part": part, "of": name, "share": sum(values) / total}
+        percentiles = (float(p) for p in np.percentile(values, (20, 50, 80)))
+        rows.append(Row(f"{name}: {part}", *percentiles, n=count, settings=facts, clocks=now))
     return rows
 
 
+def _memory(backbone: str, images: int, chunk: int) -> Iterator[Row]:
+    names = {f"{backbone}, memory, {images} images, chunks of {chunk}": chunk}
+    names[f"{backbone}, memory, {images} images, 1 chunk"] = images
+    peaks = {name: peak_mib_alone("benchmarks.step", backbone, str(images), str(c)) for name, c in names.items()}
+    settings = _settings(backbone, _config(backbone, images, images, False))
+    for row in over(peaks, list(names)[1], "MiB", settings):
+        row.settings = _settings(backbone, _config(backbone, images, names[row.case], False))
+        yield row
+
+
 def _peak(backbone: str, batch: int, chunk: int) -> float:
-    """MiB that one step of this process adds."""
     with process_group(world_from_environment(), Device.detect().type) as device:
         step = _step(_config(backbone, batch, chunk, False), device)
         views = _views(step.run)
-        return peak_mib(lambda: step(views))
+        if device.type == "cpu":
+            return peak_mib(lambda: step(views))
+        for _ in range(2):
+            step(views)
+        return torch.cuda.max_memory_allocated() / 2**20
 
 
 def _config(backbone: str, batch: int, chunk: int, checkpointed: bool) -> ResolvedConfig:
@@ -86,19 +135,23 @@ def _config(backbone: str, batch: int, chunk: int, checkpointed: bool) -> Resolv
         f"crossbatch.batchformer.group_size={min(batch, 256)}",
         f"crossbatch.model.checkpoint_activations={str(checkpointed).lower()}",
     ]
-    return resolve(load_config("ds_configs/bs4096.json", overrides), 1, Device.detect())
+    return recipe.load("bs4096", overrides)
 
 
-def _views(config: ResolvedConfig) -> torch.Tensor:
-    size = config.config.crossbatch.data.image_size
-    return torch.randint(0, 256, (2, config.local_batch, 3, size, size), dtype=torch.uint8)
+def _settings(backbone: str, run: ResolvedConfig) -> dict:
+    sizes = {"images": run.local_batch, "chunk": run.chunk, "precision": run.precision}
+    return recipe.settings("bs4096", BACKBONES[backbone], run, backbone=backbone, **sizes)
+
+
+def _views(run: ResolvedConfig) -> torch.Tensor:
+    """As the loader hands them over."""
+    size = run.config.crossbatch.data.image_size
+    views = torch.randint(0, 256, (2, run.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    return views.pin_memory() if run.device.type == "cuda" else views
 
 
 def _step(config: ResolvedConfig, device: torch.device) -> TrainStep:
-    torch.manual_seed(0)
-    model = build_model(config).to(device)
-    model.set_collective(GroupCollective())
-    return TrainStep(build_backend(model, config), config, device, steps_per_epoch=1000, chunk=config.chunk)
+    return TrainStep(recipe.build(config, device), config, device, steps_per_epoch=1000, chunk=config.chunk)
 
 
 if __name__ == "__main__":

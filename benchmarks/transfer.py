@@ -3,17 +3,19 @@
 On a machine without a GPU there is no transfer, only the normalisation.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torchvision.transforms.functional import normalize as torchvision_normalize
 
-from benchmarks.harness import Row, compare
+from benchmarks.harness import Effort, Row, compare
 from crossbatch.data import normalize
 from crossbatch.data.recipe import IMAGENET_MEAN, IMAGENET_STD
 
 
-def run(quick: bool) -> list[Row]:
+def run(effort: Effort) -> Iterator[Row]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = 16 if quick else 256
+    count = effort.pick(16, 256, 256)
     views = torch.randint(0, 256, (2 * count, 224, 224, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
     views = views.permute(0, 3, 1, 2)  # channels last, as the loader stores them
     floats = (views / 255).contiguous()
@@ -28,4 +30,4 @@ def run(quick: bool) -> list[Row]:
 
     cases = {"fp32, normalised before": plain, "uint8, normalised after": ours}
     settings = {"images": count, "views": 2, "size": 224, "device": device.type}
-    return compare(cases, "fp32, normalised before", settings, 1 if quick else 10, warmup=1)
+    yield from compare(cases, "fp32, normalised before", settings, effort.pick(1, 2, 10), warmup=1)

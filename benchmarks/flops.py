@@ -1,0 +1,87 @@
+"""How much is computed, counted by torch while it runs, and its share of what the card can do (MFU).
+
+Counted are products and convolutions of one call, at their dense sizes, two operations per multiply-add. What is computed twice
+to save memory counts once (Chowdhery et al., 2022, appendix B): of a step, count one whose backbone sees all images at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Row
+
+UNKNOWN = "unknown"
+# CUDA's names, to the letter, of cards whose peaks the catalogue has. Relatives differ: an H100 PCIe has 0.76 of an H100's.
+CARDS = {
+    "Tesla V100-SXM2-16GB": "v100-16g",
+    "Tesla V100-SXM2-32GB": "v100-32g",
+    "Tesla T4": "t4",
+    "NVIDIA A10": "a10",
+    "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA H100 80GB HBM3": "h100-80g",
+    "NVIDIA H200": "h200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA RTX A6000": "a6000",
+}
+
+
+def count(call: Callable[[], Any]) -> int:
+    """FLOPs of one call, which is made."""
+    from crossbatch.models.batchformer import ops  # registers the operators
+
+    mapping = {
+        torch.ops.crossbatch.batchformer_attention: _attention,
+        torch.ops.crossbatch.batchformer_attention_backward: _attention_backward,
+    }
+    assert ops.attention is not None
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def with_rates(rows: list[Row], flops: int, precision: str) -> list[Row]:
+    """Rows in ms of calls that compute `flops`: adds TFLOP of a call, TFLOP/s, and `mfu`, "unknown" where the peak is."""
+    peak = peak_flops(precision)
+    return [replace(row, settings={**row.settings, **_rates(flops, row.p50 / 1000, peak)}) for row in rows]
+
+
+def _rates(flops: int, seconds: float, peak: float | None) -> dict[str, Any]:
+    per_s = flops / seconds
+    return {"tflop": flops / 1e12, "tflop_per_s": per_s / 1e12, "mfu": UNKNOWN if peak is None else per_s / peak}
+
+
+def peak_flops(precision: str) -> float | None:
+    """Dense FLOP/s of this machine's GPU in a precision; None for a CPU, and for a card that is not in CARDS.
+
+    None for fp32, too, on cards with TF32: torch lets convolutions use it, and products not.
+    """
+    if not torch.cuda.is_available():
+        return None
+    return peak_of_card(torch.cuda.get_device_name(), precision)
+
+
+def peak_of_card(name: str, precision: str) -> float | None:
+    """By the name that CUDA has for it."""
+    from benchmarks.scaling.catalogue import GPUS
+
+    card = GPUS.get(CARDS.get(name, ""))
+    if card is None or (precision == "fp32" and card.tf32):
+        return None
+    return card.peak(precision) or None
+
+
+def _attention(q_SHQD: list[int], k_SHGD: list[int], *_: Any, **__: Any) -> int:
+    """Two products, [Q, D] x [D, G] and [Q, G] x [G, D]."""
+    S, H, Q, D = q_SHQD
+    return 4 * S * H * Q * k_SHGD[2] * D
+
+
+def _attention_backward(grad_SHQD: list[int], q_SHQD: list[int], k_SHGD: list[int], *_: Any, **__: Any) -> int:
+    """Four; the scores, computed again, do not count."""
+    return 2 * _attention(q_SHQD, k_SHGD)

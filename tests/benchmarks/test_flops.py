@@ -1,0 +1,53 @@
+"""Counted operations against formulas, and what becomes of them on cards that are and are not known."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import flops
+from benchmarks.harness import Row
+from crossbatch.models.batchformer import BatchFormer, DropoutKey
+
+
+def test_a_linear_layer_forward_and_backward():
+    layer, x = nn.Linear(24, 40), torch.randn(16, 24, requires_grad=True)
+    assert flops.count(lambda: layer(x)) == 2 * 16 * 24 * 40
+    assert flops.count(lambda: layer(x).sum().backward()) == 3 * 2 * 16 * 24 * 40
+
+
+def test_attention_over_the_batch_counts_though_it_is_an_operator_of_ours():
+    G, C = 12, 16
+    layer = BatchFormer(C, G, dropout=0.5, kernel="fused")
+    x = torch.randn(2, 2 * G, C, requires_grad=True)  # two views of two groups
+    words = DropoutKey(0, 0).words(2, x.device)
+    rows = x.shape[0] * x.shape[1]
+    linear = 2 * rows * C * (3 * C + C + C + C)  # q k v, out, and the two of the hidden layer, all C wide
+    attention = 2 * 2 * rows * G * C  # scores and their product with the values, whatever the number of heads
+    assert flops.count(lambda: layer(x, words)) == linear + attention
+    assert flops.count(lambda: layer(x, words).sum().backward()) == 3 * (linear + attention)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
+        ("Tesla V100-SXM2-32GB", "fp16", 125e12),
+        ("Tesla V100-SXM2-32GB", "fp32", 15.7e12),
+        ("Tesla V100-SXM2-32GB", "bf16", None),  # it has none
+        ("NVIDIA H100 PCIe", "bf16", None),  # another card than the SXM one
+        ("NVIDIA A100-SXM4-80GB", "fp32", None),  # some of it would run as TF32
+        ("A card of tomorrow", "bf16", None),
+    ],
+)
+def test_peaks_of_known_cards_only(name, precision, peak):
+    assert flops.peak_of_card(name, precision) == peak
+
+
+def test_rates_and_mfu(monkeypatch):
+    rows = [Row.of_one("a", 500.0, "ms", {"n": 1}), Row.of_one("b", 250.0, "ms", {"n": 2})]
+    unknown = flops.with_rates(rows, 10**12, "fp32")
+    assert unknown[0].settings == {"n": 1, "tflop": 1.0, "tflop_per_s": 2.0, "mfu": "unknown"}
+    monkeypatch.setattr(flops, "peak_flops", lambda precision: {"bf16": 8e12}[precision])
+    assert [row.settings["mfu"] for row in flops.with_rates(rows, 10**12, "bf16")] == [0.25, 0.5]
+    assert rows[0].settings == {"n": 1}
