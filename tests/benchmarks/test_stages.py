@@ -1,0 +1,113 @@
+"""The baselines are the same networks as ours, every stage is there, and bench-gpu goes on when its parts fail."""
+
+import ast
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, recipe
+from benchmarks.plain import plain_backbone
+from benchmarks.plain_step import PlainStep
+from benchmarks.stages import STAGES
+from crossbatch.engine.build import build_model
+
+WANTED = {
+    *("decode", "augment", "data", "transfer", "index", "backbone", "batchformer", "heads", "collectives", "optimizer"),
+    *("ema", "checkpoint", "step"),
+}
+
+
+def test_every_stage_is_a_module_with_run_and_says_what_it_is():
+    assert set(STAGES) == WANTED == set(gpu.STAGES)
+    for stage in STAGES:
+        tree = ast.parse((Path(gpu.__file__).with_name(f"{stage}.py")).read_text())
+        assert ast.get_docstring(tree)
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run"]
+        assert len(functions) == 1 and functions[0].args.args[0].arg == "effort", stage
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("bs4096", []),
+        ("bs4096", ["crossbatch.model.arch=resnet18"]),
+        ("vits_bs4096", ["crossbatch.data.image_size=32", 'crossbatch.model.backbone_args={"depth": 2}']),
+    ],
+)
+def test_the_plain_backbone_has_our_parameters(name, overrides):
+    run = recipe.load(name, overrides)
+    with torch.device("meta"):
+        ours, plain = build_model(run).online.backbone, plain_backbone(run.config)
+
+    def shapes(network: torch.nn.Module) -> dict[str, tuple[torch.Size, bool]]:
+        return {name: (p.shape, p.requires_grad) for name, p in network.named_parameters()}
+
+    assert shapes(ours) == shapes(plain)
+    assert plain.num_features == ours.num_features
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("bs4096", ["crossbatch.model.arch=resnet18", "crossbatch.data.image_size=32"]),
+        (
+            "vits_bs4096",
+            [
+                "crossbatch.data.image_size=16",
+                'crossbatch.model.backbone_args={"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}',
+            ],
+        ),
+    ],
+)
+def test_the_plain_step_starts_at_chance_and_moves_everything(name, overrides):
+    sizes = ["train_batch_size=16", "crossbatch.batchformer.group_size=8", "crossbatch.model.mlp_dim=32"]
+    run = recipe.load(name, [*overrides, *sizes, "crossbatch.model.dim=64"])
+    step = PlainStep(run, torch.device("cpu"))
+    before = [p.detach().clone() for p in step.parameters]
+    size = run.config.crossbatch.data.image_size
+    loss = step(torch.randint(0, 256, (2, 16, 3, size, size), dtype=torch.uint8))
+    assert loss.item() == pytest.approx(run.chance_loss, rel=0.15)
+    moved = [not p.detach().equal(old) for p, old in zip(step.parameters, before, strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    assert all(p.grad is None for p in step.parameters)
+    pairs = zip(step.average.parameters(), step.encoder.parameters(), strict=True)
+    assert any(not average.equal(p) for average, p in pairs)
+
+
+def test_bench_gpu_tells_how_each_part_ended_and_goes_on(tmp_path, monkeypatch, capsys):
+    parts = gpu.Parts(tmp_path, time.monotonic() + 60)
+    python = [sys.executable, "-S", "-c"]
+    parts.command("tests", [*python, "print('3 passed')"], 20)
+    parts.command("bad", [*python, "print('no card'); raise SystemExit(4)"], 20)
+    parts.end = time.monotonic()  # nothing is left but the five seconds that any command gets
+    monkeypatch.setattr(gpu.subprocess.Popen, "wait", _at_most_a_second(gpu.subprocess.Popen.wait))
+    parts.command("slow", [*python, "import time; print('here', flush=True); time.sleep(60)"], 20)
+    parts.stage("ema", "quick", parts.left_s)
+    monkeypatch.setitem(sys.modules, "benchmarks.stages", None)
+    parts.stage("step", "quick", 30)
+    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
+    assert list(outcomes) == ["tests", "bad", "slow", "ema", "step"]
+    assert outcomes["tests"].startswith("done in") and outcomes["tests"].endswith(": 3 passed")
+    assert outcomes["bad"].startswith("failed with exit code 4") and outcomes["bad"].endswith(": no card")
+    assert outcomes["slow"].startswith("stopped after") and outcomes["slow"].endswith(": here")
+    assert outcomes["ema"] == "left out: no time"
+    assert outcomes["step"].startswith("failed: ModuleNotFoundError")
+    assert (tmp_path / "bad.txt").read_text() == "no card\n"
+    assert "slow: stopped" in capsys.readouterr().out
+
+
+def _at_most_a_second(wait):
+    return lambda self, timeout=None: wait(self, None if timeout is None else min(timeout, 1.0))
+
+
+def test_a_quick_stage_has_rows_with_their_baseline():
+    """`heads` without the processes that weigh it."""
+    heads = importlib.import_module("benchmarks.heads")
+    ours, plain = heads._heads(4, 0.0)
+    assert (ours.baseline, plain.ratio) == (plain.case, 1.0)
+    assert ours.n >= 3 and ours.ratio == pytest.approx(plain.p50 / ours.p50)
