@@ -1,9 +1,7 @@
 """What `pretrain.py` and `finetune.py` do once their configuration is resolved."""
 
 import argparse
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 from crossbatch import InputError
 from crossbatch.engine.checkpoint import check_allowed
@@ -11,7 +9,7 @@ from crossbatch.engine.config import Resolved
 from crossbatch.engine.distributed import World, broadcast_object, make_deterministic, may_be_restarted, process_group
 from crossbatch.engine.trainer import Trainer
 from crossbatch.engine.watch import Watch
-from crossbatch.launch.arguments import writable_folder
+from crossbatch.launch.arguments import default_out, writable_folder
 
 
 def train(
@@ -28,8 +26,7 @@ def train(
         raise InputError(
             "--out: not given, but torchrun may restart this run, which then must find its checkpoints; name one"
         )
-    recipe = Path(arguments.deepspeed_config).stem if arguments.deepspeed_config else name
-    out = writable_folder(arguments.out or Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, name))
     timeout_s, device = run.config.crossbatch.watch.timeout_s, run.device
     if run.config.crossbatch.deterministic:
         make_deterministic()
