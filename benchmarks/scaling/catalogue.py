@@ -1,0 +1,160 @@
+"""What GPUs and links can do at best: the only numbers about hardware that the cost model has, each with its source.
+
+A GPU's numbers are its maker's data sheet, dense (without sparsity), products of 16 bits summed in fp32. A link's bandwidth is
+the "bus bandwidth" of nccl-tests, bytes per second that each rank (within a node) or each adapter (between nodes) sends while
+all of them send; where none is published, it is derived from the data sheet, and says so. Latencies per hop are those of
+NCCL's own model (src/graph/tuning.cc, protocol LL).
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from crossbatch import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Bandwidth in GB/s (1e9), peaks in TFLOP/s; 0 where there is no such unit."""
+
+    memory_gib: float
+    bandwidth: float
+    fp32: float
+    tf32: float
+    fp16: float
+    bf16: float
+    link: str  # inside of a node, unless the user says otherwise
+    network: str  # between nodes, likewise
+    source: str
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s. Products of fp32 run as TF32 where there is such a unit and the user allows it; we do not assume it."""
+        return 1e12 * getattr(self, precision)
+
+
+@dataclass(frozen=True)
+class Link:
+    """GB/s of a rank or adapter, microseconds of a hop in a ring and in a tree."""
+
+    bandwidth: float
+    ring_us: float
+    tree_us: float
+    source: str
+
+
+GPUS = {
+    "v100-16g": Gpu(16, 900, 15.7, 0, 125, 0, "nvlink2", "edr", "NVIDIA V100 SXM2 data sheet"),
+    "v100-32g": Gpu(32, 900, 15.7, 0, 125, 0, "nvlink2", "edr", "NVIDIA V100 SXM2 data sheet"),
+    "t4": Gpu(15, 320, 8.1, 0, 65, 0, "pcie3", "25gbe", "NVIDIA T4 data sheet; 15 of 16 GB usable with ECC"),
+    "a10": Gpu(22.5, 600, 31.2, 62.5, 125, 125, "pcie4", "25gbe", "NVIDIA A10 data sheet"),
+    "a100-40g": Gpu(40, 1555, 19.5, 156, 312, 312, "nvlink3", "hdr", "NVIDIA A100 SXM data sheet"),
+    "a100-80g": Gpu(80, 2039, 19.5, 156, 312, 312, "nvlink3", "hdr", "NVIDIA A100 SXM data sheet"),
+    "h100-80g": Gpu(80, 3350, 66.9, 494.7, 989.4, 989.4, "nvlink4", "ndr", "NVIDIA H100 SXM data sheet"),
+    "h200": Gpu(141, 4800, 66.9, 494.7, 989.4, 989.4, "nvlink4", "ndr", "NVIDIA H200 SXM data sheet"),
+    "l40s": Gpu(45, 864, 91.6, 183, 362, 362, "pcie4", "100gbe", "NVIDIA L40S data sheet; 45 of 48 GB with ECC"),
+    "rtx3090": Gpu(24, 936, 35.6, 35.6, 71, 71, "pcie4", "10gbe", "NVIDIA GA102 whitepaper"),
+    "rtx4090": Gpu(24, 1008, 82.6, 82.6, 165.2, 165.2, "pcie4-no-p2p", "10gbe", "NVIDIA Ada whitepaper"),
+    "a6000": Gpu(48, 768, 38.7, 77.4, 154.8, 154.8, "pcie4", "25gbe", "NVIDIA RTX A6000 data sheet"),
+}
+
+_NCCL = "hops: NCCL tuning.cc"
+LINKS = {
+    "nvlink2": Link(120, 0.47, 0.52, f"0.8 x 150 GB/s of the V100 data sheet (derived); {_NCCL}"),
+    "nvlink3": Link(232, 0.47, 0.52, f"8 x A100: NVIDIA/nccl #1048; {_NCCL}"),
+    "nvlink4": Link(476, 0.47, 0.52, f"8 x H100 with NVLink SHARP: NVIDIA/nccl-tests #290; {_NCCL}"),
+    "pcie3": Link(10, 1.0, 1.0, f"half of pcie4 (derived); {_NCCL}"),
+    "pcie4": Link(20, 1.0, 1.0, f"A100s on PCIe: NVIDIA/nccl-tests #178; {_NCCL}"),
+    "pcie4-no-p2p": Link(10, 1.0, 1.0, f"through host memory, half of pcie4 (assumed); {_NCCL}"),
+    "pcie5": Link(40, 1.0, 1.0, f"twice pcie4 (derived); {_NCCL}"),
+}
+NETWORKS = {
+    "edr": Link(12.2, 2.7, 5.0, f"InfiniBand 100 Gb/s: NVIDIA/nccl-tests #29; {_NCCL}"),
+    "hdr": Link(24, 2.7, 5.0, f"InfiniBand 200 Gb/s: NVIDIA/nccl #1048; {_NCCL}"),
+    "ndr": Link(47, 2.7, 5.0, f"InfiniBand 400 Gb/s: NVIDIA/nccl-tests #290; {_NCCL}"),
+    "100gbe": Link(11, 5.0, 10.0, "RoCE, 0.9 x edr, hops x 2 (assumed)"),
+    "25gbe": Link(2.8, 25.0, 30.0, "TCP, 0.9 x line rate; hops as of a socket round trip (assumed)"),
+    "10gbe": Link(1.1, 25.0, 30.0, "TCP, 0.9 x line rate; hops as of a socket round trip (assumed)"),
+}
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Equal nodes of equal GPUs."""
+
+    gpu: Gpu
+    gpus: int
+    nodes: int
+    link: Link
+    network: Link
+    adapters: int  # of a node
+
+    @property
+    def gpus_per_node(self) -> int:
+        return self.gpus // self.nodes
+
+
+def machines(gpu: str, gpus: int, nodes: int = 1, interconnect: str | None = None, link: str | None = None) -> Machines:
+    """From names: `interconnect` may carry the number of adapters of a node, as in 4xedr.
+
+    Raises:
+        InputError: for names that are not in the tables and numbers that do not fit each other.
+    """
+    for flag, value in (("--gpus", gpus), ("--nodes", nodes)):
+        if value < 1:
+            raise InputError(f"{flag}: given {value}; allowed: >= 1")
+    if gpus % nodes:
+        raise InputError(
+            f"--gpus: given {gpus} on {nodes} nodes; allowed: a multiple of --nodes; take {gpus // nodes * nodes or nodes}"
+        )
+    found = find_gpu(gpu)
+    adapters, name = re.fullmatch(r"(?:(\d+)x)?(.*)", (interconnect or found.network).lower()).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return Machines(
+        found,
+        gpus,
+        nodes,
+        look_up(link or found.link, LINKS, "--link"),
+        look_up(name, NETWORKS, "--interconnect", "with the number of adapters of a node in front, as in 4xedr"),
+        max(1, int(adapters or 1)),
+    )
+
+
+def find_gpu(name: str) -> Gpu:
+    """Of the table, or given by hand: "memory_gib=24,bandwidth=936,fp32=35.6,fp16=71"."""
+    if "=" in name:
+        return _by_hand(name)
+    by_hand = '--gpu "memory_gib=24,bandwidth=936,fp32=35.6,fp16=71" (GB/s and TFLOP/s of its data sheet)'
+    return look_up(name.lower().replace("_", "-").replace(" ", ""), GPUS, "--gpu", f"or by hand: {by_hand}")
+
+
+def look_up(name: str, table: Mapping[str, T], flag: str, otherwise: str = "") -> T:
+    """Raises InputError with the nearest names."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3, cutoff=0.5) or [key for key in table if key[:2] == name[:2]]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise InputError(f"{flag}: given {name}; allowed: {', '.join(table)}{'; ' + otherwise if otherwise else ''}{hint}")
+
+
+def _by_hand(text: str) -> Gpu:
+    defaults = {"tf32": 0.0, "bf16": 0.0, "link": "pcie4", "network": "25gbe", "source": "given by hand"}
+    kinds = {item.name: item.type for item in dataclasses.fields(Gpu)}
+    values: dict[str, object] = dict(defaults)
+    for pair in text.split(","):
+        key, _, value = (part.strip() for part in pair.partition("="))
+        look_up(key, kinds, "--gpu")
+        try:
+            values[key] = value if kinds[key] in (str, "str") else float(value)
+        except ValueError:
+            raise InputError(f"--gpu: given {pair}; allowed: a number") from None
+    missing = [name for name in kinds if name not in values]
+    if missing:
+        raise InputError(f"--gpu: given {text}; missing: {', '.join(missing)}")
+    for name, value in values.items():
+        if isinstance(value, float) and (value < 0 or (value == 0 and name not in defaults)):
+            raise InputError(f"--gpu: given {name}={value:g}; allowed: > 0")
+    return Gpu(**values)  # pyright: ignore[reportArgumentType]
