@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Row
+from benchmarks.scaling.catalogue import GPUS
 
 UNKNOWN = "unknown"
 # CUDA's names, to the letter, of cards whose peaks the catalogue has. Relatives differ: an H100 PCIe has 0.76 of an H100's.
@@ -68,8 +69,6 @@ def peak_flops(precision: str) -> float | None:
 
 def peak_of_card(name: str, precision: str) -> float | None:
     """By the name that CUDA has for it."""
-    from benchmarks.scaling.catalogue import GPUS
-
     card = GPUS.get(CARDS.get(name, ""))
     if card is None or (precision == "fp32" and card.tf32):
         return None

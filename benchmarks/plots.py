@@ -129,7 +129,10 @@ def _line_of(case: str, row: Row) -> str:
 
 
 def scaling(rows: Sequence[Row]) -> Figure | None:
-    """Rows of the stage "scaling": images/s over the number of ranks, and the share of what as many single ranks would give."""
+    """Rows of the stage "scaling": images/s over the number of ranks, and its share of linear scaling from the fewest measured.
+
+    `settings` of a row say "ranks", "mode" (weak or strong) and, where it was not measured, "predicted".
+    """
     lines: dict[tuple[str, bool], dict[int, float]] = {}
     for row in rows:
         facts = row["settings"]
@@ -142,13 +145,16 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
     rates, efficiencies = figure.subplots(1, 2)
     modes = list(dict.fromkeys(mode for mode, _ in lines))
     for (mode, predicted), points in lines.items():
+        measured = lines.get((mode, False), points)
+        fewest = min(measured)
+        points = {fewest: measured[fewest], **points}  # predictions start at what was measured
         colour = COLOURS[modes.index(mode) % len(COLOURS)]
         face = "none" if predicted else colour
         style = {"color": colour, "marker": "o", "markerfacecolor": face, "linestyle": "--" if predicted else "-"}
         label = f"{mode}, {'predicted' if predicted else 'measured'}"
         ranks = sorted(points)
         rates.plot(ranks, [points[rank] for rank in ranks], label=label, **style)
-        one = points[ranks[0]] / ranks[0]
+        one = measured[fewest] / fewest
         efficiencies.plot(ranks, [100 * points[rank] / (rank * one) for rank in ranks], label=label, **style)
     for panel, what in ((rates, "images/s, two views each"), (efficiencies, "per cent of linear scaling")):
         _over_powers_of_two(panel, "ranks", what)

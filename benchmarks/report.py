@@ -156,12 +156,12 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _what(stage: str) -> str:
-    """The first paragraph of the stage's module; rows of a stage that is no longer there have none."""
-    file = Path(__file__).with_name(f"{stage}.py")
-    if not file.exists():
-        return ""
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.split("\n\n")[0].split())
+    """The first paragraph of the stage's module or package; rows of a stage that is no longer there have none."""
+    for file in (Path(__file__).with_name(f"{stage}.py"), Path(__file__).parent / stage / "__init__.py"):
+        if file.exists():
+            text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+            return " ".join(text.split("\n\n")[0].split())
+    return ""
 
 
 def _outcomes(path: Path) -> dict[str, str]:

@@ -119,3 +119,46 @@ def test_a_folder_that_cannot_be_written(results, tmp_path, capsys):
 )
 def test_common_words_become_the_title(cases, title, labels):
     assert plots.common_words(cases) == (title, labels)
+
+
+def test_predicted_scaling_is_drawn_apart_and_relative_to_what_was_measured():
+    def study(ranks: int, rate: float, **more) -> dict:
+        return row(
+            "scaling", f"{ranks} {more}", rate, unit="images/s", settings={"ranks": ranks, "mode": "weak", **more}
+        )
+
+    rows = [study(1, 100.0), study(2, 180.0), study(4, 320.0), study(2, 190.0, predicted=True)]
+    figure = plots.scaling(rows)
+    assert figure is not None
+    rates, efficiencies = ({line.get_label(): line for line in panel.get_lines()} for panel in figure.axes)
+    measured, predicted = efficiencies["weak, measured"], efficiencies["weak, predicted"]
+    assert [*zip(measured.get_xdata(), measured.get_ydata(), strict=False)] == [
+        (1, 100),
+        (2, 90),
+        (4, 80),
+    ]  # 320 of 400
+    assert [*zip(predicted.get_xdata(), predicted.get_ydata(), strict=False)] == [(1, 100), (2, 95)]
+    assert [*rates["weak, predicted"].get_ydata()] == [100, 190]
+    assert (measured.get_linestyle(), predicted.get_linestyle()) == ("-", "--")
+    assert predicted.get_markerfacecolor() == "none" and measured.get_markerfacecolor() != "none"
+    assert plots.scaling([]) is None and plots.scaling([study(1, 100.0)]) is None
+
+
+def test_throughput_draws_a_baseline_dotted_in_the_colour_of_ours(results):
+    rows = [json.loads(line) for line in (results / "all.jsonl").read_text().splitlines()]
+    figure = plots.throughput(rows)
+    assert figure is not None
+    ours, plain = figure.axes[0].get_lines()
+    assert [*zip(ours.get_xdata(), ours.get_ydata(), strict=False)] == [(8, 400), (32, pytest.approx(32 / 0.06))]
+    assert (ours.get_linestyle(), plain.get_linestyle()) == ("-", ":")
+    assert ours.get_color() == plain.get_color()
+
+
+def test_parts_of_a_step_are_stacked_to_the_whole(results):
+    rows = [json.loads(line) for line in (results / "all.jsonl").read_text().splitlines()]
+    figure = plots.parts(rows)
+    assert figure is not None
+    bars = sorted((bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches)
+    assert [start for start, _ in bars] == pytest.approx([0, 60, 97]) and sum(
+        width for _, width in bars
+    ) == pytest.approx(100)
