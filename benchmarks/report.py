@@ -22,7 +22,8 @@ from crossbatch import InputError
 
 RESULTS = Path(__file__).parent / "results"
 OUTCOMES = "outcomes.json"  # beside the rows, where `python -m benchmarks.gpu` wrote them: how each part ended
-COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "peak MiB", "images/s", "effort", "commit")
+COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "peak MiB", "images/s", "TFLOP/s", "MFU")
+COLUMNS += ("effort", "commit")
 
 
 @dataclass
@@ -150,7 +151,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         ratio = f"{100 * share:.1f} %"
     rate, peak = images_per_s(row), row["peak_mib"]
     values = (short(row[name]) for name in ("p20", "p50", "p80"))
-    more = "" if peak is None else short(peak), "" if rate is None else short(rate)
+    flops, mfu = (row["settings"].get(name) for name in ("tflop_per_s", "mfu"))
+    more = ["" if value is None else short(value) for value in (peak, rate, flops)]
+    more.append(f"{100 * mfu:.1f} %" if isinstance(mfu, float) else mfu or "")
     effort = "" if row["effort"] == "full" else row["effort"]
     return row["case"], *values, row["unit"], str(row["n"]), ratio, *more, effort, row["commit"] or ""
 
