@@ -52,18 +52,14 @@ def compare(before: Results, after: Results) -> tuple[list[tuple[str, ...]], lis
     common = [key for key in old if key in new]
     if not common:
         raise InputError("BEFORE and AFTER have no case in common; measure the same stages with the same effort")
-    notes = [
-        f"only in {name}: {len(keys)} cases, such as {keys[0][0]}: {keys[0][1]}"
-        for name, keys in (("BEFORE", [k for k in old if k not in new]), ("AFTER", [k for k in new if k not in old]))
-        if keys
-    ]
-    lines = []
-    for key in common:
-        if _settings(old[key]) != _settings(new[key]) or old[key]["unit"] != new[key]["unit"]:
-            notes.append(f"not compared, measured with other settings: {key[0]}: {key[1]}")
-            continue
-        lines.append(_line(old[key], new[key]))
-    return lines, notes
+    same = [key for key in common if _settings(old[key]) == _settings(new[key])]
+    left_out = {
+        "only in BEFORE": [key for key in old if key not in new],
+        "only in AFTER": [key for key in new if key not in old],
+        "not compared, measured with other settings": [key for key in common if key not in same],
+    }
+    notes = [f"{why}: {len(keys)} cases, such as {keys[0][0]}: {keys[0][1]}" for why, keys in left_out.items() if keys]
+    return [_line(old[key], new[key]) for key in same], notes
 
 
 def _line(old: Row, new: Row) -> tuple[str, ...]:
@@ -88,6 +84,6 @@ def _ratio(old: float, new: float) -> float:
 
 
 def _settings(row: Row) -> dict:
-    """Without what was counted or follows from the time: sizes and switches only."""
+    """Sizes, switches and the unit, without what was counted or follows from the time."""
     counted = ("config", "tflop", "tflop_per_s", "mfu", "share", "gigabytes", "peak_mib", "parameters", "bytes")
-    return {name: value for name, value in row["settings"].items() if name not in counted}
+    return {"unit": row["unit"]} | {name: value for name, value in row["settings"].items() if name not in counted}

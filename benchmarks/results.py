@@ -76,7 +76,7 @@ def read(path: Path) -> Results:
     for file in files:
         _read_file(file, results)
     if not results.rows:
-        found = "nothing but lines that cannot be read" if results.notes else "no rows"
+        found = f"no row that can be read ({results.notes[0]})" if results.notes else "no rows"
         raise InputError(f"{path}: holds {found}; measure with `python -m benchmarks all --out DIR`")
     return results
 

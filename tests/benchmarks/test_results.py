@@ -162,6 +162,6 @@ def test_compare_refuses_other_machines_and_other_sizes(tmp_path, capsys):
     larger = write(tmp_path / "c.jsonl", row(settings={"images": 2, "config": {"a": 1}}), row("b"))
     smaller = write(tmp_path / "d.jsonl", row(settings={"images": 1, "config": {}}), row("b"))
     assert benchmarks(["compare", str(larger), str(smaller)]) == 0
-    assert "other settings: ema: a" in capsys.readouterr().out
+    assert "measured with other settings: 1 cases, such as ema: a" in capsys.readouterr().out
     assert benchmarks(["compare", str(here), str(write(tmp_path / "e.jsonl", row("other")))]) == 2
     assert "no case in common" in capsys.readouterr().err
