@@ -30,7 +30,7 @@ STAGES = ("step", "backbone", "batchformer", "heads", "optimizer", "ema", "trans
 STAGES += ("checkpoint", "collectives", "index")
 NOT_OF_A_GPU = ("collectives", "index")  # these are only tried
 TESTS_SHARE = 0.35  # of the time, at most
-REPORT_S = 20.0  # kept back for it
+REPORT_S = 30.0  # kept back for it
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         left = parts.left_s - REPORT_S
         effort = "quick" if stage in NOT_OF_A_GPU else given.effort
         parts.stage(stage, effort, min(left, max(left / 2, 30)))
-    parts.command("report", [*python, "benchmarks", "report", str(out)], 2 * REPORT_S)
+    parts.command("report", [*python, "benchmarks", "report", str(out)], 60)
     print(f"all of it: {out}")
     return 0 if all(outcome.startswith("done") for outcome in parts.outcomes.values()) else 1
 

@@ -1,13 +1,13 @@
 """What a row says of calls whose time and memory are known, how rows are added to a file, stages in processes of their own."""
 
 import json
+import mmap
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.__main__ import chosen
@@ -37,7 +37,9 @@ def test_compare_times_in_turns_after_a_warm_up_and_sees_memory():
 
     def allocate() -> None:
         calls.append("allocate")
-        np.ones(40 << 17).sum()  # 40 MiB
+        with mmap.mmap(-1, 40 << 20) as memory:  # whatever malloc keeps in this process
+            for _ in range(40):
+                memory.write(b"1" * (1 << 20))
 
     rows = compare({"a": sleep, "b": allocate}, "a", {}, seconds=0, warmup=2, rounds=3)
     assert calls == ["sleep"] * 2 + ["allocate"] * 2 + ["sleep", "allocate"] * 3
