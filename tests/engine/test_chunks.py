@@ -14,7 +14,7 @@ from crossbatch.engine import checkpoint, memory
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.distributed import world_from_environment
 from crossbatch.engine.pretraining import Pretraining
-from crossbatch.models import Collective
+from crossbatch.models import Collective, MoCo
 from crossbatch.models.norm import synchronize_norms
 from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, name_of, parameters, train, zero
 
@@ -118,7 +118,9 @@ def step_of_resnet(overrides: list[str], out: str, alone: bool) -> tuple[float, 
     run = resolve(load_config(None, [*BASE, *LARGE, *RESNET, *ADAMW, *overrides]), world.size, Device("cpu"))
     trainer = Pretraining(run, world, torch.device("cpu"), Path(out), "none", 2)
     if alone:
-        for encoder in (trainer.train_step.backend.model.online, trainer.train_step.backend.model.momentum):
+        model = trainer.train_step.backend.model
+        assert isinstance(model, MoCo)
+        for encoder in (model.online, model.momentum):
             synchronize_norms(encoder.backbone, Collective())
     batches = trainer._batches()
     trainer.train_step(next(batches).views)  # at rate 0

@@ -113,6 +113,7 @@ def test_losses_are_those_of_the_originals_order(run):
 def test_the_average_follows_every_trained_parameter_and_nothing_else(run):
     torch.manual_seed(0)
     backend = PlainBackend(build_model(run), run)
+    assert isinstance(backend.model, MoCo)
     pairs = backend.model.momentum_pairs()
     assert {name.split(".")[0] for name, _, _ in pairs} == {"backbone", "projector", "batchformer"}
     with torch.no_grad():
