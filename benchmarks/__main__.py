@@ -1,6 +1,7 @@
 """python -m benchmarks STAGE... | all [--quick | --brief] [--out DIR]     measures
 python -m benchmarks report [DIR] [--output DIR]                        tables, pictures and a page of what was measured
 python -m benchmarks compare BEFORE AFTER                               two results of one machine, case by case
+python -m benchmarks scaling --ranks 1 2 4 | backtest | fit ...         how training scales: measured, predicted
 
 Each stage runs in a process of its own; one that fails says why, and the others go on. A row for each case is printed and, with
 --out, added to DIR/<stage>.jsonl as soon as it is there; harness.py says what a row holds.
@@ -18,7 +19,11 @@ from benchmarks.harness import Effort
 from benchmarks.stages import STAGES, measure_each
 from crossbatch import InputError
 
-COMMANDS = {"report": "benchmarks.report", "compare": "benchmarks.comparison"}
+COMMANDS = {
+    "report": "benchmarks.report",
+    "compare": "benchmarks.comparison",
+    "scaling": "benchmarks.scaling.command",
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,118 @@
+"""On one, two and four ranks, every backend: the collectives of a real step are those that the model says, to the byte."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks.scaling.counting import Counting
+from benchmarks.scaling.traffic import Message, step_traffic
+from crossbatch.engine.build import build_model
+from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
+from crossbatch.engine.distributed import GroupCollective, world_from_environment
+from crossbatch.engine.sharding import build_backend
+from crossbatch.engine.step import TrainStep
+from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, zero
+
+BATCH = ["train_batch_size=24", "crossbatch.batchformer.group_size=12"]  # 6 images a rank of four: groups span two
+CHUNKS = "train_micro_batch_size_per_gpu=3"
+
+
+def resolved(overrides: list[str], ranks: int) -> ResolvedConfig:
+    return resolve(load_config(None, [*BASE, *BATCH, *overrides]), ranks, Device("cpu"))
+
+
+def predicted(overrides: list[str], ranks: int):
+    run = resolved(overrides, ranks)
+    with torch.device("meta"):
+        return step_traffic(build_model(run), run)
+
+
+def counted(cases: list[list[str]]) -> list[Counter]:
+    """On this rank: what a step of each case sends, after three others."""
+    ranks, device, found = world_from_environment().size, torch.device("cpu"), []
+    for overrides in cases:
+        run = resolved(overrides, ranks)
+        torch.manual_seed(0)
+        model = build_model(run)
+        model.set_collective(GroupCollective())
+        step = TrainStep(build_backend(model, run), run, device, steps_per_epoch=100, chunk=run.chunk)
+        size = run.config.crossbatch.data.image_size
+        views = torch.randint(0, 256, (2, run.local_batch, 3, size, size), dtype=torch.uint8)
+        for _ in range(3):
+            step(views)
+        with Counting() as counting:
+            step(views)
+        found.append(counting.calls)
+    return found
+
+
+CASES = {
+    1: [[*VIT, *LARS, *zero(1)], [*VIT, *LARS, *fsdp(3)]],
+    2: [
+        [*RESNET, *LARS, *zero(0)],
+        [*VIT, *LARS, *zero(1), CHUNKS],
+        [*VIT, *ADAMW, *zero(2), "crossbatch.batchformer.add_bf=37"],
+        [*VIT, *LARS, *zero(3), "zero_optimization.stage3_prefetch_bucket_size=3000"],
+        [*VIT, *LARS, *fsdp(0)],
+        [*VIT, *LARS, *fsdp(3), CHUNKS],
+    ],
+    4: [[*VIT, *LARS, *zero(1)], [*VIT, *LARS, *zero(3)], [*VIT, *LARS, *fsdp(3)]],
+}
+MORE = {
+    2: [
+        [*RESNET, *LARS, *zero(1), CHUNKS],
+        [*RESNET, *LARS, *zero(3), "crossbatch.batchformer.lr_scale=0.5", "zero_optimization.sub_group_size=4000"],
+        [*RESNET, *LARS, *zero(1), "zero_optimization.reduce_bucket_size=20000"],
+        [*RESNET, *LARS, *zero(1), "crossbatch.model.checkpoint_activations=true"],
+        [*RESNET, *ADAMW, *fsdp(0)],
+        [*RESNET, *LARS, *fsdp(1), CHUNKS],
+        [*RESNET, *LARS, *fsdp(3), "crossbatch.batchformer.mode=released"],
+        [*RESNET, *LARS, *fsdp(3), "crossbatch.batchformer.mode=ema"],
+    ],
+    4: [
+        [*VIT, *LARS, *zero(0), "crossbatch.batchformer.add_bf=0"],
+        [*RESNET, *LARS, *zero(1)],
+        [*VIT, *LARS, *zero(2), CHUNKS],
+        [*VIT, *LARS, *fsdp(0)],
+        [*RESNET, *LARS, *fsdp(3), CHUNKS],
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        *(pytest.param(ranks, cases, id=f"{ranks}") for ranks, cases in CASES.items()),
+        *(pytest.param(ranks, cases, id=f"{ranks}-more", marks=pytest.mark.slow) for ranks, cases in MORE.items()),
+    ],
+)
+def test_counted_is_predicted(pools, ranks, cases):
+    by_rank = pools(ranks).run(counted, cases)
+    for number, overrides in enumerate(cases):
+        traffic = predicted(overrides, ranks)
+        assert traffic.exact
+        for calls in by_rank:
+            assert calls[number] == traffic.by_kind(), overrides
+        assert bool(traffic.by_kind()) == (ranks > 1)
+
+
+def test_stage_3_in_chunks_is_not_called_exact():
+    assert not predicted([*VIT, *LARS, *zero(3), CHUNKS], 2).exact
+
+
+def test_bs4096_on_16_gpus():
+    """The numbers that field notes and DeepSpeed's documentation give, by hand."""
+    run = resolve(load_config("ds_configs/bs4096.json"), 16, Device("cuda", False, "V100"))
+    with torch.device("meta"):
+        model = build_model(run)
+    traffic = step_traffic(model, run)
+    norms = traffic.of("norms")
+    # 53 norms of the backbone, two of a projector (one of them last), one of the predictor.
+    assert sum(calls for message, calls in norms.items() if message.kind == "all-gather") == 2 * (53 + 2) + 1
+    assert sum(calls for message, calls in norms.items() if message.kind == "all-reduce") == 53 + 2 + 1
+    assert traffic.of("keys") == {Message("keys", "all-gather", 2 * 2 * 4096 * 256 * 4): 1}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert traffic.of("gradients") == {Message("gradients", "all-reduce", 4 * trained): 1}
+    gathered = sum(message.size * calls for message, calls in traffic.of("parameters").items())
+    assert 0 <= gathered - 4 * trained < 4 * 2 * 2 * 16  # two groups, each padded to two elements a rank

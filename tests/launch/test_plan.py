@@ -1,0 +1,132 @@
+"""launch/plan.py: what it says of bs4096 on 16 V100, and of what cannot be."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks.scaling.planning import answer, as_dict
+from benchmarks.scaling.question import Question
+from crossbatch.launch import plan
+from crossbatch.launch.exits import run_main
+
+BS4096 = "ds_configs/bs4096.json"
+
+
+def ask(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output, errors."""
+    monkeypatch.setattr(sys, "argv", ["launch/plan.py", *arguments])
+    code = 0
+    try:
+        run_main(plan.main)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def v100s():
+    """bs4096 on two nodes of eight, and on four of four."""
+    return {
+        nodes: answer(Question(BS4096, (), "v100-32g", 16, nodes, network))
+        for nodes, network in ((2, "4xedr"), (4, "edr"))
+    }
+
+
+def test_bs4096_on_16_v100(v100s):
+    """Between the only published run (Fast-MoCo, 924 images/s) and what the computation alone would allow (6,042)."""
+    for found in v100s.values():
+        low, rate, high = found.images_per_s
+        assert found.fits and found.run.chunk == 256 and found.run.precision == "fp16"
+        assert 924 < low < rate < high < 6042
+        assert found.uncertainty > 0.2
+        assert found.limits[0] == "the backbone"
+        assert found.hours[0] == pytest.approx(100 * 312 * 4096 / rate / 3600)
+        backbone = found.estimate.of("backbone").ms
+        assert 256 / backbone * 1000 * 16 == pytest.approx(6900, rel=0.1)  # 3/8 of 1150 a GPU, by the roofline
+    assert v100s[4].estimate.of("gradients").ms > 2 * v100s[2].estimate.of("gradients").ms
+
+
+def test_every_number_says_where_it_is_from(v100s):
+    facts = json.loads(json.dumps(as_dict(v100s[2])))
+    for thing in [*facts["stages"], *facts["memory_gib"]["parts"], *facts["helps"]]:
+        assert thing["origin"], thing
+    assert facts["images_per_s"]["extrapolated"]
+    assert any("no step of this was measured" in note for note in facts["notes"])
+    assert sum(stage["ms"] for stage in facts["stages"]) == pytest.approx(facts["step_ms"])
+    assert sum(part["gib"] for part in facts["memory_gib"]["parts"]) == pytest.approx(facts["memory_gib"]["total"])
+    assert facts["collectives"]["norms"]["calls"] == 167
+
+
+def test_one_gpu_takes_chunks_and_waits_for_nobody():
+    found = answer(Question(BS4096, (), "v100-32g", 1))
+    assert found.run.chunks > 10 and found.fits
+    assert found.estimate.of("stragglers").ms == found.estimate.of("norms").ms == 0
+
+
+def test_a_slow_feed_limits():
+    found = answer(Question(BS4096, (), "h100-80g", 8, feed_per_s=1000))
+    assert found.limits[0] == "images from the loader"
+    assert found.images_per_s[1] == pytest.approx(1000)
+
+
+def test_what_does_not_fit_says_so(monkeypatch, capsys):
+    code, said, _ = ask(
+        monkeypatch,
+        capsys,
+        "--deepspeed_config",
+        BS4096,
+        "--gpus",
+        "16",
+        "--gpu",
+        "v100-16g",
+        "--nodes",
+        "2",
+        "--set",
+        "train_micro_batch_size_per_gpu=256",
+    )
+    assert code == 0 and "NO: " in said and "where from" in said and "extrapolated: " in said
+    assert max(map(len, said.splitlines())) <= 100
+
+
+def test_a_measured_row_replaces_the_roofline(tmp_path):
+    from crossbatch.engine.config import Device, load_config, resolve, to_dict
+
+    run = resolve(load_config(BS4096, ["train_batch_size=256"]), 1, Device("cuda", False, "V100"))
+    machine = {"cpu": "a CPU", "cores": 8, "threads": 8, "gpus": ["Tesla V100-SXM2-32GB"]}
+    row = {"version": 2, "stage": "step", "case": "ResNet-50, 1 chunk", "machine": machine, "commit": "abc"}
+    row |= {
+        "p20": 990.0,
+        "p50": 1000.0,
+        "p80": 1010.0,
+        "n": 5,
+        "unit": "ms",
+        "settings": {"config": to_dict(run.config)},
+    }
+    path = tmp_path / "step.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    found = answer(Question(BS4096, (), "v100-32g", 16, 2, rows=path))
+    backbone = found.estimate.of("backbone")
+    assert "measured (row 'ResNet-50, 1 chunk', commit abc)" in backbone.origin
+    assert backbone.ms == pytest.approx(1000, rel=0.05)
+    assert not any("no step of this was measured" in note for note in found.notes)
+    other = answer(Question(BS4096, (), "a100-40g", 16, 2, rows=path))
+    assert any("no row of one rank" in note for note in other.notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "v100", "--gpus", "16"], "did you mean v100-32g"),
+        (["--gpu", "v100-32g", "--gpus", "-16"], "--gpus: given -16; allowed: >= 1"),
+        (["--gpu", "v100-32g", "--gpus", "16", "--nodes", "3"], "a multiple of --nodes"),
+        (["--gpu", "v100-32g", "--gpus", "3"], "train_batch_size: given 4096 for 3 ranks"),
+        (["--gpu", "t4", "--gpus", "16", "--set", "crossbatch.precision=bf16"], "crossbatch.precision: given bf16"),
+        (["--gpu", "t4", "--gpus", "16", "--images", "0"], "--images: given 0"),
+        (["--gpu", "t4", "--gpus", "16", "--rows", "nowhere"], "nowhere: no such file"),
+        (["--gpu", "t4", "--gpus", "16", "--set", "crossbatch.model.arhc=x"], "arch"),
+    ],
+)
+def test_exit_code_2(monkeypatch, capsys, arguments, said):
+    code, output, errors = ask(monkeypatch, capsys, "--deepspeed_config", BS4096, *arguments)
+    assert code == 2 and said in errors and errors.startswith("error: ") and output == ""
