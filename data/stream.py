@@ -3,13 +3,12 @@
 How processes start, how they end (also when something failed), and what the trainer sees when one dies.
 """
 
-import contextlib
+import collections
 import multiprocessing
-import queue
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -63,45 +62,34 @@ class Stream:
 
 
 class Ahead:
-    """What `items` yields, computed by a thread one item ahead of who asks; an error comes out where the item would.
+    """What `items` yields, computed by a thread two items ahead of who asks; an error comes out where the item would.
 
     With a GPU as `device` the thread has a CUDA stream of its own there, so what it launches and waits for holds nobody up.
+    A process that ends without `close` waits for the item that the thread works on: torn away, it would take the process
+    down with it ("terminate called"), and its exit code.
     """
 
     def __init__(self, items: Iterator[Any], device: torch.device):
-        self._device = device
-        self._ready: queue.Queue = queue.Queue(maxsize=1)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True)
-        self._thread.start()
+        self._items = items
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ready = collections.deque(self._thread.submit(self._compute) for _ in range(2))
 
     def __iter__(self) -> "Ahead":
         return self
 
     def __next__(self) -> Any:
-        item, error = self._ready.get()
-        if error is not None:
-            raise error
+        item = self._ready.popleft().result()
+        self._ready.append(self._thread.submit(self._compute))
         return item
 
     def close(self):
-        """Ends the thread, at the latest when the item that it works on is done."""
-        self._closed.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.05)
+        """Ends the thread when the item that it works on is done."""
+        self._thread.shutdown(cancel_futures=True)
 
-    def _fill(self, items: Iterator[Any]):
-        gpu = self._device.type == "cuda"
-        with torch.cuda.stream(torch.cuda.Stream(self._device)) if gpu else contextlib.nullcontext():
-            try:
-                for item in items:
-                    self._ready.put((item, None))
-                    if self._closed.is_set():
-                        return
-                self._ready.put((None, StopIteration()))
-            except BaseException as error:
-                self._ready.put((None, error))
+    def _compute(self) -> Any:
+        with torch.cuda.stream(self._stream):  # does nothing for None
+            return next(self._items)
 
 
 def start_method() -> str:

@@ -39,7 +39,7 @@ class RankPool:
                 "MASTER_PORT": port,
             }
             # Not daemons: data loader workers are their children.
-            process = context.Process(target=_rank_main, args=(there, environment))
+            process = context.Process(target=_rank_main, name=f"rank {rank}", args=(there, environment))
             process.start()
             self._pipes.append(here)
             self._processes.append(process)

@@ -60,6 +60,11 @@ def make(workers: int = 0, source=None, batch: int = 24, world_size: int = 1, ra
     return TrainLoader(source, order, RECIPES, seed=9, workers=workers, **options)
 
 
+def children() -> set[int]:
+    """This process's children, without the ranks that other tests share (`RankPool`)."""
+    return {process.pid for process in multiprocessing.active_children() if not process.name.startswith("rank ")}
+
+
 @pytest.fixture(scope="module")
 def two_epochs() -> list[Batch]:
     """Epochs 0 and 1 of `make()`, four batches each, read in this process."""
@@ -89,12 +94,12 @@ def test_resume_from_every_position(workers, two_epochs):
 def test_workers_live_across_epochs_and_end_with_close(two_epochs):
     with_workers = make(2)
     batches = list(with_workers.epoch(0))
-    first = {process.pid for process in multiprocessing.active_children()}
+    first = children()
     batches += with_workers.epoch(1)
-    assert len(first) >= 2 and {process.pid for process in multiprocessing.active_children()} == first
+    assert len(first) >= 2 and children() == first
     assert_same(batches, two_epochs)
     with_workers.close()
-    assert not multiprocessing.active_children()
+    assert not children()
 
 
 def test_an_abandoned_epoch_can_be_taken_up_again(two_epochs):
@@ -197,15 +202,14 @@ def test_a_dying_worker_is_an_error_not_a_hang():
     except RuntimeError as error:
         assert "worker" in str(error) and time.monotonic() - start < 20
         dying.close()  # while the traceback still holds the iterator
-        assert not multiprocessing.active_children()
+        assert not children()
     else:
         pytest.fail("the death of a worker went unnoticed")
 
 
 def send_as_another_process(signals: list[int]):
-    pids = [str(process.pid) for process in multiprocessing.active_children()]
     for number in signals:
-        subprocess.run(["kill", f"-{number}", *pids], check=True)
+        subprocess.run(["kill", f"-{number}", *map(str, children())], check=True)
 
 
 def test_workers_survive_the_signals_of_a_preemption(two_epochs):
