@@ -10,10 +10,10 @@ pretrain: install  ## the quickstart: generates small images, pretrains on them,
 	$(BIN)/python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
 
 test: install  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: install  ## with every combination of ranks, backend, optimizer and model, and runs killed twenty times (more than an hour on two cores)
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

@@ -39,8 +39,9 @@ setup(
         "cuda13": ["nvidia-dali-cuda130>=2.0"],
         "test": [
             "pytest>=8.0",
-            "scikit-learn>=1.4",
-        ],  # its k-NN and logistic regression are what ours are tested against
+            "pytest-xdist>=3.6",  # `make test` in two processes
+            "scikit-learn>=1.4",  # its k-NN and logistic regression are what ours are tested against
+        ],
         "dev": ["ruff==0.17.6", "pyright==1.1.414"],
     },
 )

@@ -4,6 +4,7 @@ How processes start, how they end (also when something failed), and what the tra
 """
 
 import collections
+import contextlib
 import multiprocessing
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import cv2
 import torch
 from torch.utils.data import DataLoader
 
@@ -23,20 +25,20 @@ class Stream:
 
     def __init__(self, dataset: Any, keys: Any, workers: int, prefetch: int):
         self._workers = workers
-        self._iterator = iter(
-            DataLoader(
-                dataset,
-                batch_size=None,
-                sampler=keys,
-                num_workers=workers,
-                collate_fn=pieces.unchanged,
-                worker_init_fn=pieces.start_worker,
-                prefetch_factor=prefetch if workers else None,
-                multiprocessing_context=start_method() if workers else None,
-                # By default DataLoader takes a number from torch's global stream, which a resumed run would miss.
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=keys,
+            num_workers=workers,
+            collate_fn=pieces.unchanged,
+            worker_init_fn=pieces.start_worker,
+            prefetch_factor=prefetch if workers else None,
+            multiprocessing_context=start_method() if workers else None,
+            # By default DataLoader takes a number from torch's global stream, which a resumed run would miss.
+            generator=torch.Generator(),
         )
+        with _without_threads_of_opencv():
+            self._iterator = iter(loader)
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -90,6 +92,17 @@ class Ahead:
     def _compute(self) -> Any:
         with torch.cuda.stream(self._stream):  # does nothing for None
             return next(self._items)
+
+
+@contextlib.contextmanager
+def _without_threads_of_opencv() -> Iterator[None]:
+    """A forked child would wait for ever for the threads that its parent's OpenCV has, at the first thing that ends them."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def start_method() -> str:

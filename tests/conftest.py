@@ -18,6 +18,14 @@ def pytest_configure(config):
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(items):
+    """With pytest-xdist, tests of ranks follow each other in one process, so that there is one pool of a size."""
+    for item in items:
+        if "pools" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 class RankPool:
     """World-size processes joined by gloo; `run` calls a module-level function on every rank and returns the results."""
 

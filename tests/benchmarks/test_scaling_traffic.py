@@ -57,7 +57,7 @@ CASES = {
         [*VIT, *LARS, *fsdp(0)],
         [*VIT, *LARS, *fsdp(3), CHUNKS],
     ],
-    4: [[*VIT, *LARS, *zero(1)], [*VIT, *LARS, *zero(3)], [*VIT, *LARS, *fsdp(3)]],
+    4: [[*VIT, *LARS, *zero(1)], [*VIT, *LARS, *fsdp(3)]],
 }
 MORE = {
     2: [
@@ -71,6 +71,7 @@ MORE = {
         [*RESNET, *LARS, *fsdp(3), "crossbatch.batchformer.mode=ema"],
     ],
     4: [
+        [*VIT, *LARS, *zero(3)],
         [*VIT, *LARS, *zero(0), "crossbatch.batchformer.add_bf=0"],
         [*RESNET, *LARS, *zero(1)],
         [*VIT, *LARS, *zero(2), CHUNKS],

@@ -271,6 +271,25 @@ def alive(pid: int) -> bool:
         return False
 
 
+AFTER_OPENCV = """
+import cv2, numpy
+from crossbatch.data import *
+
+cv2.setNumThreads(2)
+cv2.GaussianBlur(numpy.zeros((2000, 2000, 3), numpy.uint8), (31, 31), 5)  # starts OpenCV's threads
+source = open_source("synthetic://64?size=12", "train")
+loader = TrainLoader(source, Order(0, 64, 16), moco_v3_views(8, 0.2), 0, workers=2, backend="opencv")
+next(loader.epoch(0))
+loader.close()
+print(cv2.getNumThreads())
+"""
+
+
+def test_workers_of_a_trainer_that_uses_opencv():
+    done = subprocess.run([sys.executable, "-c", AFTER_OPENCV], timeout=60, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "2\n")
+
+
 def test_forkserver_workers_give_the_same(two_epochs, monkeypatch):
     monkeypatch.setattr(stream, "start_method", lambda: "forkserver")
     served = make(1)

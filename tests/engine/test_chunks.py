@@ -16,7 +16,20 @@ from crossbatch.engine.distributed import world_from_environment
 from crossbatch.engine.pretraining import Pretraining
 from crossbatch.models import Collective, MoCo
 from crossbatch.models.norm import synchronize_norms
-from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, name_of, parameters, train, zero
+from tests.engine.test_equivalence import (
+    ADAMW,
+    BASE,
+    LARS,
+    RESNET,
+    VIT,
+    fsdp,
+    losses,
+    name_of,
+    parameters,
+    slow_unless,
+    train,
+    zero,
+)
 
 BATCH = 64
 LARGE = [
@@ -30,22 +43,25 @@ def split(ranks: int, chunks: int) -> list[str]:
     return [f"train_micro_batch_size_per_gpu={BATCH // ranks // chunks}"]
 
 
+# What `make test` runs of all splits.
+OFTEN = [
+    (8, 1, 4, fsdp(0)),
+    (8, 2, 2, zero(0)),
+    (16, 1, 4, zero(0)),
+    (16, 2, 2, fsdp(3)),
+    (16, 4, 1, zero(2)),
+    (64, 1, 4, fsdp(3)),
+    (64, 2, 2, zero(2)),
+]
+
+
 def cases():
     for group_size in (8, 16, 64):
         for ranks, chunks in ((1, 4), (2, 1), (2, 2), (4, 1)):
             for backend in (zero(0), zero(2), fsdp(0), fsdp(3)):
-                often = (group_size, backend) in ((16, zero(2)), (64, fsdp(3)), (8, zero(0))) and (ranks, chunks) != (
-                    2,
-                    1,
-                )
-                yield pytest.param(
-                    group_size,
-                    ranks,
-                    chunks,
-                    backend,
-                    marks=() if often else pytest.mark.slow,
-                    id=f"{group_size}-{ranks}x{chunks}-{name_of(backend)}",
-                )
+                often = (group_size, ranks, chunks, backend) in OFTEN
+                case = f"{group_size}-{ranks}x{chunks}-{name_of(backend)}"
+                yield pytest.param(group_size, ranks, chunks, backend, marks=slow_unless(often), id=case)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +94,7 @@ def test_a_split_changes_nothing(tmp_path, in_one, pools, group_size, ranks, chu
         assert (tensor - end[name]).norm() <= 1e-5 * end[name].norm(), name
 
 
-@pytest.mark.parametrize("backend", [zero(1), zero(3), fsdp(1)], ids=name_of)
+@pytest.mark.parametrize("backend", [zero(1), pytest.param(zero(3), marks=pytest.mark.slow), fsdp(1)], ids=name_of)
 def test_fp16_in_chunks_is_fp16_in_one(tmp_path, pools, backend):
     """The loss scale passes the cut unchanged: chunks of equal features have bit-equal gradients of the heads."""
     overrides = [*vit(16), *backend, "crossbatch.precision=fp16"]
@@ -96,8 +112,19 @@ def test_fp16_in_chunks_is_fp16_in_one(tmp_path, pools, backend):
     assert found[1][:2] == pytest.approx(found[0][:2], rel=1e-5)
 
 
-@pytest.mark.parametrize("model", [RESNET, VIT], ids=name_of)
-@pytest.mark.parametrize("backend", [zero(0), zero(3), fsdp(3)], ids=name_of)
+@pytest.mark.parametrize(
+    ("model", "backend"),
+    [
+        (RESNET, zero(0)),
+        (VIT, fsdp(3)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((VIT, zero(0)), (RESNET, zero(3)), (RESNET, fsdp(3)))
+        ),
+        (VIT, zero(3)),
+    ],
+    ids=name_of,
+)
 def test_checkpointed_activations_change_nothing(tmp_path, pools, model, backend):
     """Nor do running statistics see a batch twice."""
     overrides = [*model, *ADAMW, *backend]

@@ -1,5 +1,6 @@
 """Sharding changes nothing: ten steps of one process against two ranks, for every backend and optimizer that is allowed."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -107,32 +108,29 @@ def one_process(tmp_path_factory, one_rank):
 BACKENDS = [zero(0), zero(1), zero(2), zero(3), zero(1, "cpu"), zero(3, "cpu"), fsdp(0), fsdp(1), fsdp(3)]
 
 
-def cases():
-    """Everything; but those whose like is among the others take part in `make test-all` only.
+# Of all combinations, those that `make test` runs: every backend with either optimizer. Three ranks divide no tensor evenly, so
+# partitions cut through tensors.
+OFTEN = {
+    (3, "LARS", "vit"): [zero(1), zero(3, "cpu"), fsdp(1)],
+    (2, "LARS", "vit"): [zero(0), zero(1, "cpu"), fsdp(0)],
+    (3, "LARS", "resnet"): [zero(2), fsdp(3)],
+    (2, "LARS", "resnet"): [zero(3)],
+    (3, "AdamW", "vit"): [zero(2), fsdp(3)],
+    (2, "AdamW", "vit"): [zero(0), zero(1, "cpu"), zero(3), zero(3, "cpu"), fsdp(0), fsdp(1)],
+    (2, "AdamW", "resnet"): [zero(1)],
+}
 
-    Three ranks divide no tensor evenly, so partitions cut through tensors.
-    """
-    for ranks in (3, 2):
-        for optimizer in (LARS, ADAMW):
-            for model in (RESNET, VIT):
-                for backend in BACKENDS:
-                    offloaded = backend[-1].endswith("cpu")
-                    often = {
-                        (3, "LARS", "resnet"): backend in (zero(1), zero(2), zero(3, "cpu"), fsdp(3)),
-                        (3, "LARS", "vit"): True,
-                        (3, "AdamW", "resnet"): backend == zero(3),
-                        (3, "AdamW", "vit"): not offloaded or backend == zero(3, "cpu"),
-                        (2, "LARS", "resnet"): backend in (zero(1), zero(3)),
-                        (2, "AdamW", "vit"): backend in (zero(2), fsdp(1)),
-                    }.get((ranks, name_of(optimizer), name_of(model)), False)
-                    yield pytest.param(
-                        ranks,
-                        optimizer,
-                        model,
-                        backend,
-                        marks=() if often else pytest.mark.slow,
-                        id="-".join((str(ranks), *map(name_of, (optimizer, model, backend)))),
-                    )
+
+def slow_unless(often: bool):
+    return () if often else pytest.mark.slow
+
+
+def cases():
+    for ranks, optimizer, model, backend in itertools.product((3, 2), (LARS, ADAMW), (RESNET, VIT), BACKENDS):
+        names = name_of(optimizer), name_of(model)
+        often = backend in OFTEN.get((ranks, *names), [])
+        case = "-".join((str(ranks), *names, name_of(backend)))
+        yield pytest.param(ranks, optimizer, model, backend, marks=slow_unless(often), id=case)
 
 
 @pytest.mark.parametrize(("ranks", "optimizer", "model", "backend"), list(cases()))
@@ -158,8 +156,12 @@ def worst_deviation(found: dict, start: dict, end: dict) -> float:
     )
 
 
-RESUMED = [(ADAMW, VIT, backend) for backend in BACKENDS[:4] + BACKENDS[6:]]
-RESUMED += [(LARS, RESNET, zero(1)), (LARS, VIT, zero(2)), (LARS, VIT, zero(3, "cpu")), (LARS, RESNET, fsdp(3))]
+RESUMED = [
+    pytest.param(ADAMW, VIT, backend, marks=slow_unless(backend in (zero(0), zero(3), fsdp(1))))
+    for backend in BACKENDS[:4] + BACKENDS[6:]
+]
+RESUMED += [(LARS, RESNET, zero(1)), (LARS, VIT, zero(2)), (LARS, RESNET, fsdp(3))]
+RESUMED += [pytest.param(LARS, VIT, zero(3, "cpu"), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("optimizer", "model", "backend"), RESUMED, ids=name_of)
@@ -172,7 +174,7 @@ def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, pools, opti
     assert losses(cut) == losses(whole)
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, LARS], ids=name_of)
+@pytest.mark.parametrize("optimizer", [pytest.param(ADAMW, marks=pytest.mark.slow), LARS], ids=name_of)
 def test_a_checkpoint_fits_another_world_and_backend(tmp_path, pools, optimizer):
     overrides = [*VIT, *optimizer]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
@@ -201,8 +203,22 @@ def buffers_of(overrides: list[str], out: str) -> list:
     ]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("backend", [zero(0), zero(2), zero(3), fsdp(3)], ids=name_of)
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [
+        pytest.param(precision, backend, marks=slow_unless(often), id=f"{precision}-{name_of(backend)}")
+        for precision, backend, often in (
+            ("bf16", zero(0), False),
+            ("bf16", zero(2), True),
+            ("bf16", zero(3), False),
+            ("bf16", fsdp(3), False),
+            ("fp16", zero(0), True),
+            ("fp16", zero(2), False),
+            ("fp16", zero(3), False),
+            ("fp16", fsdp(3), True),
+        )
+    ],
+)
 def test_running_statistics_stay_equal_and_fp32(tmp_path, pools, backend, precision):
     overrides = [*RESNET, *LARS, *backend, f"crossbatch.precision={precision}"]
     ranks = pools(2).run(buffers_of, overrides, str(tmp_path))

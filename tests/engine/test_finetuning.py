@@ -67,7 +67,14 @@ def pretrained(tmp_path_factory, pools):
 
 @pytest.mark.parametrize(
     ("model", "backend"),
-    [("vit", zero(1)), ("vit", zero(3)), ("vit", fsdp(3)), ("resnet", zero(2)), ("resnet", fsdp(0))],
+    [
+        ("vit", fsdp(3)),
+        ("resnet", zero(2)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("vit", zero(1)), ("vit", zero(3)), ("resnet", fsdp(0)))
+        ),
+    ],
     ids=lambda case: case if isinstance(case, str) else name_of(case),
 )
 def test_ranks_and_sharding_change_nothing(tmp_path, pools, pretrained, model, backend):
@@ -84,7 +91,9 @@ def test_ranks_and_sharding_change_nothing(tmp_path, pools, pretrained, model, b
     assert one["top1"] == two["top1"] and one["average_top1"] == two["average_top1"]
 
 
-@pytest.mark.parametrize("backend", [zero(0), zero(2), fsdp(3)], ids=name_of)
+@pytest.mark.parametrize(
+    "backend", [zero(2), *(pytest.param(b, marks=pytest.mark.slow) for b in (zero(0), fsdp(3)))], ids=name_of
+)
 def test_chunks_change_nothing(tmp_path, pools, pretrained, backend):
     settings = [pretrained["vit"], "crossbatch.finetune.drop_path=0", *backend]  # mixed before it is cut
     pools(2).run(finetune, settings, str(tmp_path / "one"), 6)
@@ -92,7 +101,7 @@ def test_chunks_change_nothing(tmp_path, pools, pretrained, backend):
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", [zero(1), fsdp(3)], ids=name_of)
+@pytest.mark.parametrize("backend", [zero(1), pytest.param(fsdp(3), marks=pytest.mark.slow)], ids=name_of)
 def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, pools, pretrained, backend):
     settings = [pretrained["vit"], *RANDOM, *backend]
     pools(2).run(finetune, settings, str(tmp_path / "whole"), 7)

@@ -64,7 +64,13 @@ def profiled(sharding: str, stage: int, chunk: int, steps: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("sharding", "stage", "chunk"), [("zero", 1, 16), ("zero", 1, 4), ("zero", 3, 4), ("fsdp", 3, 4), ("fsdp", 1, 16)]
+    ("sharding", "stage", "chunk"),
+    [
+        ("zero", 1, 16),
+        ("zero", 1, 4),
+        ("fsdp", 3, 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("zero", 3, 4), ("fsdp", 1, 16))),
+    ],
 )
 def test_parts_add_up_and_change_nothing(one_rank, sharding, stage, chunk):
     (seen,) = one_rank.run(profiled, sharding, stage, chunk, 3)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,9 +145,13 @@ def start(launcher: list[str], out: Path, *arguments: str) -> list[dict]:
 
 
 def test_three_launchers_lose_the_same_and_write_the_documented_run(tmp_path):
-    alone = start(["python"], tmp_path / "alone")
-    torchrun = start(["torchrun", "--nproc_per_node=2", "--master_port=29611"], tmp_path / "torchrun")
-    deepspeed = start(["deepspeed", "--num_gpus=2", "--master_port=29612"], tmp_path / "deepspeed")
+    launchers = {
+        "alone": ["python"],
+        "torchrun": ["torchrun", "--nproc_per_node=2", "--master_port=29611"],
+        "deepspeed": ["deepspeed", "--num_gpus=2", "--master_port=29612"],
+    }
+    with ThreadPoolExecutor() as together:
+        alone, torchrun, deepspeed = together.map(start, launchers.values(), map(tmp_path.joinpath, launchers))
     wanted = [line["loss"] for line in alone if "loss" in line]
     assert len(wanted) == 8
     for lines in (torchrun, deepspeed):
