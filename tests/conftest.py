@@ -31,7 +31,8 @@ class RankPool:
 
     def __init__(self, world_size: int):
         self.world_size = world_size
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["crossbatch.engine.pretraining", "deepspeed"])  # once, not in every rank
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -251,7 +251,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.slow), "forkserver"])
 def test_no_worker_outlives_a_killed_trainer(tmp_path, method):
     script = tmp_path / "trainer.py"  # forkserver imports the main module again
     script.write_text(KILLED.format(method=method))

@@ -94,7 +94,9 @@ def test_a_split_changes_nothing(tmp_path, in_one, pools, group_size, ranks, chu
         assert (tensor - end[name]).norm() <= 1e-5 * end[name].norm(), name
 
 
-@pytest.mark.parametrize("backend", [zero(1), pytest.param(zero(3), marks=pytest.mark.slow), fsdp(1)], ids=name_of)
+@pytest.mark.parametrize(
+    "backend", [zero(1), *(pytest.param(b, marks=pytest.mark.slow) for b in (zero(3), fsdp(1)))], ids=name_of
+)
 def test_fp16_in_chunks_is_fp16_in_one(tmp_path, pools, backend):
     """The loss scale passes the cut unchanged: chunks of equal features have bit-equal gradients of the heads."""
     overrides = [*vit(16), *backend, "crossbatch.precision=fp16"]
@@ -119,9 +121,8 @@ def test_fp16_in_chunks_is_fp16_in_one(tmp_path, pools, backend):
         (VIT, fsdp(3)),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((VIT, zero(0)), (RESNET, zero(3)), (RESNET, fsdp(3)))
+            for case in ((VIT, zero(0)), (VIT, zero(3)), (RESNET, zero(3)), (RESNET, fsdp(3)))
         ),
-        (VIT, zero(3)),
     ],
     ids=name_of,
 )

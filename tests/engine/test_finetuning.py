@@ -69,10 +69,9 @@ def pretrained(tmp_path_factory, pools):
     ("model", "backend"),
     [
         ("vit", fsdp(3)),
-        ("resnet", zero(2)),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("vit", zero(1)), ("vit", zero(3)), ("resnet", fsdp(0)))
+            for case in (("vit", zero(1)), ("vit", zero(3)), ("resnet", zero(2)), ("resnet", fsdp(0)))
         ),
     ],
     ids=lambda case: case if isinstance(case, str) else name_of(case),

@@ -97,6 +97,7 @@ def evaluate_on_this_rank(checkpoint: str, data: str, out: str) -> dict:
     return KnnEvaluation(config, world_from_environment(), torch.device("cpu"), 0, Path(out)).run()
 
 
+@pytest.mark.slow  # tests/engine/test_knn.py has the votes of two ranks
 def test_two_ranks_find_the_same(monkeypatch, tiny_runs, two_ranks, shapes, tmp_path):
     alone = ["--checkpoint", tiny_runs("vit"), "--data", shapes, "--out", tmp_path / "alone", "-j", 0]
     assert call(monkeypatch, *alone) == 0

@@ -88,6 +88,7 @@ def test_the_pretraining_command_line_on_two_nodes(pretrained):
     assert ["next:" in text for text in said] == [True, False]  # one summary, on the node of rank 0
 
 
+@pytest.mark.slow
 def test_the_linear_command_line(pretrained, tmp_path):
     """MoCo v3's README has the line, without TINY and --out."""
     line = f"-a resnet50 --dist-url tcp://localhost:{free_port()} --multiprocessing-distributed --world-size 1 --rank 0"

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,20 +143,36 @@ def start(launcher: list[str], out: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_three_launchers_lose_the_same_and_write_the_documented_run(tmp_path):
-    launchers = {
-        "alone": ["python"],
-        "torchrun": ["torchrun", "--nproc_per_node=2", "--master_port=29611"],
-        "deepspeed": ["deepspeed", "--num_gpus=2", "--master_port=29612"],
-    }
-    with ThreadPoolExecutor() as together:
-        alone, torchrun, deepspeed = together.map(start, launchers.values(), map(tmp_path.joinpath, launchers))
-    wanted = [line["loss"] for line in alone if "loss" in line]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Run directory and metrics of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    return out, start(["python"], out)
+
+
+@pytest.mark.xdist_group("launchers")
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["deepspeed", "--num_gpus=2", "--master_port=29612"],
+        pytest.param(["torchrun", "--nproc_per_node=2", "--master_port=29611"], marks=pytest.mark.slow),
+    ],
+    ids=lambda launcher: launcher[0],
+)
+def test_launchers_lose_the_same(tmp_path, alone, launcher):
+    wanted = [line["loss"] for line in alone[1] if "loss" in line]
     assert len(wanted) == 8
-    for lines in (torchrun, deepspeed):
-        assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(wanted, rel=1e-5)
-    assert [line["step"] for line in alone if "knn_top1" in line] == [0, 8]
-    assert set(alone[-1]) == {
+    lines = start(launcher, tmp_path)
+    assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(wanted, rel=1e-5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["world_size"], config["train_micro_batch_size_per_gpu"]) == (2, 8)
+
+
+@pytest.mark.xdist_group("launchers")
+def test_the_documented_run_directory(alone):
+    out, lines = alone
+    assert [line["step"] for line in lines if "knn_top1" in line] == [0, 8]
+    assert set(lines[-1]) == {
         *(
             "step",
             "epoch",
@@ -174,9 +189,7 @@ def test_three_launchers_lose_the_same_and_write_the_documented_run(tmp_path):
         ),
         *("feature_std", "positive_similarity", "negative_similarity", "knn_top1", "skipped_images", "loss_terms"),
     }
-    assert 0 < sum(alone[-1]["stage_ms"].values()) < alone[-1]["step_ms"]
-    assert sum(alone[-1]["loss_terms"].values()) == pytest.approx(alone[-1]["loss"], rel=1e-6)
-    config = json.loads((tmp_path / "deepspeed" / "config.json").read_text())
-    assert (config["world_size"], config["train_micro_batch_size_per_gpu"]) == (2, 8)
-    assert (tmp_path / "alone" / "checkpoints" / "latest").read_text().strip() == "step-00000008"
-    assert list((tmp_path / "alone").glob("events.out.tfevents.*"))
+    assert 0 < sum(lines[-1]["stage_ms"].values()) < lines[-1]["step_ms"]
+    assert sum(lines[-1]["loss_terms"].values()) == pytest.approx(lines[-1]["loss"], rel=1e-6)
+    assert (out / "checkpoints" / "latest").read_text().strip() == "step-00000008"
+    assert list(out.glob("events.out.tfevents.*"))
