@@ -62,7 +62,8 @@ def make(workers: int = 0, source=None, batch: int = 24, world_size: int = 1, ra
 
 def children() -> set[int]:
     """This process's children, without the ranks that other tests share (`RankPool`)."""
-    return {process.pid for process in multiprocessing.active_children() if not process.name.startswith("rank ")}
+    found = multiprocessing.active_children()
+    return {process.pid for process in found if process.pid and not process.name.startswith("rank ")}
 
 
 @pytest.fixture(scope="module")
