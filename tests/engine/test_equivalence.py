@@ -117,6 +117,7 @@ OFTEN = {
     (2, "LARS", "resnet"): [zero(3)],
     (3, "AdamW", "vit"): [zero(2), fsdp(3)],
     (2, "AdamW", "vit"): [zero(0), zero(1), zero(1, "cpu"), zero(3), zero(3, "cpu"), fsdp(0), fsdp(1)],
+    (2, "AdamW", "resnet"): [zero(2)],
 }
 
 

@@ -155,7 +155,7 @@ def alone(tmp_path_factory):
     "launcher",
     [
         ["deepspeed", "--num_gpus=2", "--master_port=29612"],
-        pytest.param(["torchrun", "--nproc_per_node=2", "--master_port=29611"], marks=pytest.mark.slow),
+        ["torchrun", "--nproc_per_node=2", "--master_port=29611"],
     ],
     ids=lambda launcher: launcher[0],
 )
