@@ -45,12 +45,20 @@ def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, aut
             f"{per_image / 2**20:.0f} MiB of it, and {run.local_batch} images a rank take {rest / 2**30:.1f} GiB behind the "
             f"backbone; lower train_batch_size, use more ranks, or name a chunk to try it all the same"
         )
-    chunks = -(-run.local_batch // int(fits))
-    chunk = -(-run.local_batch // chunks)
+    chunk = even_chunk(run.local_batch, int(fits))
     if world.is_main:
         remember(cache, run, chunk)
-    why = f"chunk of {chunk} images, {chunks} a step: {per_image / 2**20:.1f} MiB an image, {free / 2**30:.1f} GiB free"
+    why = (
+        f"chunk of {chunk} images, {-(-run.local_batch // chunk)} a step: {per_image / 2**20:.1f} MiB an image, "
+        f"{free / 2**30:.1f} GiB free"
+    )
     return chunk, why
+
+
+def even_chunk(local_batch: int, fits: int) -> int:
+    """As few chunks as fit, about equally large."""
+    chunks = -(-local_batch // fits)
+    return -(-local_batch // chunks)
 
 
 def remember(cache: Path, run: ResolvedConfig, chunk: int) -> None:

@@ -129,11 +129,9 @@ def _state(model: MoCo, run: ResolvedConfig) -> list[Part]:
     stage, ranks = run.config.zero_optimization.stage, run.world_size
     is_zero = run.config.crossbatch.sharding == "zero"
     offloaded = run.config.zero_optimization.offload_optimizer.device != "none"
-    share = 1 if stage == 0 or (not is_zero and ranks == 1) else ranks
+    share = ranks if stage > 0 else 1
     states = 1 if isinstance(run.config.optimizer.params, LarsConfig) else 2
     copy = 1 if is_zero and stage > 0 else 0
-    if not is_zero:
-        share = ranks if stage > 0 else 1
     parameters, gathered = float(total), 0.0
     if stage == 3 or (not is_zero and stage > 0):
         parameters = total / ranks

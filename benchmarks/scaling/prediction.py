@@ -23,7 +23,7 @@ from benchmarks.scaling.catalogue import Machines
 from benchmarks.scaling.communication import Layout, seconds
 from benchmarks.scaling.compute import Efficiency, step_work
 from benchmarks.scaling.stragglers import wait_ms
-from benchmarks.scaling.traffic import Message, Traffic, step_traffic
+from benchmarks.scaling.traffic import Traffic, step_traffic
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
 from crossbatch.models import NUM_VIEWS, MoCo
 
@@ -189,7 +189,6 @@ def messages_by_part(traffic: Traffic) -> dict[str, tuple[int, float]]:
     """Part -> (calls, bytes)."""
     parts: dict[str, tuple[int, float]] = {}
     for message, calls in traffic.calls.items():
-        assert isinstance(message, Message)
         before = parts.get(message.part, (0, 0.0))
         parts[message.part] = before[0] + calls, before[1] + calls * message.size
     return parts

@@ -11,7 +11,7 @@ from benchmarks.scaling.memory import CONTEXT, GIB, backbone_kept
 from crossbatch import InputError
 from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
-from crossbatch.engine.memory import MARGIN, batch_wide_bytes
+from crossbatch.engine.memory import MARGIN, batch_wide_bytes, even_chunk
 from crossbatch.models import MoCo
 
 IMAGENET = 1_281_167
@@ -52,8 +52,7 @@ class Question:
                 f"--gpu: {self.gpu} has {at.gpu.memory_gib:g} GiB; not even one image fits beside the batch-wide part of "
                 f"{run.local_batch} images a rank; take more or larger GPUs, or lower train_batch_size"
             )
-        chunks = -(-run.local_batch // fitting)
-        chunk = -(-run.local_batch // chunks)
+        chunk = even_chunk(run.local_batch, fitting)
         run = resolve(replace(config, train_micro_batch_size_per_gpu=chunk), at.gpus, device, at.gpus_per_node)
         return run, model, f"as crossbatch.engine.memory would choose: {MARGIN:g} of the memory"
 
