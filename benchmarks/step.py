@@ -2,7 +2,8 @@
 
 Time: the same images in 1 and in 8 chunks, and with checkpointed activations; the baseline is `plain_step`. The cases take
 turns. A step of more than one chunk runs the online backbone forward twice: 9.75 units of compute for 8 chunks (a backward pass
-counts two) where one chunk has 8. On a GPU the recipe with the 256 images that a rank has of 16; on a CPU smaller backbones.
+counts two) where one chunk has 8. On a GPU the recipe with the 256 images that a rank has of 16; on a CPU its ResNet-50 with 64
+images (half an hour, 16 GB) and a small ViT.
 
 Parts: ranges around what the real step calls (crossbatch.engine.parts), in steps of their own after the others; "other" is
 what the ranges leave out.
@@ -45,17 +46,18 @@ BACKBONES = {
 }
 # Images of a step.
 TIMED_ON_GPU = {"ResNet-50, 224 px": 256, "ViT-S, 224 px": 256}
-TIMED_ON_CPU = {"ResNet-50, 96 px": 64, "ViT-S of 4 blocks, 32 px": 256}
+TIMED_ON_CPU = {"ResNet-50, 224 px": 64, "ViT-S of 4 blocks, 32 px": 256}
+TIMED_BRIEFLY = {"ResNet-50, 96 px": 64, "ViT-S of 4 blocks, 32 px": 256}  # on a CPU
 TIMED_QUICKLY = {"ResNet-18, 64 px": 16}
 WEIGHED = {"cuda": "ResNet-50, 224 px", "cpu": "ResNet-18 of width 16, 32 px"}
 
 
 def run(effort: Effort) -> Iterator[Row]:
     device_type = Device.detect().type
-    timed = TIMED_ON_GPU if device_type == "cuda" else TIMED_ON_CPU
+    briefly, timed = (TIMED_ON_GPU, TIMED_ON_GPU) if device_type == "cuda" else (TIMED_BRIEFLY, TIMED_ON_CPU)
     # Once for all: DeepSpeed remembers the groups of the first.
     with process_group(world_from_environment(), device_type, threads=torch.get_num_threads()) as device:
-        for backbone, batch in effort.pick(TIMED_QUICKLY, timed, timed).items():
+        for backbone, batch in effort.pick(TIMED_QUICKLY, briefly, timed).items():
             yield from _time(backbone, batch, effort, device)
     if device_type == "cuda":
         yield from _memory(WEIGHED["cuda"], 256, 32)
@@ -84,7 +86,8 @@ def _time(backbone: str, batch: int, effort: Effort, device: torch.device) -> It
         yield row
     cases.clear()  # the parts need the memory of the plain step
     for name in (whole, chunked):
-        yield from _parts(name, steps[name], views, effort.pick(3, 5, 20), _settings(backbone, configs[name]))
+        count = effort.pick(3, 5, 20 if device.type == "cuda" else 5)
+        yield from _parts(name, steps[name], views, count, _settings(backbone, configs[name]))
 
 
 def _parts(name: str, step: TrainStep, views: torch.Tensor, count: int, settings: dict) -> list[Row]:
