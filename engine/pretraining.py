@@ -22,7 +22,7 @@ from crossbatch.engine.evaluation.knn import KnnMonitor
 from crossbatch.engine.faults import Alarms, blame
 from crossbatch.engine.memory import automatic_chunk, remember
 from crossbatch.engine.parts import StepParts, mean_ms
-from crossbatch.engine.profile import RunProfile, steps_needed
+from crossbatch.engine.profile import RunProfile, check_steps_left
 from crossbatch.engine.sharding import build_backend
 from crossbatch.engine.step import TrainStep, autocast
 from crossbatch.engine.trainer import Trainer
@@ -42,12 +42,7 @@ class Pretraining(Trainer):
         self.taken: list[dict[str, float]] = []  # parts of the steps since the last line of metrics, as far as read
         self.profile = None
         if profile:
-            left, needed = self.stop - self.step, steps_needed(profile)
-            if needed > left:
-                raise InputError(
-                    f"--profile: given {profile}, which takes {needed} steps (a few to warm up, as many again for the trace), "
-                    f"but this run has {left} left; lower it, or train longer"
-                )
+            check_steps_left(profile, self.stop - self.step)
             batch, folder = self.run.config.train_batch_size, self.out / "profile"
             self.profile = RunProfile(folder, profile, self.world.rank, batch, self.log.note)
 

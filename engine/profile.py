@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
+from crossbatch import InputError
 from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.parts import WHOLE
 
@@ -27,6 +28,16 @@ WAIT, BETWEEN, ITERATION = "data wait", "between steps", "iteration"
 
 def steps_needed(steps: int) -> int:
     return WARM_UP + steps + 1 + steps  # the first traced one warms the tracer up
+
+
+def check_steps_left(steps: int, left: int) -> None:
+    """Raises InputError unless `left` steps are enough to profile `steps`."""
+    needed = steps_needed(steps)
+    if needed > left:
+        raise InputError(
+            f"--profile: given {steps}, which takes {needed} steps (a few to warm up, as many again for the trace), "
+            f"but this run has {left} left; lower it, or train longer"
+        )
 
 
 class RunProfile:

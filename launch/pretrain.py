@@ -62,8 +62,11 @@ def main() -> None:
     run = resolve(config, world.size, device, world.local_size)
     # Late: its libraries take seconds, which wrong input should not wait for.
     from crossbatch.engine.pretraining import Pretraining
+    from crossbatch.engine.profile import check_steps_left
     from crossbatch.launch.training import train
 
+    if arguments.profile and arguments.steps is not None:  # before anything is written
+        check_steps_left(arguments.profile, arguments.steps)
     train(partial(Pretraining, profile=arguments.profile), run, world, arguments, "pretrain")
 
 

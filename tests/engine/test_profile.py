@@ -71,6 +71,17 @@ def test_too_many_steps_to_profile_are_refused(tmp_path, one_rank):
     assert "--profile: given 3, which takes 10 steps" in message and "9 left" in message
 
 
+def test_too_few_steps_asked_for_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    from crossbatch.launch import pretrain
+
+    out = tmp_path / "run"
+    given = ["--deepspeed_config", "ds_configs/quickstart.json", "--out", str(out), "--profile", "2", "--steps", "7"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *given])
+    with pytest.raises(InputError, match="--profile: given 2, which takes 8 steps"):
+        pretrain.main()
+    assert not out.exists()
+
+
 def test_waiting_for_data_is_what_the_loader_takes(tmp_path, one_rank):
     """Each batch takes SLOW_S before it is there, and no worker prepares it meanwhile."""
     one_rank.run(profiled, str(tmp_path / "slow"), 8, 2, True)
