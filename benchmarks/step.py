@@ -8,8 +8,8 @@ images (half an hour, 16 GB) and a small ViT.
 Parts: ranges around what the real step calls (crossbatch.engine.parts), in steps of their own after the others; "other" is
 what the ranges leave out.
 
-Memory: a process of its own for each case. On a CPU what a step adds to resident memory, at B and 4B images; on a GPU the peak
-of the allocator with model and optimizer.
+Memory: a process of its own for each case. On a CPU what the first step adds to resident memory, at B, 2B and 4B images; on a
+GPU the peak of the allocator with model and optimizer.
 """
 
 import sys
@@ -49,21 +49,28 @@ TIMED_ON_GPU = {"ResNet-50, 224 px": 256, "ViT-S, 224 px": 256}
 TIMED_ON_CPU = {"ResNet-50, 224 px": 64, "ViT-S of 4 blocks, 32 px": 256}
 TIMED_BRIEFLY = {"ResNet-50, 96 px": 64, "ViT-S of 4 blocks, 32 px": 256}  # on a CPU
 TIMED_QUICKLY = {"ResNet-18, 64 px": 16}
-WEIGHED = {"cuda": "ResNet-50, 224 px", "cpu": "ResNet-18 of width 16, 32 px"}
+# Images of steps, and of a chunk.
+WEIGHED_ON_GPU = {"ResNet-50, 224 px": ([256], 32)}
+WEIGHED_ON_CPU = {"ResNet-50, 224 px": ([16, 32, 64], 8), "ResNet-18 of width 16, 32 px": ([256, 512, 1024], 64)}
+WEIGHED_BRIEFLY = {"ResNet-18 of width 16, 32 px": ([256, 1024], 64)}  # on a CPU
+WEIGHED_QUICKLY = {"ResNet-18 of width 16, 32 px": ([256], 32)}
 
 
 def run(effort: Effort) -> Iterator[Row]:
     device_type = Device.detect().type
-    briefly, timed = (TIMED_ON_GPU, TIMED_ON_GPU) if device_type == "cuda" else (TIMED_BRIEFLY, TIMED_ON_CPU)
+    if device_type == "cuda":
+        timed = effort.pick(TIMED_QUICKLY, TIMED_ON_GPU, TIMED_ON_GPU)
+        weighed = WEIGHED_ON_GPU
+    else:
+        timed = effort.pick(TIMED_QUICKLY, TIMED_BRIEFLY, TIMED_ON_CPU)
+        weighed = effort.pick(WEIGHED_QUICKLY, WEIGHED_BRIEFLY, WEIGHED_ON_CPU)
     # Once for all: DeepSpeed remembers the groups of the first.
     with process_group(world_from_environment(), device_type, threads=torch.get_num_threads()) as device:
-        for backbone, batch in effort.pick(TIMED_QUICKLY, briefly, timed).items():
+        for backbone, batch in timed.items():
             yield from _time(backbone, batch, effort, device)
-    if device_type == "cuda":
-        yield from _memory(WEIGHED["cuda"], 256, 32)
-    else:
-        for images in effort.pick([256], [256, 1024], [256, 512, 1024]):
-            yield from _memory(WEIGHED["cpu"], images, effort.pick(32, 64, 64))
+    for backbone, (sizes, chunk) in weighed.items():
+        for images in sizes:
+            yield from _memory(backbone, images, chunk)
 
 
 def _time(backbone: str, batch: int, effort: Effort, device: torch.device) -> Iterator[Row]:
