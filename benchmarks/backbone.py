@@ -5,7 +5,6 @@ same network of torchvision or timm, called once a view in the same precision, i
 On a CPU with small images. FLOPs are counted on ours; `mfu` is their rate in units of the card's peak.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,8 +14,8 @@ from benchmarks import flops, recipe
 from benchmarks.harness import Effort, Row, compare
 from benchmarks.plain import plain_backbone
 from crossbatch.engine.build import build_model
-from crossbatch.engine.config import ResolvedConfig
-from crossbatch.engine.step import AUTOCAST
+from crossbatch.engine.config import ResolvedConfig, autocast_dtype
+from crossbatch.models import autocast
 
 LIBRARY = {"bs4096": "torchvision's", "vits_bs4096": "timm's"}  # by recipe
 ON_A_CPU = ["crossbatch.data.image_size=96"]
@@ -55,7 +54,6 @@ def _sizes(name: str, overrides: list[str], run: ResolvedConfig, images: int, se
 
 def _backward(model: nn.Module, run: ResolvedConfig, forward: Callable[[], torch.Tensor]) -> None:
     model.zero_grad()
-    dtype = AUTOCAST.get(run.precision)
-    with torch.autocast(run.device.type, dtype) if dtype else contextlib.nullcontext():
+    with autocast(run.device.type, autocast_dtype(run.precision)):
         features = forward()
     features.float().sum().backward()

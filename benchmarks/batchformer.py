@@ -7,7 +7,6 @@ Cases: our kernels by name (see models/batchformer/dispatch.py), with dropout 0.
 Memory is the peak of a process of its own for each case. On a CPU, sizes are those that take seconds.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +14,8 @@ from functools import partial
 import torch
 
 from benchmarks.harness import Effort, Row, compare, over, peak_mib, peak_mib_alone
-from crossbatch.engine.config import Device, resolve_precision
+from crossbatch.engine.config import Device, autocast_dtype, resolve_precision
+from crossbatch.models import autocast
 from crossbatch.models.batchformer import BatchFormer, DropoutKey, fused
 from crossbatch.models.batchformer.dispatch import NAMES, Situation, reason_against
 from crossbatch.models.batchformer.dropout import AFTER_MLP, Mask
@@ -48,7 +48,7 @@ def _names(compiled: bool) -> list[str]:
 def _layer(name: str, G: int, C: int) -> Callable[[], torch.Tensor]:
     """A call of the layer, in the precision of this device; the input has a gradient."""
     device = Device.detect()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[resolve_precision("auto", device)]
+    dtype = autocast_dtype(resolve_precision("auto", device))
     torch.manual_seed(0)
     x = torch.randn(1, G, C, device=device.type, requires_grad=True)
     if name in NAMES:
@@ -61,7 +61,7 @@ def _layer(name: str, G: int, C: int) -> Callable[[], torch.Tensor]:
 
     def forward() -> torch.Tensor:
         layer.zero_grad()
-        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+        with autocast(device.type, dtype):
             return call()
 
     return forward

@@ -5,7 +5,6 @@ Every view passes the networks by itself; BatchFormer is `nn.TransformerEncoderL
 No chunks, one process.
 """
 
-import contextlib
 import copy
 import itertools
 
@@ -15,8 +14,8 @@ from torch.nn import functional as F
 
 from benchmarks.plain import plain_backbone
 from crossbatch.data.recipe import IMAGENET_MEAN, IMAGENET_STD
-from crossbatch.engine.config import LarsConfig, ResolvedConfig
-from crossbatch.engine.step import AUTOCAST
+from crossbatch.engine.config import LarsConfig, ResolvedConfig, autocast_dtype
+from crossbatch.models import autocast
 
 EPS = 1e-5  # of weights that a step may change: hundreds of steps must end in numbers
 
@@ -47,8 +46,7 @@ class PlainStep:
 
     def __call__(self, views: torch.Tensor) -> torch.Tensor:
         images = [(view.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std for view in views]
-        dtype = AUTOCAST.get(self.run.precision)
-        with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
+        with autocast(self.device.type, autocast_dtype(self.run.precision)):
             queries = [self.predictor(self._project(self.encoder, view)) for view in images]
             with torch.no_grad():
                 keys = [self._project(self.average, view) for view in images]

@@ -64,13 +64,14 @@ def run(effort: Effort) -> Iterator[Row]:
     else:
         timed = effort.pick(TIMED_QUICKLY, TIMED_BRIEFLY, TIMED_ON_CPU)
         weighed = effort.pick(WEIGHED_QUICKLY, WEIGHED_BRIEFLY, WEIGHED_ON_CPU)
+    # First, because this process keeps what it has freed.
+    for backbone, (sizes, chunk) in weighed.items():
+        for images in sizes:
+            yield from _memory(backbone, images, chunk)
     # Once for all: DeepSpeed remembers the groups of the first.
     with process_group(world_from_environment(), device_type, threads=torch.get_num_threads()) as device:
         for backbone, batch in timed.items():
             yield from _time(backbone, batch, effort, device)
-    for backbone, (sizes, chunk) in weighed.items():
-        for images in sizes:
-            yield from _memory(backbone, images, chunk)
 
 
 def _time(backbone: str, batch: int, effort: Effort, device: torch.device) -> Iterator[Row]:

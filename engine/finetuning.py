@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from crossbatch import InputError
 from crossbatch.data import Batch, Order, TrainLoader, ViewRecipe, normalize, prepare
-from crossbatch.engine.config import ResolvedFinetune
+from crossbatch.engine.config import ResolvedFinetune, autocast_dtype
 from crossbatch.engine.distributed import GroupCollective, on_main
 from crossbatch.engine.evaluation.features import Reading, extract, gathered, labelled_sources
 from crossbatch.engine.evaluation.pictures import confusion_counts, confusion_matrix, curves
@@ -26,7 +26,7 @@ from crossbatch.engine.faults import blame
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.schedule import finetuning_rate
 from crossbatch.engine.sharding import Backend, build_backend
-from crossbatch.engine.step import Progress, autocast
+from crossbatch.engine.step import Progress
 from crossbatch.engine.telemetry import METRICS, SCORES
 from crossbatch.engine.trainer import Trainer
 from crossbatch.models import set_num_chunks
@@ -51,6 +51,7 @@ class FinetuneStep:
         self.chunks = -(-run.local_batch // chunk)
         assert isinstance(backend.model, Classifier)
         self.model = backend.model
+        self.model.autocast_dtype = autocast_dtype(run.precision)
         set_num_chunks(self.model.online, self.chunks)
         self.mix = _mixing(run, self.model.online.head.out_features)
         self.erase = RandomErasing(self.ours.finetune.random_erasing, mode="pixel", device=device.type)
@@ -71,8 +72,7 @@ class FinetuneStep:
         for number, (some, wanted) in enumerate(
             zip(inputs.tensor_split(self.chunks), targets.tensor_split(self.chunks), strict=True), start=1
         ):
-            with self.autocast():
-                logits = self.backend("logits", some)
+            logits = self.backend("logits", some)
             loss = F.cross_entropy(logits.float(), wanted, label_smoothing=self._smoothing, reduction="sum") / len(
                 inputs
             )
@@ -84,9 +84,6 @@ class FinetuneStep:
             self.backend.update_momentum(self.ours.finetune.average)
             self.model.average_buffers()
         return torch.stack(losses).sum(), gradient_norm
-
-    def autocast(self):
-        return autocast(self.run, self.device)
 
     def learning_rate(self, updates: int) -> float:
         schedule = self.ours.schedule
@@ -190,8 +187,7 @@ class FineTuning(Trainer):
         )
 
         def logits(images: torch.Tensor) -> torch.Tensor:
-            with self.train_step.autocast():
-                return self.train_step.backend(part, images)
+            return self.train_step.backend(part, images)
 
         everything = np.flatnonzero(self.evaluation.labels >= 0)
         collective = self.train_step.model.collective

@@ -15,15 +15,15 @@ from torch import nn
 from crossbatch import InputError
 from crossbatch.engine.build import build_model
 from crossbatch.engine.checkpoint import write_atomically
-from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.distributed import World, broadcast_object
-from crossbatch.models import NUM_VIEWS, MoCo
+from crossbatch.models import NUM_VIEWS, MoCo, autocast
 
 MARGIN = 0.75  # of what is free: fragmentation, workspaces, the loader
 SMALL, LARGE = 2, 4  # images of the probe
 
 
-def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, autocast, cache: Path) -> tuple[int, str]:
+def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, cache: Path) -> tuple[int, str]:
     """The chunk for this run and why, the same on all ranks; every rank must call it.
 
     Raises InputError if not even one image fits. `cache` is a file of the run directory: a run that is continued keeps
@@ -34,7 +34,8 @@ def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, aut
         return known, f"chunk of {known} images, as before"
     with torch.device("meta"):
         model = build_model(run)
-    per_image = bytes_per_image(model.online.backbone, run.config.crossbatch.data.image_size, device, autocast)
+    dtype = autocast_dtype(run.precision)
+    per_image = bytes_per_image(model.online.backbone, run.config.crossbatch.data.image_size, device, dtype)
     rest = batch_wide_bytes(model, run)
     free = free_bytes(device, world.local_size)
     fits = torch.tensor(int((MARGIN * free - rest) / per_image), device=device)
@@ -66,15 +67,20 @@ def remember(cache: Path, run: ResolvedConfig, chunk: int) -> None:
     write_atomically(cache, json.dumps({"chunk": chunk, "local_batch": run.local_batch}) + "\n")
 
 
-def bytes_per_image(backbone: nn.Module, image_size: int, device: torch.device, autocast) -> float:
-    """What `backbone`, given without memory, keeps for one more image (both views) until its backward pass."""
+def bytes_per_image(
+    backbone: nn.Module, image_size: int, device: torch.device, dtype: torch.dtype | None = None
+) -> float:
+    """What `backbone`, given without memory, keeps for one more image (both views) until its backward pass.
+
+    `dtype`: of autocast, None without.
+    """
     backbone = backbone.to_empty(device=device)
     for parameter in backbone.parameters():
         nn.init.constant_(parameter, 0.01)
     kept = []
     for count in (SMALL, SMALL, LARGE):  # the first call also pays for workspaces and handles
         images = torch.zeros(NUM_VIEWS * count, 3, image_size, image_size, device=device)
-        kept.append(_kept(backbone, images.to(memory_format=torch.channels_last), autocast))
+        kept.append(_kept(backbone, images.to(memory_format=torch.channels_last), dtype))
     return max((kept[2] - kept[1]) / (LARGE - SMALL), 1.0)
 
 
@@ -110,11 +116,11 @@ def free_bytes(device: torch.device, local_size: int) -> float:
     return available / local_size
 
 
-def _kept(backbone: nn.Module, images: torch.Tensor, autocast) -> float:
+def _kept(backbone: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> float:
     if images.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with autocast():
+        with autocast("cuda", dtype):
             output = backbone(images)
         output.float().sum().backward()
         backbone.zero_grad(set_to_none=True)
@@ -126,7 +132,7 @@ def _kept(backbone: nn.Module, images: torch.Tensor, autocast) -> float:
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast("cpu", dtype):
         output = backbone(images)  # alive, or its storages would be counted once for several tensors
     del output
     return float(sum(saved.values()))

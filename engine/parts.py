@@ -93,22 +93,21 @@ class StepParts:
     def _attach(self) -> None:
         step, backend = self.step, self.step.backend
         model: Any = backend.model
-        self._wrap(step, "_to_device", lambda *_: "host to device")
-        self._wrap(step, "_forward", lambda part, *_: SECOND_PASS if part == "embed" else None)
-        self._wrap(model, "embed", lambda *_: "online features")
-        self._wrap(model, "contrast", lambda *_: "batch-wide part")
-        self._wrap(backend, "backward", lambda *_: "backward")
-        self._wrap(backend, "step", lambda *_: "optimizer")
-        self._wrap(backend, "update_momentum", lambda *_: "moving average")
+        self._wrap(step, "_to_device", "host to device")
+        self._wrap(step, "_features_again", SECOND_PASS)
+        self._wrap(model, "embed", "online features")
+        self._wrap(model, "contrast", "batch-wide part")
+        self._wrap(backend, "backward", "backward")
+        self._wrap(backend, "step", "optimizer")
+        self._wrap(backend, "update_momentum", "moving average")
         self._hook(model.momentum.backbone, "momentum features")
 
-    def _wrap(self, owner: Any, name: str, part_of: Callable[..., str | None]) -> None:
-        """The method `name` of this one object, in a range of what `part_of` its arguments says."""
+    def _wrap(self, owner: Any, name: str, part: str) -> None:
+        """The method `name` of this one object, in a range."""
         method = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            part = part_of(*args)
-            if part is None or not self._free:
+            if not self._free:
                 return method(*args, **kwargs)
             with self._range(part):
                 return method(*args, **kwargs)

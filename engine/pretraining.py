@@ -24,7 +24,7 @@ from crossbatch.engine.memory import automatic_chunk, remember
 from crossbatch.engine.parts import StepParts, mean_ms
 from crossbatch.engine.profile import RunProfile, check_steps_left
 from crossbatch.engine.sharding import build_backend
-from crossbatch.engine.step import TrainStep, autocast
+from crossbatch.engine.step import TrainStep
 from crossbatch.engine.trainer import Trainer
 from crossbatch.models import Contrast
 
@@ -76,7 +76,7 @@ class Pretraining(Trainer):
         if not self.run.auto_chunk:
             return self.run.chunk
         cache = self.out / CHUNK
-        chunk, why = automatic_chunk(self.run, self.world, self.device, lambda: autocast(self.run, self.device), cache)
+        chunk, why = automatic_chunk(self.run, self.world, self.device, cache)
         if chunk < self.run.local_batch:
             self.notes.append(why)
         return chunk
@@ -126,10 +126,10 @@ class Pretraining(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         assert self.monitor is not None
-        return {"knn_top1": self.monitor.top1(self.train_step.backend, self.train_step.autocast)}
+        return {"knn_top1": self.monitor.top1(self.train_step.backend)}
 
     def recorded(self, metrics: dict) -> None:
-        if metrics.get("loss") is not None:
+        if metrics.get("loss") is not None and metrics["feature_std"] is not None:
             for alarm in self.alarms.check(metrics["loss"], metrics["feature_std"]):
                 self.log.warn(f"step {self.step}: {alarm}")
 

@@ -8,18 +8,17 @@ result is that of one chunk, but for the batch that a ResNet's norms see.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from crossbatch.data import normalize
-from crossbatch.engine.config import Resolved, ResolvedConfig
+from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.schedule import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend
 from crossbatch.models import NUM_VIEWS, Contrast, MoCo, set_num_chunks, untracked
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_LOSS_SCALE, CLEAN_STEPS = 2.0**16, 2000
 
 
@@ -35,6 +34,11 @@ class Progress:
     @staticmethod
     def start(precision: str) -> "Progress":
         return Progress(loss_scale=INITIAL_LOSS_SCALE if precision == "fp16" else 1.0)
+
+    def in_precision(self, precision: str, before: str) -> "Progress":
+        """For a run that goes on in another precision than `before`: its loss scale has to be found anew."""
+        start = Progress.start(precision)
+        return self if precision == before else replace(self, loss_scale=start.loss_scale, clean_steps=0)
 
     def finished(self, gradient_norm: float, precision: str) -> bool:
         """Counts a step, and adjusts the loss scale of fp16 as torch.amp.GradScaler does: doubled after 2000 clean steps,
@@ -69,6 +73,7 @@ class TrainStep:
         self.seed = run.config.crossbatch.seed
         self.chunks = -(-run.local_batch // chunk)
         assert isinstance(backend.model, MoCo)
+        backend.model.autocast_dtype = autocast_dtype(run.precision)
         self.backbone = backend.model.online.backbone
         for backbone in (self.backbone, backend.model.momentum.backbone):
             set_num_chunks(backbone, self.chunks)
@@ -91,32 +96,30 @@ class TrainStep:
         return contrast, gradient_norm
 
     def _in_one_chunk(self, views: torch.Tensor) -> Contrast:
-        contrast = self._forward("loss", self._to_device(views), self.progress.step, self.seed)
+        contrast = self.backend("loss", self._to_device(views), self.progress.step, self.seed)
         self.backend.backward(contrast.loss, self.progress.loss_scale)
         return contrast
 
     def _in_chunks(self, views: torch.Tensor) -> Contrast:
         """Forward and backward of the same, with the activations of one chunk in memory at a time."""
         *earlier, last = views.tensor_split(self.chunks, dim=1)
-        features = [self._forward("features", self._to_device(chunk), False) for chunk in earlier]
-        features.append(self._forward("features", self._to_device(last), True))
+        features = [self.backend("features", self._to_device(chunk), False) for chunk in earlier]
+        features.append(self.backend("features", self._to_device(last), True))
         online, momentum = (_join(parts) for parts in zip(*features, strict=True))
         online = online.detach().requires_grad_()
-        contrast = self._forward("contrast", online, momentum, self.progress.step, self.seed)
+        contrast = self.backend("contrast", online, momentum, self.progress.step, self.seed)
         self.backend.backward(contrast.loss, self.progress.loss_scale, more=True)
         assert online.grad is not None
         *gradients, last_gradient = online.grad.unflatten(0, (NUM_VIEWS, -1)).tensor_split(self.chunks, dim=1)
         self._backward_features(features[-1][0], last_gradient, more=True)
         with untracked(self.backbone):
             for number, (chunk, gradient) in enumerate(zip(earlier, gradients, strict=True), start=1):
-                again = self._forward("embed", self._to_device(chunk))
+                again = self._features_again(self._to_device(chunk))
                 self._backward_features(again, gradient, more=number < len(earlier))
         return contrast
 
-    def _forward(self, part: str, *args):
-        # One autocast a call: it would remember weights that it cast without gradient.
-        with self.autocast():
-            return self.backend(part, *args)
+    def _features_again(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backend("embed", images)
 
     def _backward_features(self, features: torch.Tensor, gradient: torch.Tensor, more: bool) -> None:
         """Back-propagates `gradient`, [V, m, C] and scaled, from `features`, [V*m, C]."""
@@ -124,9 +127,6 @@ class TrainStep:
         # In fp32, where taking out the scale (a power of two) and putting it in again changes no bit.
         surrogate = (features.float() * (gradient.float() / scale).flatten(0, 1)).sum()  # whose gradient is `gradient`
         self.backend.backward(surrogate, scale, more)
-
-    def autocast(self):
-        return autocast(self.run, self.device)
 
     def learning_rate(self, updates: int) -> float:
         schedule = self.run.config.crossbatch.schedule
@@ -140,14 +140,9 @@ class TrainStep:
 
     def _to_device(self, views: torch.Tensor) -> torch.Tensor:
         """uint8 [2, n, 3, H, W] -> normalised fp32 [2n, 3, H, W], both views in one tensor, view-major."""
-        images = views.to(self.device, non_blocking=True).flatten(0, 1)
+        # View by view: of a chunk, only each view is one piece of (pinned) memory that can be copied as it is.
+        images = torch.cat([view.to(self.device, non_blocking=True) for view in views])
         return normalize(images).to(memory_format=torch.channels_last)
-
-
-def autocast(run: Resolved, device: torch.device) -> torch.autocast:
-    """The precision of forward passes."""
-    dtype = AUTOCAST.get(run.precision)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def _join(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

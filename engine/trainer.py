@@ -232,7 +232,9 @@ class Trainer(ABC):
             self.candidates, backend, self._config(), self.order.size, self.allow_change, type(self.run.config)
         )
         if resumed:
-            self.train_step.progress = Progress(**resumed.manifest.progress)
+            self.train_step.progress = Progress(**resumed.manifest.progress).in_precision(
+                self.run.precision, before=resumed.config["crossbatch"]["precision"]
+            )
         self.nonfinite = NonFiniteSteps(backend.model)
         return resumed
 
@@ -311,7 +313,7 @@ class Trainer(ABC):
             "skipped_steps": progress.step - progress.updates,
             **self.clock.reading(self.run.config.train_batch_size),
             **({"stage_ms": stages} if stages else {}),
-            **_sections(mean),
+            **_sections({name: value if math.isfinite(value) else None for name, value in mean.items()}),
             "skipped_images": self.skipped_before + round(skipped_mean * self.world.size),
         }
 
@@ -402,7 +404,7 @@ class Trainer(ABC):
         return {**config, "train_micro_batch_size_per_gpu": self.chunk}
 
 
-def _sections(values: dict[str, float]) -> dict[str, Any]:
+def _sections(values: dict[str, float | None]) -> dict[str, Any]:
     """{"a": 1, "b/c": 2} -> {"a": 1, "b": {"c": 2}}."""
     nested: dict[str, Any] = {}
     for path, value in values.items():

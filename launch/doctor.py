@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crossbatch.data import choose_backend
-from crossbatch.engine.config import Device, choose_precision, resolve_precision
+from crossbatch.engine.config import Device, autocast_dtype, choose_precision, resolve_precision
 from crossbatch.models.batchformer import dispatch
 
 
@@ -69,7 +69,7 @@ def stages(device: Device) -> list[tuple[str, str, str]]:
 def batchformer(device: Device) -> tuple[str, str]:
     """Its kernel at dropout 0.5, and why no other; for groups of 256 of a ResNet-50, 512 features a head."""
     capability = torch.cuda.get_device_capability() if device.type == "cuda" else None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[resolve_precision("auto", device)]
+    dtype = autocast_dtype(resolve_precision("auto", device)) or torch.float32
     chosen, why = dispatch.explain("auto", dispatch.Situation(device.type, capability))
     passes = "Triton" if device.type == "cuda" else "torch, block by block"
     path = f"fused ({passes}), scores in tiles" if chosen == "fused" else chosen

@@ -1,6 +1,7 @@
 """What `pretrain.py` and `finetune.py` do once their configuration is resolved."""
 
 import argparse
+import os
 from collections.abc import Callable
 
 from crossbatch import InputError
@@ -28,6 +29,8 @@ def train(
         )
     out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, name))
     timeout_s, device = run.config.crossbatch.watch.timeout_s, run.device
+    # NCCL would end a process whose peer is gone, with SIGABRT; `Watch` does, and names the peer.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if run.config.crossbatch.deterministic:
         make_deterministic()
     with process_group(world, device.type, run.threads, timeout_s) as torch_device, Watch(world, timeout_s) as watch:

@@ -10,7 +10,7 @@ from crossbatch.models.collective import Collective
 from crossbatch.models.loss import chance_loss, contrastive_loss
 from crossbatch.models.moco import NUM_VIEWS, Contrast, MoCo
 from crossbatch.models.norm import set_num_chunks, untracked
-from crossbatch.models.trainable import Trainable
+from crossbatch.models.trainable import Trainable, autocast
 
 __all__ = [
     "ARCHS",
@@ -20,6 +20,7 @@ __all__ = [
     "Contrast",
     "MoCo",
     "Trainable",
+    "autocast",
     "build_backbone",
     "chance_loss",
     "contrastive_loss",

@@ -5,10 +5,19 @@ addresses and sizes; so the parameters must stay where they are, nothing may tal
 to step (features, and the words of the dropout masks) comes in tensors.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# While it captures: the loader prepares images on the same GPU. Newer versions of torch can be told.
+_LOOK_AT_THIS_THREAD_ONLY: dict[str, Any] = (
+    {"capture_error_mode": "thread_local"}
+    if "capture_error_mode" in inspect.signature(torch.cuda.make_graphed_callables).parameters
+    else {}
+)
 
 Part = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,7 +39,7 @@ def captured(parts: Sequence[nn.Module], features: Sequence[Tensor], words: Sequ
         device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
     )
     with autocast:
-        graphs = torch.cuda.make_graphed_callables(tuple(parts), samples)
+        graphs = torch.cuda.make_graphed_callables(tuple(parts), samples, **_LOOK_AT_THIS_THREAD_ONLY)
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
     return graphs  # pyright: ignore[reportReturnType]

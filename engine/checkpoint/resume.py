@@ -24,6 +24,7 @@ class Resumed:
 
     checkpoint: Path
     manifest: Manifest
+    config: dict[str, Any]  # of the run as it was saved, resolved
     passed_over: list[str]
 
 
@@ -60,7 +61,7 @@ def resume(
             if not errors:
                 backend.loaded(manifest.progress["updates"])
                 _restore_random_state(checkpoint, manifest)
-                return Resumed(checkpoint, manifest, passed_over)
+                return Resumed(checkpoint, manifest, saved, passed_over)
         passed_over.append(f"passed over {checkpoint}: {errors[0]}")
     if candidates:
         raise InputError(

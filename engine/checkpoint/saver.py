@@ -70,6 +70,7 @@ class Saver:
             error = None
             try:
                 if copied is not None:
+                    torch.cuda.set_device(copied.device)  # a new thread is on GPU 0, and would take memory there
                     copied.synchronize()
                 write(self.folder, self._host, manifest, config, self.keep, self._group, self.token)
             except (CheckpointException, Exception) as raised:

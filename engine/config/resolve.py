@@ -191,6 +191,11 @@ def choose_precision(given: str, device: Device) -> tuple[str, str]:
     return ("bf16", f"{device.name} has bf16") if device.has_bf16 else ("fp16", f"{device.name} has no bf16")
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What forward passes compute in; None: in that of the parameters, fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
 def resolve_precision(given: str, device: Device) -> str:
     """`choose_precision` without the reason."""
     return choose_precision(given, device)[0]

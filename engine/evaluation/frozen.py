@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from crossbatch import InputError
+from crossbatch.engine.config import autocast_dtype
 from crossbatch.engine.config.probe import FrozenModelConfig
 from crossbatch.engine.evaluation.pretrained import Pretrained, load_pretrained
-from crossbatch.engine.step import AUTOCAST
+from crossbatch.models import autocast
 
 
 class Frozen:
@@ -17,14 +18,12 @@ class Frozen:
     def __init__(self, pretrained: Pretrained, device: torch.device, precision: str = "fp32"):
         self.backbone: nn.Module = pretrained.backbone.to(device).eval().requires_grad_(False)
         self.num_features = pretrained.backbone.num_features
-        self._autocast = torch.autocast(
-            device.type, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST
-        )
+        self._dtype = autocast_dtype(precision)
         self.fingerprint = fingerprint(self.backbone)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        with self._autocast:
+        with autocast(images.device.type, self._dtype):
             return self.backbone(images)
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ whole bank, and the result is the same on all of them.
 Shapes: M queries, N bank images of a rank, C features, K neighbours, W ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,12 +113,11 @@ class KnnMonitor:
         bank = min(len(train), self.settings.knn_images)
         self.bank_indices = np.arange(bank) * len(train) // bank
 
-    def top1(self, backend: Backend, autocast: Callable) -> float:
+    def top1(self, backend: Backend) -> float:
         """Percent of evaluation images whose heaviest class is right; every rank must call it and gets the same number."""
 
         def embed(images: torch.Tensor) -> torch.Tensor:
-            with autocast():
-                return backend("embed", images)
+            return backend("embed", images)
 
         backend.model.eval()
         bank = extract(embed, self.train, self.bank_indices, self.reading, self.collective)

@@ -35,8 +35,9 @@ class FsdpBackend(Backend):
         shape = (run.world_size, 1) if stage == 0 else (1, run.world_size)
         mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
         mesh = mesh if stage == 0 else mesh["shard"]
-        for module in (*model.units(), model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3)
+        self._wrapped = [
+            fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3) for module in (*model.units(), model)
+        ]
         self.optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
 
     def __call__(self, *args, **kwargs) -> Any:
@@ -71,9 +72,11 @@ class FsdpBackend(Backend):
         return local(parameter.detach())
 
     def parameters_held(self) -> dict[str, Held]:
+        self._reshard()
         return {name: _held(parameter) for name, parameter in self.model.named_parameters()}
 
     def optimizer_held(self) -> dict[str, dict[str, Held]]:
+        self._reshard()
         held = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -83,6 +86,11 @@ class FsdpBackend(Backend):
 
     def loaded(self, updates: int) -> None:
         set_step_count(self.optimizer, updates)
+
+    def _reshard(self) -> None:
+        """Stages 0-2 leave gathered what no backward pass followed (evaluation); the optimizer knows the shards."""
+        for module in self._wrapped:
+            module.reshard()
 
 
 def _held(tensor: torch.Tensor) -> Held:

@@ -57,7 +57,7 @@ class ZeroBackend(Backend):
             with self.engine.no_sync() if more else contextlib.nullcontext():
                 self.engine.backward(loss * scale)
             return
-        if scale != 1:
+        if scale != self.optimizer.loss_scale:
             self.optimizer.override_loss_scale(scale)
         if more and self._exchange is None:
             self._exchange = contextlib.ExitStack()

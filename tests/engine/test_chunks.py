@@ -1,6 +1,5 @@
 """One batch whatever fits: chunks, ranks and checkpointed activations give the same losses, weights and statistics."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -216,7 +215,7 @@ def automatic(out: str, free: float, overrides: list[str]) -> int:
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *LARGE, *VIT, *overrides]), world.size, Device("cpu"))
     with mock.patch.object(memory, "free_bytes", lambda *_: free * (1 + world.rank)):
-        chunk, _ = memory.automatic_chunk(run, world, torch.device("cpu"), contextlib.nullcontext, Path(out))
+        chunk, _ = memory.automatic_chunk(run, world, torch.device("cpu"), Path(out))
     return chunk
 
 
@@ -227,7 +226,7 @@ def test_the_chunk_follows_the_memory_of_the_poorest_rank(tmp_path, pools):
     with torch.device("meta"):
         model = build_model(run)
     rest = memory.batch_wide_bytes(model, run)
-    each = memory.bytes_per_image(model.online.backbone, 16, torch.device("cpu"), contextlib.nullcontext)
+    each = memory.bytes_per_image(model.online.backbone, 16, torch.device("cpu"))
     assert each > 2 * 17 * 24 * 4 * 10  # views x tokens x width x bytes x ten activations at the very least
     for room in (7.5, 11.5, 40.0):
         cache = tmp_path / f"{room}.json"

@@ -3,6 +3,8 @@
 import copy
 import math
 from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ import torch
 from crossbatch.data import normalize
 from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.distributed import GroupCollective
+from crossbatch.engine.distributed import GroupCollective, world_from_environment
 from crossbatch.engine.optimizers import build_optimizer, parameter_groups
 from crossbatch.engine.schedule import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend, Held
 from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
 from crossbatch.models import MoCo
+from tests.engine.test_equivalence import BASE, LARS, RESNET, zero
 
 STEPS_PER_EPOCH = 2
 
@@ -139,6 +142,36 @@ def test_autocast_lowers_the_forward_pass_but_not_the_state(run):
     assert seen == [torch.bfloat16]
     assert contrast.loss.dtype == torch.float32
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_deepspeed_leaves_the_precision_alone(tmp_path, one_rank, stage):
+    """It switches off an autocast of its accelerator that its engine is called in."""
+    one_rank.run(lowered_under_deepspeed, str(tmp_path), stage)
+
+
+def lowered_under_deepspeed(out: str, stage: int) -> None:
+    import deepspeed.runtime.torch_autocast  # noqa: F401
+
+    from crossbatch.engine.pretraining import Pretraining
+
+    precise = [*BASE, *RESNET, *LARS, *zero(stage), "crossbatch.precision=bf16"]
+    run = resolve(load_config(None, precise), 1, Device("cpu"))
+    seen, asked = [], torch.is_autocast_enabled
+    trainer = Pretraining(run, world_from_environment(), torch.device("cpu"), Path(out), "none", 1)
+    backbone = trainer.train_step.backbone
+    backbone.layer1.register_forward_hook(lambda *call: seen.append(call[-1].dtype))  # pyright: ignore
+    # Without an argument it answers for CUDA; as if this CPU were that.
+    with mock.patch("torch.is_autocast_enabled", lambda device_type="cpu": asked(device_type)):
+        trainer.train()
+    assert seen == [torch.bfloat16]
+
+
+def test_another_precision_finds_its_loss_scale_anew():
+    progress = Progress(step=9, updates=8, loss_scale=2.0**9, clean_steps=5)
+    assert progress.in_precision("fp16", before="fp16") == progress
+    assert progress.in_precision("bf16", before="fp16") == Progress(9, 8, 1.0, 0)
+    assert Progress(9, 9).in_precision("fp16", before="bf16") == Progress(9, 9, 2.0**16, 0)
 
 
 def test_overflow_skips_the_step_and_halves_the_loss_scale(run):

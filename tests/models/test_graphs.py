@@ -39,7 +39,7 @@ def test_capturing_changes_nothing(monkeypatch):
     """The stand-in warms up as torch does: forward and backward of every part, three times."""
     warmed_up = []
 
-    def stand_in(parts, samples):
+    def stand_in(parts, samples, **more):
         assert not torch.is_autocast_cache_enabled()
         for part, (features, words) in zip(parts, samples, strict=True):
             assert features.is_leaf and words.dtype == torch.int32
