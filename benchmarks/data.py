@@ -19,6 +19,7 @@ from benchmarks.harness import Effort, Row, summarise
 from benchmarks.plain import plain_loader, write_jpegs
 from crossbatch.data import BACKENDS, Order, TrainLoader, moco_v3_views, open_source
 from crossbatch.data.backends import has_dali
+from crossbatch.engine.config import usable_cores
 
 SIZE = 224
 BASELINE = "torchvision's ImageFolder and DataLoader"
@@ -34,7 +35,7 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
 
 
 def _speed(root: Path, effort: Effort, folder: str) -> list[Row]:
-    workers, batch = os.cpu_count() or 1, effort.pick(16, 64, 64)
+    workers, batch = usable_cores(), effort.pick(16, 64, 64)
     settings = {"workers": workers, "batch": batch, "size": SIZE, "folder": folder}
     starts: dict[str, Callable[[], Iterator]] = {BASELINE: lambda: iter(plain_loader(root, SIZE, batch, workers))}
     for backend in backends():
@@ -92,11 +93,17 @@ def _endless(loader: TrainLoader) -> Generator[Any, None, None]:
 
 
 def _resident_mib() -> float:
-    """Of this process and its children, by the proportional set size: shared pages count once."""
-    me = os.getpid()
-    processes = [me, *(int(child) for child in Path(f"/proc/{me}/task/{me}/children").read_text().split())]
+    """Of this process and all that descend from it, by the proportional set size: shared pages count once."""
     kib = 0.0
-    for process in processes:
+    for process in _family(os.getpid()):
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         kib += next(float(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return kib / 1024
+
+
+def _family(process: int) -> list[int]:
+    """Workers may be children of a forkserver, and any thread may have started one."""
+    children = [
+        int(child) for file in Path(f"/proc/{process}/task").glob("*/children") for child in file.read_text().split()
+    ]
+    return [process, *(member for child in children for member in _family(child))]

@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     parts = Parts(out, time.monotonic() + 60 * given.minutes - 5)  # what starting and stopping takes
     python = [sys.executable, "-m"]
+    # Also for what the tests start: crossbatch need not be installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     parts.command("machine", [sys.executable, "launch/doctor.py"], 60)
     parts.command("tests", [*python, "pytest", "-m", "gpu", "-q"], TESTS_SHARE * 60 * given.minutes)
     for stage in given.stages:

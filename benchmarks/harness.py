@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from crossbatch.engine.config import usable_cores
+
 VERSION = 2  # of a row; rows without one are version 1, which had no time, effort, clocks and peak_mib
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy")
 _CLOCKS = {"clocks.sm": "sm_mhz", "clocks.max.sm": "max_sm_mhz", "clocks.mem": "memory_mhz", "power.limit": "power_w"}
@@ -186,7 +188,7 @@ def machine() -> dict[str, Any]:
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+    return {"cpu": cpu, "cores": usable_cores(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
 def clocks() -> dict[str, Any]:
@@ -224,12 +226,13 @@ def origin() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
         commit = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         ).stdout
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]  # where these very rows go
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {"versions": versions, "commit": None}
     return {"versions": versions, "commit": commit.strip() + ("+changes" if changed.strip() else "")}

@@ -167,14 +167,19 @@ def _turn(r, g, b, hue):
     """Through HSV with bytes for h, s and v (a circle has 255 steps, as in PIL)."""
     high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     chroma = tl.maximum(high - low, 1.0)
-    from_red, from_green, from_blue = (high - r) / chroma, (high - g) / chroma, (high - b) / chroma
+    # div_rn: the quotients land on whole numbers, which plain division on a GPU may miss by a bit.
+    from_red, from_green, from_blue = (
+        tl.div_rn(high - r, chroma),
+        tl.div_rn(high - g, chroma),
+        tl.div_rn(high - b, chroma),
+    )
     h = tl.where(
         r == high, from_blue - from_green, tl.where(g == high, 2 + from_red - from_blue, 4 + from_green - from_red)
     )
-    h = h / 6 + 1
+    h = tl.div_rn(h, 6.0) + 1
     h = tl.where(high > low, tl.floor((h - tl.floor(h)) * 255), 0.0) + hue
-    h = tl.where(h >= 256, h - 256, h) * 6 / 255
-    s = tl.floor((high - low) / tl.maximum(high, 1.0) * 255) / 255
+    h = tl.div_rn(tl.where(h >= 256, h - 256, h) * 6, 255.0)
+    s = tl.div_rn(tl.floor(tl.div_rn(high - low, tl.maximum(high, 1.0)) * 255), 255.0)
     sector = tl.floor(h)
     part = h - sector
     p = tl.floor(high * (1 - s) + 0.5)

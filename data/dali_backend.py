@@ -200,6 +200,7 @@ def _graph(num_views: int, image_size: int, device: str):
         output_type=dali.types.RGB,
         adjust_orientation=False,
         hw_decoder_load=_HARDWARE_SHARE,
+        jpeg_fancy_upsampling=True,  # as PIL's decoder does; a GPU's would take the nearest chroma value
     )
     return tuple(
         dali.fn.resize(

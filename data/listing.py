@@ -9,6 +9,7 @@ lists and writes anew.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import tempfile
@@ -82,7 +83,7 @@ def save(file: Path, arrays: Arrays):
 
 
 def load(file: Path) -> Arrays:
-    """What `save` wrote. Raises FileNotFoundError, and ValueError for a file that is anything else or damaged."""
+    """What `save` wrote. Raises OSError if it cannot be read, and ValueError for a file that is anything else or damaged."""
     try:
         with zipfile.ZipFile(file) as archive:
             # All checksums first: numpy would allocate whatever a damaged header claims.
@@ -90,9 +91,12 @@ def load(file: Path) -> Arrays:
                 raise ValueError("damaged")
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise
     except Exception as error:  # zipfile parses in plain Python: damage may raise anything
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # None: zipfile's; EINVAL: a seek to nowhere
+            raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from crossbatch.data import counter
-from crossbatch.data.decode import decode
+from crossbatch.data.decode import BrokenImage, decode
 from crossbatch.data.shard_index import write_index
 from crossbatch.data.sources import Source
 
@@ -29,7 +29,7 @@ class Written:
 
     shards: int = 0
     images: int = 0
-    skipped: list[str] = field(default_factory=list)  # names of the images that could not be read, with the reason
+    skipped: list[str] = field(default_factory=list)  # names of the images that are broken, with the reason
 
 
 def write_shards(
@@ -42,8 +42,9 @@ def write_shards(
     """Write `source` to `folder`/NAME-000000.tar, ..., NAME being that of `folder`, and index.npz; complete or not at all.
 
     The same source and seed give the same bytes. `advance` is called with the number of images done since the last call.
-    Images that are no image at all, or cannot be read, are left out; damage further in shows only where they are decoded.
-    Raises OSError if `folder` exists or cannot be written.
+    Images that are no image at all are left out; damage further in shows only where they are decoded. Raises OSError if
+    `folder` exists or cannot be written, and for an image that cannot be read: a disk that is gone must not make the data
+    set smaller.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists")
@@ -77,7 +78,7 @@ def _readable(
         try:
             encoded = source.read(index)
             yield int(source.labels[index]), *_storable(encoded)
-        except OSError as error:
+        except BrokenImage as error:
             written.skipped.append(f"{source.name(index)}: {error}")
         advance(1)
 

@@ -2,6 +2,7 @@
 
     config/       what a recipe says, checked and resolved
     distributed   processes, ranks, collectives; the only reader of the environment
+    images        those of a run, the same on all ranks
     build, step   configuration -> model; one optimizer step, cut at the features
     optimizers/   LARS and AdamW, meaning the same under every sharding
     sharding/     DeepSpeed ZeRO and FSDP2 behind one interface

@@ -58,9 +58,12 @@ def may_be_restarted() -> bool:
 def process_group(world: World, device_type: str, threads: int = 1, timeout_s: float = 1800) -> Iterator[torch.device]:
     """Joins the ranks (NCCL on GPUs, gloo on CPUs) and yields this rank's device; leaves the group at the end.
 
-    On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise. A collective fails after `timeout_s`; NCCL, which then
-    ends the process, a minute later, so that `engine.watch` can say whose fault it is.
+    On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise. A collective fails after `timeout_s`; NCCL, which
+    by itself then ends the process, a minute later, so that `engine.watch` can say whose fault it is.
+
+    Raises InputError if srun or mpirun started several processes of which none knows of the others.
     """
+    _require_launcher()
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -86,6 +89,15 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
             dist.destroy_process_group()
         raise  # else not: the others may be gone, and leaving the group would wait for them
     dist.destroy_process_group()
+
+
+def _require_launcher() -> None:
+    for started in () if "RANK" in os.environ else ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if int(os.environ.get(started, "1")) > 1:
+            raise InputError(
+                f"{started}={os.environ[started]}, but no RANK: this command was started {os.environ[started]} times, each as "
+                f"a run of its own; start torchrun once a node instead: it starts a rank per GPU (see launch/pretrain.slurm)"
+            )
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:
@@ -205,6 +217,21 @@ def on_main(function: Callable[[], T]) -> T:
     result, error = broadcast_object((result, error))
     if error is not None:
         raise InputError(error)
+    return result  # pyright: ignore[reportReturnType]
+
+
+def on_every_rank(function: Callable[[], T]) -> T:
+    """Calls `function` on every rank and gives each its own result; what is wrong input on one of them, all raise."""
+    result, error = None, None
+    try:
+        result = function()
+    except InputError as raised:
+        error = str(raised)
+    errors: list[str | None] = [error] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise InputError(error if len(set(errors)) == 1 else f"rank {rank}: {error}")
     return result  # pyright: ignore[reportReturnType]
 
 

@@ -15,14 +15,17 @@ from timm.data.random_erasing import RandomErasing
 from torch.nn import functional as F
 
 from crossbatch import InputError
-from crossbatch.data import Batch, Order, TrainLoader, ViewRecipe, normalize, prepare
+from crossbatch.data import Batch, Order, TrainLoader, ViewRecipe, normalize
+from crossbatch.engine.checkpoint import Resumed, write_atomically
 from crossbatch.engine.config import ResolvedFinetune, autocast_dtype
-from crossbatch.engine.distributed import GroupCollective, on_main
-from crossbatch.engine.evaluation.features import Reading, extract, gathered, labelled_sources
+from crossbatch.engine.distributed import GroupCollective
+from crossbatch.engine.evaluation.features import Reading, extract, gathered
+from crossbatch.engine.evaluation.frozen import fingerprint
 from crossbatch.engine.evaluation.pictures import confusion_counts, confusion_matrix, curves
 from crossbatch.engine.evaluation.pretrained import Pretrained, load_pretrained
 from crossbatch.engine.evaluation.report import draw, write_results
 from crossbatch.engine.faults import blame
+from crossbatch.engine.images import labelled_images
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.schedule import finetuning_rate
 from crossbatch.engine.sharding import Backend, build_backend
@@ -104,6 +107,9 @@ class FinetuneStep:
         return (inputs, labels) if self.mix is None else self.mix(inputs, labels)
 
 
+START = "started_from.json"  # in the run directory
+
+
 class FineTuning(Trainer):
     """From the weights in `crossbatch.model.checkpoint`."""
 
@@ -112,14 +118,11 @@ class FineTuning(Trainer):
 
     def open_data(self) -> tuple[Order, TrainLoader]:
         data, world = self.ours.data, self.world
-        path, cache = data.path, self.out / "data_index"
-        if path is not None:
-            on_main(lambda: prepare(path, cache=cache))
-        self.source, self.evaluation = labelled_sources(path, cache)
+        self.source, self.evaluation = labelled_images(data.path, self.out / "data_index")
         pretrained = self._pretrained()
         self.run = _with_network(self.run, pretrained)
         self.ours = self.run.config.crossbatch
-        self.loaded = pretrained.summary()
+        self.loaded, self.start = pretrained.summary(), fingerprint(pretrained.backbone)
         self.notes.append(str(pretrained))
         different = self.run.config.train_batch_size // data.repeats
         order = Order(self.ours.seed, len(self.source), different, world.size, world.rank)
@@ -138,6 +141,24 @@ class FineTuning(Trainer):
     def count_steps(self) -> int:
         """An epoch is as many crops as there are images, however often each of them comes (Hoffer et al., 2020)."""
         return max(1, len(self.source) // self.run.config.train_batch_size)
+
+    def _build(self, chunk: int) -> Resumed | None:
+        """Also keeps in START what was loaded: a run that is continued must not be told of other weights."""
+        resumed = super()._build(chunk)
+        kept = self.out / START
+        if resumed is None:
+            if self.world.is_main:
+                write_atomically(kept, json.dumps({"fingerprint": self.start, "loaded": self.loaded}, indent=2) + "\n")
+            return None
+        kept = resumed.checkpoint.parents[1] / START
+        before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"fingerprint": self.start}
+        if before["fingerprint"] != self.start and "crossbatch.model.checkpoint" not in self.allow_change:
+            raise InputError(
+                f"--resume {resumed.checkpoint}: started from other weights, {before['loaded']}; give --checkpoint as then, "
+                f"choose another --out, or accept it with --allow-change crossbatch.model.checkpoint"
+            )
+        self.loaded = before.get("loaded", self.loaded)
+        return resumed
 
     def build_step(self, chunk: int) -> FinetuneStep:
         backbone, settings = self._pretrained().backbone, self.ours.finetune
@@ -204,7 +225,7 @@ class FineTuning(Trainer):
         results = {
             "command": "finetune",
             **self.scores[-1][1],
-            "step": self.step,
+            "step": self.scores[-1][0],
             "best_top1": best["top1"],
             "best_step": best["step"],
             "images": len(self.evaluation),
@@ -213,7 +234,7 @@ class FineTuning(Trainer):
         }
         write_results(self.out, results)
         counts = confusion_counts(*self.last_predictions, len(names))
-        figures = {"confusion": confusion_matrix(counts, names, f"fine-tuned, step {self.step}")}
+        figures = {"confusion": confusion_matrix(counts, names, f"fine-tuned, step {self.scores[-1][0]}")}
         if len(scored) > 1:
             top1 = {SCORES[name]: [line[name] for line in scored] for name in self.scores[-1][1]}
             figures["accuracy"] = curves(top1, [round(line["epoch"]) for line in scored], "fine-tuning")

@@ -8,6 +8,8 @@
 The projector is `fc` of a ResNet and `head` of a ViT. With BatchFormer, layer 0 of the projectors is the BatchFormer: the
 others move up by one, and its weights are stored three times. A parameter that is stored more than once has the position of
 its first name. There is no configuration in such a file: it must be given, as the recipe or the originals' flags.
+
+The originals move the average of the momentum encoder at the start of a step, we at its end: theirs has made one move less.
 """
 
 from dataclasses import asdict
@@ -46,6 +48,7 @@ def import_file(file: Path, run: ResolvedConfig, images: int, out: Path) -> list
         raise InputError(f"--out {out}: already holds a run; choose another folder")
     theirs = _read(file)
     model = _on_meta(run)
+    _check_mode(model, "crossbatch.batchformer.mode")
     head, notes = _head(run), []
     _check_model(file, theirs, model, run)
     state_dict = theirs["state_dict"]
@@ -90,15 +93,9 @@ def export_file(source: Path, file: Path) -> list[str]:
         parts = {part: checkpoint.read(found, f"{part}.") for part in ("parameters", "buffers", "optimizer")}
     except Unreadable as error:
         raise InputError(f"--checkpoint {found}: {error}") from None
-    run = resolve(
-        parse_config({k: v for k, v in config.items() if k != "world_size"}), config["world_size"], Device("cpu")
-    )
+    run = _resolved_anywhere(config)
     model = _on_meta(run)
-    if model.momentum.batchformer is not None:
-        raise InputError(
-            f"--checkpoint {found}: crossbatch.batchformer.mode is ema; a moco-v3 file has one BatchFormer for both encoders; "
-            f"allowed: trained, released"
-        )
+    _check_mode(model, f"--checkpoint {found}: crossbatch.batchformer.mode")
     head = _head(run)
     tensors = parts["parameters"] | parts["buffers"]
     state_dict = {theirs: tensors[ours] for ours in _in_their_order(model) for theirs in their_names(ours, head, model)}
@@ -141,6 +138,17 @@ def their_names(name: str, head: str, model: MoCo) -> list[str]:
     return [f"module.{ENCODERS[part]}.{head}.{int(layer) + shift}.{rest}"]
 
 
+def _resolved_anywhere(config: dict[str, Any]) -> ResolvedConfig:
+    """The run that a checkpoint is of, without what its machine had and this one may lack: weights do not depend on it."""
+    here = {name: value for name, value in config.items() if name != "world_size"}
+    ours = here["crossbatch"]
+    here["crossbatch"] = ours | {
+        "data": ours["data"] | {"backend": "auto"},
+        "model": ours["model"] | {"cuda_graph": False},
+    }
+    return resolve(parse_config(here), config["world_size"], Device("cpu"))
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +158,13 @@ def _read(file: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{file}: is no checkpoint of moco-v3 or BatchFormer: it has no {', '.join(missing)}")
     return content
+
+
+def _check_mode(model: MoCo, where: str) -> None:
+    if model.momentum.batchformer is not None:
+        raise InputError(
+            f"{where} is ema; a moco-v3 file has one BatchFormer for both encoders; allowed: trained, released"
+        )
 
 
 def _check_model(file: Path, theirs: dict[str, Any], model: MoCo, run: ResolvedConfig) -> None:

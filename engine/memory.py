@@ -2,7 +2,8 @@
 
 A backbone of its own (unsharded, outside of the sharding backend) is run on 2 and on 4 images; the difference is what two
 images keep for their backward pass. On a GPU that is the peak of the allocator, on a CPU the tensors that autograd saves.
-What is free, less what the batch-wide part and the optimizer will take and less a margin, divided by it is the chunk.
+What is free, less what the parameters, the optimizer, the batch-wide part and the loader will take and less a margin, divided
+by it is the chunk.
 """
 
 import json
@@ -85,17 +86,25 @@ def bytes_per_image(
 
 
 def batch_wide_bytes(model: MoCo, run: ResolvedConfig) -> float:
-    """An upper estimate of what is there once: fp32 gradients and optimizer state, heads, BatchFormer and keys.
+    """An upper estimate of what is there once: fp32 parameters, gradients, optimizer state, heads, BatchFormer, keys, images.
 
     Per stream of a view: about six activations of the heads' hidden width for the local batch, and three copies of the
     keys of the global batch (normalised, gathered, in order). Scores and logits exist in small tiles only.
     """
     ours = run.config.crossbatch
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = sum(p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())
     streams = NUM_VIEWS * (2 if model.batchformer is not None else 1)
     heads = streams * run.local_batch * 6 * max(ours.model.mlp_dim, model.online.backbone.num_features)
     keys = 3 * streams * run.config.train_batch_size * ours.model.dim
-    return 4.0 * (3 * trainable + heads + keys)
+    return 4.0 * (state + heads + keys) + loader_bytes(run)
+
+
+def loader_bytes(run: ResolvedConfig) -> float:
+    """On a GPU that DALI decodes on: a batch in use, one ready, and one being filled. (Others hand over from host memory.)"""
+    ours = run.config.crossbatch
+    if run.device.type != "cuda" or ours.data.backend != "dali":
+        return 0.0
+    return 3.0 * NUM_VIEWS * run.local_batch * 3 * ours.data.image_size**2
 
 
 def free_bytes(device: torch.device, local_size: int) -> float:

@@ -5,21 +5,13 @@ from typing import Any
 import torch
 from torchvision.utils import make_grid
 
-from crossbatch import InputError
-from crossbatch.data import (
-    Batch,
-    Order,
-    TrainLoader,
-    has_evaluation_split,
-    moco_v3_views,
-    open_source,
-    prepare,
-)
+from crossbatch.data import Batch, Order, TrainLoader, moco_v3_views
 from crossbatch.engine.build import build_model
 from crossbatch.engine.config import ResolvedConfig
-from crossbatch.engine.distributed import GroupCollective, on_main
+from crossbatch.engine.distributed import GroupCollective
 from crossbatch.engine.evaluation.knn import KnnMonitor
 from crossbatch.engine.faults import Alarms, blame
+from crossbatch.engine.images import training_images
 from crossbatch.engine.memory import automatic_chunk, remember
 from crossbatch.engine.parts import StepParts, mean_ms
 from crossbatch.engine.profile import RunProfile, check_steps_left
@@ -48,18 +40,13 @@ class Pretraining(Trainer):
 
     def open_data(self) -> tuple[Order, TrainLoader]:
         data = self.ours.data
-        path = data.path
-        if path is None:
-            raise InputError("crossbatch.data.path: not given; allowed: a folder with train/; give it with --data DIR")
-        cache = self.out / "data_index"
-        on_main(lambda: prepare(path, cache=cache))
-        source = open_source(path, "train", cache=cache)
+        source, evaluation = training_images(data.path, self.out / "data_index")
         batch, seed = self.run.config.train_batch_size, self.ours.seed
         order = Order(seed, len(source), batch, self.world.size, self.world.rank, data.shuffle_window)
         self.alarms = Alarms(self.ours.watch)
         self.monitor = None
-        if self.ours.evaluate.knn_every_epochs and has_evaluation_split(path):
-            self.monitor = KnnMonitor(self.run, source, open_source(path, "eval", cache=cache), self.device)
+        if self.ours.evaluate.knn_every_epochs and evaluation is not None:
+            self.monitor = KnnMonitor(self.run, source, evaluation, self.device)
         loader = TrainLoader(
             source,
             order,

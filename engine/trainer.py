@@ -185,6 +185,11 @@ class Trainer(ABC):
             )
             if failed_rank is not None:
                 self._save()
+                if isinstance(failure, torch.OutOfMemoryError):
+                    raise RunStopped(
+                        f"out of memory while images were prepared; step {self.step} is saved; lower "
+                        f"train_micro_batch_size_per_gpu, or use crossbatch.data.backend=opencv"
+                    ) from failure
                 raise failure or RunStopped(f"rank {failed_rank} got no more data; step {self.step} is saved")
             if received is not None:
                 return received
@@ -195,6 +200,7 @@ class Trainer(ABC):
                 self.started(batch)
             self._at("training")
             result, gradient_norm = self._train_on(batch)
+            del batch  # before the loader makes another one of its size
             self._skip_step(result, gradient_norm)
             self.log.advance(self.step)
             evaluation = self.evaluation_due()

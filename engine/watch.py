@@ -8,6 +8,9 @@ the others are doing. A rank is at fault if
     it is silent           its beats stopped: the process is gone, stopped or cut off
     it is behind           it has been loading, saving, ... for longer than the timeout, and the others wait for it
 
+or nobody is: on GPUs, where no step takes minutes, ranks that all stand in the same one for longer than the timeout wait for
+messages that do not come.
+
 The first to notice writes the verdict into the store. A rank whose collective failed looks for it and leaves with exit code 3;
 one that is still stuck in a collective some seconds later is ended by its thread.
 """
@@ -27,6 +30,7 @@ from crossbatch.engine.distributed import World, barrier, shared_token
 
 PHASES = ("starting", "evaluating", "saving", "waiting for data", "training")  # in the order of a step
 SILENT_BEATS = 60  # at most; counted in our own beats, so that a machine which slept as a whole accuses nobody
+PATIENCE = 6  # timeouts: evaluating all images may take longer than a step
 LOOK_S = 5.0  # for the culprit, after a collective failed
 LINGER_S = 2.0  # of rank 0, whose process keeps the store that the others read the verdict from
 LEAVE_S = 10.0  # for the main thread, after a verdict
@@ -66,6 +70,7 @@ class Watch:
         self._at = (-1, 0)
         self._ranks = [Status() for _ in range(world.size)]
         self._beats = 0
+        self._on_gpus = False
         self._verdict: Verdict | None = None
         self._to_tell: Verdict | None = None
         self._told, self._left = threading.Event(), threading.Event()
@@ -76,6 +81,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self.world.size > 1:
+            self._on_gpus = dist.get_backend() == "nccl"
             store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own: the other may block
             self._store = dist.PrefixStore(f"watch/{shared_token()}", store)
             if self.world.is_main:
@@ -153,7 +159,7 @@ class Watch:
             _update(rank, json.loads(published))
         if not verdict:
             patience = int(self.timeout_s / self.beat_s)
-            mine = self._to_tell or self._suspect(min(patience, SILENT_BEATS), patience)
+            mine = self._to_tell or self._suspect(min(patience, SILENT_BEATS), patience) or self._all_stuck(patience)
             if mine is not None:
                 verdict = self._store.compare_set("verdict", "", json.dumps([mine.rank, mine.what]))
         if verdict:
@@ -177,6 +183,18 @@ class Watch:
             seconds = rank.still_beats * self.beat_s
             return Verdict(number, f"keeps the others waiting: {PHASES[phase]} after step {step} for {seconds:.0f} s")
         return None
+
+    def _all_stuck(self, still_beats: int) -> Verdict | None:
+        """Of NCCL only: gloo's collectives fail by themselves, and a step on CPUs may take as long as it likes."""
+        step, phase = self._ranks[0].at
+        still = min(rank.still_beats for rank in self._ranks)
+        enough = still_beats if PHASES[phase] == "training" else PATIENCE * still_beats
+        if not self._on_gpus or still < enough or len({rank.at for rank in self._ranks}) > 1:
+            return None
+        seconds = still * self.beat_s
+        return Verdict(
+            0, f"and all others stand still: {PHASES[phase]} after step {step} for {seconds:.0f} s; look at the network"
+        )
 
     def _end_if_stuck(self) -> None:
         """The main thread may wait in a collective that nothing ends, as NCCL's."""

@@ -6,7 +6,6 @@ python launch/doctor.py
 import argparse
 import importlib.metadata
 import importlib.util
-import os
 import platform
 
 import torch
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crossbatch.data import choose_backend
-from crossbatch.engine.config import Device, autocast_dtype, choose_precision, resolve_precision
+from crossbatch.engine.config import Device, autocast_dtype, choose_precision, resolve_precision, usable_cores
 from crossbatch.models.batchformer import dispatch
 
 
@@ -29,7 +28,7 @@ def main() -> None:
 
 
 def found() -> list[tuple[str, str]]:
-    rows = [("Python", platform.python_version()), ("CPU cores", str(os.cpu_count()))]
+    rows = [("Python", platform.python_version()), ("CPU cores", str(usable_cores()))]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(i)

@@ -6,6 +6,7 @@ python launch/linear.py --checkpoint runs/cifar10 --data cifar10://datasets --ca
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 
 def number_or_list(text: str) -> str:
-    """As JSON; argparse refuses the rest."""
+    """As JSON; argparse refuses the rest. A number may be written as Python reads it (.1)."""
+    with contextlib.suppress(ValueError):
+        return repr(float(text))
     if not isinstance(json.loads(text), (int, float, list)):
         raise ValueError(text)
     return text

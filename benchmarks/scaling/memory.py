@@ -24,6 +24,7 @@ from benchmarks.scaling.activations import BYTES, Kept, kept, kept_by_backbone, 
 from benchmarks.scaling.fsdp import largest_groups
 from benchmarks.scaling.traffic import BUCKET
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
+from crossbatch.engine.memory import loader_bytes
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.loss import MEAN_WITH_SELF, num_terms
 
@@ -65,7 +66,7 @@ def step_memory(model: MoCo, run: ResolvedConfig, chunk: int) -> Memory:
     parts = [
         *permanent,
         Part("activations", activations.bytes(chunk), f"computed: {activations.per_image / 2**20:.1f} MiB an image"),
-        Part("images", chunk * images.numel() * (1 + _FP32), "computed"),
+        Part("images", chunk * images.numel() * (1 + _FP32) + loader_bytes(run), "computed"),
     ]
     if transient > behind:
         parts.append(Part("working memory", transient, "computed: the momentum encoder's largest layer"))

@@ -117,6 +117,9 @@ def _measured(
         of_one_rank = facts.get("ranks", 1) == 1 and not facts.get("predicted") and "plain" not in row["case"]
         if row["stage"] not in ("step", "scaling") or not of_one_rank or "config" not in facts or "part" in facts:
             continue
+        step_ms = row["p50"] if row["unit"] == "ms" else facts.get("step_ms")
+        if step_ms is None:  # of memory
+            continue
         config = parse_config(facts["config"])
         ours = config.crossbatch
         if [CARDS.get(gpu) for gpu in gpus[:1]] != [name] or (ours.model.arch, ours.precision) != (arch, run.precision):
@@ -124,7 +127,7 @@ def _measured(
         there = resolve(config, 1, Device("cuda", find_gpu(name).bf16 > 0, name))
         with torch.device("meta"):
             guess = estimate(build_model(there), there, machines(name, 1), constants, efficiency)
-        factor = (row["p50"] if row["unit"] == "ms" else facts["step_ms"]) / guess.step_ms
+        factor = step_ms / guess.step_ms
         work = step_work(model, run)
         seconds, _ = work.per_crop.seconds(find_gpu(name), run.precision, efficiency)
         origin = f"measured (row {row['case']!r}, commit {row.get('commit')}): {factor:.2f} x the roofline"

@@ -70,7 +70,8 @@ def measure(run: ResolvedConfig, device: torch.device, steps: int) -> tuple[list
     model.set_collective(GroupCollective())
     step = TrainStep(build_backend(model, run), run, device, steps_per_epoch=1000, chunk=run.chunk)
     size = run.config.crossbatch.data.image_size
-    views = torch.randint(0, 256, (2, run.local_batch, 3, size, size), dtype=torch.uint8)
+    views = torch.randint(0, 256, (2, run.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    views = views.pin_memory() if device.type == "cuda" else views  # as the loader hands them over
     for _ in range(WARM_UP):
         step(views)
     times = []

@@ -10,6 +10,7 @@ from crossbatch.engine.config.resolve import (
     choose_precision,
     resolve,
     resolve_precision,
+    usable_cores,
 )
 from crossbatch.engine.config.schema import AdamWConfig, Config, LarsConfig, WatchConfig
 
@@ -32,4 +33,5 @@ __all__ = [
     "resolve_finetune",
     "resolve_precision",
     "to_dict",
+    "usable_cores",
 ]

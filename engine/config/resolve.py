@@ -97,9 +97,14 @@ def resolve_training(config: Any, world_size: int, device: Device, local_world_s
     )
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may run on: fewer than there are under Slurm, or in a container with a cpuset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_cores(workers: int | str, device: Device, local_world_size: int) -> tuple[int, int]:
     """Loader workers and compute threads of a rank; `workers` may be "auto"."""
-    cores = (os.cpu_count() or 1) // local_world_size
+    cores = usable_cores() // local_world_size
     if not isinstance(workers, int):
         # Where the CPU computes too, that takes far longer than loading.
         workers = max(1, min(16, cores - 1 if device.type == "cuda" else cores // 4))

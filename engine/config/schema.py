@@ -151,7 +151,7 @@ class CrossbatchConfig:
 @dataclass(frozen=True)
 class LarsConfig:
     lr: float = key(0.6, "per 256 images: peak = lr * train_batch_size / 256", above=0.0)
-    momentum: float = key(0.9, "of the velocity", low=0.0, high=1.0)
+    momentum: float = key(0.9, "of the velocity", above=0.0, high=1.0)
     weight_decay: float = key(1e-6, "on parameters with two or more dimensions", low=0.0)
     trust_coefficient: float = key(0.001, "scale of the layer-wise rate", above=0.0)
     variant: Literal["moco-v3", "larc", "mlperf"] = key(
@@ -165,7 +165,7 @@ class LarsConfig:
 @dataclass(frozen=True)
 class AdamWConfig:
     lr: float = key(1.5e-4, "per 256 images: peak = lr * train_batch_size / 256", above=0.0)
-    betas: tuple[float, float] = key((0.9, 0.999), "decay of the two moments", low=0.0, high=1.0)
+    betas: tuple[float, float] = key((0.9, 0.999), "decay of the two moments", low=0.0, high=1 - 1e-6)
     eps: float = key(1e-8, "added to the denominator", above=0.0)
     weight_decay: float = key(0.1, "decoupled", low=0.0)
     decay_1d: bool = key(True, "decay biases, norms and the class token too, as the originals do")

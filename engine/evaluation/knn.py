@@ -76,10 +76,11 @@ def _merged(here: Neighbours, k: int, collective: Collective) -> Neighbours:
 
 
 def votes(neighbours: Neighbours, k: int, num_classes: int, temperature: float = TEMPERATURE) -> torch.Tensor:
-    """Class scores [M, num_classes] by the first k neighbours."""
+    """Class scores [M, num_classes] by the first k neighbours; the vote of the nearest is 1."""
     similarity, labels = neighbours.similarity_MK[:, :k], neighbours.labels_MK[:, :k]
     scores = similarity.new_zeros(len(similarity), num_classes)
-    return scores.scatter_add_(1, labels, (similarity / temperature).exp())
+    # Less the similarity of the nearest: that divides all votes alike, and nothing overflows at small temperatures.
+    return scores.scatter_add_(1, labels, ((similarity - similarity[:, :1]) / temperature).exp())
 
 
 def score(

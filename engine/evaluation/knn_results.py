@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from crossbatch.data import Source, prepare
+from crossbatch.data import Source
 from crossbatch.data.torchvision_backend import evaluation_image
 from crossbatch.engine.config import to_dict
 from crossbatch.engine.config.probe import KnnConfig
 from crossbatch.engine.distributed import GroupCollective, World, on_main
 from crossbatch.engine.evaluation import pictures, report
-from crossbatch.engine.evaluation.features import Reading, Rows, extract, labelled_sources
+from crossbatch.engine.evaluation.features import Reading, Rows, extract
 from crossbatch.engine.evaluation.frozen import Frozen, load_configured
 from crossbatch.engine.evaluation.knn import Scored, score
+from crossbatch.engine.images import labelled_images
 
 SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 7
 
@@ -31,10 +32,7 @@ class KnnEvaluation:
         self.collective = GroupCollective()
         self.pretrained = load_configured(ours.model, ours.data.image_size)
         on_main(lambda: report.claim(out, "knn"))
-        path, cache = ours.data.path, out / "data_index"
-        if path is not None:
-            on_main(lambda: prepare(path, cache=cache))
-        self.train, self.evaluation = labelled_sources(path, cache)
+        self.train, self.evaluation = labelled_images(ours.data.path, out / "data_index")
         self.frozen = Frozen(self.pretrained, device, ours.precision)
         size, at_once = self.pretrained.image_size, config.train_micro_batch_size_per_gpu
         self.reading = Reading(size, at_once, workers, device)

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 
 from crossbatch import InputError, RunStopped
-from crossbatch.data import Order, Source, prepare
+from crossbatch.data import Order, Source
 from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.config.probe import LinearConfig, TrainImagesConfig
 from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main
 from crossbatch.engine.evaluation import pictures, report
 from crossbatch.engine.evaluation.batches import Augmented, Cached
-from crossbatch.engine.evaluation.features import Reading, Rows, extract, gathered, labelled_sources
+from crossbatch.engine.evaluation.features import Reading, Rows, extract, gathered
 from crossbatch.engine.evaluation.frozen import Frozen, load_configured
 from crossbatch.engine.evaluation.linear import LinearProbe
 from crossbatch.engine.evaluation.pretrained import PROBE, PROBE_FILE
+from crossbatch.engine.images import labelled_images
 from crossbatch.engine.telemetry import Log, RunLog, StepClock
 from crossbatch.engine.weights import read_torch, write_torch
 from crossbatch.models.backbones import family
@@ -52,10 +53,7 @@ class LinearEvaluation:
         _check(self.config)
         self.pretrained = load_configured(self.ours.model, self.ours.data.image_size)
         on_main(lambda: report.claim(out, "linear"))
-        path, cache = self.ours.data.path, out / "data_index"
-        if path is not None:
-            on_main(lambda: prepare(path, cache=cache))
-        self.train, self.evaluation = labelled_sources(path, cache)
+        self.train, self.evaluation = labelled_images(self.ours.data.path, out / "data_index")
         self.names = self.train.class_names
         batch = self.config.train_batch_size
         self.order = Order(self.ours.seed, len(self.train), batch, world.size, world.rank)
@@ -96,7 +94,7 @@ class LinearEvaluation:
                 log.note(f"resumed after epoch {done}")
             for epoch in range(done, epochs):
                 self._train(epoch, batches, log, queries)
-                self._save()
+                self._save(log, last=epoch + 1 == epochs)
         finally:
             batches.close()
             log.close()
@@ -180,8 +178,17 @@ class LinearEvaluation:
             found[path] = value
         return _plain({**found, "images": self.order.size, "classes": len(self.names)})
 
-    def _save(self) -> None:
-        if self.world.is_main:
+    def _save(self, log: Log, last: bool) -> None:
+        """A full disk is told, and is the end only after the last epoch; all ranks come to the same."""
+        error = on_main(self._write_probe)
+        if error is not None and last:
+            raise RunStopped(f"the probe could not be saved: {error}")
+        if error is not None:
+            log.warn(f"the probe was not saved after epoch {len(self.history)}: {error}")
+
+    def _write_probe(self) -> str | None:
+        """On rank 0; why it could not, if so."""
+        try:
             content = {
                 "kind": PROBE,
                 "history": self.history,
@@ -191,6 +198,9 @@ class LinearEvaluation:
                 **self.probe.state(),
             }
             write_torch(self.out / PROBE_FILE, content, "--out")
+        except InputError as error:
+            return str(error)
+        return None
 
     def _resume(self, resume: str) -> list[dict[str, Any]]:
         """Loads the probe that `resume` means; the history of its epochs."""

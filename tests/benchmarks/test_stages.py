@@ -3,6 +3,9 @@
 import ast
 import importlib
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -111,3 +114,18 @@ def test_a_quick_stage_has_rows_with_their_baseline():
     ours, plain = heads._heads(4, 0.0)
     assert (ours.baseline, plain.ratio) == (plain.case, 1.0)
     assert ours.n >= 3 and ours.ratio == pytest.approx(plain.p50 / ours.p50)
+
+
+def test_memory_of_a_loader_counts_the_children_of_children():
+    from benchmarks.data import _family
+
+    with subprocess.Popen(["sh", "-c", "sh -c 'sleep 60; :'; :"]) as shell:
+        family, deadline = [shell.pid], time.monotonic() + 20
+        try:
+            while len(family) < 3 and time.monotonic() < deadline:
+                time.sleep(0.05)
+                family = _family(shell.pid)
+            assert len(family) == 3 and set(family) <= set(_family(os.getpid()))
+        finally:
+            for member in family:  # from the top: a child that is gone would let its parent go on
+                os.kill(member, signal.SIGKILL)

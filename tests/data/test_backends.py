@@ -19,7 +19,7 @@ from tests.data.damage import WHOLE, damaged_files, encoded
 
 SIZE = 64
 VIEWS = moco_v3_views(SIZE)
-DALI = pytest.param("dali", marks=pytest.mark.skipif("not __import__('importlib.util').util.find_spec('nvidia.dali')"))
+DALI = pytest.param("dali", marks=pytest.mark.skipif(not backends.has_dali(), reason="needs DALI"))
 FAST = ["opencv", DALI]
 
 
@@ -178,6 +178,12 @@ def test_dali_reads_a_file_once(tmp_path):
     source = Counted()
     image = dali_backend.encoded(source, 0)
     assert (source.reads, image.height, image.width, image.data[:2]) == (1, 30, 40, b"BM")
+
+
+@pytest.mark.gpu
+def test_compiled_colour_kernels():
+    test_colour_kernels(0.0)
+    test_colour_kernels(1.0)
 
 
 @pytest.mark.parametrize("blur", [0.0, 1.0])

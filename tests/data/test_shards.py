@@ -1,5 +1,6 @@
 """shards.py, its index and its writer: webdataset's conventions, and never an image with another one's label."""
 
+import errno
 import importlib.util
 import io
 import os
@@ -261,6 +262,15 @@ def test_a_rewritten_smaller_shard_is_no_cut_off_one(tmp_path):
     assert "is not the index of a.tar" in rejected(tmp_path / "train")
 
 
+def test_an_index_that_cannot_be_read_is_not_called_damaged(folder, monkeypatch):
+    def gone(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(listing.zipfile, "ZipFile", gone)
+    with pytest.raises(OSError, match="Stale"):
+        listing.load(folder / INDEX)
+
+
 def test_a_damaged_index(folder):
     whole = (folder / INDEX).read_bytes()
     for content_ in (b"", whole[:500], whole[:600] + b"?" + whole[601:]):
@@ -348,6 +358,9 @@ def test_what_cannot_be_written_leaves_nothing(images, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_shards(images, tmp_path / "out/val", 2, advance=interrupt)
+    (tmp_path / "images" / images.name(0)).unlink()
+    with pytest.raises(FileNotFoundError):  # as from a disk that is gone: not a smaller data set
+        write_shards(images, tmp_path / "out/val", 2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
 
 

@@ -2,9 +2,11 @@
 
 import threading
 
+import pytest
 import torch.distributed as dist
 
-from crossbatch.engine.distributed import World, unused
+from crossbatch import InputError
+from crossbatch.engine.distributed import World, process_group, unused, world_from_environment
 
 
 def meet(store: dist.Store, size: int) -> list[dist.Store]:
@@ -32,6 +34,17 @@ def test_a_second_attempt_shares_a_part_of_the_store_that_the_first_has_not_touc
     assert not any(part.check(["address"]) for part in second)
     second[1].set("address", "new")
     assert second[0].get("address") == second[2].get("address") == b"new"
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")  # as srun sets it
+    monkeypatch.delenv("RANK", raising=False)
+    with (
+        pytest.raises(InputError, match="was started 16 times, each as a run of its own; start torchrun"),
+        process_group(world_from_environment(), "cpu"),
+    ):
+        pass
+    assert not dist.is_initialized()
 
 
 def test_one_rank_waits_for_nobody():

@@ -86,6 +86,42 @@ def test_labels_must_have_a_class(monkeypatch, tmp_path):
     assert labelled_sources("DIR")[0] is splits["train"]
 
 
+def images_here(paths: list[str], cache: str) -> str:
+    """Each rank has a path of its own; why it does not go on."""
+    from crossbatch.engine.distributed import world_from_environment
+    from crossbatch.engine.images import labelled_images, training_images
+
+    path, said = paths[world_from_environment().rank], []
+    for images in (labelled_images, training_images):
+        try:
+            images(path, Path(cache))
+        except InputError as error:
+            said.append(str(error))
+    return " | ".join(said)
+
+
+def test_all_ranks_must_find_the_same_images(tmp_path, two_ranks):
+    def folder(name: str) -> Path:
+        prepare(f"shapes://{tmp_path / name}?train=16&val=8&size=8")
+        return tmp_path / name
+
+    whole, copy, less, other = (folder(name) for name in ("whole", "copy", "less", "other"))
+    next(path for path in (less / "train").rglob("*") if path.is_file()).unlink()
+    first = next((other / "train").iterdir())
+    for split in ("train", "val"):
+        (other / split / first.name).rename(other / split / f"{first.name}s")
+    copies = {"copy": copy, "less": less, "other": other, "none": tmp_path / "none"}
+    found = {
+        name: two_ranks.run(images_here, [str(whole), str(path)], str(tmp_path / "cache"))
+        for name, path in copies.items()
+    }
+    assert found["copy"] == ["", ""]
+    for said in found["less"]:  # also the rank whose own images are as they should be
+        assert "rank 1 finds 15 + 8 images, and rank 0 16 + 8; give every node the same files" in said
+    assert all("rank 1 finds other labels than rank 0" in said for said in found["other"])
+    assert all("rank 1: crossbatch.data.path" in said for said in found["none"])
+
+
 def test_a_folder_without_evaluation_images(tmp_path):
     prepare(f"shapes://{tmp_path / 'images'}?train=8&val=8&size=8")
     Path(tmp_path / "images/val").rename(tmp_path / "images/elsewhere")

@@ -11,7 +11,8 @@ import torch
 import torchvision
 from torch import nn
 
-from crossbatch.engine import checkpoint
+from crossbatch.engine import checkpoint, legacy
+from crossbatch.engine.config import Device, load_config, resolve, to_dict
 from crossbatch.launch import convert
 from crossbatch.launch.exits import run_main
 from tests.engine.test_equivalence import ADAMW, BASE, LARS, VIT
@@ -187,6 +188,7 @@ WRONG = [
     ("vit-adamw", ["crossbatch.batchformer.add_bf=1"], ["has no BatchFormer", "--add_bf 0"]),
     ("resnet-bf-lars", ["crossbatch.batchformer.add_bf=0"], ["has a BatchFormer", "--add_bf 1"]),
     ("vit-adamw", ["crossbatch.model.mlp_dim=64"], ["of another model", "of another shape", "mlp_dim"]),
+    ("resnet-bf-lars", ["crossbatch.batchformer.mode=ema"], ["crossbatch.batchformer.mode is ema"]),
     ("vit-adamw", [*LARS, "optimizer.params.eps=1e-8", "optimizer.params.variant=moco-v3"], ["--optimizer adamw"]),
 ]
 
@@ -203,6 +205,15 @@ def test_a_file_of_another_run_is_refused(tmp_path, monkeypatch, capsys, case, c
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_export_needs_nothing_that_the_machine_of_the_run_had(monkeypatch):
+    monkeypatch.setattr("crossbatch.data.backends.has_dali", lambda: False)
+    run = resolve(load_config(None, [*BASE, *VIT, *ADAMW]), 1, Device("cpu"))
+    config = {**to_dict(run.config), "world_size": 1}
+    config["crossbatch"]["data"]["backend"] = "dali"
+    config["crossbatch"]["model"]["cuda_graph"] = True
+    assert legacy._resolved_anywhere(config).config.crossbatch.model.arch == "vit_small"
 
 
 def test_what_is_no_such_file_is_refused(tmp_path, monkeypatch, capsys):

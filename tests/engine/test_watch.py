@@ -40,6 +40,21 @@ def test_nobody_is_to_blame_while_time_is_left_or_all_do_the_same():
     assert suspect_among(stuck, stuck) is None
 
 
+def test_all_gpus_in_one_step_wait_for_messages_that_do_not_come():
+    watch = Watch(World(0, 2, 0, 1), 30)
+    watch._ranks = [Status(5, (3, TRAINING), still_beats=31), Status(5, (3, TRAINING), still_beats=40)]
+    assert watch._all_stuck(30) is None  # on CPUs: a long step
+    watch._on_gpus = True
+    assert str(watch._all_stuck(30)) == (
+        "rank 0 and all others stand still: training after step 3 for 31 s; look at the network"
+    )
+    assert watch._all_stuck(32) is None
+    watch._ranks[1].at = (3, DATA)
+    assert watch._all_stuck(30) is None
+    watch._ranks[0].at = (3, DATA)
+    assert watch._all_stuck(30) is None and watch._all_stuck(5) is not None
+
+
 def test_beats_count_only_while_nothing_changes():
     rank = Status()
     for count, at in ((1, DATA), (2, DATA), (2, DATA), (2, TRAINING)):

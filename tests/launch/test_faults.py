@@ -327,15 +327,18 @@ def test_a_full_disk(nursery, small_disk):
     assert [line["step"] for line in metrics(out)] == list(range(1, 9))
 
 
+WITH_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
 # --- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", [fsdp(1), pytest.param(zero(1), marks=WITH_DEEPSPEED)], ids=name_of)
 @pytest.mark.parametrize(("model", "optimizer"), [(RESNET, LARS), (VIT, ADAMW)], ids=name_of)
-def test_a_resumed_run_on_a_gpu_is_the_same_with_the_deterministic_switch(tmp_path, model, optimizer):
+def test_a_resumed_run_on_a_gpu_is_the_same_with_the_deterministic_switch(tmp_path, model, optimizer, backend):
     """In processes of their own: the switch is for a whole process, and tests hide the GPU from the nursery."""
-    settings = [*model, *optimizer, *zero(1), "crossbatch.deterministic=true", "crossbatch.batchformer.dropout=0.5"]
+    settings = [*model, *optimizer, *backend, "crossbatch.deterministic=true", "crossbatch.batchformer.dropout=0.5"]
     for out, steps in (("whole", 6), ("cut", 3), ("cut", 6)):
         command = [sys.executable, "launch/pretrain.py", *flags(tmp_path / out, *settings), f"--steps={steps}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -84,6 +84,12 @@ def test_a_run_learns_and_writes_results(monkeypatch, capsys, tmp_path, weights)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2  # colours tell the classes apart
     assert results["best_top1"] > 50
     assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"confusion.png", "accuracy.png"}
+    other = tmp_path / "other.pth"
+    torch.save({"model": build_backbone("vit_small", 16, backbone_args=TINY).state_dict()}, other)
+    flags[1] = other
+    assert call(monkeypatch, *flags, "--mixup", "0", "--cutmix", "0", "--reprob", "0.1", "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "started from other weights" in said and str(weights) in said and "--allow-change" in said
 
 
 def test_wrong_weights(monkeypatch, capsys, tmp_path, weights):

@@ -55,6 +55,7 @@ def test_the_defaults_are_the_originals():
     assert (params.momentum, params.weight_decay, config.crossbatch.precision) == (0.9, 0.0, "fp32")
     assert linear_results._learning_rates(config, "resnet50") == (0.1,)
     assert linear_results._learning_rates(config, "vit_base") == (3.0,)
+    assert linear.number_or_list(".1") == "0.1" and linear.number_or_list("[0.1, 1]") == "[0.1, 1]"
     view = linear_view(224, config.crossbatch.data.crop_min)
     assert (view.crop_scale, view.crop_ratio, view.flip_probability) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     chances = (view.jitter_probability, view.grayscale_probability, view.blur_probability, view.solarize_probability)
@@ -142,8 +143,8 @@ def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tin
     assert call(monkeypatch, *arguments, "--out", tmp_path / "whole") == 0
     save = linear_results.LinearEvaluation._save
 
-    def dies_after_two_epochs(self):
-        save(self)
+    def dies_after_two_epochs(self, *arguments, **more):
+        save(self, *arguments, **more)
         if len(self.history) == 2:
             raise KeyboardInterrupt
 

@@ -104,7 +104,8 @@ def test_a_measured_row_replaces_the_roofline(tmp_path):
         "settings": {"config": to_dict(run.config)},
     }
     path = tmp_path / "step.jsonl"
-    path.write_text(json.dumps(row) + "\n")
+    memory = row | {"case": "ResNet-50, memory, 256 images, 1 chunk", "unit": "MiB"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(memory) + "\n")
     found = answer(Question(BS4096, (), "v100-32g", 16, 2, rows=path))
     backbone = found.estimate.of("backbone")
     assert "measured (row 'ResNet-50, 1 chunk', commit abc)" in backbone.origin
