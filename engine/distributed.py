@@ -220,19 +220,16 @@ def on_main(function: Callable[[], T]) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
-def on_every_rank(function: Callable[[], T]) -> T:
-    """Calls `function` on every rank and gives each its own result; what is wrong input on one of them, all raise."""
+def on_every_rank(function: Callable[[], T], expected: type[Exception]) -> tuple[T | None, list[str]]:
+    """Calls `function` on every rank: this rank's result, and what any rank raised of the `expected` kind, the same for all."""
     result, error = None, None
     try:
         result = function()
-    except InputError as raised:
+    except expected as raised:
         error = str(raised)
     errors: list[str | None] = [error] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    for rank, error in enumerate(errors):
-        if error is not None:
-            raise InputError(error if len(set(errors)) == 1 else f"rank {rank}: {error}")
-    return result  # pyright: ignore[reportReturnType]
+    return result, [f"rank {rank}: {error}" if len(errors) > 1 else error for rank, error in enumerate(errors) if error]
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,9 @@ def labelled_images(path: str | None, cache: Path) -> tuple[Source, Source]:
 def _alike(path: str | None, cache: Path, opened: Callable[[], tuple[Source, Evaluation]]) -> tuple[Source, Evaluation]:
     if path is not None:
         on_main(lambda: prepare(path, cache=cache))
-    sources = on_every_rank(opened)
+    sources, errors = on_every_rank(opened, InputError)
+    if sources is None or errors:
+        raise InputError(errors[0])
     mine = [_facts(source) for source in sources if source is not None]
     found = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)

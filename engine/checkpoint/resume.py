@@ -1,6 +1,6 @@
 """Which checkpoint a run continues from, and whether it may."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from crossbatch.engine.checkpoint.folder import CONFIG
 from crossbatch.engine.checkpoint.pieces import everything_held, random_state
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable
 from crossbatch.engine.config import Config
+from crossbatch.engine.distributed import on_every_rank
 from crossbatch.engine.sharding import Backend, Held
 
 
@@ -51,13 +52,13 @@ def resume(
     """
     passed_over: list[str] = []
     for checkpoint in candidates:
-        opened, errors = _on_all_ranks(lambda checkpoint=checkpoint: _open(checkpoint))
+        opened, errors = on_every_rank(lambda checkpoint=checkpoint: _open(checkpoint), Unreadable)
         if opened is not None and not errors:
             manifest, saved = opened
             _check_same_run(checkpoint, manifest, saved, config, images, allowed, schema)
             held = everything_held(backend)
             _check_same_tensors(checkpoint, manifest, held)
-            _, errors = _on_all_ranks(lambda checkpoint=checkpoint, held=held: store.fill(checkpoint, held))
+            _, errors = on_every_rank(lambda checkpoint=checkpoint, held=held: store.fill(checkpoint, held), Unreadable)
             if not errors:
                 backend.loaded(manifest.progress["updates"])
                 _restore_random_state(checkpoint, manifest)
@@ -85,18 +86,6 @@ def _open(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
     manifest, config = store.read_manifest(checkpoint)
     store.check_contents(checkpoint, manifest, dist.get_rank(), dist.get_world_size())
     return manifest, config
-
-
-def _on_all_ranks(function: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """This rank's result, and what was unreadable on any rank: all ranks must pass over the same checkpoints."""
-    result, error = None, None
-    try:
-        result = function()
-    except Unreadable as raised:
-        error = str(raised)
-    errors: list[str | None] = [error] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return result, [f"rank {rank}: {error}" if len(errors) > 1 else error for rank, error in enumerate(errors) if error]
 
 
 def _check_same_run(
