@@ -199,7 +199,7 @@ class Watch:
     def _end_if_stuck(self) -> None:
         """The main thread may wait in a collective that nothing ends, as NCCL's."""
         if not self._left.wait(LEAVE_S):
-            print(f"stopped (rank {self.world.rank}): {self._verdict}", file=sys.stderr, flush=True)
+            print(f"stopped (rank {self.world.rank}): {self._verdict}\n", end="", file=sys.stderr, flush=True)
             os._exit(3)
 
 

@@ -23,7 +23,8 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(2)
     except RunStopped as error:
         world = world_from_environment()
-        print(f"stopped (rank {world.rank}): {error}", file=sys.stderr, flush=True)
+        # The line and its end in one write: launchers run `python -u`, and several ranks may stop at once.
+        print(f"stopped (rank {world.rank}): {error}\n", end="", file=sys.stderr, flush=True)
         _exit(3, world)
     except Exception:
         world = world_from_environment()
