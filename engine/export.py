@@ -29,7 +29,7 @@ def export(pretrained: Pretrained, to: str, file: Path) -> list[str]:
     try:
         built = constructor(to, pretrained.arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args)
     except ValueError as error:
-        raise InputError(f"--to {to}: {error}; or --to safetensors, which takes any") from None
+        raise InputError(f"--to {to}: {error}; --to safetensors takes any network") from None
     tensors = {name: tensor.contiguous() for name, tensor in pretrained.backbone.state_dict().items()}
     note = {
         "arch": pretrained.arch,

@@ -8,8 +8,10 @@ from torchvision.utils import make_grid
 from crossbatch.data import Batch, Order, TrainLoader, moco_v3_views
 from crossbatch.engine.build import build_model
 from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.config.probe import FrozenModelConfig
 from crossbatch.engine.distributed import GroupCollective
 from crossbatch.engine.evaluation.knn import KnnMonitor
+from crossbatch.engine.evaluation.report import command
 from crossbatch.engine.faults import Alarms, blame
 from crossbatch.engine.images import training_images
 from crossbatch.engine.memory import automatic_chunk, remember
@@ -44,7 +46,7 @@ class Pretraining(Trainer):
         batch, seed = self.run.config.train_batch_size, self.ours.seed
         order = Order(seed, len(source), batch, self.world.size, self.world.rank, data.shuffle_window)
         self.alarms = Alarms(self.ours.watch)
-        self.monitor = None
+        self.monitor, self.has_labels = None, evaluation is not None
         if self.ours.evaluate.knn_every_epochs and evaluation is not None:
             self.monitor = KnnMonitor(self.run, source, evaluation, self.device)
         loader = TrainLoader(
@@ -114,6 +116,10 @@ class Pretraining(Trainer):
     def evaluate(self) -> dict[str, float]:
         assert self.monitor is not None
         return {"knn_top1": self.monitor.top1(self.train_step.backend)}
+
+    def next_commands(self) -> list[str]:
+        frozen = FrozenModelConfig(checkpoint=str(self.out))
+        return [command("launch/linear.py", frozen, self.ours.data.path)] if self.has_labels else []
 
     def recorded(self, metrics: dict) -> None:
         if metrics.get("loss") is not None and metrics["feature_std"] is not None:

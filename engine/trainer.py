@@ -148,6 +148,10 @@ class Trainer(ABC):
         """After the last step."""
         return
 
+    def next_commands(self) -> list[str]:
+        """What to type after a run that is finished."""
+        return []
+
     # --- the run -------------------------------------------------------------------------------------------------------
 
     @property
@@ -353,13 +357,12 @@ class Trainer(ABC):
             ("run directory", str(self.out)),
             *([("stopped by", received.name)] if received else []),
         ]
-        commands = [f"tensorboard --logdir {self.out}"]
+        commands = self.next_commands()
         if self.step < self.last_step:
-            commands.insert(
-                0,
-                f"resume with: the same command, --out {self.out}  (goes on from step {self.step} to {self.last_step})",
-            )
-        self.log.summary(rows, commands)
+            commands = [
+                f"resume with: the same command, --out {self.out}  (goes on from step {self.step} to {self.last_step})"
+            ]
+        self.log.summary(rows, [*commands, f"tensorboard --logdir {self.out}"])
 
     # --- what is kept --------------------------------------------------------------------------------------------------
 

@@ -88,11 +88,9 @@ class KnnEvaluation:
             *([("broken, left out", str(images["skipped"]))] if images["skipped"] else []),
             ("results", str(self.out / report.RESULTS)),
         ]
-        commands = [
-            report.command("launch/linear.py", self.config.crossbatch.model, self.config.crossbatch.data.path),
-            f"tensorboard --logdir {self.out}",
-        ]
-        report.say(rows, commands)
+        ours = self.config.crossbatch
+        probe = report.command("launch/linear.py", ours.model, ours.data.path)
+        report.say(rows, [probe, f"tensorboard --logdir {self.out}"])
 
     def _grid(self, scored: Scored, k: int, title: str) -> Figure:
         """Evaluation images, evenly spread, each with the training images nearest to it."""

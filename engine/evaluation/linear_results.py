@@ -15,6 +15,7 @@ import torch
 from crossbatch import InputError, RunStopped
 from crossbatch.data import Order, Source
 from crossbatch.engine.config import Resolved, to_dict
+from crossbatch.engine.config.finetune import FinetuneDataConfig
 from crossbatch.engine.config.probe import LinearConfig, TrainImagesConfig
 from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main
 from crossbatch.engine.evaluation import pictures, report
@@ -301,11 +302,14 @@ class LinearEvaluation:
             ("backbone", "unchanged, to the bit"),
             ("results", str(self.out / report.RESULTS)),
         ]
-        commands = [
-            report.command("launch/finetune.py", self.ours.model, self.ours.data.path),
-            f"tensorboard --logdir {self.out}",
-        ]
-        report.say(rows, commands)
+        report.say(rows, [self._finetuning(), f"tensorboard --logdir {self.out}"])
+
+    def _finetuning(self) -> str:
+        """The command, without what its defaults would do to this backbone or to images of this size."""
+        size = self.pretrained.image_size
+        resnet = ["--drop-path", "0"] if family(self.pretrained.arch) == "resnet" else []
+        small = ["--input-size", str(size)] if size != FinetuneDataConfig().image_size else []
+        return report.command("launch/finetune.py", self.ours.model, self.ours.data.path, *small, *resnet)
 
 
 def _check(config: LinearConfig) -> None:

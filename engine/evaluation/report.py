@@ -53,10 +53,12 @@ def draw(out: Path, figures: dict[str, Figure], step: int = 0) -> None:
     board.close()
 
 
-def command(script: str, model: FrozenModelConfig, data: str | None) -> str:
-    """To type next, for the same checkpoint and data."""
-    arch = ["-a", model.arch] if model.arch else []
-    return shlex.join(["python", script, "--checkpoint", str(model.checkpoint), *arch, "--data", str(data)])
+def command(script: str, model: FrozenModelConfig, data: str | None, *more: str) -> str:
+    """To type next, for the same network and data."""
+    network = ["--checkpoint", str(model.checkpoint), *(["-a", model.arch] if model.arch else [])]
+    if model.encoder != FrozenModelConfig().encoder:
+        network.append(f"--set=crossbatch.model.encoder={model.encoder}")
+    return shlex.join(["python", script, *network, "--data", str(data), *more])
 
 
 def say(rows: list[tuple[str, str]], commands: list[str], console: Console | None = None) -> None:

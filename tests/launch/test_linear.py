@@ -1,6 +1,7 @@
 """launch/linear.py: the originals' defaults, results, resuming, several ranks and rates, and what it refuses."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,7 @@ from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.distributed import world_from_environment
 from crossbatch.engine.evaluation import linear_results
 from crossbatch.engine.evaluation.batches import linear_view
-from crossbatch.launch import linear
+from crossbatch.launch import finetune, linear
 from crossbatch.launch.exits import run_main
 
 SHORT = ["-b", "32", "--epochs", "3", "-j", "0", "-p", "1"]
@@ -66,7 +67,11 @@ def test_a_run_is_probed(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     out = tmp_path / "linear"
     assert call(monkeypatch, "--pretrained", tiny_runs("resnet"), "-a", "resnet18", *SHORT, shapes, "--out", out) == 0
     said = capsys.readouterr().out
-    assert "120 tensors loaded" in said and "unchanged, to the bit" in said and "launch/finetune.py" in said
+    assert "120 tensors loaded" in said and "unchanged, to the bit" in said
+    (typed,) = (shlex.split(line) for line in said.splitlines() if "launch/finetune.py" in line)
+    monkeypatch.setattr(sys, "argv", [*typed[1:], "-b", "32", "--steps", "1", "--out", str(tmp_path / "finetuned")])
+    run_main(finetune.main)
+    assert results_of(tmp_path / "finetuned")["step"] == 1
     results = results_of(out)
     assert results["command"] == "linear" and results["lr"] == 0.1 and results["backbone_unchanged"]
     assert results["images"] == {"train": 64, "evaluation": 24, "evaluation_skipped": 0, "train_replaced": 0}

@@ -139,7 +139,7 @@ def start(launcher: list[str], out: Path, *arguments: str) -> list[dict]:
     environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([*command, *TINY, *arguments], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "next:" in done.stdout
+    assert f"next:\n  python launch/linear.py --checkpoint {out} " in done.stdout
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
