@@ -17,7 +17,7 @@ from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.schedule import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend
-from crossbatch.models import NUM_VIEWS, Contrast, MoCo, set_num_chunks, untracked
+from crossbatch.models import NUM_VIEWS, Contrast, MoCo, Statistics, one_batch, set_num_chunks
 
 INITIAL_LOSS_SCALE, CLEAN_STEPS = 2.0**16, 2000
 
@@ -103,7 +103,11 @@ class TrainStep:
     def _in_chunks(self, views: torch.Tensor) -> Contrast:
         """Forward and backward of the same, with the activations of one chunk in memory at a time."""
         *earlier, last = views.tensor_split(self.chunks, dim=1)
-        features = [self.backend("features", self._to_device(chunk), False) for chunk in earlier]
+        statistics: list[Statistics] = [{} for _ in earlier]
+        features = []
+        for chunk, found in zip(earlier, statistics, strict=True):
+            with one_batch(self.backbone, found):
+                features.append(self.backend("features", self._to_device(chunk), False))
         features.append(self.backend("features", self._to_device(last), True))
         online, momentum = (_join(parts) for parts in zip(*features, strict=True))
         online = online.detach().requires_grad_()
@@ -112,8 +116,8 @@ class TrainStep:
         assert online.grad is not None
         *gradients, last_gradient = online.grad.unflatten(0, (NUM_VIEWS, -1)).tensor_split(self.chunks, dim=1)
         self._backward_features(features[-1][0], last_gradient, more=True)
-        with untracked(self.backbone):
-            for number, (chunk, gradient) in enumerate(zip(earlier, gradients, strict=True), start=1):
+        for number, (chunk, gradient) in enumerate(zip(earlier, gradients, strict=True), start=1):
+            with one_batch(self.backbone, statistics[number - 1]):
                 again = self._features_again(self._to_device(chunk))
                 self._backward_features(again, gradient, more=number < len(earlier))
         return contrast

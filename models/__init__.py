@@ -9,7 +9,7 @@ from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.collective import Collective
 from crossbatch.models.loss import chance_loss, contrastive_loss
 from crossbatch.models.moco import NUM_VIEWS, Contrast, MoCo
-from crossbatch.models.norm import set_num_chunks, untracked
+from crossbatch.models.norm import Statistics, one_batch, set_num_chunks
 from crossbatch.models.trainable import Trainable, autocast
 
 __all__ = [
@@ -19,11 +19,12 @@ __all__ = [
     "Collective",
     "Contrast",
     "MoCo",
+    "Statistics",
     "Trainable",
     "autocast",
     "build_backbone",
     "chance_loss",
     "contrastive_loss",
+    "one_batch",
     "set_num_chunks",
-    "untracked",
 ]

@@ -20,6 +20,9 @@ The input gradient, with means over (images, height, width) of all ranks, N valu
 
     dx = weight / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat))        xhat = (x - mean) / sqrt(var + eps)
 
+A pass that repeats an earlier one, for a graph that was not kept, takes its statistics from there and gathers nothing:
+see `one_batch`.
+
 Parameter gradients stay local: summing (or averaging) them over the ranks is the business of whoever sharded the model.
 
 Shape suffixes: V = views, n = images of one view on this rank, C = channels, W = world size.
@@ -52,14 +55,14 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     collective: Collective
     num_views: int
     num_chunks: int
-    tracks: bool
+    statistics: "Statistics | None"  # of the batch that is passing, see `one_batch`
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True, *, num_views: int = 2
     ):
         super().__init__(num_features, eps, momentum, affine)
         self.num_views = num_views
-        self.num_chunks, self.tracks = 1, True
+        self.num_chunks, self.statistics = 1, None
         self.collective = Collective()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -69,9 +72,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = self._values_per_channel(input)
         x = _dense(input)
         with torch.no_grad():
-            mean_VC, var_VC = self._statistics(x)
-            if self.tracks:
-                self._track(mean_VC, var_VC * (count / (count - 1)))
+            mean_VC, var_VC = self._known_statistics(x, count)
         normalised = _ViewNormalise.apply(x, self.weight, self.bias, mean_VC, var_VC, self.eps, count, self.collective)
         assert isinstance(normalised, Tensor)
         return normalised
@@ -93,6 +94,16 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
                 f"num_views={views} on {ranks} rank(s)."
             )
         return count
+
+    def _known_statistics(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Those that an earlier pass of this batch found, or else of `x`, which then also move the running ones."""
+        if self.statistics is not None and self in self.statistics:
+            return self.statistics[self]
+        mean_VC, var_VC = self._statistics(x)
+        self._track(mean_VC, var_VC * (count / (count - 1)))
+        if self.statistics is not None:
+            self.statistics[self] = mean_VC, var_VC
+        return mean_VC, var_VC
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of each view over all ranks, each [V, C]."""
@@ -118,6 +129,9 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         return f"{self.num_features}, eps={self.eps}, affine={affine}, num_views={self.num_views}"
 
 
+Statistics = dict[ViewBatchNorm, tuple[Tensor, Tensor]]  # mean and biased variance, each [V, C]
+
+
 def synchronize_norms(model: nn.Module, collective: Collective) -> None:
     """From now on the norms of `model` take their statistics over the ranks of `collective`."""
     for norm in _norms(model):
@@ -137,17 +151,18 @@ def set_num_chunks(model: nn.Module, num_chunks: int) -> None:
 
 
 @contextlib.contextmanager
-def untracked(model: nn.Module) -> Iterator[None]:
-    """Within it running statistics stay as they are: for passes that repeat an earlier one."""
-    norms = _norms(model)
-    before = [norm.tracks for norm in norms]
+def one_batch(model: nn.Module, statistics: Statistics) -> Iterator[None]:
+    """Within it, whatever passes is the same batch: the first pass fills `statistics`, which is empty before, and moves the
+    running ones; later passes take them from there. Inside of another `one_batch` it does nothing.
+    """
+    norms = [norm for norm in _norms(model) if norm.statistics is None]
     for norm in norms:
-        norm.tracks = False
+        norm.statistics = statistics
     try:
         yield
     finally:
-        for norm, tracks in zip(norms, before, strict=True):
-            norm.tracks = tracks
+        for norm in norms:
+            norm.statistics = None
 
 
 def _norms(model: nn.Module) -> list[ViewBatchNorm]:

@@ -9,14 +9,12 @@ Stems: "imagenet" is 7x7 stride 2 followed by a 3x3 max pool of stride 2, as pub
 that would leave a map of 1 to 2 pixels at the end; "small" is 3x3 stride 1 without the pool, the usual one for CIFAR.
 """
 
-import contextlib
-
 import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from crossbatch.models.norm import ViewBatchNorm, untracked
+from crossbatch.models.norm import Statistics, ViewBatchNorm, one_batch
 
 STEMS = ("imagenet", "small")
 
@@ -78,9 +76,10 @@ class ResNet(torchvision.models.ResNet):
 class _Checkpointed(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         for block in self:
+            statistics: Statistics = {}
 
-            def contexts(block: nn.Module = block):
-                return contextlib.nullcontext(), untracked(block)  # the second pass is not another batch
+            def contexts(block: nn.Module = block, statistics: Statistics = statistics):
+                return one_batch(block, statistics), one_batch(block, statistics)  # of both passes
 
             input = checkpoint(block, input, use_reentrant=False, context_fn=contexts)  # pyright: ignore
         return input

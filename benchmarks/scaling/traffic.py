@@ -5,8 +5,7 @@ counts them), with one exception, marked by `exact`. Bytes are those of the whol
 is reduced before it is scattered. Everything is fp32 but where it says otherwise.
 
     norms        forward, an all-gather of mean and variance of each view and rank; backward, an all-reduce of two sums of
-                 each view; one of each for every norm and pass. A step of k chunks passes the online backbone 2k - 1 times
-                 forward and k times back, the momentum backbone k times forward
+                 each view; one of each for every norm and chunk. The passes that repeat a chunk know its statistics
     keys         one all-gather, of all views and streams
     groups       where a BatchFormer group spans ranks: its features, forward for queries and keys, and back for the queries
     gradients, parameters    see `zero_messages` and fsdp.py
@@ -76,11 +75,9 @@ def step_traffic(model: MoCo, run: ResolvedConfig) -> Traffic:
 
 
 def norm_messages(model: MoCo, run: ResolvedConfig) -> Iterator[Message]:
-    chunks = run.chunks
-    repeated = _inside_blocks(model) if run.config.crossbatch.model.checkpoint_activations else set()
     passes: list[tuple[nn.Module, int, int]] = [
-        (model.online.backbone, 2 * chunks - 1, chunks),
-        (model.momentum.backbone, chunks, 0),
+        (model.online.backbone, run.chunks, run.chunks),
+        (model.momentum.backbone, run.chunks, 0),
         (model.online.projector, 1, 1),
         (model.predictor, 1, 1),
         (model.momentum.projector, 1, 0),
@@ -89,8 +86,7 @@ def norm_messages(model: MoCo, run: ResolvedConfig) -> Iterator[Message]:
         for norm in module.modules():
             if isinstance(norm, ViewBatchNorm):
                 size = 2 * NUM_VIEWS * norm.num_features * FP32
-                again = backward if norm in repeated else 0
-                yield from [Message("norms", "all-gather", size * run.world_size)] * (forward + again)
+                yield from [Message("norms", "all-gather", size * run.world_size)] * forward
                 yield from [Message("norms", "all-reduce", size)] * backward
 
 
@@ -223,13 +219,6 @@ def _gradients_as_they_come(model: MoCo) -> list[nn.Parameter]:
     """Trained parameters in the order of the backward pass."""
     modules = dict.fromkeys(_forward_order(model))  # each once, where it first comes
     return [p for module in reversed(modules) for p in module.parameters(recurse=False) if p.requires_grad]
-
-
-def _inside_blocks(model: MoCo) -> set[nn.Module]:
-    """Of the online backbone: what checkpointed activations repeat."""
-    backbone = model.online.backbone
-    parts = getattr(backbone, "blocks", None) or [getattr(backbone, f"layer{i}") for i in range(1, 5)]
-    return {module for part in parts for module in part.modules()}
 
 
 def _padded(numel: int, multiple: int) -> int:

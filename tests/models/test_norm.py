@@ -8,7 +8,7 @@ from torch import nn
 
 from crossbatch.engine.distributed import GroupCollective
 from crossbatch.models.collective import Collective
-from crossbatch.models.norm import ViewBatchNorm, set_num_views, synchronize_norms
+from crossbatch.models.norm import ViewBatchNorm, one_batch, set_num_views, synchronize_norms
 
 C = 5
 SHAPES = [(12, C), (12, C, 3, 7), (2, C, 4, 4)]  # the last: one image per view
@@ -177,6 +177,40 @@ def test_memory_format_is_kept():
     assert_near(gradient(last), gradient(dense))
     strided = x.transpose(2, 3)  # in neither format
     assert_near(ViewBatchNorm(C)(strided), y.transpose(2, 3))
+
+
+class Twins(Collective):
+    """Two ranks with the same images."""
+
+    world_size = 2
+
+    def all_gather(self, tensor):
+        return torch.stack([tensor, tensor])
+
+    def all_reduce(self, tensor):
+        return 2 * tensor
+
+
+def test_later_passes_of_a_batch_take_the_statistics_of_the_first():
+    model, counting, statistics = nn.Sequential(ViewBatchNorm(C)), Counting(Twins()), {}
+    synchronize_norms(model, counting)
+    x, dy = batch(SHAPES[1], seed=0)
+    with torch.no_grad(), one_batch(model, statistics):
+        first = model(x)
+    running = copy.deepcopy(model.state_dict())
+    x.requires_grad_()
+    with one_batch(model, statistics):
+        again = model(x)
+        with one_batch(model, {}):  # activations that are checkpointed within
+            within = model(x)
+        (dx,) = torch.autograd.grad(again, x, dy)
+    assert again.equal(first) and within.equal(first)
+    assert len(counting.gathered) == 1
+    assert all(model.state_dict()[name].equal(value) for name, value in running.items())
+    another = model(x)
+    (want,) = torch.autograd.grad(another, x, dy)
+    assert another.equal(first) and dx.equal(want)
+    assert len(counting.gathered) == 2 and not model.state_dict()["0.running_mean"].equal(running["0.running_mean"])
 
 
 def test_evaluation_is_batch_norm():
