@@ -11,7 +11,6 @@ from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.probe import FrozenModelConfig
 from crossbatch.engine.distributed import GroupCollective
 from crossbatch.engine.evaluation.knn import KnnMonitor
-from crossbatch.engine.evaluation.report import command
 from crossbatch.engine.faults import Alarms, blame
 from crossbatch.engine.images import training_images
 from crossbatch.engine.memory import automatic_chunk, remember
@@ -19,6 +18,7 @@ from crossbatch.engine.parts import StepParts, mean_ms
 from crossbatch.engine.profile import RunProfile, check_steps_left
 from crossbatch.engine.sharding import build_backend
 from crossbatch.engine.step import TrainStep
+from crossbatch.engine.telemetry import command
 from crossbatch.engine.trainer import Trainer
 from crossbatch.models import Contrast
 

@@ -6,6 +6,7 @@ does not stop it: lines of metrics wait in memory until they can be written, Ten
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,32 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crossbatch.engine.checkpoint import write_atomically
+from crossbatch.engine.config.probe import FrozenModelConfig
 
 METRICS = "metrics.jsonl"  # in the run directory
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
+
+
+def command(script: str, model: FrozenModelConfig, data: str | None, *more: str) -> str:
+    """To type next, for the same network and data."""
+    network = ["--checkpoint", str(model.checkpoint), *(["-a", model.arch] if model.arch else [])]
+    if model.encoder != FrozenModelConfig().encoder:
+        network.append(f"--set=crossbatch.model.encoder={model.encoder}")
+    return shlex.join(["python", script, *network, "--data", str(data), *more])
+
+
+def say(rows: list[tuple[str, str]], commands: list[str], out: Path, console: Console | None = None) -> None:
+    """A table, and what to type next, TensorBoard on `out` included."""
+    console = console or Console(highlight=False)
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are to be copied
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+    console.print("next:")
+    for line in [*commands, shlex.join(["tensorboard", "--logdir", str(out)])]:
+        console.print(f"  {line}", soft_wrap=True, markup=False)
 
 
 class Log:
@@ -120,13 +144,7 @@ class RunLog(Log):
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None:
         """The closing table, and what to type next."""
         self.close()
-        table = Table(show_header=False)
-        for name, value in rows:
-            table.add_row(name, value)
-        self.console.print(table)
-        self.note("next:")
-        for command in commands:
-            self.note(f"  {command}")
+        say(rows, commands, self.out, self.console)
 
     def close(self) -> None:
         if self.bar is not None:

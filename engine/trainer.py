@@ -362,7 +362,7 @@ class Trainer(ABC):
             commands = [
                 f"resume with: the same command, --out {self.out}  (goes on from step {self.step} to {self.last_step})"
             ]
-        self.log.summary(rows, [*commands, f"tensorboard --logdir {self.out}"])
+        self.log.summary(rows, commands)
 
     # --- what is kept --------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from crossbatch.engine.evaluation.features import Reading, Rows, extract
 from crossbatch.engine.evaluation.frozen import Frozen, load_configured
 from crossbatch.engine.evaluation.knn import Scored, score
 from crossbatch.engine.images import labelled_images
+from crossbatch.engine.telemetry import command, say
 
 SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 7
 
@@ -89,8 +90,7 @@ class KnnEvaluation:
             ("results", str(self.out / report.RESULTS)),
         ]
         ours = self.config.crossbatch
-        probe = report.command("launch/linear.py", ours.model, ours.data.path)
-        report.say(rows, [probe, f"tensorboard --logdir {self.out}"])
+        say(rows, [command("launch/linear.py", ours.model, ours.data.path)], self.out)
 
     def _grid(self, scored: Scored, k: int, title: str) -> Figure:
         """Evaluation images, evenly spread, each with the training images nearest to it."""

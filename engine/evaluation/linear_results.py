@@ -25,7 +25,7 @@ from crossbatch.engine.evaluation.frozen import Frozen, load_configured
 from crossbatch.engine.evaluation.linear import LinearProbe
 from crossbatch.engine.evaluation.pretrained import PROBE, PROBE_FILE
 from crossbatch.engine.images import labelled_images
-from crossbatch.engine.telemetry import Log, RunLog, StepClock
+from crossbatch.engine.telemetry import Log, RunLog, StepClock, command, say
 from crossbatch.engine.weights import read_torch, write_torch
 from crossbatch.models.backbones import family
 
@@ -302,14 +302,14 @@ class LinearEvaluation:
             ("backbone", "unchanged, to the bit"),
             ("results", str(self.out / report.RESULTS)),
         ]
-        report.say(rows, [self._finetuning(), f"tensorboard --logdir {self.out}"])
+        say(rows, [self._finetuning()], self.out)
 
     def _finetuning(self) -> str:
         """The command, without what its defaults would do to this backbone or to images of this size."""
         size = self.pretrained.image_size
         resnet = ["--drop-path", "0"] if family(self.pretrained.arch) == "resnet" else []
         small = ["--input-size", str(size)] if size != FinetuneDataConfig().image_size else []
-        return report.command("launch/finetune.py", self.ours.model, self.ours.data.path, *small, *resnet)
+        return command("launch/finetune.py", self.ours.model, self.ours.data.path, *small, *resnet)
 
 
 def _check(config: LinearConfig) -> None:

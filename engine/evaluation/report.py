@@ -1,8 +1,7 @@
-"""What an evaluation leaves behind: results.json, pictures, a table. For rank 0."""
+"""What an evaluation leaves behind: results.json and pictures. For rank 0."""
 
 import contextlib
 import json
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from crossbatch import InputError, __version__
 from crossbatch.engine.checkpoint import write_atomically
-from crossbatch.engine.config.probe import FrozenModelConfig
 from crossbatch.engine.evaluation import pictures
 
 RESULTS = "results.json"
@@ -51,28 +48,6 @@ def draw(out: Path, figures: dict[str, Figure], step: int = 0) -> None:
     for name, figure in figures.items():
         board.add_image(name, pictures.save(figure, out / f"{name}.png"), step)
     board.close()
-
-
-def command(script: str, model: FrozenModelConfig, data: str | None, *more: str) -> str:
-    """To type next, for the same network and data."""
-    network = ["--checkpoint", str(model.checkpoint), *(["-a", model.arch] if model.arch else [])]
-    if model.encoder != FrozenModelConfig().encoder:
-        network.append(f"--set=crossbatch.model.encoder={model.encoder}")
-    return shlex.join(["python", script, *network, "--data", str(data), *more])
-
-
-def say(rows: list[tuple[str, str]], commands: list[str], console: Console | None = None) -> None:
-    """A table, and what to type next."""
-    console = console or Console(highlight=False)
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")  # paths are to be copied
-    for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
-    console.print("next:")
-    for command in commands:
-        console.print(f"  {command}", soft_wrap=True, markup=False)
 
 
 def name_broken(names: Iterable[str]) -> None:

@@ -64,10 +64,11 @@ def test_the_defaults_are_the_originals():
 
 
 def test_a_run_is_probed(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
-    out = tmp_path / "linear"
+    out = tmp_path / "linear probe"
     assert call(monkeypatch, "--pretrained", tiny_runs("resnet"), "-a", "resnet18", *SHORT, shapes, "--out", out) == 0
     said = capsys.readouterr().out
     assert "120 tensors loaded" in said and "unchanged, to the bit" in said
+    assert shlex.join(["tensorboard", "--logdir", str(out)]) in said
     (typed,) = (shlex.split(line) for line in said.splitlines() if "launch/finetune.py" in line)
     monkeypatch.setattr(sys, "argv", [*typed[1:], "-b", "32", "--steps", "1", "--out", str(tmp_path / "finetuned")])
     run_main(finetune.main)
