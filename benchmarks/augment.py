@@ -15,14 +15,16 @@ import torch
 
 from benchmarks.harness import Effort, Row, compare
 from benchmarks.plain import TwoViews, write_jpegs
-from crossbatch.data import draw, moco_v3_views, open_source, opencv_backend, torchvision_backend
+from crossbatch.data import draw, moco_v3_augmentations, open_source
+from crossbatch.data.augment import opencv as opencv_backend
+from crossbatch.data.augment import pil as torchvision_backend
 
 SIZE = 224
 TRITON = "colours and blur in Triton"
 
 
 def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
-    count, recipes = effort.pick(8, 64, 64), moco_v3_views(SIZE)
+    count, recipes = effort.pick(8, 64, 64), moco_v3_augmentations(SIZE)
     with tempfile.TemporaryDirectory() as temporary:
         root = images or Path(temporary)
         if images is None:
@@ -54,11 +56,11 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
 
 
 def _triton(pixels: list[np.ndarray], indices: np.ndarray):
-    from crossbatch.data.colour_cuda import colour_view
+    from crossbatch.data.augment.triton_colours import colour_view
 
     crops = torch.randint(0, 256, (len(pixels), SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")
     heights, widths = np.array([image.shape[:2] for image in pixels]).T
-    recipes = moco_v3_views(SIZE)
+    recipes = moco_v3_augmentations(SIZE)
     parameters = [draw(recipe, 0, 0, indices, view, heights, widths) for view, recipe in enumerate(recipes)]
     out = torch.empty_like(crops)
 

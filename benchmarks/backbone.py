@@ -13,8 +13,8 @@ from torch import nn
 from benchmarks import flops, recipe
 from benchmarks.harness import Effort, Row, compare
 from benchmarks.plain import plain_backbone
-from crossbatch.engine.build import build_model
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
+from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import autocast
 
 LIBRARY = {"bs4096": "torchvision's", "vits_bs4096": "timm's"}  # by recipe

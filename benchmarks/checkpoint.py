@@ -17,9 +17,9 @@ from benchmarks import recipe
 from benchmarks.harness import Effort, Row, summarise
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint.resume import resume
+from crossbatch.engine.checkpoint.schedule import Snapshot
 from crossbatch.engine.config import to_dict
-from crossbatch.engine.distributed import process_group, world_from_environment
-from crossbatch.engine.saves import Snapshot
+from crossbatch.engine.runtime.distributed import process_group, world_from_environment
 from crossbatch.engine.sharding import Backend
 
 SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=256"]
@@ -45,7 +45,7 @@ def _times(
     backend: Backend, config: dict, folder: Path, device: torch.device, rounds: int
 ) -> tuple[dict[str, list[float]], int]:
     """Milliseconds by case, and the bytes of a checkpoint. The first save, which allocates host memory, does not count."""
-    saver = checkpoint.Saver(folder / "checkpoints", checkpoint.Keep(1), "0")
+    saver = checkpoint.AsyncCheckpointWriter(folder / "checkpoints", checkpoint.Keep(1), "0")
     matrix = torch.randn(512, 512, device=device)
     names = ("asynchronous: training waits", "asynchronous: until it is safe", "synchronous: training waits")
     names += ("torch.save and fsync", "read", "a matrix product", "a matrix product while a save is under way")

@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.harness import Effort, Row, compare, summarise
 from crossbatch.engine.config import Device
-from crossbatch.engine.distributed import GroupCollective, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import GroupCollective, process_group, world_from_environment
 from crossbatch.models.norm import ViewBatchNorm
 
 RANKS, VIEWS, STREAMS = 2, 2, 2

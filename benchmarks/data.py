@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.harness import Effort, Row, summarise
 from benchmarks.plain import plain_loader, write_jpegs
-from crossbatch.data import BACKENDS, Order, TrainLoader, moco_v3_views, open_source
-from crossbatch.data.backends import has_dali
+from crossbatch.data import BACKENDS, GlobalBatchSampler, TrainLoader, moco_v3_augmentations, open_source
+from crossbatch.data.augment.backends import has_dali
 from crossbatch.engine.config import usable_cores
 
 SIZE = 224
@@ -61,7 +61,12 @@ def _memory(effort: Effort) -> Iterator[Row]:
     marks = effort.pick((10, 20, 40), (50, 100, 200), (1000, 5000, 10000))
     for backend in effort.pick(backends()[:1], backends(), backends()):
         loader = TrainLoader(
-            open_source("synthetic://256?size=24", "train"), Order(0, 256, 8), moco_v3_views(16), 0, 2, backend=backend
+            open_source("synthetic://256?size=24", "train"),
+            GlobalBatchSampler(0, 256, 8),
+            moco_v3_augmentations(16),
+            0,
+            2,
+            backend=backend,
         )
         batches = _endless(loader)
         for step in range(1, marks[-1] + 1):
@@ -80,7 +85,13 @@ def _loader(root: Path, batch: int, workers: int, backend: str) -> TrainLoader:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_source(root, "train")
     return TrainLoader(
-        source, Order(0, len(source), batch), moco_v3_views(SIZE), 0, workers, backend=backend, device=device
+        source,
+        GlobalBatchSampler(0, len(source), batch),
+        moco_v3_augmentations(SIZE),
+        0,
+        workers,
+        backend=backend,
+        device=device,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.harness import Effort, Row, compare
 from benchmarks.plain import write_jpegs
 from crossbatch.data import open_source
-from crossbatch.data.backends import has_dali
+from crossbatch.data.augment.backends import has_dali
 from crossbatch.data.decode import decode
 
 
@@ -35,7 +35,7 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
 
 
 def _dali(files: list[bytes], device: str, threads: int):
-    from crossbatch.data.dali_backend import dali
+    from crossbatch.data.augment.dali import dali
 
     @dali.pipeline_def
     def graph():

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import recipe
 from benchmarks.harness import Effort, Row, compare
-from crossbatch.engine.distributed import process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import process_group, world_from_environment
 from crossbatch.engine.sharding import Backend
 
 SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=64"]

@@ -16,11 +16,11 @@ from pathlib import Path
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from benchmarks.harness import Effort, Row, compare
-from crossbatch.data.image_folder import ImageFolder
-from crossbatch.data.order import Order
-from crossbatch.data.shard_writer import write_shards
-from crossbatch.data.shards import Shards
-from crossbatch.data.synthetic import Synthetic
+from crossbatch.data.sampler import GlobalBatchSampler
+from crossbatch.data.sources.image_folder import ImageFolder
+from crossbatch.data.sources.shard_writer import write_shards
+from crossbatch.data.sources.shards import Shards
+from crossbatch.data.sources.synthetic import Synthetic
 
 CLASSES = 1000
 
@@ -43,7 +43,7 @@ def _class_folders(folder: Path, images: int, rounds: int) -> Iterator[Row]:
     ImageFolder(root, cache=cache)  # fills the cache
 
     def resume() -> None:
-        Order(0, len(ImageFolder(root, cache=cache)), 4096).batch(3, images // 4096 // 2)
+        GlobalBatchSampler(0, len(ImageFolder(root, cache=cache)), 4096).batch(3, images // 4096 // 2)
 
     sources: dict[str, Callable[[], object]] = {
         "folders: torchvision's ImageFolder": lambda: TorchvisionFolder(root),

@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
-from crossbatch.data.recipe import IMAGENET_MEAN, IMAGENET_STD
+from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
 from crossbatch.engine.config import Config
 from crossbatch.models import vit
 

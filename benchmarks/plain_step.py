@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.plain import plain_backbone
-from crossbatch.data.recipe import IMAGENET_MEAN, IMAGENET_STD
+from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
 from crossbatch.engine.config import LarsConfig, ResolvedConfig, autocast_dtype
 from crossbatch.models import autocast
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.results import Row, images_per_s, short
-from crossbatch.engine.parts import PARTS, WHOLE
+from crossbatch.engine.runtime.timing import PARTS, WHOLE
 
 OURS, BASELINE, INK = "#1f6f8b", "#b4b4b4", "#222222"
 # Of Okabe and Ito (2008), which stay apart for who sees colours differently; the last, of "other", is grey.

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
-from crossbatch.engine.distributed import GroupCollective
+from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.sharding import Backend, build_backend
+from crossbatch.engine.tasks.build import build_model
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
 

@@ -5,8 +5,8 @@ turns. A step of more than one chunk runs the online backbone forward twice: 9.7
 counts two) where one chunk has 8. On a GPU the recipe with the 256 images that a rank has of 16, or as many as fit; on a CPU
 its ResNet-50 with 64 images (half an hour, 16 GB) and a small ViT.
 
-Parts: ranges around what the real step calls (crossbatch.engine.parts), in steps of their own after the others; "other" is
-what the ranges leave out.
+Parts: ranges around what the real step calls (crossbatch.engine.runtime.timing), in steps of their own after the others;
+"other" is what the ranges leave out.
 
 Memory: a process of its own for each case. On a CPU what the first step adds to resident memory, at B, 2B and 4B images; on a
 GPU the peak of the allocator with model and optimizer.
@@ -23,8 +23,8 @@ from benchmarks import flops, recipe
 from benchmarks.harness import Effort, Row, clocks, compare, over, peak_mib, peak_mib_alone
 from benchmarks.plain_step import PlainStep
 from crossbatch.engine.config import Device, ResolvedConfig
-from crossbatch.engine.distributed import process_group, world_from_environment
-from crossbatch.engine.parts import WHOLE, StepParts
+from crossbatch.engine.runtime.distributed import process_group, world_from_environment
+from crossbatch.engine.runtime.timing import WHOLE, StepParts
 from crossbatch.engine.step import TrainStep
 
 BACKBONES = {

@@ -10,7 +10,7 @@ from torchvision.transforms.functional import normalize as torchvision_normalize
 
 from benchmarks.harness import Effort, Row, compare
 from crossbatch.data import normalize
-from crossbatch.data.recipe import IMAGENET_MEAN, IMAGENET_STD
+from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
 
 
 def run(effort: Effort) -> Iterator[Row]:

@@ -19,27 +19,27 @@ backend, in its own file, with parameters from recipe.draw, so that tests/data/t
 view; another augmentation, as fields of ViewRecipe and ViewParameters, drawn in recipe.draw, applied in every backend.
 """
 
-from crossbatch.data.backends import BACKENDS, choose_backend
+from crossbatch.data.augment.backends import BACKENDS, choose_backend
+from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw, moco_v3_augmentations, normalize
 from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
-from crossbatch.data.order import Order, evaluation_share
-from crossbatch.data.recipe import ViewParameters, ViewRecipe, draw, moco_v3_views, normalize
-from crossbatch.data.shapes import write_shapes
+from crossbatch.data.sampler import GlobalBatchSampler, evaluation_share
 from crossbatch.data.sources import Source, has_evaluation_split, open_source, prepare
+from crossbatch.data.sources.shapes import write_shapes
 
 __all__ = [
     "BACKENDS",
     "Batch",
     "EvaluationLoader",
-    "Order",
+    "GlobalBatchSampler",
     "Source",
     "TrainLoader",
+    "ViewAugmentation",
     "ViewParameters",
-    "ViewRecipe",
     "choose_backend",
     "draw",
     "evaluation_share",
     "has_evaluation_split",
-    "moco_v3_views",
+    "moco_v3_augmentations",
     "normalize",
     "open_source",
     "prepare",

@@ -6,7 +6,7 @@ the whole run and prefetching does not stop at their ends, where the ordinary lo
 a batch that costs seconds per epoch. Asking for the position where the stream stands continues it; asking for any other
 starts a new one there.
 
-    Order.batch(epoch, step) -> cut into pieces -> open, make views -> put together -> Batch
+    GlobalBatchSampler.batch(epoch, step) -> cut into pieces -> open, make views -> put together -> Batch
                                                    in processes       in a thread
                                                    or DALI's threads
 
@@ -24,11 +24,11 @@ import torch
 
 from crossbatch import RunStopped
 from crossbatch.data import pieces
-from crossbatch.data.order import Order
+from crossbatch.data.augment.parameters import ViewAugmentation
 from crossbatch.data.pieces import Broken, EvaluationPieces, Piece, TrainPieces
-from crossbatch.data.recipe import ViewRecipe
+from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import Source
-from crossbatch.data.stream import Ahead, Stream
+from crossbatch.data.workers import Prefetcher, WorkerPool
 
 _BATCHES_AHEAD = 2  # prefetched, in pieces, over all workers
 _IMAGES_BEFORE_VERDICT = 1000  # or one epoch if that is less: no run stops because image number 3 was broken
@@ -65,8 +65,8 @@ class TrainLoader:
     def __init__(
         self,
         source: Source,
-        order: Order,
-        recipes: Sequence[ViewRecipe],
+        order: GlobalBatchSampler,
+        recipes: Sequence[ViewAugmentation],
         seed: int,
         workers: int,
         max_skipped_fraction: float = 0.001,
@@ -95,7 +95,7 @@ class TrainLoader:
 
     def close(self):
         """Stop the workers. The loader can be used again; it starts new ones."""
-        if isinstance(self._batches, Ahead):
+        if isinstance(self._batches, Prefetcher):
             self._batches.close()
         if self._pieces is not None:
             self._pieces.close()
@@ -117,7 +117,7 @@ class TrainLoader:
 
     def _start(self, epoch: int, step: int) -> None:
         if self._backend == "dali":
-            from crossbatch.data.dali_backend import MAX_PIECE, DaliPieces
+            from crossbatch.data.augment.dali import MAX_PIECE, DaliPieces
 
             keys = _Keys(self.order, epoch, step, 0, MAX_PIECE)
             self._pieces = DaliPieces(self._source, self._recipes, self._seed, keys, self._workers, self._device)
@@ -126,9 +126,9 @@ class TrainLoader:
             pieces_per_batch = len(keys.cut(np.arange(self.order.local_batch)))
             ahead = math.ceil(_BATCHES_AHEAD * pieces_per_batch / max(self._workers, 1))
             dataset = TrainPieces(self._source, self._recipes, self._seed, self._backend)
-            self._pieces = Stream(dataset, keys, self._workers, max(2, ahead))
+            self._pieces = WorkerPool(dataset, keys, self._workers, max(2, ahead))
         batches = self._put_together(self._pieces)
-        self._batches = Ahead(batches, self._device) if self._workers or self._backend == "dali" else batches
+        self._batches = Prefetcher(batches, self._device) if self._workers or self._backend == "dali" else batches
 
     def _put_together(self, stream: Iterator[Piece]) -> Iterator[tuple[Batch, list[Broken]]]:
         """Runs of n images of the stream, each in one tensor, which is pinned so that its transfer can overlap."""
@@ -186,7 +186,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         broken: list[Broken] = []
         some = False
-        stream = Stream(self._dataset, self._keys, self._workers, prefetch=2)
+        stream = WorkerPool(self._dataset, self._keys, self._workers, prefetch=2)
         try:
             for piece in stream:
                 broken += piece.broken
@@ -203,7 +203,7 @@ class EvaluationLoader:
 class _Keys:
     """The endless sequence of (epoch, image indices), one per piece, from a position on. Runs in the trainer."""
 
-    def __init__(self, order: Order, epoch: int, step: int, workers: int, most: int):
+    def __init__(self, order: GlobalBatchSampler, epoch: int, step: int, workers: int, most: int):
         self.order, self.epoch, self.step, self.workers, self.most = order, epoch, step, workers, most
 
     def cut(self, indices: np.ndarray) -> list[np.ndarray]:

@@ -17,10 +17,11 @@ import cv2
 import numpy as np
 import torch
 
-from crossbatch.data import opencv_backend, torchvision_backend
-from crossbatch.data.recipe import ViewRecipe
+from crossbatch.data.augment import opencv as opencv_backend
+from crossbatch.data.augment import pil as torchvision_backend
+from crossbatch.data.augment.parameters import ViewAugmentation
+from crossbatch.data.augment.pil import evaluation_image
 from crossbatch.data.sources import Source
-from crossbatch.data.torchvision_backend import evaluation_image
 
 Opened = TypeVar("Opened")  # an image as a backend wants it
 
@@ -48,7 +49,7 @@ class Piece:
 class TrainPieces:
     """A map-style dataset whose "index" is (epoch, image indices): the views of these images."""
 
-    def __init__(self, source: Source, recipes: Sequence[ViewRecipe], seed: int, backend: str):
+    def __init__(self, source: Source, recipes: Sequence[ViewAugmentation], seed: int, backend: str):
         self.source, self.recipes, self.seed, self.backend = source, recipes, seed, backend
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Piece:

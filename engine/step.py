@@ -15,9 +15,9 @@ import torch
 from crossbatch.data import normalize
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.optimizers import set_learning_rate
-from crossbatch.engine.schedule import encoder_momentum, learning_rate
+from crossbatch.engine.schedules import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend
-from crossbatch.models import NUM_VIEWS, Contrast, MoCo, Statistics, one_batch, set_num_chunks
+from crossbatch.models import NUM_VIEWS, MoCo, MoCoOutput, Statistics, reuse_batch_stats, set_num_chunks
 
 INITIAL_LOSS_SCALE, CLEAN_STEPS = 2.0**16, 2000
 
@@ -79,7 +79,7 @@ class TrainStep:
             set_num_chunks(backbone, self.chunks)
         self.progress = Progress.start(run.precision)
 
-    def __call__(self, views: torch.Tensor) -> tuple[Contrast, float]:
+    def __call__(self, views: torch.Tensor) -> tuple[MoCoOutput, float]:
         """Trains on uint8 views [2, n, 3, H, W].
 
         Returns:
@@ -95,18 +95,18 @@ class TrainStep:
             self.backend.update_momentum(self.momentum(progress.updates))
         return contrast, gradient_norm
 
-    def _in_one_chunk(self, views: torch.Tensor) -> Contrast:
+    def _in_one_chunk(self, views: torch.Tensor) -> MoCoOutput:
         contrast = self.backend("loss", self._to_device(views), self.progress.step, self.seed)
         self.backend.backward(contrast.loss, self.progress.loss_scale)
         return contrast
 
-    def _in_chunks(self, views: torch.Tensor) -> Contrast:
+    def _in_chunks(self, views: torch.Tensor) -> MoCoOutput:
         """Forward and backward of the same, with the activations of one chunk in memory at a time."""
         *earlier, last = views.tensor_split(self.chunks, dim=1)
         statistics: list[Statistics] = [{} for _ in earlier]
         features = []
         for chunk, found in zip(earlier, statistics, strict=True):
-            with one_batch(self.backbone, found):
+            with reuse_batch_stats(self.backbone, found):
                 features.append(self.backend("features", self._to_device(chunk), False))
         features.append(self.backend("features", self._to_device(last), True))
         online, momentum = (_join(parts) for parts in zip(*features, strict=True))
@@ -117,7 +117,7 @@ class TrainStep:
         *gradients, last_gradient = online.grad.unflatten(0, (NUM_VIEWS, -1)).tensor_split(self.chunks, dim=1)
         self._backward_features(features[-1][0], last_gradient, more=True)
         for number, (chunk, gradient) in enumerate(zip(earlier, gradients, strict=True), start=1):
-            with one_batch(self.backbone, statistics[number - 1]):
+            with reuse_batch_stats(self.backbone, statistics[number - 1]):
                 again = self._features_again(self._to_device(chunk))
                 self._backward_features(again, gradient, more=number < len(earlier))
         return contrast

@@ -15,17 +15,17 @@ from typing import Any, Protocol
 import torch
 
 from crossbatch import InputError, RunStopped
-from crossbatch.data import Batch, Order, TrainLoader
+from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader
 from crossbatch.engine import checkpoint
+from crossbatch.engine.checkpoint.schedule import CheckpointSchedule, Snapshot
 from crossbatch.engine.config import Resolved, to_dict
-from crossbatch.engine.distributed import World, mean_over_ranks, on_main, shared_token
-from crossbatch.engine.faults import NonFiniteSteps
-from crossbatch.engine.saves import Saves, Snapshot
+from crossbatch.engine.run_log import SCORES, Log, RunLog, StepClock
+from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main, shared_token
+from crossbatch.engine.runtime.nonfinite import NonFiniteSteps
+from crossbatch.engine.runtime.signals import Signals, StepSync
+from crossbatch.engine.runtime.watchdog import Watch
 from crossbatch.engine.sharding import Backend
-from crossbatch.engine.signals import Agreement, Signals
 from crossbatch.engine.step import Progress
-from crossbatch.engine.telemetry import SCORES, Log, RunLog, StepClock
-from crossbatch.engine.watch import Watch
 
 
 class Step(Protocol):
@@ -76,7 +76,7 @@ class Trainer(ABC):
         self.clock = StepClock()
         self.skipped = 0
         self.skipped_before = resumed.manifest.skipped_images if resumed else 0
-        self.signals, self.agreement = Signals(), Agreement(self.ours.watch.timeout_s)
+        self.signals, self.agreement = Signals(), StepSync(self.ours.watch.timeout_s)
         self.saves = self._open_saves(resumed)
         self.scores: list[tuple[int, dict[str, float]]] = []  # (step, what `evaluate` found)
         for note in self.notes:
@@ -89,7 +89,7 @@ class Trainer(ABC):
     # --- what a subclass knows -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def open_data(self) -> tuple[Order, TrainLoader]:
+    def open_data(self) -> tuple[GlobalBatchSampler, TrainLoader]:
         """The training images, and whatever `evaluate` needs."""
 
     def count_steps(self) -> int:
@@ -110,7 +110,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def train_on(self, batch: Batch) -> tuple[Any, float]:
-        """One step -> what `values` and `blame` take, and the global gradient norm."""
+        """One step -> what `values` and `describe_nonfinite` take, and the global gradient norm."""
 
     @abstractmethod
     def values(self, result: Any) -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ class Trainer(ABC):
         """The learning rate and what else the last step was made with."""
 
     @abstractmethod
-    def blame(self, result: Any) -> str:
+    def describe_nonfinite(self, result: Any) -> str:
         """Whose fault a step that is not finite is; all ranks call it."""
 
     @abstractmethod
@@ -184,7 +184,7 @@ class Trainer(ABC):
             before = time.perf_counter()
             batch, failure = self._fetch(batches)
             self.clock.waited(before)
-            received, saving, failed_rank = self.agreement.reach(
+            received, saving, failed_rank = self.agreement.exchange(
                 self.signals.received, self.saves.busy, failure is not None
             )
             if failed_rank is not None:
@@ -275,7 +275,7 @@ class Trainer(ABC):
         if self.fits:
             saved = "the last checkpoint is older"
             if self.world.size == 1:  # the others may be anywhere
-                self.train_step.backend.discard()
+                self.train_step.backend.zero_grad()
                 self._save()
                 saved = "saved"
             raise RunStopped(
@@ -289,7 +289,7 @@ class Trainer(ABC):
             return
         progress = self.train_step.progress
         scale = f"; loss scale now {progress.loss_scale:g}" if self.run.precision == "fp16" else ""
-        whose = self.blame(result)
+        whose = self.describe_nonfinite(result)
         self.log.note(f"step {self.step} changes nothing: {whose}{scale}")
         if self.nonfinite.in_a_row == self.ours.watch.max_nonfinite_steps:
             assert self.nonfinite.progress_before is not None
@@ -377,13 +377,13 @@ class Trainer(ABC):
             ) from None
         return found
 
-    def _open_saves(self, resumed: checkpoint.Resumed | None) -> Saves:
+    def _open_saves(self, resumed: checkpoint.Resumed | None) -> CheckpointSchedule:
         settings, folder = self.ours.checkpoint, self.out / "checkpoints"
         keep = checkpoint.Keep(settings.keep, settings.keep_every_steps)
-        saver = checkpoint.Saver(folder, keep, shared_token(), settings.asynchronous)
+        saver = checkpoint.AsyncCheckpointWriter(folder, keep, shared_token(), settings.asynchronous)
         every = self.steps_per_epoch if settings.every_steps == "auto" else settings.every_steps
         saved = self.step if resumed and resumed.checkpoint.parent == folder else None
-        return Saves(saver, every, self._snapshot, self.log, saved)
+        return CheckpointSchedule(saver, every, self._snapshot, self.log, saved)
 
     def _save_if_due(self, saving: bool) -> None:
         """`saving`: whether any rank is still busy with the last one."""

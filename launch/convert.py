@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from crossbatch import InputError
-from crossbatch.data.shard_writer import Written, write_shards
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
+from crossbatch.data.sources.shard_writer import Written, write_shards
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.config.probe import ExportConfig
+from crossbatch.engine.config.evaluation import ExportConfig
+from crossbatch.engine.pretrained.formats import FORMATS
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
-from crossbatch.launch.exits import run_main
-from crossbatch.models.export import FORMATS
 
 _NAMED = 10  # broken images named
 
@@ -104,7 +104,7 @@ def add_import(commands) -> None:
 
 
 def import_legacy(arguments: argparse.Namespace) -> None:
-    from crossbatch.engine.legacy import import_file
+    from crossbatch.engine.pretrained.moco_v3 import import_file
 
     run = resolve(load_config(arguments.deepspeed_config, overrides(arguments)), 1, Device("cpu"))
     path = run.config.crossbatch.data.path
@@ -150,13 +150,13 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     if arguments.to == "moco-v3":
         if len(pairs) > 1:
             raise InputError(f"--to moco-v3: writes the whole run, which {pairs[1]} would not change; leave it out")
-        from crossbatch.engine.legacy import export_file
+        from crossbatch.engine.pretrained.moco_v3 import export_file
 
         print("\n".join(export_file(arguments.checkpoint, arguments.output)))
         return
     config = load_config(None, pairs, ExportConfig)
     from crossbatch.engine.evaluation.frozen import load_configured
-    from crossbatch.engine.export import export
+    from crossbatch.engine.pretrained.export import export
 
     print("\n".join(export(load_configured(config.crossbatch.model, "auto"), arguments.to, arguments.output)))
 

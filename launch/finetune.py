@@ -7,9 +7,9 @@ deepspeed --num_gpus 8 launch/finetune.py --deepspeed_config ds_configs/finetune
 import argparse
 
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
-from crossbatch.engine.distributed import world_from_environment
+from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import Alias, add_config_flags, add_run_flags, overrides
-from crossbatch.launch.exits import run_main
 
 ALIASES: list[Alias] = [
     (("-a", "--arch", "--model"), "crossbatch.model.arch", str),
@@ -44,10 +44,10 @@ def main() -> None:
     world = world_from_environment()
     run = resolve_finetune(config, world.size, Device.detect(), world.local_size)
     # Late: its libraries take seconds, which wrong input should not wait for.
-    from crossbatch.engine.finetuning import FineTuning
+    from crossbatch.engine.tasks.finetune import FinetuneTask
     from crossbatch.launch.training import train
 
-    train(FineTuning, run, world, arguments, "finetune")
+    train(FinetuneTask, run, world, arguments, "finetune")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 
 from crossbatch.engine.config import Device, load_config, resolve_precision
-from crossbatch.engine.config.probe import KnnConfig
+from crossbatch.engine.config.evaluation import KnnConfig
 from crossbatch.engine.config.resolve import share_cores
-from crossbatch.engine.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import Alias, add_config_flags, default_out, overrides, writable_folder
-from crossbatch.launch.exits import run_main
 
 ALIASES: list[Alias] = [
     (("--checkpoint", "--pretrained"), "crossbatch.model.checkpoint", str),

@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 
 from crossbatch.engine.config import Device, load_config
-from crossbatch.engine.config.probe import LinearConfig
+from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
-from crossbatch.engine.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import Alias, add_config_flags, default_out, overrides, resume, writable_folder
-from crossbatch.launch.exits import run_main
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 

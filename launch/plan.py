@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from crossbatch import InputError
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import add_config_flags, overrides
-from crossbatch.launch.exits import run_main
 
 if TYPE_CHECKING:
     from benchmarks.scaling.planning import Answer

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from crossbatch import InputError
 from crossbatch.data import open_source
-from crossbatch.engine.build import describe
 from crossbatch.engine.config import Config, Device, load_config, resolve
-from crossbatch.engine.distributed import world_from_environment
+from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.tasks.build import describe
 from crossbatch.launch.arguments import add_config_flags, add_run_flags, overrides, positive
-from crossbatch.launch.exits import run_main
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, asked_world_size, launched
 
 
@@ -61,13 +61,13 @@ def main() -> None:
     world, device = world_from_environment(), Device.detect()
     run = resolve(config, world.size, device, world.local_size)
     # Late: its libraries take seconds, which wrong input should not wait for.
-    from crossbatch.engine.pretraining import Pretraining
-    from crossbatch.engine.profile import check_steps_left
+    from crossbatch.engine.runtime.profiling import check_steps_left
+    from crossbatch.engine.tasks.pretrain import PretrainTask
     from crossbatch.launch.training import train
 
     if arguments.profile and arguments.steps is not None:  # before anything is written
         check_steps_left(arguments.profile, arguments.steps)
-    train(partial(Pretraining, profile=arguments.profile), run, world, arguments, "pretrain")
+    train(partial(PretrainTask, profile=arguments.profile), run, world, arguments, "pretrain")
 
 
 def steps_per_epoch(config: Config) -> int | None:

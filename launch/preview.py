@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from crossbatch import InputError
-from crossbatch.data import BACKENDS, Order, TrainLoader, moco_v3_views, open_source, prepare
-from crossbatch.data.backends import has_dali
-from crossbatch.launch.exits import run_main
+from crossbatch.data import BACKENDS, GlobalBatchSampler, TrainLoader, moco_v3_augmentations, open_source, prepare
+from crossbatch.data.augment.backends import has_dali
+from crossbatch.engine.runtime.exit_codes import run_main
 
 _GAP, _HEADER = 4, 16  # pixels
 
@@ -56,8 +56,8 @@ def preview(arguments: argparse.Namespace) -> None:
 def first_batch(source, backend: str, arguments: argparse.Namespace) -> torch.Tensor:
     """float [2, n, 3, S, S], 0..255."""
     device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
-    recipes = moco_v3_views(arguments.image_size, arguments.crop_min)
-    order = Order(arguments.seed, len(source), min(arguments.count, len(source)))
+    recipes = moco_v3_augmentations(arguments.image_size, arguments.crop_min)
+    order = GlobalBatchSampler(arguments.seed, len(source), min(arguments.count, len(source)))
     loader = TrainLoader(source, order, recipes, arguments.seed, workers=0, backend=backend, device=device)
     batch = next(iter(loader.epoch(0)))
     loader.close()

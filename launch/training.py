@@ -7,9 +7,15 @@ from collections.abc import Callable
 from crossbatch import InputError
 from crossbatch.engine.checkpoint import check_allowed
 from crossbatch.engine.config import Resolved
-from crossbatch.engine.distributed import World, broadcast_object, make_deterministic, may_be_restarted, process_group
+from crossbatch.engine.runtime.distributed import (
+    World,
+    broadcast_object,
+    make_deterministic,
+    may_be_restarted,
+    process_group,
+)
+from crossbatch.engine.runtime.watchdog import Watch
 from crossbatch.engine.trainer import Trainer
-from crossbatch.engine.watch import Watch
 from crossbatch.launch.arguments import default_out, writable_folder
 
 

@@ -8,23 +8,23 @@ from crossbatch.models.backbones import ARCHS, build_backbone
 from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.collective import Collective
 from crossbatch.models.loss import chance_loss, contrastive_loss
-from crossbatch.models.moco import NUM_VIEWS, Contrast, MoCo
-from crossbatch.models.norm import Statistics, one_batch, set_num_chunks
-from crossbatch.models.trainable import Trainable, autocast
+from crossbatch.models.moco import NUM_VIEWS, MoCo, MoCoOutput
+from crossbatch.models.norm import Statistics, reuse_batch_stats, set_num_chunks
+from crossbatch.models.shardable import ShardableModel, autocast
 
 __all__ = [
     "ARCHS",
     "NUM_VIEWS",
     "BatchFormer",
     "Collective",
-    "Contrast",
     "MoCo",
+    "MoCoOutput",
+    "ShardableModel",
     "Statistics",
-    "Trainable",
     "autocast",
     "build_backbone",
     "chance_loss",
     "contrastive_loss",
-    "one_batch",
+    "reuse_batch_stats",
     "set_num_chunks",
 ]

@@ -9,7 +9,7 @@ from torch import nn
 from crossbatch.models.backbones import Backbone, blocks
 from crossbatch.models.collective import Collective
 from crossbatch.models.norm import set_num_views, synchronize_norms
-from crossbatch.models.trainable import Trainable, backbone_units
+from crossbatch.models.shardable import ShardableModel, backbone_units
 from crossbatch.models.vit import ViT
 
 
@@ -27,7 +27,7 @@ class Network(nn.Module):
         return self.head(self.backbone(images))
 
 
-class Classifier(Trainable):
+class Classifier(ShardableModel):
     """The network that is trained, and its moving average.
 
     Args:
@@ -50,7 +50,7 @@ class Classifier(Trainable):
         self.momentum = copy.deepcopy(self.online).requires_grad_(False) if averaged else None
 
     @property
-    def chunked(self) -> nn.Module:
+    def chunked_module(self) -> nn.Module:
         return self
 
     def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
@@ -59,7 +59,7 @@ class Classifier(Trainable):
         online = dict(self.online.named_parameters())
         return [(name, online[name], average) for name, average in self.momentum.named_parameters()]
 
-    def units(self) -> list[nn.Module]:
+    def fsdp_units(self) -> list[nn.Module]:
         networks = [self.online] if self.momentum is None else [self.online, self.momentum]
         return [unit for network in networks for unit in (*backbone_units(network.backbone), network.head)]
 

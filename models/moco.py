@@ -24,17 +24,17 @@ from torch.nn import functional as F
 from crossbatch.models.backbones import Backbone, build_backbone, family
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
 from crossbatch.models.collective import Collective
-from crossbatch.models.graphs import captured
+from crossbatch.models.cuda_graph import captured
 from crossbatch.models.heads import build_predictor, build_projector
 from crossbatch.models.loss import contrastive_loss, uses_batchformer
 from crossbatch.models.norm import synchronize_norms
-from crossbatch.models.trainable import Trainable, backbone_units
+from crossbatch.models.shardable import ShardableModel, backbone_units
 
 NUM_VIEWS = 2
 
 
 @dataclass
-class Contrast:
+class MoCoOutput:
     """What one step yields besides gradients; every tensor but `loss` is a detached scalar of the local rows."""
 
     loss: torch.Tensor
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 class Heads(nn.Module):
     """Backbone features [V*n, C] of one encoder -> queries or keys [V*S*n, D]: BatchFormer, projector and predictor.
 
-    From tensors to a tensor, so that it can be captured (`crossbatch.models.graphs`). Parameters belong to `MoCo`.
+    From tensors to a tensor, so that it can be captured (`crossbatch.models.cuda_graph`). Parameters belong to `MoCo`.
     """
 
     def __init__(self, batchformer: BatchFormer | None, heads: Sequence[nn.Module], with_grad: bool):
@@ -72,7 +72,7 @@ class Heads(nn.Module):
             return self.heads(features_NC)
 
 
-class MoCo(Trainable):
+class MoCo(ShardableModel):
     """Online encoder, momentum encoder, predictor and BatchFormer, on one device.
 
     Args:
@@ -84,7 +84,7 @@ class MoCo(Trainable):
         batchformer_mode: "trained": one module for both encoders, trained through the queries. "released": the same module,
             frozen at its initialisation, as the released BatchFormer code behaves. "ema": the keys use a moving average.
         batchformer_kernel: see `crossbatch.models.batchformer.dispatch`.
-        cuda_graph: what follows the backbone runs as a CUDA graph; see `crossbatch.models.graphs`.
+        cuda_graph: what follows the backbone runs as a CUDA graph; see `crossbatch.models.cuda_graph`.
     """
 
     def __init__(
@@ -156,17 +156,17 @@ class MoCo(Trainable):
                 module.collective = collective
 
     @property
-    def chunked(self) -> nn.Module:
+    def chunked_module(self) -> nn.Module:
         return self.online.backbone
 
-    def units(self) -> list[nn.Module]:
+    def fsdp_units(self) -> list[nn.Module]:
         units: list[nn.Module] = []
         for encoder in (self.online, self.momentum):
             units += [*backbone_units(encoder.backbone), encoder.projector]
         parts = (self.predictor, self.batchformer, self.momentum.batchformer)
         return units + [part for part in parts if part is not None]
 
-    def loss(self, images: torch.Tensor, step: int, seed: int) -> Contrast:
+    def loss(self, images: torch.Tensor, step: int, seed: int) -> MoCoOutput:
         """Both views [V*n, 3, H, W] of the whole local batch -> the loss."""
         return self.contrast(*self.features(images, with_grad=True), step, seed)
 
@@ -181,7 +181,7 @@ class MoCo(Trainable):
         """Images [m, 3, H, W] -> features [m, C] of the online backbone."""
         return self.online.backbone(images)
 
-    def contrast(self, online_NC: torch.Tensor, momentum_NC: torch.Tensor, step: int, seed: int) -> Contrast:
+    def contrast(self, online_NC: torch.Tensor, momentum_NC: torch.Tensor, step: int, seed: int) -> MoCoOutput:
         """The batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
         words = [DropoutKey(seed, step, stream).words(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
         if self.cuda_graph and self._graphs is None:
@@ -196,7 +196,7 @@ class MoCo(Trainable):
             self.collective,
         )
         signals["feature_std"] = feature_std(online_NC.detach())
-        return Contrast(loss, terms, signals)
+        return MoCoOutput(loss, terms, signals)
 
     def _unstack(self, rows: torch.Tensor, features_NC: torch.Tensor) -> torch.Tensor:
         """[V*S*n, D] -> [V, S, n, D]."""

@@ -21,7 +21,7 @@ The input gradient, with means over (images, height, width) of all ranks, N valu
     dx = weight / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat))        xhat = (x - mean) / sqrt(var + eps)
 
 A pass that repeats an earlier one, for a graph that was not kept, takes its statistics from there and gathers nothing:
-see `one_batch`.
+see `reuse_batch_stats`.
 
 Parameter gradients stay local: summing (or averaging) them over the ranks is the business of whoever sharded the model.
 
@@ -55,7 +55,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     collective: Collective
     num_views: int
     num_chunks: int
-    statistics: "Statistics | None"  # of the batch that is passing, see `one_batch`
+    statistics: "Statistics | None"  # of the batch that is passing, see `reuse_batch_stats`
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True, *, num_views: int = 2
@@ -151,9 +151,9 @@ def set_num_chunks(model: nn.Module, num_chunks: int) -> None:
 
 
 @contextlib.contextmanager
-def one_batch(model: nn.Module, statistics: Statistics) -> Iterator[None]:
+def reuse_batch_stats(model: nn.Module, statistics: Statistics) -> Iterator[None]:
     """Within it, whatever passes is the same batch: the first pass fills `statistics`, which is empty before, and moves the
-    running ones; later passes take them from there. Inside of another `one_batch` it does nothing.
+    running ones; later passes take them from there. Inside of another `reuse_batch_stats` it does nothing.
     """
     norms = [norm for norm in _norms(model) if norm.statistics is None]
     for norm in norms:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from crossbatch.models.norm import Statistics, ViewBatchNorm, one_batch
+from crossbatch.models.norm import Statistics, ViewBatchNorm, reuse_batch_stats
 
 STEMS = ("imagenet", "small")
 
@@ -79,7 +79,7 @@ class _Checkpointed(nn.Sequential):
             statistics: Statistics = {}
 
             def contexts(block: nn.Module = block, statistics: Statistics = statistics):
-                return one_batch(block, statistics), one_batch(block, statistics)  # of both passes
+                return reuse_batch_stats(block, statistics), reuse_batch_stats(block, statistics)  # of both passes
 
             input = checkpoint(block, input, use_reentrant=False, context_fn=contexts)  # pyright: ignore
         return input

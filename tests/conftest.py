@@ -32,7 +32,7 @@ class RankPool:
     def __init__(self, world_size: int):
         self.world_size = world_size
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["crossbatch.engine.pretraining", "deepspeed"])  # once, not in every rank
+        context.set_forkserver_preload(["crossbatch.engine.tasks.pretrain", "deepspeed"])  # once, not in every rank
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -75,7 +75,7 @@ class RankPool:
 def _rank_main(pipe, environment: dict):
     import torch
 
-    from crossbatch.engine.distributed import process_group, world_from_environment
+    from crossbatch.engine.runtime.distributed import process_group, world_from_environment
 
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def two_ranks(pools):
 def tiny_runs(two_ranks, tmp_path_factory):
     """`tiny_runs("resnet")` or `("vit")`: a run of two steps at 16 px, sharded over two ranks by FSDP2."""
     from tests.engine.test_equivalence import ADAMW, LARS, RESNET, VIT, fsdp
-    from tests.engine.test_faults import run
+    from tests.engine.test_nonfinite import run
 
     settings = {"resnet": [*RESNET, *LARS, *fsdp(3)], "vit": [*VIT, *ADAMW, *fsdp(1)]}
     folders = {}

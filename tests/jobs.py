@@ -18,7 +18,7 @@ from pathlib import Path
 DEADLINE_S = 120
 IMPORTED_ONCE = (
     "crossbatch.launch.pretrain",
-    "crossbatch.engine.pretraining",
+    "crossbatch.engine.tasks.pretrain",
     "crossbatch.engine.sharding.fsdp",
     "crossbatch.engine.sharding.zero",
     "deepspeed.runtime.zero.stage_1_and_2",
@@ -143,8 +143,8 @@ def _nurse(pipe) -> None:
 
 
 def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    from crossbatch.engine.runtime.exit_codes import run_main
     from crossbatch.launch import pretrain
-    from crossbatch.launch.exits import run_main
 
     code = 1
     try:

@@ -51,7 +51,7 @@ class _Play:
         self.messages: list[_Found] = []
         owned: set[nn.Parameter] = set()
         self._parameters: dict[nn.Module, list[nn.Parameter]] = {}
-        for module in model.units():  # from the inside out
+        for module in model.fsdp_units():  # from the inside out
             self._parameters[module] = [p for p in module.parameters() if p not in owned]
             owned.update(self._parameters[module])
         self._state = dict.fromkeys(self._parameters, _CUT if self.stage else _WHOLE)
@@ -111,7 +111,7 @@ def largest_groups(model: MoCo, count: int) -> float:
     """Elements of the `count` largest groups: what is whole at once, at most."""
     owned: set[nn.Parameter] = set()
     sizes = []
-    for module in model.units():
+    for module in model.fsdp_units():
         own = [p for p in module.parameters() if p not in owned]
         owned.update(own)
         sizes.append(sum(p.numel() for p in own))

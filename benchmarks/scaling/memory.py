@@ -24,7 +24,7 @@ from benchmarks.scaling.activations import BYTES, Kept, kept, kept_by_backbone, 
 from benchmarks.scaling.fsdp import largest_groups
 from benchmarks.scaling.traffic import BUCKET
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
-from crossbatch.engine.memory import loader_bytes
+from crossbatch.engine.runtime.chunk_size import loader_bytes
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.loss import MEAN_WITH_SELF, num_terms
 

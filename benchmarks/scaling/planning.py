@@ -22,8 +22,8 @@ from benchmarks.scaling.memory import GIB, Memory, step_memory
 from benchmarks.scaling.prediction import Estimate, Known, estimate, messages_by_part
 from benchmarks.scaling.published import ROWS, SINGLE
 from benchmarks.scaling.question import Question
-from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, ResolvedConfig, parse_config, resolve
+from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import MoCo
 
 EPOCHS = 100

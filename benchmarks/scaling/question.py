@@ -9,9 +9,9 @@ import torch
 from benchmarks.scaling import catalogue
 from benchmarks.scaling.memory import CONTEXT, GIB, backbone_kept
 from crossbatch import InputError
-from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
-from crossbatch.engine.memory import MARGIN, batch_wide_bytes, even_chunk
+from crossbatch.engine.runtime.chunk_size import MARGIN, batch_wide_bytes, even_chunk
+from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import MoCo
 
 IMAGENET = 1_281_167
@@ -54,7 +54,7 @@ class Question:
             )
         chunk = even_chunk(run.local_batch, fitting)
         run = resolve(replace(config, train_micro_batch_size_per_gpu=chunk), at.gpus, device, at.gpus_per_node)
-        return run, model, f"as crossbatch.engine.memory would choose: {MARGIN:g} of the memory"
+        return run, model, f"as crossbatch.engine.runtime.chunk_size would choose: {MARGIN:g} of the memory"
 
 
 _built: dict[str, MoCo] = {}

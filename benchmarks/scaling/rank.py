@@ -23,12 +23,12 @@ from benchmarks.harness import Row, append, clocks
 from benchmarks.scaling.counting import Counting
 from benchmarks.scaling.traffic import step_traffic
 from crossbatch import InputError
-from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
-from crossbatch.engine.distributed import GroupCollective, World, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import GroupCollective, World, process_group, world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.sharding import build_backend
 from crossbatch.engine.step import TrainStep
-from crossbatch.launch.exits import run_main
+from crossbatch.engine.tasks.build import build_model
 
 WARM_UP = 3  # steps; DeepSpeed's stage 3 learns in the first two
 

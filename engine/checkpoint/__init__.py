@@ -21,24 +21,24 @@ or FSDP2.
 """
 
 from crossbatch.engine.checkpoint.changes import check_allowed
-from crossbatch.engine.checkpoint.folder import Keep, candidates, clean, find, write_atomically
-from crossbatch.engine.checkpoint.pieces import everything_held, random_state
+from crossbatch.engine.checkpoint.directory import Keep, candidates, clean, find, write_atomically
+from crossbatch.engine.checkpoint.pieces import local_state, random_state
 from crossbatch.engine.checkpoint.resume import Resumed, resume
-from crossbatch.engine.checkpoint.saver import Outcome, Saver
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable, read, read_manifest, write
+from crossbatch.engine.checkpoint.writer import AsyncCheckpointWriter, Outcome
 
 __all__ = [
+    "AsyncCheckpointWriter",
     "Keep",
     "Manifest",
     "Outcome",
     "Resumed",
-    "Saver",
     "Unreadable",
     "candidates",
     "check_allowed",
     "clean",
-    "everything_held",
     "find",
+    "local_state",
     "random_state",
     "read",
     "read_manifest",

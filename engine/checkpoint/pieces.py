@@ -22,23 +22,23 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from crossbatch.engine.sharding import Backend, Held, Piece
+from crossbatch.engine.sharding import Backend, FlatSlice, LocalShards
 
 SPLIT_FROM = 2**16  # elements: smaller tensors are not worth an entry per rank
 
 Staged = Mapping[tuple[str, int], torch.Tensor]  # (name, start) -> the run, 1-D
 
 
-def everything_held(backend: Backend) -> dict[str, Held]:
+def local_state(backend: Backend) -> dict[str, LocalShards]:
     """Parameters, buffers and optimizer state of this rank under the names that checkpoints use."""
-    held = {f"parameters.{name}": value for name, value in backend.parameters_held().items()}
-    held |= {f"buffers.{name}": value for name, value in backend.buffers_held().items()}
-    for name, state in backend.optimizer_held().items():
+    held = {f"parameters.{name}": value for name, value in backend.local_parameters().items()}
+    held |= {f"buffers.{name}": value for name, value in backend.local_buffers().items()}
+    for name, state in backend.local_optimizer_state().items():
         held |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
     return held
 
 
-def random_state() -> dict[str, Held]:
+def random_state() -> dict[str, LocalShards]:
     """The global generators of this rank, as tensors of the checkpoint.
 
     Nothing of a step draws from them today (views, order and dropout are functions of seed, step and position), so a run on
@@ -51,11 +51,11 @@ def random_state() -> dict[str, Held]:
     return {name: _per_rank(state, rank, world_size) for name, state in states.items()}
 
 
-def _per_rank(state: torch.Tensor, rank: int, world_size: int) -> Held:
-    return Held(torch.Size([world_size, state.numel()]), [Piece(rank * state.numel(), state)], False)
+def _per_rank(state: torch.Tensor, rank: int, world_size: int) -> LocalShards:
+    return LocalShards(torch.Size([world_size, state.numel()]), [FlatSlice(rank * state.numel(), state)], False)
 
 
-def shares(held: Mapping[str, Held], rank: int, world_size: int) -> dict[tuple[str, int], torch.Tensor]:
+def shares(held: Mapping[str, LocalShards], rank: int, world_size: int) -> dict[tuple[str, int], torch.Tensor]:
     """The runs that this rank writes: (name, start) -> a view of its memory. Over all ranks, every element is in one run.
 
     Of what all ranks hold, each writes an equal run; small ones are dealt out whole.
@@ -68,14 +68,14 @@ def shares(held: Mapping[str, Held], rank: int, world_size: int) -> dict[tuple[s
     return runs
 
 
-def _share(held: Held, number: int, rank: int, world_size: int) -> list[Piece]:
+def _share(held: LocalShards, number: int, rank: int, world_size: int) -> list[FlatSlice]:
     if not held.replicated:
         return held.pieces
     whole = held.pieces[0].local
     if whole.numel() < SPLIT_FROM:
         return held.pieces if number % world_size == rank else []
     each = -(-whole.numel() // world_size)
-    return [Piece(rank * each, whole[rank * each : (rank + 1) * each])]
+    return [FlatSlice(rank * each, whole[rank * each : (rank + 1) * each])]
 
 
 class SavePieces(SavePlanner):
@@ -113,7 +113,7 @@ class SavePieces(SavePlanner):
 class LoadPieces(LoadPlanner):
     """Fills `held` from whatever runs the checkpoint has; the names must be in it."""
 
-    def __init__(self, held: Mapping[str, Held], metadata: Metadata):
+    def __init__(self, held: Mapping[str, LocalShards], metadata: Metadata):
         self.held, self.metadata = held, metadata
         self.targets = {
             (name, piece.start): piece.local for name, tensor in held.items() for piece in tensor.pieces

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from crossbatch import InputError
 from crossbatch.engine.checkpoint import store
 from crossbatch.engine.checkpoint.changes import differences
-from crossbatch.engine.checkpoint.folder import CONFIG
-from crossbatch.engine.checkpoint.pieces import everything_held, random_state
+from crossbatch.engine.checkpoint.directory import CONFIG
+from crossbatch.engine.checkpoint.pieces import local_state, random_state
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable
 from crossbatch.engine.config import Config
-from crossbatch.engine.distributed import on_every_rank
-from crossbatch.engine.sharding import Backend, Held
+from crossbatch.engine.runtime.distributed import on_every_rank
+from crossbatch.engine.sharding import Backend, LocalShards
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def resume(
         if opened is not None and not errors:
             manifest, saved = opened
             _check_same_run(checkpoint, manifest, saved, config, images, allowed, schema)
-            held = everything_held(backend)
+            held = local_state(backend)
             _check_same_tensors(checkpoint, manifest, held)
             _, errors = on_every_rank(lambda checkpoint=checkpoint, held=held: store.fill(checkpoint, held), Unreadable)
             if not errors:
-                backend.loaded(manifest.progress["updates"])
+                backend.sync_master_weights(manifest.progress["updates"])
                 _restore_random_state(checkpoint, manifest)
                 return Resumed(checkpoint, manifest, saved, passed_over)
         passed_over.append(f"passed over {checkpoint}: {errors[0]}")
@@ -108,7 +108,7 @@ def _check_same_run(
         )
 
 
-def _check_same_tensors(checkpoint: Path, manifest: Manifest, held: dict[str, Held]) -> None:
+def _check_same_tensors(checkpoint: Path, manifest: Manifest, held: dict[str, LocalShards]) -> None:
     theirs = {name: shape for name, shape in manifest.shapes.items() if not name.startswith("random.")}
     missing, unexpected = sorted(held.keys() - theirs.keys()), sorted(theirs.keys() - held.keys())
     wrong = sorted(name for name in held.keys() & theirs.keys() if list(held[name].shape) != theirs[name])

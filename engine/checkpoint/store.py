@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from crossbatch.engine.checkpoint import folder as folders
-from crossbatch.engine.checkpoint.folder import CONFIG, MANIFEST, Keep
+from crossbatch.engine.checkpoint import directory as folders
+from crossbatch.engine.checkpoint.directory import CONFIG, MANIFEST, Keep
 from crossbatch.engine.checkpoint.pieces import LoadPieces, SavePieces, Staged
-from crossbatch.engine.sharding import Held
+from crossbatch.engine.sharding import LocalShards
 
 FORMAT = 2
 METADATA = ".metadata"
@@ -204,7 +204,7 @@ def check_contents(checkpoint: Path, manifest: Manifest, rank: int = 0, world_si
             raise Unreadable(f"damaged: the checksum of {name} is wrong")
 
 
-def fill(checkpoint: Path, held: Mapping[str, Held]) -> None:
+def fill(checkpoint: Path, held: Mapping[str, LocalShards]) -> None:
     """Reads what is in `held`, by name, into its memory. Raises Unreadable."""
     try:
         reader = _Reader(checkpoint)
@@ -229,7 +229,7 @@ def read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
         for name, shape in manifest.shapes.items()
         if name.startswith(prefix)
     }
-    fill(checkpoint, {name: Held.whole(tensor) for name, tensor in tensors.items()})
+    fill(checkpoint, {name: LocalShards.whole(tensor) for name, tensor in tensors.items()})
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 

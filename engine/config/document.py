@@ -4,9 +4,9 @@ import dataclasses
 import json
 import typing
 
+from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
 from crossbatch.engine.config.finetune import FinetuneConfig
 from crossbatch.engine.config.load import describe_allowed, options_of
-from crossbatch.engine.config.probe import KnnConfig, LinearConfig
 from crossbatch.engine.config.schema import Config
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from crossbatch import InputError
-from crossbatch.engine.config.probe import FrozenModelConfig
+from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.config.resolve import Device, Resolved, check_training, resolve_training
 from crossbatch.engine.config.schema import (
     AdamWConfig,

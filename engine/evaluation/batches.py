@@ -6,19 +6,19 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from crossbatch.data import Order, Source, TrainLoader, ViewRecipe
+from crossbatch.data import GlobalBatchSampler, Source, TrainLoader, ViewAugmentation
 from crossbatch.engine.config import Resolved
-from crossbatch.engine.config.probe import TrainImagesConfig
-from crossbatch.engine.evaluation.features import Reading, Rows, prepared
-from crossbatch.engine.evaluation.frozen import Frozen
-from crossbatch.engine.telemetry import StepClock
+from crossbatch.engine.config.evaluation import TrainImagesConfig
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, prepared
+from crossbatch.engine.evaluation.frozen import FrozenBackbone
+from crossbatch.engine.run_log import StepClock
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
 
 
-def linear_view(image_size: int, crop_min: float) -> ViewRecipe:
+def linear_view(image_size: int, crop_min: float) -> ViewAugmentation:
     """RandomResizedCrop and a flip, nothing else."""
-    return ViewRecipe(
+    return ViewAugmentation(
         image_size,
         (crop_min, 1.0),
         blur_probability=0.0,
@@ -31,7 +31,15 @@ def linear_view(image_size: int, crop_min: float) -> ViewRecipe:
 class Augmented:
     """Features of freshly augmented images."""
 
-    def __init__(self, frozen: Frozen, source: Source, order: Order, reading: Reading, run: Resolved, clock: StepClock):
+    def __init__(
+        self,
+        frozen: FrozenBackbone,
+        source: Source,
+        order: GlobalBatchSampler,
+        reading: EvalLoaderConfig,
+        run: Resolved,
+        clock: StepClock,
+    ):
         data: TrainImagesConfig = run.config.crossbatch.data
         self.frozen, self.source, self.reading, self.clock = frozen, source, reading, clock
         self.broken: set[str] = set()  # names
@@ -69,7 +77,7 @@ class Augmented:
 class Cached:
     """Features computed once; batches in the order that `Augmented` would have."""
 
-    def __init__(self, rows: Rows, order: Order, clock: StepClock):
+    def __init__(self, rows: FeatureSet, order: GlobalBatchSampler, clock: StepClock):
         self.rows, self.order, self.clock = rows, order, clock
         self.indices = rows.indices_N.cpu().numpy()
         self.broken = set(rows.skipped)

@@ -23,7 +23,7 @@ Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
-class Rows:
+class FeatureSet:
     """Features of some images of a source, in its order."""
 
     features_NC: torch.Tensor  # fp32
@@ -36,7 +36,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Reading:
+class EvalLoaderConfig:
     """How images are read and shown to the network."""
 
     image_size: int
@@ -80,10 +80,10 @@ def extract(
     embed: Embed,
     source: Source,
     indices: np.ndarray,
-    reading: Reading,
+    reading: EvalLoaderConfig,
     collective: Collective,
     advance: Callable[[int], None] | None = None,
-) -> Rows:
+) -> FeatureSet:
     """This rank's share of the rows of `indices`, by the images' central views; every rank must call it.
 
     All ranks make the same number of forward passes; a rank that has run out of images repeats its last ones and throws the
@@ -106,7 +106,7 @@ def extract(
     next(batches, None)  # lets the loader end its workers
     numbers = np.concatenate(read)
     labels, numbers = (torch.as_tensor(array, device=reading.device) for array in (source.labels[numbers], numbers))
-    return Rows(torch.cat(features), labels, numbers, loader.skipped)
+    return FeatureSet(torch.cat(features), labels, numbers, loader.skipped)
 
 
 def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -114,7 +114,7 @@ def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return normalize(images.to(device, non_blocking=True)).to(memory_format=torch.channels_last)
 
 
-def gathered(rows: Rows, collective: Collective) -> Rows:
+def gathered(rows: FeatureSet, collective: Collective) -> FeatureSet:
     """All ranks' rows, in the order of the ranks, on every rank. Names of broken images stay with the rank that met them."""
     if collective.world_size == 1:
         return rows
@@ -126,4 +126,4 @@ def gathered(rows: Rows, collective: Collective) -> Rows:
         padded = collective.all_gather(F.pad(tensor, padding))
         return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
 
-    return Rows(whole(rows.features_NC), whole(rows.labels_N), whole(rows.indices_N), rows.skipped)
+    return FeatureSet(whole(rows.features_NC), whole(rows.labels_N), whole(rows.indices_N), rows.skipped)

@@ -7,12 +7,12 @@ from torch import nn
 
 from crossbatch import InputError
 from crossbatch.engine.config import autocast_dtype
-from crossbatch.engine.config.probe import FrozenModelConfig
-from crossbatch.engine.evaluation.pretrained import Pretrained, load_pretrained
+from crossbatch.engine.config.evaluation import FrozenModelConfig
+from crossbatch.engine.pretrained.load import Pretrained, load_pretrained
 from crossbatch.models import autocast
 
 
-class Frozen:
+class FrozenBackbone:
     """`pretrained` in evaluation mode on `device`: normalised images [m, 3, H, W] -> features [m, C]."""
 
     def __init__(self, pretrained: Pretrained, device: torch.device, precision: str = "fp32"):

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from crossbatch.data import Source
 from crossbatch.engine.config import ResolvedConfig
-from crossbatch.engine.distributed import GroupCollective
-from crossbatch.engine.evaluation.features import Reading, Rows, extract, gathered
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered
+from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.sharding import Backend
 from crossbatch.models.collective import Collective
 
@@ -39,7 +39,7 @@ class Neighbours:
 class Scored:
     """What k-NN says about the evaluation images; the same on all ranks."""
 
-    queries: Rows
+    queries: FeatureSet
     neighbours: Neighbours
     predictions: dict[int, torch.Tensor]  # k -> [M] classes
 
@@ -48,7 +48,7 @@ class Scored:
         return 100 * (self.predictions[k] == self.queries.labels_N).double().mean().item()
 
 
-def nearest(queries_MC: torch.Tensor, bank: Rows, k: int, collective: Collective) -> Neighbours:
+def nearest(queries_MC: torch.Tensor, bank: FeatureSet, k: int, collective: Collective) -> Neighbours:
     """The k nearest by cosine in all ranks' banks; features have unit length. `queries_MC` must be alike on all ranks."""
     images = collective.all_reduce(torch.tensor(len(bank), device=queries_MC.device)).item()
     at_once = max(1, SCORES_AT_ONCE * collective.world_size // max(int(images), 1))  # the same number on all ranks
@@ -56,7 +56,7 @@ def nearest(queries_MC: torch.Tensor, bank: Rows, k: int, collective: Collective
     return Neighbours(*(torch.cat(parts) for parts in zip(*(vars(one).values() for one in found), strict=True)))
 
 
-def _nearest_here(queries_MC: torch.Tensor, bank: Rows, k: int) -> Neighbours:
+def _nearest_here(queries_MC: torch.Tensor, bank: FeatureSet, k: int) -> Neighbours:
     """In this rank's bank, filled up to k."""
     similarity, rows = (queries_MC @ bank.features_NC.T).topk(min(k, len(bank)), dim=1)
     absent = (0, k - similarity.shape[1])
@@ -84,8 +84,8 @@ def votes(neighbours: Neighbours, k: int, num_classes: int, temperature: float =
 
 
 def score(
-    bank: Rows,
-    queries: Rows,
+    bank: FeatureSet,
+    queries: FeatureSet,
     ks: Sequence[int],
     num_classes: int,
     collective: Collective,
@@ -98,7 +98,7 @@ def score(
     return Scored(queries, neighbours, predictions)
 
 
-def _unit(rows: Rows) -> Rows:
+def _unit(rows: FeatureSet) -> FeatureSet:
     return replace(rows, features_NC=F.normalize(rows.features_NC, dim=1))
 
 
@@ -108,7 +108,7 @@ class KnnMonitor:
     def __init__(self, run: ResolvedConfig, train: Source, evaluation: Source, device: torch.device):
         self.settings = run.config.crossbatch.evaluate
         size = run.config.crossbatch.data.image_size
-        self.reading = Reading(size, min(256, max(run.chunk, 32)), run.workers, device)
+        self.reading = EvalLoaderConfig(size, min(256, max(run.chunk, 32)), run.workers, device)
         self.train, self.evaluation = train, evaluation
         self.collective = GroupCollective()
         bank = min(len(train), self.settings.knn_images)

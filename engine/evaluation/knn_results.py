@@ -9,16 +9,17 @@ import torch
 from matplotlib.figure import Figure
 
 from crossbatch.data import Source
-from crossbatch.data.torchvision_backend import evaluation_image
+from crossbatch.data.augment.pil import evaluation_image
 from crossbatch.engine.config import to_dict
-from crossbatch.engine.config.probe import KnnConfig
-from crossbatch.engine.distributed import GroupCollective, World, on_main
-from crossbatch.engine.evaluation import pictures, report
-from crossbatch.engine.evaluation.features import Reading, Rows, extract
-from crossbatch.engine.evaluation.frozen import Frozen, load_configured
+from crossbatch.engine.config.evaluation import KnnConfig
+from crossbatch.engine.datasets import labelled_images
+from crossbatch.engine.evaluation import pictures
+from crossbatch.engine.evaluation import results as report
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract
+from crossbatch.engine.evaluation.frozen import FrozenBackbone, load_configured
 from crossbatch.engine.evaluation.knn import Scored, score
-from crossbatch.engine.images import labelled_images
-from crossbatch.engine.telemetry import command, say
+from crossbatch.engine.run_log import command, print_summary
+from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
 
 SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 7
 
@@ -32,11 +33,11 @@ class KnnEvaluation:
         self.ks = tuple(dict.fromkeys(ours.knn.k))
         self.collective = GroupCollective()
         self.pretrained = load_configured(ours.model, ours.data.image_size)
-        on_main(lambda: report.claim(out, "knn"))
+        on_main(lambda: report.create_output_dir(out, "knn"))
         self.train, self.evaluation = labelled_images(ours.data.path, out / "data_index")
-        self.frozen = Frozen(self.pretrained, device, ours.precision)
+        self.frozen = FrozenBackbone(self.pretrained, device, ours.precision)
         size, at_once = self.pretrained.image_size, config.train_micro_batch_size_per_gpu
-        self.reading = Reading(size, at_once, workers, device)
+        self.reading = EvalLoaderConfig(size, at_once, workers, device)
 
     def run(self) -> dict[str, Any]:
         """What results.json holds."""
@@ -44,7 +45,7 @@ class KnnEvaluation:
         if self.world.is_main:
             print(f"loaded {self.pretrained}", flush=True)
         bank, queries = self._features(self.train, "training images"), self._features(self.evaluation, "evaluation")
-        report.name_broken(bank.skipped + queries.skipped)
+        report.log_skipped_images(bank.skipped + queries.skipped)
         temperature = self.config.crossbatch.knn.temperature
         classes = len(self.train.class_names)
         scored = score(bank, queries, self.ks, classes, self.collective, temperature)
@@ -69,9 +70,9 @@ class KnnEvaluation:
             self._write(results, scored)
         return results
 
-    def _features(self, source: Source, what: str) -> Rows:
+    def _features(self, source: Source, what: str) -> FeatureSet:
         share = -(-len(source) // self.world.size)
-        with report.counting(f"features: {what}", share, self.world.is_main) as advance:
+        with report.progress_bar(f"features: {what}", share, self.world.is_main) as advance:
             return extract(self.frozen, source, np.arange(len(source)), self.reading, self.collective, advance)
 
     def _write(self, results: dict[str, Any], scored: Scored) -> None:
@@ -80,7 +81,7 @@ class KnnEvaluation:
         names = self.train.class_names
         title = f"{k}-NN, top-1 {top1:.2f} %"
         matrix = pictures.confusion_matrix(pictures.confusion_counts(truth, said, len(names)), names, title)
-        report.draw(self.out, {"confusion": matrix, "neighbours": self._grid(scored, k, title)})
+        report.save_figures(self.out, {"confusion": matrix, "neighbours": self._grid(scored, k, title)})
         report.write_results(self.out, results)
         images = results["images"]
         rows = [
@@ -90,7 +91,7 @@ class KnnEvaluation:
             ("results", str(self.out / report.RESULTS)),
         ]
         ours = self.config.crossbatch
-        say(rows, [command("launch/linear.py", ours.model, ours.data.path)], self.out)
+        print_summary(rows, [command("launch/linear.py", ours.model, ours.data.path)], self.out)
 
     def _grid(self, scored: Scored, k: int, title: str) -> Figure:
         """Evaluation images, evenly spread, each with the training images nearest to it."""

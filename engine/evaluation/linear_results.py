@@ -13,20 +13,21 @@ import numpy as np
 import torch
 
 from crossbatch import InputError, RunStopped
-from crossbatch.data import Order, Source
+from crossbatch.data import GlobalBatchSampler, Source
 from crossbatch.engine.config import Resolved, to_dict
+from crossbatch.engine.config.evaluation import LinearConfig, TrainImagesConfig
 from crossbatch.engine.config.finetune import FinetuneDataConfig
-from crossbatch.engine.config.probe import LinearConfig, TrainImagesConfig
-from crossbatch.engine.distributed import GroupCollective, World, mean_over_ranks, on_main
-from crossbatch.engine.evaluation import pictures, report
+from crossbatch.engine.datasets import labelled_images
+from crossbatch.engine.evaluation import pictures
+from crossbatch.engine.evaluation import results as report
 from crossbatch.engine.evaluation.batches import Augmented, Cached
-from crossbatch.engine.evaluation.features import Reading, Rows, extract, gathered
-from crossbatch.engine.evaluation.frozen import Frozen, load_configured
-from crossbatch.engine.evaluation.linear import LinearProbe
-from crossbatch.engine.evaluation.pretrained import PROBE, PROBE_FILE
-from crossbatch.engine.images import labelled_images
-from crossbatch.engine.telemetry import Log, RunLog, StepClock, command, say
-from crossbatch.engine.weights import read_torch, write_torch
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered
+from crossbatch.engine.evaluation.frozen import FrozenBackbone, load_configured
+from crossbatch.engine.evaluation.linear_probe import LinearProbe
+from crossbatch.engine.pretrained.files import read_torch, write_torch
+from crossbatch.engine.pretrained.load import PROBE, PROBE_FILE
+from crossbatch.engine.run_log import Log, RunLog, StepClock, command, print_summary
+from crossbatch.engine.runtime.distributed import GroupCollective, World, mean_over_ranks, on_main
 from crossbatch.models.backbones import family
 
 AUTO_LR = {"resnet": 0.1, "vit": 3.0}  # the originals'
@@ -53,13 +54,13 @@ class LinearEvaluation:
         self.collective = GroupCollective()
         _check(self.config)
         self.pretrained = load_configured(self.ours.model, self.ours.data.image_size)
-        on_main(lambda: report.claim(out, "linear"))
+        on_main(lambda: report.create_output_dir(out, "linear"))
         self.train, self.evaluation = labelled_images(self.ours.data.path, out / "data_index")
         self.names = self.train.class_names
         batch = self.config.train_batch_size
-        self.order = Order(self.ours.seed, len(self.train), batch, world.size, world.rank)
-        self.frozen = Frozen(self.pretrained, device, self.ours.precision)
-        self.reading = Reading(
+        self.order = GlobalBatchSampler(self.ours.seed, len(self.train), batch, world.size, world.rank)
+        self.frozen = FrozenBackbone(self.pretrained, device, self.ours.precision)
+        self.reading = EvalLoaderConfig(
             self.pretrained.image_size, self.config.train_micro_batch_size_per_gpu, resolved.workers, device
         )
         self.lrs = _learning_rates(self.config, self.pretrained.arch)
@@ -100,14 +101,14 @@ class LinearEvaluation:
             batches.close()
             log.close()
         self.frozen.check()
-        report.name_broken([*queries.skipped, *sorted(batches.broken)])
+        report.log_skipped_images([*queries.skipped, *sorted(batches.broken)])
         return self._finish(queries, batches.replaced, time.perf_counter() - started)
 
     # --- data ------------------------------------------------------------------------------------------------------
 
-    def _features(self, source: Source, what: str) -> Rows:
+    def _features(self, source: Source, what: str) -> FeatureSet:
         share = -(-len(source) // self.world.size)
-        with report.counting(f"features: {what}", share, self.world.is_main) as advance:
+        with report.progress_bar(f"features: {what}", share, self.world.is_main) as advance:
             return extract(self.frozen, source, np.arange(len(source)), self.reading, self.collective, advance)
 
     def _batches(self) -> Augmented | Cached:
@@ -118,7 +119,7 @@ class LinearEvaluation:
 
     # --- training --------------------------------------------------------------------------------------------------
 
-    def _train(self, epoch: int, batches: Augmented | Cached, log: Log, queries: Rows) -> None:
+    def _train(self, epoch: int, batches: Augmented | Cached, log: Log, queries: FeatureSet) -> None:
         """One epoch, and what it came to."""
         self.probe.start_epoch(epoch, self.ours.schedule.epochs)
         steps, every = self.order.steps_per_epoch, self.ours.log.every_steps
@@ -135,7 +136,7 @@ class LinearEvaluation:
         self.history.append({"loss": mean_over_ranks(total_L / steps).tolist(), "top1": top1})
         self._record(log, (epoch + 1) * steps, self.history[-1]["loss"], top1)
 
-    def _top1(self, queries: Rows) -> list[float]:
+    def _top1(self, queries: FeatureSet) -> list[float]:
         """Percent of the evaluation images of all ranks, by classifier."""
         right = (self.probe.predict(queries.features_NC) == queries.labels_N).sum(1)
         everything = torch.tensor([len(queries)], device=self.device)
@@ -229,7 +230,7 @@ class LinearEvaluation:
 
     # --- results ---------------------------------------------------------------------------------------------------
 
-    def _finish(self, queries: Rows, replaced: int, seconds: float) -> dict[str, Any]:
+    def _finish(self, queries: FeatureSet, replaced: int, seconds: float) -> dict[str, Any]:
         diverged = self.probe.diverged()
         if all(diverged):
             raise RunStopped(
@@ -287,7 +288,7 @@ class LinearEvaluation:
             "confusion": pictures.confusion_matrix(matrix, self.names, title),
             "accuracy": pictures.curves(lines, epochs, title),
         }
-        report.draw(self.out, figures, epochs[-1])
+        report.save_figures(self.out, figures, epochs[-1])
         report.write_results(self.out, results)
         rows = [
             *(
@@ -302,7 +303,7 @@ class LinearEvaluation:
             ("backbone", "unchanged, to the bit"),
             ("results", str(self.out / report.RESULTS)),
         ]
-        say(rows, [self._finetuning()], self.out)
+        print_summary(rows, [self._finetuning()], self.out)
 
     def _finetuning(self) -> str:
         """The command, without what its defaults would do to this backbone or to images of this size."""

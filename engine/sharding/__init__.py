@@ -5,7 +5,7 @@ made, which memory the momentum update works on, and which runs of every tensor 
 else of the engine does not know how the state is sharded.
 """
 
-from crossbatch.engine.sharding.backend import Backend, Held, Piece
+from crossbatch.engine.sharding.backend import Backend, FlatSlice, LocalShards
 from crossbatch.engine.sharding.build import build_backend
 
-__all__ = ["Backend", "Held", "Piece", "build_backend"]
+__all__ = ["Backend", "FlatSlice", "LocalShards", "build_backend"]

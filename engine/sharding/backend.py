@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from crossbatch.models import Trainable
+from crossbatch.models import ShardableModel
 
 
 @dataclass(frozen=True)
-class Piece:
+class FlatSlice:
     """A run of a flattened tensor: `local`, a 1-D view of this rank's memory, is full.flatten()[start:][: local.numel()]."""
 
     start: int
@@ -18,22 +18,22 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalShards:
     """What this rank holds of one tensor; `replicated` when every rank holds all of it."""
 
     shape: torch.Size
-    pieces: list[Piece]
+    pieces: list[FlatSlice]
     replicated: bool
 
     @staticmethod
-    def whole(tensor: torch.Tensor) -> "Held":
-        return Held(tensor.shape, [Piece(0, tensor.detach().view(-1))], True)
+    def whole(tensor: torch.Tensor) -> "LocalShards":
+        return LocalShards(tensor.shape, [FlatSlice(0, tensor.detach().view(-1))], True)
 
 
 class Backend(ABC):
     """A sharded network with its optimizer."""
 
-    model: Trainable
+    model: ShardableModel
     optimizer: Any  # has param_groups, as torch.optim.Optimizer
 
     @abstractmethod
@@ -55,7 +55,7 @@ class Backend(ABC):
         `scale` is that of `backward`; it is taken out again. If the norm is not finite, nothing is updated, on any rank.
         """
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         """Forgets gradients of a step that did not come to its end; for a world of one."""
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -65,15 +65,15 @@ class Backend(ABC):
         """The memory of `parameter` on this rank between steps (equally cut for equally shaped parameters)."""
 
     @abstractmethod
-    def parameters_held(self) -> dict[str, Held]:
+    def local_parameters(self) -> dict[str, LocalShards]:
         """Every parameter of the model by name, trainable or not. Write into it, then call `loaded`."""
 
     @abstractmethod
-    def optimizer_held(self) -> dict[str, dict[str, Held]]:
+    def local_optimizer_state(self) -> dict[str, dict[str, LocalShards]]:
         """Per trainable parameter, its optimizer state by `state_keys`, the same keys on every rank."""
 
     @abstractmethod
-    def loaded(self, updates: int) -> None:
+    def sync_master_weights(self, updates: int) -> None:
         """Takes over parameters and optimizer state that were written into the held memory, after `updates` steps."""
 
     @torch.no_grad()
@@ -86,6 +86,6 @@ class Backend(ABC):
         average = [self.local_parameter(average) for _, average in pairs]
         torch._foreach_lerp_(average, online, weight=1 - momentum)
 
-    def buffers_held(self) -> dict[str, Held]:
+    def local_buffers(self) -> dict[str, LocalShards]:
         """Running statistics, replicated everywhere."""
-        return {name: Held.whole(buffer) for name, buffer in self.model.named_buffers()}
+        return {name: LocalShards.whole(buffer) for name, buffer in self.model.named_buffers()}

@@ -2,10 +2,10 @@
 
 from crossbatch.engine.config import Resolved
 from crossbatch.engine.sharding.backend import Backend
-from crossbatch.models import Trainable
+from crossbatch.models import ShardableModel
 
 
-def build_backend(model: Trainable, run: Resolved) -> Backend:
+def build_backend(model: ShardableModel, run: Resolved) -> Backend:
     """Shards `model` (already on its device, equal on all ranks) and builds its optimizer."""
     if run.config.crossbatch.sharding == "fsdp":
         from crossbatch.engine.sharding.fsdp import FsdpBackend

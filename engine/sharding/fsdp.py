@@ -20,12 +20,12 @@ from crossbatch.engine.config import Resolved
 from crossbatch.engine.optimizers import build_optimizer, parameter_groups
 from crossbatch.engine.optimizers.lars import local
 from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
-from crossbatch.engine.sharding.backend import Backend, Held, Piece
-from crossbatch.models import Trainable
+from crossbatch.engine.sharding.backend import Backend, FlatSlice, LocalShards
+from crossbatch.models import ShardableModel
 
 
 class FsdpBackend(Backend):
-    def __init__(self, model: Trainable, run: Resolved):
+    def __init__(self, model: ShardableModel, run: Resolved):
         # A pooled feature is a view; nobody writes into it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self.model = model
@@ -36,7 +36,7 @@ class FsdpBackend(Backend):
         mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
         mesh = mesh if stage == 0 else mesh["shard"]
         self._wrapped = [
-            fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3) for module in (*model.units(), model)
+            fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3) for module in (*model.fsdp_units(), model)
         ]
         self.optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
 
@@ -44,7 +44,7 @@ class FsdpBackend(Backend):
         return self.model(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor, scale: float, more: bool = False) -> None:
-        chunked, root = self.model.chunked, self.model
+        chunked, root = self.model.chunked_module, self.model
         assert isinstance(chunked, FSDPModule) and isinstance(root, FSDPModule)
         chunked.set_requires_gradient_sync(not more)
         root.set_is_last_backward(not more)
@@ -71,11 +71,11 @@ class FsdpBackend(Backend):
     def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         return local(parameter.detach())
 
-    def parameters_held(self) -> dict[str, Held]:
+    def local_parameters(self) -> dict[str, LocalShards]:
         self._reshard()
         return {name: _held(parameter) for name, parameter in self.model.named_parameters()}
 
-    def optimizer_held(self) -> dict[str, dict[str, Held]]:
+    def local_optimizer_state(self) -> dict[str, dict[str, LocalShards]]:
         self._reshard()
         held = {}
         for name, parameter in self.model.named_parameters():
@@ -84,7 +84,7 @@ class FsdpBackend(Backend):
                 held[name] = {key: _held(state[key]) for key in state_keys(self.optimizer)}
         return held
 
-    def loaded(self, updates: int) -> None:
+    def sync_master_weights(self, updates: int) -> None:
         set_step_count(self.optimizer, updates)
 
     def _reshard(self) -> None:
@@ -93,14 +93,14 @@ class FsdpBackend(Backend):
             module.reshard()
 
 
-def _held(tensor: torch.Tensor) -> Held:
+def _held(tensor: torch.Tensor) -> LocalShards:
     """Rows are cut in runs of ceil(rows / ranks), so a shard is one run of the flattened tensor."""
     if not isinstance(tensor, DTensor):
-        return Held.whole(tensor)
+        return LocalShards.whole(tensor)
     placement = tensor.placements[-1]
     assert placement.is_shard(0), placement
     mesh_dim = tensor.device_mesh.ndim - 1
     ranks, rank = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
     rows_each = -(-tensor.shape[0] // ranks)
     start = min(rank * rows_each, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
-    return Held(tensor.shape, [Piece(start, local(tensor.detach()).view(-1))], ranks == 1)
+    return LocalShards(tensor.shape, [FlatSlice(start, local(tensor.detach()).view(-1))], ranks == 1)

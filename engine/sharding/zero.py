@@ -26,12 +26,12 @@ from torch import nn
 from crossbatch.engine.config import Resolved
 from crossbatch.engine.optimizers import LARS, Layout, Segment, build_optimizer, parameter_groups
 from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
-from crossbatch.engine.sharding.backend import Backend, Held, Piece
-from crossbatch.models import Trainable
+from crossbatch.engine.sharding.backend import Backend, FlatSlice, LocalShards
+from crossbatch.models import ShardableModel
 
 
 class ZeroBackend(Backend):
-    def __init__(self, model: Trainable, run: Resolved):
+    def __init__(self, model: ShardableModel, run: Resolved):
         if run.device.type == "cpu":
             # It would compile, for a minute, a shared-memory all-reduce that only inference calls.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -86,13 +86,13 @@ class ZeroBackend(Backend):
     def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.ds_tensor if self.stage == 3 else parameter.data  # pyright: ignore[reportAttributeAccessIssue]
 
-    def parameters_held(self) -> dict[str, Held]:
+    def local_parameters(self) -> dict[str, LocalShards]:
         return {name: self._parameter_held(name, parameter) for name, parameter in self.model.named_parameters()}
 
-    def optimizer_held(self) -> dict[str, dict[str, Held]]:
+    def local_optimizer_state(self) -> dict[str, dict[str, LocalShards]]:
         return {name: self._state_held(name, p) for name, p in self._trainable().items()}
 
-    def loaded(self, updates: int) -> None:
+    def sync_master_weights(self, updates: int) -> None:
         """The fp32 copies that stages 1-3 step on take over the parameters, too."""
         for parameter in self._trainable().values():
             for flat, flat_start, start, numel in self._cut(parameter):
@@ -144,23 +144,25 @@ class ZeroBackend(Backend):
         """The torch optimizer inside DeepSpeed's."""
         return self.optimizer if self.stage == 0 else self.optimizer.optimizer
 
-    def _parameter_held(self, name: str, parameter: Any) -> Held:
+    def _parameter_held(self, name: str, parameter: Any) -> LocalShards:
         if self.stage < 3:
-            return Held.whole(parameter)
+            return LocalShards.whole(parameter)
         start, numel = _even_cut(parameter)
-        return Held(
-            self._shapes[name], [Piece(start, parameter.ds_tensor.data.view(-1)[:numel])], dist.get_world_size() == 1
+        return LocalShards(
+            self._shapes[name],
+            [FlatSlice(start, parameter.ds_tensor.data.view(-1)[:numel])],
+            dist.get_world_size() == 1,
         )
 
-    def _state_held(self, name: str, parameter: Any) -> dict[str, Held]:
+    def _state_held(self, name: str, parameter: Any) -> dict[str, LocalShards]:
         keys = state_keys(self._stepping)
-        pieces: dict[str, list[Piece]] = {key: [] for key in keys}
+        pieces: dict[str, list[FlatSlice]] = {key: [] for key in keys}
         for flat, flat_start, start, numel in self._cut(parameter):
             state = ensured_state(self._stepping, flat)
             for key in keys:
-                pieces[key].append(Piece(start, state[key].view(-1)[flat_start : flat_start + numel]))
+                pieces[key].append(FlatSlice(start, state[key].view(-1)[flat_start : flat_start + numel]))
         replicated = self.stage == 0 or dist.get_world_size() == 1
-        return {key: Held(self._shapes[name], pieces[key], replicated) for key in keys}
+        return {key: LocalShards(self._shapes[name], pieces[key], replicated) for key in keys}
 
     def _cut(self, parameter: Any) -> Iterator[tuple[torch.Tensor, int, int, int]]:
         """(flat tensor the optimizer steps on, start in it, start in the parameter, elements) of this rank's part."""

@@ -6,8 +6,8 @@ from torch import nn
 
 from benchmarks.scaling.activations import kept, kept_by_backbone, largest_moment
 from benchmarks.scaling.memory import GIB, backbone_kept, batch_wide_kept, step_memory
-from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.tasks.build import build_model
 from crossbatch.models.backbones import build_backbone
 
 IMAGES = 3

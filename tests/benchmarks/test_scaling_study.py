@@ -13,7 +13,7 @@ from benchmarks.scaling import command, study
 from benchmarks.scaling.rank import measure, row_of
 from crossbatch import InputError
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.distributed import world_from_environment
+from crossbatch.engine.runtime.distributed import world_from_environment
 
 TINY = [
     "train_batch_size=8",

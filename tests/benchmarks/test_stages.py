@@ -17,7 +17,7 @@ from benchmarks import gpu, recipe
 from benchmarks.plain import plain_backbone
 from benchmarks.plain_step import PlainStep
 from benchmarks.stages import STAGES
-from crossbatch.engine.build import build_model
+from crossbatch.engine.tasks.build import build_model
 
 WANTED = {
     *("decode", "augment", "data", "transfer", "index", "backbone", "batchformer", "heads", "collectives", "optimizer"),

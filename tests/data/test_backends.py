@@ -10,15 +10,17 @@ import torch
 from PIL import Image
 
 from crossbatch import InputError
-from crossbatch.data import backends, jpeg, torchvision_backend
+from crossbatch.data import jpeg
+from crossbatch.data.augment import backends
+from crossbatch.data.augment import pil as torchvision_backend
+from crossbatch.data.augment.parameters import ViewAugmentation, draw, moco_v3_augmentations
 from crossbatch.data.loader import TrainLoader
-from crossbatch.data.order import Order
-from crossbatch.data.recipe import ViewRecipe, draw, moco_v3_views
+from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import open_source
 from tests.data.damage import WHOLE, damaged_files, encoded
 
 SIZE = 64
-VIEWS = moco_v3_views(SIZE)
+VIEWS = moco_v3_augmentations(SIZE)
 DALI = pytest.param("dali", marks=pytest.mark.skipif(not backends.has_dali(), reason="needs DALI"))
 FAST = ["opencv", DALI]
 
@@ -50,7 +52,7 @@ def read(root: Path, backend: str, recipes=VIEWS, batch: int = 24, start: int = 
     source = open_source(root, "train")
     loader = TrainLoader(
         source,
-        Order(0, len(source), batch, **order),
+        GlobalBatchSampler(0, len(source), batch, **order),
         recipes,
         seed=3,
         workers=0,
@@ -114,7 +116,7 @@ def test_crops_agree_to_a_pixel(tmp_path, backend):
     picture = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
     for number in range(24):
         picture.save(tmp_path / f"train/a/{number:02}.png")
-    plain = ViewRecipe(SIZE, (0.08, 1.0), 0.0, 0.0, jitter_probability=0.0, grayscale_probability=0.0)
+    plain = ViewAugmentation(SIZE, (0.08, 1.0), 0.0, 0.0, jitter_probability=0.0, grayscale_probability=0.0)
     want, found = (read(tmp_path, name, (plain, plain)) for name in ("torchvision", backend))
     apart = [(a.views.float() - b.views.float()).abs() for a, b in zip(found, want, strict=True)]
     assert torch.stack(apart).max() <= 1.0
@@ -158,7 +160,7 @@ def test_the_same_images_are_broken_and_replaced_alike(tmp_path, backend):
 
 def test_dali_that_refuses_a_file_gets_what_pil_sees(photos, monkeypatch):
     """As for a JPEG that only PIL reads: here every file is one, to DALI."""
-    dali_backend = pytest.importorskip("crossbatch.data.dali_backend")
+    dali_backend = pytest.importorskip("crossbatch.data.augment.dali")
     want = read(photos, "dali")
     monkeypatch.setattr(dali_backend, "encoded", lambda source, index: dali_backend.Encoded(os.urandom(64), 60, 60))
     assert difference(read(photos, "dali"), want).max() < 0.005
@@ -166,7 +168,7 @@ def test_dali_that_refuses_a_file_gets_what_pil_sees(photos, monkeypatch):
 
 def test_dali_reads_a_file_once(tmp_path):
     """Also one that PIL must decode for it."""
-    dali_backend = pytest.importorskip("crossbatch.data.dali_backend")
+    dali_backend = pytest.importorskip("crossbatch.data.augment.dali")
 
     class Counted:
         reads = 0
@@ -190,7 +192,7 @@ def test_compiled_colour_kernels():
 def test_colour_kernels(blur):
     """All but the blur to PIL's bits, save for a float on the edge between two bytes."""
     pytest.importorskip("triton")
-    from crossbatch.data import colour_cuda
+    from crossbatch.data.augment import triton_colours as colour_cuda
 
     recipe = replace(
         VIEWS[1],

@@ -11,9 +11,9 @@ import pytest
 from torchvision import datasets
 
 from crossbatch import InputError
-from crossbatch.data.cifar import Cifar
 from crossbatch.data.decode import decode
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
+from crossbatch.data.sources.cifar import Cifar
 
 NAMES = ["airplane", "bird", "cat"]
 

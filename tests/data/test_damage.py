@@ -8,9 +8,9 @@ import pytest
 
 from crossbatch import InputError
 from crossbatch.data.decode import BrokenImage
-from crossbatch.data.image_folder import ImageFolder
-from crossbatch.data.shard_index import INDEX, write_index
-from crossbatch.data.shards import Shards
+from crossbatch.data.sources.image_folder import ImageFolder
+from crossbatch.data.sources.shard_index import INDEX, write_index
+from crossbatch.data.sources.shards import Shards
 from tests.data import damage
 
 SECONDS = 5  # for one file; the largest takes 0.3

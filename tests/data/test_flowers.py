@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision import datasets
 
 from crossbatch import InputError
-from crossbatch.data.flowers import read_split
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
+from crossbatch.data.sources.flowers import read_split
 from crossbatch.launch import preview
 
 LABELS = [7, 102, 1, 54, 54, 2, 9, 8, 102, 77, 30, 1]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from crossbatch import InputError
-from crossbatch.data import image_folder, listing
-from crossbatch.data.image_folder import ImageFolder
-from crossbatch.data.listing import Names
+from crossbatch.data.sources import image_folder, listing
+from crossbatch.data.sources.image_folder import ImageFolder
+from crossbatch.data.sources.listing import Names
 
 
 def test_names():

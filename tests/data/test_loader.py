@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from crossbatch import RunStopped
-from crossbatch.data import stream
+from crossbatch.data import workers as stream
+from crossbatch.data.augment.parameters import draw, moco_v3_augmentations
+from crossbatch.data.augment.pil import augment, evaluation_image
 from crossbatch.data.decode import BrokenImage
 from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
-from crossbatch.data.order import Order
 from crossbatch.data.pieces import cut
-from crossbatch.data.recipe import draw, moco_v3_views
-from crossbatch.data.synthetic import Synthetic
-from crossbatch.data.torchvision_backend import augment, evaluation_image
+from crossbatch.data.sampler import GlobalBatchSampler
+from crossbatch.data.sources.synthetic import Synthetic
 
-RECIPES = moco_v3_views(8, 0.2)
+RECIPES = moco_v3_augmentations(8, 0.2)
 
 
 class Damaged(Synthetic):
@@ -56,7 +56,7 @@ def assert_same(a: list[Batch], b: list[Batch]):
 
 def make(workers: int = 0, source=None, batch: int = 24, world_size: int = 1, rank: int = 0, **options) -> TrainLoader:
     source = source or Synthetic(100, 12)
-    order = Order(5, len(source), batch, world_size, rank)
+    order = GlobalBatchSampler(5, len(source), batch, world_size, rank)
     return TrainLoader(source, order, RECIPES, seed=9, workers=workers, **options)
 
 
@@ -75,7 +75,7 @@ def two_epochs() -> list[Batch]:
 
 def test_a_batch_is_what_order_and_recipe_say(two_epochs):
     batch, source = two_epochs[6], Synthetic(100, 12)
-    assert np.array_equal(batch.indices, Order(5, 100, 24).batch(1, 2)) and batch.indices.dtype == np.int64
+    assert np.array_equal(batch.indices, GlobalBatchSampler(5, 100, 24).batch(1, 2)) and batch.indices.dtype == np.int64
     assert batch.views.shape == (2, 24, 3, 8, 8) and batch.views.dtype == torch.uint8 and batch.skipped == []
     for view in range(2):
         p = draw(RECIPES[view], 9, 1, batch.indices, view, np.full(24, 12), np.full(24, 12))
@@ -166,7 +166,7 @@ def test_too_many_broken_images_stop_the_run():
 
 def test_the_limit_waits_for_an_epoch():
     """Two broken images in the first batch of 24 are too many at 2 %; in the epoch of 96 they are not."""
-    first = [int(index) for index in Order(5, 100, 24).batch(0, 0)[:2]]
+    first = [int(index) for index in GlobalBatchSampler(5, 100, 24).batch(0, 0)[:2]]
     damaged = make(0, Damaged(100, dict.fromkeys(first, OSError("cut"))), max_skipped_fraction=0.02)
     batches = list(damaged.epoch(0))
     assert len(batches) == 4 and batches[0].skipped == [Synthetic(100).name(index) for index in first]
@@ -226,7 +226,7 @@ UNCLOSED = """
 from crossbatch.data import *
 
 source = open_source("synthetic://64?size=12", "train")
-loader = TrainLoader(source, Order(0, 64, 16), moco_v3_views(8, 0.2), 0, workers=2)
+loader = TrainLoader(source, GlobalBatchSampler(0, 64, 16), moco_v3_augmentations(8, 0.2), 0, workers=2)
 for batch in loader.epoch(0):
     raise ZeroDivisionError
 """
@@ -240,12 +240,12 @@ def test_a_trainer_that_fails_without_closing_ends_all_the_same():
 KILLED = """
 import multiprocessing, os, signal
 from crossbatch.data import *
-from crossbatch.data import stream
+from crossbatch.data import workers as stream
 
 if __name__ == "__main__":
     stream.start_method = lambda: "{method}"
     source = open_source("synthetic://64?size=12", "train")
-    loader = TrainLoader(source, Order(0, 64, 16), moco_v3_views(8, 0.2), 0, workers=1)
+    loader = TrainLoader(source, GlobalBatchSampler(0, 64, 16), moco_v3_augmentations(8, 0.2), 0, workers=1)
     next(loader.epoch(0))
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -279,7 +279,7 @@ from crossbatch.data import *
 cv2.setNumThreads(2)
 cv2.GaussianBlur(numpy.zeros((2000, 2000, 3), numpy.uint8), (31, 31), 5)  # starts OpenCV's threads
 source = open_source("synthetic://64?size=12", "train")
-loader = TrainLoader(source, Order(0, 64, 16), moco_v3_views(8, 0.2), 0, workers=2, backend="opencv")
+loader = TrainLoader(source, GlobalBatchSampler(0, 64, 16), moco_v3_augmentations(8, 0.2), 0, workers=2, backend="opencv")
 next(loader.epoch(0))
 loader.close()
 print(cv2.getNumThreads())
@@ -310,7 +310,7 @@ def test_bad_positions_and_recipes():
     with pytest.raises(ValueError, match="start_step"):
         next(make().epoch(0, 5))
     with pytest.raises(ValueError, match="share one image_size"):
-        TrainLoader(Synthetic(10), Order(0, 10, 5), (RECIPES[0], moco_v3_views(16, 0.2)[1]), 0, 0)
+        TrainLoader(Synthetic(10), GlobalBatchSampler(0, 10, 5), (RECIPES[0], moco_v3_augmentations(16, 0.2)[1]), 0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

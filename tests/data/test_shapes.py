@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from crossbatch import InputError
-from crossbatch.data import shapes
-from crossbatch.data.image_folder import ImageFolder
-from crossbatch.data.shapes import SHAPES, draw_shape, write_shapes
+from crossbatch.data.sources import shapes
+from crossbatch.data.sources.image_folder import ImageFolder
+from crossbatch.data.sources.shapes import SHAPES, draw_shape, write_shapes
 
 
 def contents(folder) -> dict[str, bytes]:

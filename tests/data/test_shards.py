@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from crossbatch import InputError
-from crossbatch.data import listing, shard_index
 from crossbatch.data.decode import BrokenImage, decode
-from crossbatch.data.image_folder import ImageFolder
-from crossbatch.data.shard_index import INDEX, make_index, write_index
-from crossbatch.data.shard_writer import write_shards
-from crossbatch.data.shards import Shards
-from crossbatch.data.synthetic import Synthetic
+from crossbatch.data.sources import listing, shard_index
+from crossbatch.data.sources.image_folder import ImageFolder
+from crossbatch.data.sources.shard_index import INDEX, make_index, write_index
+from crossbatch.data.sources.shard_writer import write_shards
+from crossbatch.data.sources.shards import Shards
+from crossbatch.data.sources.synthetic import Synthetic
 
 
 def content(number: int, salt: bytes = b"") -> bytes:
@@ -88,7 +88,7 @@ def test_images_by_index(folder):
 
 
 def test_threads_read_at_once_with_few_open_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("crossbatch.data.shards._OPEN_FILES", 2)
+    monkeypatch.setattr("crossbatch.data.sources.shards._OPEN_FILES", 2)
     for shard in range(6):
         write_tar(tmp_path / f"train/{shard}.tar", samples(range(2 * shard, 2 * shard + 2)))
     source, failures = Shards(tmp_path / "train"), []

@@ -12,12 +12,11 @@ import pytest
 from PIL import Image
 
 from crossbatch import InputError
-from crossbatch.data import image_folder
 from crossbatch.data.decode import BrokenImage, decode
-from crossbatch.data.image_folder import ImageFolder
-from crossbatch.data.shard_index import write_index
-from crossbatch.data.shard_writer import write_shards
-from crossbatch.data.sources import has_evaluation_split, open_source, prepare
+from crossbatch.data.sources import has_evaluation_split, image_folder, open_source, prepare
+from crossbatch.data.sources.image_folder import ImageFolder
+from crossbatch.data.sources.shard_index import write_index
+from crossbatch.data.sources.shard_writer import write_shards
 
 
 def write(path: Path, colour=(200, 30, 60), size=(6, 4), **options):

@@ -19,8 +19,8 @@ from crossbatch.engine.checkpoint.changes import FREE, differences
 from crossbatch.engine.checkpoint.pieces import SavePieces, shares
 from crossbatch.engine.checkpoint.store import read_manifest
 from crossbatch.engine.config import FinetuneConfig, load_config, to_dict
-from crossbatch.engine.sharding import Held, Piece
-from crossbatch.engine.telemetry import RunLog
+from crossbatch.engine.run_log import RunLog
+from crossbatch.engine.sharding import FlatSlice, LocalShards
 
 
 def manifest_of(step: int, shapes: dict[str, list[int]]) -> Manifest:
@@ -37,7 +37,7 @@ def manifest_of(step: int, shapes: dict[str, list[int]]) -> Manifest:
 
 def save(folder: Path, step: int, keep: Keep | None = None) -> None:
     """A checkpoint of two tensors, filled with the step."""
-    held = {f"parameters.{name}": Held.whole(torch.full((3, 2), float(step))) for name in ("a", "b")}
+    held = {f"parameters.{name}": LocalShards.whole(torch.full((3, 2), float(step))) for name in ("a", "b")}
     manifest = manifest_of(step, {name: list(tensor.shape) for name, tensor in held.items()})
     checkpoint.write(folder, shares(held, 0, 1), manifest, {"world_size": 1}, keep or Keep(100))
 
@@ -157,8 +157,8 @@ def test_runs_must_cover_every_element_once():
 
 def test_shares_cover_what_all_ranks_hold():
     small, large = torch.arange(10.0), torch.arange(2.0**17 + 1)
-    held = {"small": Held.whole(small), "other": Held.whole(small), "large": Held.whole(large)}
-    held["cut"] = Held(torch.Size([4]), [Piece(0, small[:2]), Piece(2, small[:0])], False)
+    held = {"small": LocalShards.whole(small), "other": LocalShards.whole(small), "large": LocalShards.whole(large)}
+    held["cut"] = LocalShards(torch.Size([4]), [FlatSlice(0, small[:2]), FlatSlice(2, small[:0])], False)
     parts = [shares(held, rank, 3) for rank in range(3)]
     assert all(("cut", 0) in part and ("cut", 2) not in part for part in parts)
     for name, whole in (("small", small), ("other", small), ("large", large)):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from crossbatch import RunStopped
-from crossbatch.engine import checkpoint, memory
+from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.distributed import world_from_environment
-from crossbatch.engine.pretraining import Pretraining
+from crossbatch.engine.runtime import chunk_size as memory
+from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.tasks.pretrain import PretrainTask
 from crossbatch.models import Collective, MoCo
 from crossbatch.models.norm import synchronize_norms
 from tests.engine.test_equivalence import (
@@ -143,7 +144,7 @@ def step_of_resnet(overrides: list[str], out: str, alone: bool) -> tuple[float, 
     """One step on this rank: the global loss and the gradient-updated parameters."""
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *LARGE, *RESNET, *ADAMW, *overrides]), world.size, Device("cpu"))
-    trainer = Pretraining(run, world, torch.device("cpu"), Path(out), "none", 2)
+    trainer = PretrainTask(run, world, torch.device("cpu"), Path(out), "none", 2)
     if alone:
         model = trainer.train_step.backend.model
         assert isinstance(model, MoCo)
@@ -187,7 +188,7 @@ def run_with_little_memory(out: str, chunk: int, rows: int, until_call: int) -> 
 
     with mock.patch.object(MoCo, "embed", greedy):
         try:
-            Pretraining(run, world, torch.device("cpu"), Path(out), "auto", 3).train()
+            PretrainTask(run, world, torch.device("cpu"), Path(out), "auto", 3).train()
         except RunStopped as stopped:
             return str(stopped)
     return ""
@@ -221,7 +222,7 @@ def automatic(out: str, free: float, overrides: list[str]) -> int:
 
 def test_the_chunk_follows_the_memory_of_the_poorest_rank(tmp_path, pools):
     run = resolve(load_config(None, [*BASE, *LARGE, *VIT]), 2, Device("cpu"))
-    from crossbatch.engine.build import build_model
+    from crossbatch.engine.tasks.build import build_model
 
     with torch.device("meta"):
         model = build_model(run)

@@ -19,7 +19,7 @@ from crossbatch.engine.config import (
     to_dict,
 )
 from crossbatch.engine.config.document import all_tables
-from crossbatch.engine.config.probe import KnnConfig, LinearConfig
+from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
 
 RECIPES = sorted(Path("ds_configs").glob("*.json"))
 CPU = Device("cpu")

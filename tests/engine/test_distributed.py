@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from crossbatch import InputError
-from crossbatch.engine.distributed import World, process_group, unused, world_from_environment
+from crossbatch.engine.runtime.distributed import World, process_group, unused, world_from_environment
 
 
 def meet(store: dist.Store, size: int) -> list[dist.Store]:

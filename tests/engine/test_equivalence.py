@@ -10,7 +10,7 @@ import pytest
 
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.distributed import world_from_environment
+from crossbatch.engine.runtime.distributed import world_from_environment
 
 RESNET = [
     "crossbatch.model.stem=small",
@@ -72,11 +72,11 @@ def train(overrides: list[str], out: str, steps: int) -> None:
     """One run on this rank of a pool."""
     import torch
 
-    from crossbatch.engine.pretraining import Pretraining
+    from crossbatch.engine.tasks.pretrain import PretrainTask
 
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
-    Pretraining(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
+    PretrainTask(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
 
 
 def losses(out) -> list[float]:
@@ -193,12 +193,12 @@ def buffers_of(overrides: list[str], out: str) -> list:
     """Trains three steps on this rank; its batch norms' buffers."""
     import torch
 
-    from crossbatch.engine.pretraining import Pretraining
+    from crossbatch.engine.tasks.pretrain import PretrainTask
 
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
     with mock.patch("crossbatch.engine.step.INITIAL_LOSS_SCALE", 2.0**6):  # a step that overflows changes nothing
-        trainer = Pretraining(run, world, torch.device("cpu"), Path(out), "auto", 3)
+        trainer = PretrainTask(run, world, torch.device("cpu"), Path(out), "auto", 3)
     trainer.train()
     assert all(math.isfinite(loss) for loss in losses(out))
     return [

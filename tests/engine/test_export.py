@@ -11,8 +11,8 @@ import torchvision
 from timm.models import VisionTransformer
 
 from crossbatch import InputError
-from crossbatch.engine.evaluation.pretrained import NOTE, Pretrained, load_pretrained
-from crossbatch.engine.export import export
+from crossbatch.engine.pretrained.export import export
+from crossbatch.engine.pretrained.load import NOTE, Pretrained, load_pretrained
 from crossbatch.models import build_backbone
 from crossbatch.models.norm import ViewBatchNorm
 

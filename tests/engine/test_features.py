@@ -10,7 +10,7 @@ import torch
 from crossbatch import InputError
 from crossbatch.data import Source, open_source, prepare
 from crossbatch.engine.evaluation import features
-from crossbatch.engine.evaluation.features import Reading, extract, gathered, labelled_sources
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, gathered, labelled_sources
 from crossbatch.models.collective import Collective
 
 
@@ -31,7 +31,7 @@ def mean_colours(images: torch.Tensor) -> torch.Tensor:
 
 def features_on_this_rank(path: str) -> tuple[list[int], list[int], torch.Tensor, int, int]:
     """Of all ranks together; how many rows were its own, and how often it was asked."""
-    from crossbatch.engine.distributed import GroupCollective
+    from crossbatch.engine.runtime.distributed import GroupCollective
 
     collective, asked = GroupCollective(), []
 
@@ -40,7 +40,7 @@ def features_on_this_rank(path: str) -> tuple[list[int], list[int], torch.Tensor
         return mean_colours(images)
 
     source = open_source(path, "train")
-    mine = extract(embed, source, np.arange(17), Reading(16, 4, 0, torch.device("cpu")), collective)
+    mine = extract(embed, source, np.arange(17), EvalLoaderConfig(16, 4, 0, torch.device("cpu")), collective)
     rows = gathered(mine, collective)
     return rows.indices_N.tolist(), rows.labels_N.tolist(), rows.features_NC, len(mine), len(asked)
 
@@ -48,7 +48,7 @@ def features_on_this_rank(path: str) -> tuple[list[int], list[int], torch.Tensor
 def test_every_readable_image_once(damaged, two_ranks):
     source = open_source(damaged, "train")
     readable = [index for index in range(17) if index not in (0, 8, 9, 10, 11, 16)]
-    rows = extract(mean_colours, source, np.arange(17), Reading(16, 4, 0, torch.device("cpu")), Collective())
+    rows = extract(mean_colours, source, np.arange(17), EvalLoaderConfig(16, 4, 0, torch.device("cpu")), Collective())
     assert rows.indices_N.tolist() == readable and len(rows.skipped) == 6
     assert rows.labels_N.tolist() == source.labels[readable].tolist()
     mean, std = (np.array(v) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -88,8 +88,8 @@ def test_labels_must_have_a_class(monkeypatch, tmp_path):
 
 def images_here(paths: list[str], cache: str) -> str:
     """Each rank has a path of its own; why it does not go on."""
-    from crossbatch.engine.distributed import world_from_environment
-    from crossbatch.engine.images import labelled_images, training_images
+    from crossbatch.engine.datasets import labelled_images, training_images
+    from crossbatch.engine.runtime.distributed import world_from_environment
 
     path, said = paths[world_from_environment().rank], []
     for images in (labelled_images, training_images):

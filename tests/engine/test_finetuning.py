@@ -13,9 +13,9 @@ from crossbatch import InputError
 from crossbatch.data import open_source
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
-from crossbatch.engine.distributed import world_from_environment
 from crossbatch.engine.optimizers import parameter_groups
-from crossbatch.engine.schedule import finetuning_rate
+from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.schedules import finetuning_rate
 from crossbatch.models import build_backbone
 from crossbatch.models.classifier import Classifier
 from tests.engine.test_equivalence import ADAMW, RESNET, VIT, fsdp, losses, name_of, parameters, train, zero
@@ -43,12 +43,12 @@ RANDOM = [
 
 def finetune(overrides: list[str], out: str, steps: int | None = None) -> str:
     """One run on this rank of a pool; returns the message of wrong input."""
-    from crossbatch.engine.finetuning import FineTuning
+    from crossbatch.engine.tasks.finetune import FinetuneTask
 
     world = world_from_environment()
     try:
         run = resolve_finetune(load_config(None, [*BASE, *overrides], FinetuneConfig), world.size, Device("cpu"))
-        FineTuning(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
+        FinetuneTask(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
     except InputError as error:
         return str(error)
     return ""

@@ -10,12 +10,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 from crossbatch.engine.evaluation import knn
-from crossbatch.engine.evaluation.features import Rows, gathered
+from crossbatch.engine.evaluation.features import FeatureSet, gathered
 from crossbatch.models.collective import Collective
 
 
-def rows(features: torch.Tensor, labels: torch.Tensor, first: int = 0) -> Rows:
-    return Rows(features, labels, first + torch.arange(len(labels)), [])
+def rows(features: torch.Tensor, labels: torch.Tensor, first: int = 0) -> FeatureSet:
+    return FeatureSet(features, labels, first + torch.arange(len(labels)), [])
 
 
 def clusters(count: int, seed: int, classes: int = 5, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +75,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 def of_this_rank(bank_size: int, query_count: int) -> tuple:
     """Its share of the work, uneven on purpose."""
-    from crossbatch.engine.distributed import GroupCollective
+    from crossbatch.engine.runtime.distributed import GroupCollective
 
     collective = GroupCollective()
     shares = []
@@ -101,7 +101,7 @@ def test_two_ranks_agree_with_one(two_ranks, bank_size, query_count):
 
 
 def gather_on_this_rank() -> list[int]:
-    from crossbatch.engine.distributed import GroupCollective
+    from crossbatch.engine.runtime.distributed import GroupCollective
 
     collective = GroupCollective()
     mine = rows(torch.zeros(3 * collective.rank, 4), torch.full((3 * collective.rank,), collective.rank))

@@ -44,7 +44,9 @@ def train_with(build_optimizer, overrides, out, steps):
     # Checkpoints are not of interest, and know only the optimizers that users can choose.
     with (
         mock.patch("crossbatch.engine.sharding.zero.build_optimizer", build_optimizer),
-        mock.patch.multiple("crossbatch.engine.saves.Saves", boundary=mock.DEFAULT, final=mock.DEFAULT),
+        mock.patch.multiple(
+            "crossbatch.engine.checkpoint.schedule.CheckpointSchedule", boundary=mock.DEFAULT, final=mock.DEFAULT
+        ),
     ):
         train(overrides, out, steps)
 

@@ -12,9 +12,9 @@ import torchvision
 
 from crossbatch import InputError
 from crossbatch.engine import checkpoint
-from crossbatch.engine.evaluation.pretrained import NOTE, PROBE, PROBE_FILE, load_pretrained
+from crossbatch.engine.pretrained.load import NOTE, PROBE, PROBE_FILE, load_pretrained
 from crossbatch.models import build_backbone
-from tests.engine.test_legacy import original_file
+from tests.engine.test_moco_v3_files import original_file
 
 SMALL_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
 

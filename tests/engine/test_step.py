@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from crossbatch.data import normalize
-from crossbatch.engine.build import build_model
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.distributed import GroupCollective, world_from_environment
 from crossbatch.engine.optimizers import build_optimizer, parameter_groups
-from crossbatch.engine.schedule import encoder_momentum, learning_rate
-from crossbatch.engine.sharding import Backend, Held
+from crossbatch.engine.runtime.distributed import GroupCollective, world_from_environment
+from crossbatch.engine.schedules import encoder_momentum, learning_rate
+from crossbatch.engine.sharding import Backend, LocalShards
 from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
+from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import MoCo
 from tests.engine.test_equivalence import BASE, LARS, RESNET, zero
 
@@ -48,13 +48,13 @@ class PlainBackend(Backend):
     def local_parameter(self, parameter):
         return parameter.data
 
-    def parameters_held(self) -> dict[str, Held]:
+    def local_parameters(self) -> dict[str, LocalShards]:
         raise AssertionError
 
-    def optimizer_held(self) -> dict[str, dict[str, Held]]:
+    def local_optimizer_state(self) -> dict[str, dict[str, LocalShards]]:
         raise AssertionError
 
-    def loaded(self, updates):
+    def sync_master_weights(self, updates):
         raise AssertionError
 
 
@@ -153,12 +153,12 @@ def test_deepspeed_leaves_the_precision_alone(tmp_path, one_rank, stage):
 def lowered_under_deepspeed(out: str, stage: int) -> None:
     import deepspeed.runtime.torch_autocast  # noqa: F401
 
-    from crossbatch.engine.pretraining import Pretraining
+    from crossbatch.engine.tasks.pretrain import PretrainTask
 
     precise = [*BASE, *RESNET, *LARS, *zero(stage), "crossbatch.precision=bf16"]
     run = resolve(load_config(None, precise), 1, Device("cpu"))
     seen, asked = [], torch.is_autocast_enabled
-    trainer = Pretraining(run, world_from_environment(), torch.device("cpu"), Path(out), "none", 1)
+    trainer = PretrainTask(run, world_from_environment(), torch.device("cpu"), Path(out), "none", 1)
     backbone = trainer.train_step.backbone
     backbone.layer1.register_forward_hook(lambda *call: seen.append(call[-1].dtype))  # pyright: ignore
     # Without an argument it answers for CUDA; as if this CPU were that.

@@ -12,10 +12,10 @@ import torchvision
 from PIL import Image
 
 from crossbatch.data.sources import open_source
-from crossbatch.engine.evaluation.pretrained import load_pretrained
+from crossbatch.engine.pretrained.load import load_pretrained
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import convert
-from crossbatch.launch.exits import run_main
-from tests.engine.test_legacy import original_file
+from tests.engine.test_moco_v3_files import original_file
 
 
 def call(monkeypatch, *arguments) -> int:

@@ -181,7 +181,7 @@ def test_a_killed_rank_is_named_by_the_other(tmp_path, nursery, victim):
 
 @pytest.mark.slow
 def test_a_rank_that_does_not_move_is_named_by_the_others(tmp_path, nursery):
-    """Stopped, as by a debugger or a frozen host. (Alive but stuck: tests/engine/test_watch.py.)"""
+    """Stopped, as by a debugger or a frozen host. (Alive but stuck: tests/engine/test_watchdog.py.)"""
     timeout_s = 6
     settings = [*VIT, *LARS, *zero(1), f"crossbatch.watch.timeout_s={timeout_s}"]
     job = nursery.start(tmp_path / "logs", 3, *flags(tmp_path, *settings))

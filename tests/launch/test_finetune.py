@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from crossbatch.engine.config import FinetuneConfig, load_config
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import finetune
-from crossbatch.launch.exits import run_main
 from crossbatch.models import build_backbone
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from crossbatch.data import open_source, prepare
 from crossbatch.engine.config import load_config
-from crossbatch.engine.config.probe import KnnConfig
-from crossbatch.engine.distributed import world_from_environment
+from crossbatch.engine.config.evaluation import KnnConfig
+from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import knn
-from crossbatch.launch.exits import run_main
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_run_is_scored(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
 @torch.no_grad()
 def by_scikit_learn(checkpoint: Path, shapes: str, k: int) -> float:
     """Read, resize, normalise, embed and vote, written out."""
-    from crossbatch.engine.evaluation.pretrained import load_pretrained
+    from crossbatch.engine.pretrained.load import load_pretrained
 
     backbone = load_pretrained(checkpoint).backbone.eval()
     found = []

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import pretrain
-from crossbatch.launch.exits import run_main
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 TINY = ["-b", "16", "--epochs", "1", "-p", "1", "-j", "0", "--set", "crossbatch.data.image_size=16"]

@@ -13,13 +13,13 @@ from PIL import Image
 
 from crossbatch.data import prepare
 from crossbatch.engine.config import Device, load_config
-from crossbatch.engine.config.probe import LinearConfig
+from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
-from crossbatch.engine.distributed import world_from_environment
 from crossbatch.engine.evaluation import linear_results
 from crossbatch.engine.evaluation.batches import linear_view
+from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import finetune, linear
-from crossbatch.launch.exits import run_main
 
 SHORT = ["-b", "32", "--epochs", "3", "-j", "0", "-p", "1"]
 

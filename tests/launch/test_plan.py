@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.scaling.planning import answer, as_dict
 from benchmarks.scaling.question import Question
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import plan
-from crossbatch.launch.exits import run_main
 
 BS4096 = "ds_configs/bs4096.json"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import pretrain
-from crossbatch.launch.exits import run_main
 
 TINY = [
     "--data=synthetic://64?size=20&classes=4",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from crossbatch.engine.distributed import GroupCollective
+from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.models.batchformer import BatchFormer, DropoutKey, keep_mask
 
 KEY = DropoutKey(seed=1, step=2)

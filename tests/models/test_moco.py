@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crossbatch.models import Contrast, MoCo
+from crossbatch.models import MoCo, MoCoOutput
 from crossbatch.models.moco import feature_std
 
 TINY = {"image_size": 16, "stem": "small", "backbone_args": {"width": 8}, "dim": 8, "mlp_dim": 16, "group_size": 2}
@@ -14,10 +14,10 @@ def tiny(**overrides) -> MoCo:
     return MoCo("resnet18", **{**TINY, **overrides})
 
 
-def train_once(model: MoCo, step: int = 0) -> Contrast:
+def train_once(model: MoCo, step: int = 0) -> MoCoOutput:
     torch.manual_seed(1)
     contrast = model.loss(torch.randn(8, 3, 16, 16), step, 0)
-    assert isinstance(contrast, Contrast)
+    assert isinstance(contrast, MoCoOutput)
     contrast.loss.backward()
     return contrast
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from crossbatch.engine.distributed import GroupCollective
+from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.models.collective import Collective
-from crossbatch.models.norm import ViewBatchNorm, one_batch, set_num_views, synchronize_norms
+from crossbatch.models.norm import ViewBatchNorm, reuse_batch_stats, set_num_views, synchronize_norms
 
 C = 5
 SHAPES = [(12, C), (12, C, 3, 7), (2, C, 4, 4)]  # the last: one image per view
@@ -195,13 +195,13 @@ def test_later_passes_of_a_batch_take_the_statistics_of_the_first():
     model, counting, statistics = nn.Sequential(ViewBatchNorm(C)), Counting(Twins()), {}
     synchronize_norms(model, counting)
     x, dy = batch(SHAPES[1], seed=0)
-    with torch.no_grad(), one_batch(model, statistics):
+    with torch.no_grad(), reuse_batch_stats(model, statistics):
         first = model(x)
     running = copy.deepcopy(model.state_dict())
     x.requires_grad_()
-    with one_batch(model, statistics):
+    with reuse_batch_stats(model, statistics):
         again = model(x)
-        with one_batch(model, {}):  # activations that are checkpointed within
+        with reuse_batch_stats(model, {}):  # activations that are checkpointed within
             within = model(x)
         (dx,) = torch.autograd.grad(again, x, dy)
     assert again.equal(first) and within.equal(first)

@@ -1,0 +1,279 @@
+"""The originals' files: `checkpoint_0099.pth.tar` of moco-v3 or BatchFormer becomes a run that continues here, and back.
+
+    epoch, arch       epochs done; the name of the backbone
+    state_dict        module.base_encoder.*, module.momentum_encoder.*, module.predictor.*
+    optimizer         state by the position of a parameter: "mu" of LARS, "exp_avg" and "exp_avg_sq" of AdamW
+    scaler            of torch.cuda.amp.GradScaler
+
+The projector is `fc` of a ResNet and `head` of a ViT. With BatchFormer, layer 0 of the projectors is the BatchFormer: the
+others move up by one, and its weights are stored three times. A parameter that is stored more than once has the position of
+its first name. There is no configuration in such a file: it must be given, as the recipe or the originals' flags.
+
+The originals move the average of the momentum encoder at the start of a step, we at its end: theirs has made one move less.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossbatch import InputError, __version__
+from crossbatch.engine import checkpoint
+from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
+from crossbatch.engine.config import Device, LarsConfig, ResolvedConfig, parse_config, resolve, to_dict
+from crossbatch.engine.pretrained.files import read_torch, write_torch
+from crossbatch.engine.step import CLEAN_STEPS, INITIAL_LOSS_SCALE, Progress
+from crossbatch.engine.tasks.build import build_model
+from crossbatch.models import MoCo
+from crossbatch.models.backbones import family
+
+ENCODERS = {"online": "base_encoder", "momentum": "momentum_encoder"}
+BATCHFORMER = ("base_encoder.{head}.0", "momentum_encoder.{head}.0", "encoder_global")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def import_file(file: Path, run: ResolvedConfig, images: int, out: Path) -> list[str]:
+    """Writes the first checkpoint of a run directory; returns what a user should know.
+
+    Args:
+        run: the configuration that the run shall continue with.
+        images: in its training set, which gives the step that an epoch ends at.
+
+    Raises:
+        InputError: if `file` is not such a file, or not of the configured model or optimizer.
+    """
+    if (out / "checkpoints").exists():
+        raise InputError(f"--out {out}: already holds a run; choose another folder")
+    theirs = _read(file)
+    model = _on_meta(run)
+    _check_mode(model, "crossbatch.batchformer.mode")
+    head, notes = _head(run), []
+    _check_model(file, theirs, model, run)
+    state_dict = theirs["state_dict"]
+    tensors = {
+        f"{part}.{name}": state_dict[their_names(name, head, model)[0]]
+        for part, named in (("parameters", model.named_parameters()), ("buffers", model.named_buffers()))
+        for name, _ in named
+    }
+    tensors |= _optimizer_state(file, theirs, model, run, notes)
+    steps_per_epoch = images // run.config.train_batch_size
+    step = theirs["epoch"] * steps_per_epoch
+    scaler = theirs.get("scaler") or {}
+    progress = Progress(
+        step, step, float(scaler.get("scale", INITIAL_LOSS_SCALE)), int(scaler.get("_growth_tracker", 0))
+    )
+    manifest = Manifest(
+        progress=asdict(progress),
+        shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
+        images=images,
+        steps_per_epoch=steps_per_epoch,
+        skipped_images=0,
+        world_size=1,
+        versions={"crossbatch": __version__, "torch": torch.__version__},
+    )
+    staged = {(name, 0): tensor.contiguous().view(-1) for name, tensor in tensors.items()}
+    # Chunks and precision depend on the machine that will go on.
+    config = {**to_dict(run.config), "world_size": 1, "train_micro_batch_size_per_gpu": "auto"}
+    data = {**config["crossbatch"]["data"], "backend": "auto"}
+    config["crossbatch"] = {**config["crossbatch"], "precision": "auto", "data": data}
+    checkpoint.write(out / "checkpoints", staged, manifest, config, Keep(1))
+    return [*notes, f"{file}: {theirs['arch']} after epoch {theirs['epoch']} -> step {step} in {out}"]
+
+
+def export_file(source: Path, file: Path) -> list[str]:
+    """Writes a checkpoint, or the newest of a run directory, as the originals would; returns what a user should know.
+
+    Raises InputError if there is none that can be read, or for a BatchFormer with a moving average, which they do not have.
+    """
+    found = checkpoint.find(source, "--checkpoint")
+    try:
+        manifest, config = checkpoint.read_manifest(found)
+        parts = {part: checkpoint.read(found, f"{part}.") for part in ("parameters", "buffers", "optimizer")}
+    except Unreadable as error:
+        raise InputError(f"--checkpoint {found}: {error}") from None
+    run = _resolved_anywhere(config)
+    model = _on_meta(run)
+    _check_mode(model, f"--checkpoint {found}: crossbatch.batchformer.mode")
+    head = _head(run)
+    tensors = parts["parameters"] | parts["buffers"]
+    state_dict = {theirs: tensors[ours] for ours in _in_their_order(model) for theirs in their_names(ours, head, model)}
+    progress = Progress(**manifest.progress)
+    epoch, rest = divmod(progress.step, manifest.steps_per_epoch)
+    content = {
+        "epoch": epoch,
+        "arch": run.config.crossbatch.model.arch,
+        "state_dict": state_dict,
+        "optimizer": _their_optimizer(parts["optimizer"], model, run, progress.updates),
+        "scaler": {
+            "scale": progress.loss_scale if run.precision == "fp16" else INITIAL_LOSS_SCALE,
+            "growth_factor": 2.0,
+            "backoff_factor": 0.5,
+            "growth_interval": CLEAN_STEPS,
+            "_growth_tracker": progress.clean_steps,
+        },
+    }
+    write_torch(file, content)
+    notes = [f"{found}: step {progress.step} -> {file}, after epoch {epoch}"]
+    if rest:
+        notes.append(
+            f"the {rest} steps since then are in the weights, and the originals will repeat them: they know epochs only"
+        )
+    return notes
+
+
+def their_names(name: str, head: str, model: MoCo) -> list[str]:
+    """Under which keys the originals store what is called `name` here; `head` is fc or head."""
+    part, _, rest = name.partition(".")
+    if part == "predictor":
+        return [f"module.{name}"]
+    if part == "batchformer":
+        return [f"module.{place.format(head=head)}.encoder_layers.{rest}" for place in BATCHFORMER]
+    place, _, rest = rest.partition(".")
+    if place == "backbone":
+        return [f"module.{ENCODERS[part]}.{rest}"]
+    layer, _, rest = rest.partition(".")
+    shift = 1 if model.batchformer is not None else 0
+    return [f"module.{ENCODERS[part]}.{head}.{int(layer) + shift}.{rest}"]
+
+
+def _resolved_anywhere(config: dict[str, Any]) -> ResolvedConfig:
+    """The run that a checkpoint is of, without what its machine had and this one may lack: weights do not depend on it."""
+    here = {name: value for name, value in config.items() if name != "world_size"}
+    ours = here["crossbatch"]
+    here["crossbatch"] = ours | {
+        "data": ours["data"] | {"backend": "auto"},
+        "model": ours["model"] | {"cuda_graph": False},
+    }
+    return resolve(parse_config(here), config["world_size"], Device("cpu"))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content = read_torch(file)
+    missing = [key for key in ("epoch", "arch", "state_dict") if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise InputError(f"{file}: is no checkpoint of moco-v3 or BatchFormer: it has no {', '.join(missing)}")
+    return content
+
+
+def _check_mode(model: MoCo, where: str) -> None:
+    if model.momentum.batchformer is not None:
+        raise InputError(
+            f"{where} is ema; a moco-v3 file has one BatchFormer for both encoders; allowed: trained, released"
+        )
+
+
+def _check_model(file: Path, theirs: dict[str, Any], model: MoCo, run: ResolvedConfig) -> None:
+    arch = run.config.crossbatch.model.arch
+    if theirs["arch"] != arch:
+        raise InputError(f"{file}: is a {theirs['arch']}, crossbatch.model.arch is {arch}; give -a {theirs['arch']}")
+    state_dict: dict[str, Tensor] = theirs["state_dict"]
+    has_batchformer = any(key.startswith("module.encoder_global.") for key in state_dict)
+    if has_batchformer != (model.batchformer is not None):
+        what, flag = ("a", "--add_bf 1") if has_batchformer else ("no", "--add_bf 0")
+        raise InputError(
+            f"{file}: has {what} BatchFormer, the configuration differs; give {flag}, or what it was trained with"
+        )
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    wanted = {key: tensor.shape for name, tensor in named.items() for key in their_names(name, _head(run), model)}
+    missing, unexpected = sorted(wanted.keys() - state_dict.keys()), sorted(state_dict.keys() - wanted.keys())
+    wrong = sorted(key for key in wanted.keys() & state_dict.keys() if state_dict[key].shape != wanted[key])
+    if missing or unexpected or wrong:
+        raise InputError(
+            f"{file}: is of another model: {len(missing)} missing {missing[:2]}, {len(unexpected)} unexpected "
+            f"{unexpected[:2]}, {len(wrong)} of another shape {wrong[:2]}; check crossbatch.model (dim, mlp_dim, backbone_args)"
+        )
+
+
+def _optimizer_state(
+    file: Path, theirs: dict[str, Any], model: MoCo, run: ResolvedConfig, notes: list[str]
+) -> dict[str, Tensor]:
+    """optimizer.KEY.NAME of everything that is trained here; zero, as at the start, where the file has nothing."""
+    keys = _state_keys(run)
+    optimizer = theirs.get("optimizer") or {}
+    state: dict[int, dict[str, Tensor]] = optimizer.get("state", {})
+    if state and not set(keys) <= next(iter(state.values())).keys():
+        raise InputError(
+            f"{file}: was not trained with optimizer.type {run.config.optimizer.type}; give "
+            f"--optimizer {'lars' if 'mu' in next(iter(state.values())) else 'adamw'}"
+        )
+    positions = {key: position for position, key in enumerate(_positions(theirs["state_dict"]))}
+    found, absent = {}, []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            position = positions[their_names(name, _head(run), model)[0]]
+            if position not in state:
+                absent.append(name)
+            for key in keys:
+                value = state[position][key] if position in state else torch.zeros(parameter.shape)
+                found[f"optimizer.{key}.{name}"] = value
+    if absent:
+        notes.append(
+            f"no optimizer state for {len(absent)} tensors ({absent[0]}, ...): it starts at zero, as in a new run"
+        )
+    for group in optimizer.get("param_groups", []):
+        for key in ("weight_decay", "momentum", "betas"):
+            ours = getattr(run.config.optimizer.params, key, None)
+            if key in group and ours is not None and group[key] != ours:
+                notes.append(f"optimizer.params.{key} was {group[key]} and becomes {ours}")
+    return found
+
+
+def _positions(state_dict: dict[str, Tensor]) -> list[str]:
+    """Keys of parameters in the order in which their optimizer numbers them: that of the file, copies counted once."""
+    copies = tuple(
+        f"module.{place.format(head=head)}.encoder_layers." for place in BATCHFORMER[1:] for head in ("fc", "head")
+    )
+    return [key for key in state_dict if key.rpartition(".")[2] not in STATISTICS and not key.startswith(copies)]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _in_their_order(model: MoCo) -> list[str]:
+    """Our names in the order of their modules: the BatchFormer comes between backbone and projector."""
+    names = [name for name, _ in model.state_dict().items()]
+    places = ("online.backbone.", "batchformer.", "online.projector.", "momentum.", "predictor.")
+    return sorted(names, key=lambda name: next(i for i, place in enumerate(places) if name.startswith(place)))
+
+
+def _their_optimizer(state: dict[str, Tensor], model: MoCo, run: ResolvedConfig, updates: int) -> dict[str, Any]:
+    parameters = dict(model.named_parameters())
+    names = [name for name in _in_their_order(model) if name in parameters]
+    numbered = {
+        position: {key: state[f"{key}.{name}"] for key in _state_keys(run)}
+        for position, name in enumerate(names)
+        if parameters[name].requires_grad
+    }
+    params = run.config.optimizer.params
+    if isinstance(params, LarsConfig):
+        group = {name: getattr(params, name) for name in ("weight_decay", "momentum", "trust_coefficient")}
+        groups = [{"lr": run.lr_peak, **group, "params": list(range(len(names)))}]
+        return {"state": numbered, "param_groups": groups}
+    for tensors in numbered.values():
+        tensors["step"] = torch.tensor(float(updates))
+    adamw = torch.optim.AdamW(
+        [torch.nn.Parameter(torch.empty(0)) for _ in names],
+        lr=run.lr_peak,
+        betas=params.betas,
+        eps=params.eps,
+        weight_decay=params.weight_decay,
+    )
+    return {"state": numbered, "param_groups": adamw.state_dict()["param_groups"]}
+
+
+def _on_meta(run: ResolvedConfig) -> MoCo:
+    with torch.device("meta"):
+        return build_model(run)
+
+
+def _head(run: ResolvedConfig) -> str:
+    return {"resnet": "fc", "vit": "head"}[family(run.config.crossbatch.model.arch)]
+
+
+def _state_keys(run: ResolvedConfig) -> tuple[str, ...]:
+    return ("mu",) if isinstance(run.config.optimizer.params, LarsConfig) else ("exp_avg", "exp_avg_sq")

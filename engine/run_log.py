@@ -1,0 +1,251 @@
+"""What a run tells: metrics.jsonl for programs, TensorBoard for curves and pictures, a progress bar and a table for a person.
+
+`Log` says nothing and stands in for the ranks other than 0; `RunLog` is rank 0's. A disk that is full or has become read-only
+does not stop it: lines of metrics wait in memory until they can be written, TensorBoard misses what was logged meanwhile.
+"""
+
+import contextlib
+import json
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from crossbatch.engine.checkpoint import write_atomically
+from crossbatch.engine.config.evaluation import FrozenModelConfig
+
+METRICS = "metrics.jsonl"  # in the run directory
+SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
+
+
+def command(script: str, model: FrozenModelConfig, data: str | None, *more: str) -> str:
+    """To type next, for the same network and data."""
+    network = ["--checkpoint", str(model.checkpoint), *(["-a", model.arch] if model.arch else [])]
+    if model.encoder != FrozenModelConfig().encoder:
+        network.append(f"--set=crossbatch.model.encoder={model.encoder}")
+    return shlex.join(["python", script, *network, "--data", str(data), *more])
+
+
+def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, console: Console | None = None) -> None:
+    """A table, and what to type next, TensorBoard on `out` included."""
+    console = console or Console(highlight=False)
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are to be copied
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+    console.print("next:")
+    for line in [*commands, shlex.join(["tensorboard", "--logdir", str(out)])]:
+        console.print(f"  {line}", soft_wrap=True, markup=False)
+
+
+class Log:
+    """Says nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def record(self, values: dict[str, Any]) -> None: ...
+
+    def scalars(self, values: dict[str, float], step: int) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def pictures(self, tag: str, images: torch.Tensor, step: int) -> None: ...
+
+    def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunLog(Log):
+    """Rank 0's log of one run directory.
+
+    Args:
+        out: the run directory.
+        first_step: optimizer steps already done; later lines of an interrupted run are dropped, because they come again.
+        last_step: the step at which the progress bar is full.
+    """
+
+    def __init__(self, out: Path, first_step: int, last_step: int):
+        self.console = Console(highlight=False)
+        self.lines = Lines(out / METRICS)
+        self.lines.drop_after(first_step)
+        self.out, self.last_step = out, last_step
+        self.board, self.purge_step = None, first_step + 1 if first_step else None
+        self.failing: set[str] = set()  # of metrics.jsonl, TensorBoard
+        self.bar = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.fields[epoch]}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=last_step, completed=first_step, status="", epoch="starting")
+            self.bar.start()
+
+    def note(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # standard output may lie on the full disk, too
+            self.console.print(text, soft_wrap=True, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
+
+    def record(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and every number of it as a TensorBoard scalar."""
+        self._on_disk("metrics.jsonl", lambda: self.lines.append(json.dumps(values)))
+        numbers = {name: value for name, value in _flat(values) if isinstance(value, (int, float))}
+        for name in ("step", "epoch", "images_seen"):
+            numbers.pop(name)
+        self.scalars({name if "/" in name else f"run/{name}": value for name, value in numbers.items()}, values["step"])
+        status = _status(values)
+        if self.bar is not None:
+            self.bar.update(self.task, status=status, epoch=f"epoch {values['epoch']:.2f}")
+            for name in SCORES.keys() & values.keys():
+                self.note(f"step {values['step']}: {SCORES[name]} {values[name]:.2f} %")
+        else:
+            self.note(f"step {values['step']}/{self.last_step}  epoch {values['epoch']:.2f}  {status}")
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """For TensorBoard only."""
+
+        def write() -> None:
+            for name, value in values.items():
+                self._open_board().add_scalar(name, value, step)
+
+        self._on_disk("TensorBoard", write)
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def pictures(self, tag: str, images: torch.Tensor, step: int) -> None:
+        """A uint8 image [3, H, W] for TensorBoard."""
+
+        def write() -> None:
+            self._open_board().add_image(tag, images, step)
+            self._open_board().flush()
+
+        self._on_disk("TensorBoard", write)
+
+    def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None:
+        """The closing table, and what to type next."""
+        self.close()
+        print_summary(rows, commands, self.out, self.console)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        self._on_disk("metrics.jsonl", self.lines.close)
+        if self.board is not None:
+            self._on_disk("TensorBoard", self.board.close)
+            self.board = None
+
+    def _open_board(self):
+        """TensorBoard's writer; a new one if the last one failed, because it keeps failing then."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.board is None:
+            self.board = SummaryWriter(str(self.out), purge_step=self.purge_step)
+            self.purge_step = None
+        return self.board
+
+    def _on_disk(self, what: str, write: Callable[[], None]) -> None:
+        """Training matters more than its log."""
+        try:
+            write()
+            self.failing.discard(what)
+        except OSError as error:
+            if what == "TensorBoard":
+                self.board = None
+            if what not in self.failing:
+                self.warn(f"{what} cannot be written: {error}; training goes on")
+            self.failing.add(what)
+
+
+class Lines:
+    """A file of lines. What cannot be written waits for the next line; nothing is lost by that."""
+
+    def __init__(self, path: Path):
+        self.path, self._waiting = path, b""
+        self._file = None
+
+    def drop_after(self, step: int) -> None:
+        """Before the first `append`: removes the lines of later steps, which will come again."""
+        if self.path.exists():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def append(self, line: str) -> None:
+        self._waiting += line.encode() + b"\n"
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class StepClock:
+    """Wall time between two log lines, split into waiting for data and the rest; evaluation and saving are left out."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.wait_s, self.paused_s = 0, 0.0, 0.0
+        self.start = time.perf_counter()
+
+    def waited(self, since: float) -> None:
+        self.last_wait_s = time.perf_counter() - since
+        self.wait_s += self.last_wait_s
+        self.steps += 1
+
+    def paused(self, since: float) -> None:
+        self.paused_s += time.perf_counter() - since
+
+    def reading(self, batch: int) -> dict[str, float]:
+        """images/s of the global batch and milliseconds a step, since the last `restart`."""
+        step_s = (time.perf_counter() - self.start - self.paused_s) / max(self.steps, 1)
+        return {
+            "images_per_s": batch / step_s,
+            "data_wait_ms": 1000 * self.wait_s / max(self.steps, 1),
+            "step_ms": 1000 * step_s,
+        }
+
+
+def _step_of(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return 2**62  # a line cut off by a crash is dropped
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for name, value in values.items():
+        rows += _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else [(prefix + name, value)]
+    return rows
+
+
+def _status(values: dict[str, Any]) -> str:
+    formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s"}
+    formats |= {name: f"{label} {{:.2f}} %" for name, label in SCORES.items()}
+    return "  ".join(text.format(values[name]) for name, text in formats.items() if values.get(name) is not None)

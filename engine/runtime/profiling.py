@@ -1,0 +1,116 @@
+"""`--profile N`: where the time of a running job goes.
+
+After WARM_UP steps, N steps are timed part by part, then N are traced; so the trace, which slows a step down, costs the figures
+nothing. Into the run directory:
+
+    profile/stages.md, stages.json      the parts of an iteration: waiting for data, the step's own parts, what lies between
+    profile/rank0.<time>.pt.trace.json  for TensorBoard (with torch-tb-profiler), chrome://tracing or https://ui.perfetto.dev
+
+Training goes on as it would without.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+
+from crossbatch import InputError
+from crossbatch.engine.checkpoint import write_atomically
+from crossbatch.engine.runtime.timing import WHOLE
+
+WARM_UP = 3  # steps: libraries choose algorithms, allocators grow
+WAIT, BETWEEN, ITERATION = "data wait", "between steps", "iteration"
+
+
+def steps_needed(steps: int) -> int:
+    return WARM_UP + steps + 1 + steps  # the first traced one warms the tracer up
+
+
+def check_steps_left(steps: int, left: int) -> None:
+    """Raises InputError unless `left` steps are enough to profile `steps`."""
+    needed = steps_needed(steps)
+    if needed > left:
+        raise InputError(
+            f"--profile: given {steps}, which takes {needed} steps (a few to warm up, as many again for the trace), "
+            f"but this run has {left} left; lower it, or train longer"
+        )
+
+
+class RunProfile:
+    """Call `stepped` after every step.
+
+    Args:
+        folder: profile/ of the run directory.
+        steps: N.
+        rank: rank 0 writes the table, every rank a trace.
+        batch: images of a step, over all ranks.
+        note: tells the user.
+    """
+
+    def __init__(self, folder: Path, steps: int, rank: int, batch: int, note: Callable[[str], None]):
+        self.folder, self.steps, self.rank, self.batch, self.note = folder, steps, rank, batch, note
+        self._number = 0
+        self._last = time.perf_counter()
+        self._timed: list[dict[str, float]] = []
+        self._tracer: profile | None = None
+
+    def stepped(self, parts: dict[str, float], waited_s: float) -> None:
+        """`parts` as `StepParts.read` gives them for this step; `waited_s` for its images."""
+        now = time.perf_counter()
+        iteration, self._last = 1000 * (now - self._last), now
+        self._number += 1
+        if WARM_UP < self._number <= WARM_UP + self.steps:
+            steps = {name: ms for name, ms in parts.items() if name != WHOLE}
+            wait = 1000 * waited_s
+            between = iteration - wait - parts[WHOLE]
+            self._timed.append({WAIT: wait, **steps, BETWEEN: between, ITERATION: iteration})
+        if self._number == WARM_UP + self.steps:
+            self._write_table()
+            self._start_tracer()
+        elif self._tracer is not None:
+            self._tracer.step()
+            if self._number == steps_needed(self.steps):
+                self._tracer.stop()
+                self._tracer = None
+                self.note(f"traces of {self.steps} steps are in {self.folder}")
+
+    def _start_tracer(self) -> None:
+        on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._tracer = profile(
+            activities=[ProfilerActivity.CPU, *on_gpu],
+            schedule=schedule(wait=0, warmup=1, active=self.steps, repeat=1),
+            on_trace_ready=tensorboard_trace_handler(str(self.folder), worker_name=f"rank{self.rank}"),
+        )
+        self._tracer.start()
+
+    def _write_table(self) -> None:
+        if self.rank:
+            return
+        rows = table(self._timed)
+        rate = 1000 * self.batch / rows[ITERATION]["p50"]
+        facts = {"steps": self.steps, "train_batch_size": self.batch, "images_per_s": rate, "ms": rows}
+        lines = [f"{self.steps} steps of {self.batch} images, {rate:.4g} images/s (median)", ""]
+        lines += ["| part | p20 ms | p50 ms | p80 ms | share |", "| --- | --- | --- | --- | --- |"]
+        for name, row in rows.items():
+            figures = " | ".join(f"{row[p]:.4g}" for p in ("p20", "p50", "p80"))
+            lines.append(f"| {name} | {figures} | {100 * row['share']:.1f} % |")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "stages.json", json.dumps(facts, indent=2) + "\n")
+        write_atomically(self.folder / "stages.md", "\n".join(lines) + "\n")
+        self.note(f"parts of {self.steps} steps, {rate:.4g} images/s: {self.folder / 'stages.md'}")
+
+
+def table(steps: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Milliseconds of parts by step -> percentiles by part, and its share of the sum over all steps."""
+    total = sum(step[ITERATION] for step in steps)
+    names = dict.fromkeys(name for step in steps for name in step if name != ITERATION)
+    rows = {}
+    for name in (*names, ITERATION):
+        values = [step.get(name, 0.0) for step in steps]
+        p20, p50, p80 = (float(p) for p in np.percentile(values, (20, 50, 80)))
+        rows[name] = {"p20": p20, "p50": p50, "p80": p80, "share": sum(values) / total}
+    return rows

@@ -1,0 +1,67 @@
+"""How a run is asked to stop: by SIGTERM or SIGUSR1 (preemption) or Ctrl-C, on any rank, at any moment.
+
+A signal is only remembered; between two steps the ranks tell each other, so all stop after the same step. That is one
+all-reduce of three numbers, on the CPU, where all ranks have just met for the norm of the gradients.
+"""
+
+import signal
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from crossbatch.engine.runtime.distributed import cpu_group
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Signals:
+    """Within it, the first signal is remembered in `received`; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:
+            return  # a launcher ends with SIGTERM what is leaving with a message and an exit code of its own
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+class Boundary(NamedTuple):
+    """What all ranks know between two steps."""
+
+    received: signal.Signals | None  # a signal that some rank has got
+    saving: bool  # whether any rank is still writing a checkpoint
+    failed_rank: int | None  # a rank that cannot go on
+
+
+class StepSync:
+    """`reach` is called by all ranks, once per step."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._group = cpu_group(timeout_s) if dist.get_world_size() > 1 else None
+
+    def exchange(self, received: signal.Signals | None, saving: bool, failed: bool) -> Boundary:
+        """What this rank knows -> what all know."""
+        flags = torch.tensor([received or 0, saving, dist.get_rank() + 1 if failed else 0], dtype=torch.int32)
+        if self._group is not None:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        number, any_saving, failed_rank = flags.tolist()
+        return Boundary(
+            signal.Signals(number) if number else None, bool(any_saving), failed_rank - 1 if failed_rank else None
+        )
+
+    def close(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)

@@ -1,0 +1,52 @@
+"""What a network must tell so that it can be sharded, trained in chunks, and followed by a moving average."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from crossbatch.models.backbones import blocks
+from crossbatch.models.collective import Collective
+
+
+class ShardableModel(nn.Module, ABC):
+    """A network whose online part is trained and whose momentum part, if there is one, follows it."""
+
+    collective: Collective
+    autocast_dtype: torch.dtype | None = None  # of `forward`; None: whatever is in force around it
+
+    def forward(self, part: str, *args):
+        """Calls the method named `part`: sharding backends gather parameters where `forward` is called, and only there.
+
+        Autocast begins here because DeepSpeed switches off one that its engine is called in. One a call: it would remember
+        weights that it cast without gradient.
+        """
+        with autocast(args[0].device.type, self.autocast_dtype):
+            return getattr(self, part)(*args)
+
+    @property
+    @abstractmethod
+    def chunked_module(self) -> nn.Module:
+        """The part that is run and back-propagated chunk by chunk."""
+
+    @abstractmethod
+    def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(name, online parameter, momentum parameter) of everything that the moving average follows."""
+
+    @abstractmethod
+    def fsdp_units(self) -> list[nn.Module]:
+        """What is gathered together where parameters are sharded, from the inside out, without the network itself. Online and
+        momentum parts alike, so that their shards are cut alike.
+        """
+
+
+def autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Forward passes in `dtype`; None changes nothing."""
+    return torch.autocast(device_type, dtype) if dtype else contextlib.nullcontext()
+
+
+def backbone_units(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone, then all of it."""
+    return [*blocks(backbone), backbone]

@@ -1,0 +1,94 @@
+"""torchvision_backend.py against the same composition written with torchvision's own functions."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms import functional as TF
+
+from crossbatch.data.augment.parameters import ViewParameters, draw, moco_v3_augmentations
+from crossbatch.data.augment.pil import augment, evaluation_image, make_views
+
+RECIPES = moco_v3_augmentations(32, 0.2)
+
+
+def photo(seed: int, size=(45, 37)) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def with_torchvision(image: Any, p: ViewParameters, row: int, image_size: int) -> np.ndarray:
+    """MoCo v3's pipeline, operation by operation, with the drawn parameters."""
+    box = [int(a[row]) for a in (p.crop_top, p.crop_left, p.crop_height, p.crop_width)]
+    image = TF.resized_crop(image, *box, size=[image_size, image_size])
+    if p.jitter[row]:
+        for number in p.jitter_order[row]:
+            if number == 0:
+                image = TF.adjust_brightness(image, p.brightness[row])
+            elif number == 1:
+                image = TF.adjust_contrast(image, p.contrast[row])
+            elif number == 2:
+                image = TF.adjust_saturation(image, p.saturation[row])
+            else:
+                image = TF.adjust_hue(image, p.hue[row])
+    if p.grayscale[row]:
+        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+    if p.blur_sigma[row] > 0:
+        image = image.filter(ImageFilter.GaussianBlur(radius=float(p.blur_sigma[row])))
+    if p.solarize[row]:
+        image = TF.solarize(image, 128)
+    if p.flip[row]:
+        image = TF.hflip(image)
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_bits_are_torchvisions(view):
+    n = 200
+    # More of the rare operations than MoCo v3 has, so that 200 images meet every combination.
+    recipe = replace(RECIPES[view], solarize_probability=0.4, grayscale_probability=0.3, saturation=0.9, hue=0.5)
+    p = draw(recipe, 0, 0, np.arange(n), view, np.full(n, 37), np.full(n, 45))
+    assert p.solarize.any() and p.grayscale.any() and p.flip.any() and not p.jitter.all()
+    for row in range(n):
+        image = photo(row)
+        assert np.array_equal(augment(image, p, row, 32), with_torchvision(image, p, row, 32)), row
+
+
+def test_solarize_threshold():
+    p = draw(replace(RECIPES[1], solarize_probability=1.0), 0, 0, np.arange(1), 1, np.array([37]), np.array([45]))
+    low, high = (augment(photo(0), p, 0, 32, threshold) for threshold in (0, 256))
+    assert np.array_equal(low, 255 - high)
+
+
+def test_two_views_are_the_views_of_each_image():
+    images = [photo(0), photo(1, (20, 90)), photo(2, (1, 1))]
+    indices = np.array([5, 900, 2])
+    views = make_views(images, RECIPES, 3, 4, indices)
+    assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8 and views.is_contiguous()
+    sizes = np.array([37, 90, 1]), np.array([45, 20, 1])
+    for view in range(2):
+        p = draw(RECIPES[view], 3, 4, indices, view, *sizes)
+        for row, image in enumerate(images):
+            expected = augment(image, p, row, 32)
+            assert np.array_equal(views[view, row].permute(1, 2, 0).numpy(), expected)
+    assert not torch.equal(views[0, 0], views[1, 0])
+
+
+def test_the_source_image_is_not_changed():
+    image = photo(0)
+    before = image.tobytes()
+    make_views([image] * 8, RECIPES, 0, 0, np.arange(8))
+    assert image.tobytes() == before
+
+
+@pytest.mark.parametrize(("image_size", "shorter"), [(224, 256), (96, 110), (64, 64), (32, 32)])  # 64 and less: no zoom
+def test_evaluation_image(image_size, shorter):
+    image = photo(0, (300, 200))
+    expected = Compose([Resize(shorter), CenterCrop(image_size)])(image)
+    got = evaluation_image(image, image_size)
+    assert got.dtype == torch.uint8
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(expected))

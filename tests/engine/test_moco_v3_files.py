@@ -1,0 +1,239 @@
+"""Files of moco-v3 and BatchFormer, laid out here as reference documents say, continue here and come back unchanged."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from crossbatch.engine import checkpoint
+from crossbatch.engine.config import Device, load_config, resolve, to_dict
+from crossbatch.engine.pretrained import moco_v3 as legacy
+from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.launch import convert
+from tests.engine.test_equivalence import ADAMW, BASE, LARS, VIT
+from tests.engine.test_nonfinite import run
+
+MLP, DIM, BATCH, IMAGES, EPOCH = 32, 16, 12, 48, 2
+
+
+class BatchFormer(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.encoder_layers = nn.TransformerEncoderLayer(dim, 4, dim, 0.5)
+
+
+def mlp(first: list[nn.Module], widths: list[int], last_norm: bool) -> nn.Sequential:
+    layers = list(first)
+    for i, (here, there) in enumerate(itertools.pairwise(widths)):
+        layers.append(nn.Linear(here, there, bias=False))
+        if i < len(widths) - 2:
+            layers += [nn.BatchNorm1d(there), nn.ReLU(inplace=True)]
+        elif last_norm:
+            layers.append(nn.BatchNorm1d(there, affine=False))
+    return nn.Sequential(*layers)
+
+
+class Original(nn.Module):
+    """Modules, names and order of an original; nothing of what they compute."""
+
+    def __init__(self, arch: str, add_bf: bool):
+        super().__init__()
+        self.arch = arch
+        if arch == "resnet18":
+            self.base_encoder, self.momentum_encoder = torchvision.models.resnet18(), torchvision.models.resnet18()
+            head, width, widths = "fc", 512, [512, MLP, DIM]
+        else:
+            self.base_encoder, self.momentum_encoder = (
+                timm.models.VisionTransformer(
+                    img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=0
+                )
+                for _ in range(2)
+            )
+            self.base_encoder.get_parameter("pos_embed").requires_grad_(False)
+            self.base_encoder.patch_embed.requires_grad_(False)
+            head, width, widths = "head", 24, [24, MLP, MLP, DIM]
+        shared = BatchFormer(width) if add_bf else None
+        if shared is not None:
+            self.encoder_global = shared
+        for encoder in (self.base_encoder, self.momentum_encoder):
+            setattr(encoder, head, mlp([shared] if shared is not None else [], widths, True))
+        self.predictor = mlp([], [DIM, MLP, DIM], head == "head")
+        self.momentum_encoder.requires_grad_(False)  # and with it BatchFormer, which is the same module
+
+
+def original_file(arch: str, add_bf: bool, optimizer: str) -> dict:
+    """A checkpoint after two epochs: random weights, and for each trained parameter a state that names its position."""
+    torch.manual_seed(1)
+    model = Original(arch, add_bf)
+    for buffer in model.buffers():
+        buffer.copy_(torch.rand(buffer.shape) if buffer.is_floating_point() else torch.tensor(16))
+    state = {}
+    for position, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad:
+            value = torch.full(parameter.shape, float(position))
+            steps = torch.tensor(8.0)
+            state[position] = (
+                {"mu": value} if optimizer == "LARS" else {"step": steps, "exp_avg": value, "exp_avg_sq": value + 0.5}
+            )
+    group = {"lr": 0.1, "weight_decay": 0.01, "params": list(range(len(list(model.parameters()))))}
+    scaler = {"scale": 2.0**14, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+    return {
+        "epoch": EPOCH,
+        "arch": arch,
+        "state_dict": {f"module.{name}": tensor.clone() for name, tensor in model.state_dict().items()},
+        "optimizer": {"state": state, "param_groups": [group]},
+        "scaler": {**scaler, "_growth_tracker": 7},
+    }
+
+
+RESNET18 = ["crossbatch.model.arch=resnet18"]
+CASES = {
+    "resnet-bf-lars": ("resnet18", True, "LARS", [*RESNET18, *LARS]),
+    "resnet-lars": ("resnet18", False, "LARS", [*RESNET18, *LARS, "crossbatch.batchformer.add_bf=0"]),
+    "vit-adamw": ("vit_small", False, "AdamW", [*VIT, *ADAMW, "crossbatch.batchformer.add_bf=0"]),
+    "vit-bf-adamw": ("vit_small", True, "AdamW", [*VIT, *ADAMW, "crossbatch.batchformer.mode=released"]),
+}
+
+
+def command(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+    try:
+        run_main(convert.main)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def imported(monkeypatch, folder: Path, case: str) -> tuple[dict, Path]:
+    arch, add_bf, optimizer, settings = CASES[case]
+    content = original_file(arch, add_bf, optimizer)
+    torch.save(content, folder / "checkpoint_0001.pth.tar")
+    sets = [f"--set={setting}" for setting in (*BASE, *settings)]
+    assert command(monkeypatch, "import", folder / "checkpoint_0001.pth.tar", "--out", folder / "run", *sets) == 0
+    return content, folder / "run"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_original_file_comes_back_as_it_was(tmp_path, monkeypatch, capsys, case):
+    content, out = imported(monkeypatch, tmp_path, case)
+    target = tmp_path / "back" / "checkpoint_0001.pth.tar"
+    assert command(monkeypatch, "export", "--checkpoint", out, "--to", "moco-v3", "--output", target) == 0
+    back = torch.load(target, weights_only=True)
+    assert back.keys() == content.keys()
+    assert (back["epoch"], back["arch"]) == (EPOCH, content["arch"])
+    assert back["state_dict"].keys() == content["state_dict"].keys()
+    for key, tensor in content["state_dict"].items():
+        assert back["state_dict"][key].dtype == tensor.dtype and back["state_dict"][key].equal(tensor), key
+    theirs, ours = content["optimizer"], back["optimizer"]
+    trained_here = 12 if case == "resnet-bf-lars" else 0  # tensors of BatchFormer, which the original leaves frozen
+    assert len(ours["state"]) == len(theirs["state"]) + trained_here
+    for position, state in theirs["state"].items():
+        assert ours["state"][position].keys() == state.keys()
+        assert all(ours["state"][position][key].equal(value) for key, value in state.items())
+    assert ours["param_groups"][0]["params"] == theirs["param_groups"][0]["params"]
+    assert "after epoch 2 -> step 8" in capsys.readouterr().out
+
+
+def test_names_are_those_of_the_reference(tmp_path, monkeypatch):
+    content, out = imported(monkeypatch, tmp_path, "resnet-bf-lars")
+    theirs = content["state_dict"]
+    folder = checkpoint.candidates(out, "auto")[0]
+    ours = checkpoint.read(folder, "parameters.") | checkpoint.read(folder, "buffers.")
+    for mine, key in {
+        "online.backbone.layer3.1.bn2.weight": "module.base_encoder.layer3.1.bn2.weight",
+        "online.projector.0.weight": "module.base_encoder.fc.1.weight",
+        "online.projector.4.running_var": "module.base_encoder.fc.5.running_var",
+        "momentum.projector.1.bias": "module.momentum_encoder.fc.2.bias",
+        "predictor.3.weight": "module.predictor.3.weight",
+        "batchformer.self_attn.in_proj_weight": "module.encoder_global.encoder_layers.self_attn.in_proj_weight",
+        "batchformer.norm2.bias": "module.base_encoder.fc.0.encoder_layers.norm2.bias",
+    }.items():
+        assert ours[mine].equal(theirs[key])
+    # Of 122 parameters: 60 of the backbone, 12 of BatchFormer, then the projector, and the predictor at the end.
+    velocity = checkpoint.read(folder, "optimizer.mu.")
+    first = {name: tensor.flatten()[0].item() for name, tensor in velocity.items()}
+    assert first["online.backbone.conv1.weight"] == 0
+    assert first["online.backbone.layer4.1.bn2.bias"] == 59
+    assert first["online.projector.0.weight"] == 60 + 12
+    assert first["predictor.0.weight"] == 60 + 12 + 4 + 60 + 4
+    assert first["batchformer.linear1.weight"] == 0  # frozen there, trained here
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_imported_run_continues(tmp_path, monkeypatch, pools, ranks):
+    _, out = imported(monkeypatch, tmp_path, "vit-adamw")
+    stage = ["crossbatch.sharding=zero", f"zero_optimization.stage={ranks - 1}"]
+    assert pools(ranks).run(run, [*CASES["vit-adamw"][3], *stage], str(out), 10) == [""] * ranks
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [9, 10]
+    # After 8 of 20 steps; a warm-up of one epoch (4 steps) and then half a cosine; 1e-2 per 256 images.
+    peak = 1e-2 * BATCH / 256
+    assert lines[0]["lr"] == pytest.approx(peak * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 4 / 16)).item()))
+    moved = checkpoint.read(checkpoint.candidates(out, "auto")[0], "optimizer.exp_avg.")
+    # The first moment decays by 0.9 a step: what was 1 (cls_token has position 0, blocks follow) is near 0.81 of it.
+    assert moved["predictor.3.weight"].mean().item() == pytest.approx(0.81 * position_of_last(), abs=0.5)
+
+
+def position_of_last() -> int:
+    return max(original_file("vit_small", False, "AdamW")["optimizer"]["state"])
+
+
+WRONG = [
+    ("vit-adamw", ["crossbatch.model.arch=resnet18"], ["is a vit_small", "-a vit_small"]),
+    ("vit-adamw", ["crossbatch.batchformer.add_bf=1"], ["has no BatchFormer", "--add_bf 0"]),
+    ("resnet-bf-lars", ["crossbatch.batchformer.add_bf=0"], ["has a BatchFormer", "--add_bf 1"]),
+    ("vit-adamw", ["crossbatch.model.mlp_dim=64"], ["of another model", "of another shape", "mlp_dim"]),
+    ("resnet-bf-lars", ["crossbatch.batchformer.mode=ema"], ["crossbatch.batchformer.mode is ema"]),
+    ("vit-adamw", [*LARS, "optimizer.params.eps=1e-8", "optimizer.params.variant=moco-v3"], ["--optimizer adamw"]),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "words"), WRONG, ids=range(len(WRONG)))
+def test_a_file_of_another_run_is_refused(tmp_path, monkeypatch, capsys, case, change, words):
+    arch, add_bf, optimizer, settings = CASES[case]
+    torch.save(original_file(arch, add_bf, optimizer), tmp_path / "file")
+    settings = [setting for setting in settings if not (change[0].startswith("optimizer") and "optimizer" in setting)]
+    if change[0] == "crossbatch.model.arch=resnet18":
+        settings = [setting for setting in settings if "crossbatch.model" not in setting]
+    sets = [f"--set={setting}" for setting in (*BASE, *settings, *change)]
+    assert command(monkeypatch, "import", tmp_path / "file", "--out", tmp_path / "run", *sets) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_export_needs_nothing_that_the_machine_of_the_run_had(monkeypatch):
+    monkeypatch.setattr("crossbatch.data.augment.backends.has_dali", lambda: False)
+    run = resolve(load_config(None, [*BASE, *VIT, *ADAMW]), 1, Device("cpu"))
+    config = {**to_dict(run.config), "world_size": 1}
+    config["crossbatch"]["data"]["backend"] = "dali"
+    config["crossbatch"]["model"]["cuda_graph"] = True
+    assert legacy._resolved_anywhere(config).config.crossbatch.model.arch == "vit_small"
+
+
+def test_what_is_no_such_file_is_refused(tmp_path, monkeypatch, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return print, ("boom",)
+
+    torch.save({"state_dict": {}, "best_acc1": 1.0}, tmp_path / "linear")
+    torch.save({"epoch": Bomb()}, tmp_path / "bomb")
+    sets = [f"--set={setting}" for setting in (*BASE, *VIT, *ADAMW)]
+    for name, word in (("linear", "no epoch, arch"), ("bomb", "cannot be read"), ("none", "no such file")):
+        assert command(monkeypatch, "import", tmp_path / name, "--out", tmp_path / "run", *sets) == 2
+        captured = capsys.readouterr()
+        assert word in captured.err and "boom" not in captured.out
+
+
+def test_a_moving_average_of_batchformer_has_no_place_in_their_files(tmp_path, monkeypatch, capsys, one_rank):
+    settings = [*VIT, *ADAMW, "crossbatch.batchformer.mode=ema"]
+    assert one_rank.run(run, settings, str(tmp_path / "run"), 1) == [""]
+    arguments = ["export", "--checkpoint", tmp_path / "run", "--to", "moco-v3", "--output", tmp_path / "file"]
+    assert command(monkeypatch, *arguments) == 2
+    assert "mode is ema" in capsys.readouterr().err

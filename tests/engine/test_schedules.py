@@ -1,0 +1,23 @@
+"""Schedules at their landmarks, from the formulas of MoCo v3."""
+
+import math
+
+import pytest
+
+from crossbatch.engine.schedules import encoder_momentum, learning_rate
+
+
+def test_learning_rate_starts_at_0_peaks_after_warmup_and_ends_at_0():
+    rate = [learning_rate(epoch, peak=9.6, epochs=100, warmup_epochs=10) for epoch in (0, 5, 10, 55, 100)]
+    assert rate == pytest.approx([0, 4.8, 9.6, 4.8, 0])
+    assert learning_rate(20, 9.6, 100, 10) == pytest.approx(9.6 * (1 + math.cos(math.pi / 9)) / 2)
+
+
+def test_without_warmup_the_first_rate_is_the_peak():
+    assert learning_rate(0, 2.0, 10, 0) == 2.0
+
+
+def test_encoder_momentum_rises_to_1_without_regard_to_warmup():
+    values = [encoder_momentum(epoch, 0.99, 100, cosine=True) for epoch in (0, 25, 50, 100)]
+    assert values == pytest.approx([0.99, 1 - 0.01 * (1 + math.cos(math.pi / 4)) / 2, 0.995, 1.0])
+    assert encoder_momentum(70, 0.99, 100, cosine=False) == 0.99
