@@ -19,6 +19,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["crossbatch", "crossbatch.*"]),
+    package_data={"crossbatch": ["py.typed", "ds_configs/*.json", "launch/*.slurm"]},
+    entry_points={"console_scripts": ["crossbatch = crossbatch.launch.__main__:main"]},
     install_requires=[
         "torch>=2.10",  # tensors, FSDP2, DataLoader
         "torchvision>=0.25",  # ResNets, image functions
@@ -42,6 +44,14 @@ setup(
             "pytest-xdist>=3.6",  # `make test` in two processes
             "scikit-learn>=1.4",  # its k-NN and logistic regression are what ours are tested against
         ],
-        "dev": ["ruff==0.17.6", "pyright==1.1.414"],
+        "dev": [
+            "ruff==0.17.6",  # lint and format
+            "pyright==1.1.414",  # types
+            "import-linter>=2.5",  # which package may import which
+            "pytest-cov>=6.0",  # the floor of covered lines of engine/ and models/
+            "mkdocs-material>=9.6",  # the documentation
+            "build>=1.2",  # the wheel that the tests install
+            "pre-commit>=4.0",  # the same checks before a commit
+        ],
     },
 )

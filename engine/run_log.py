@@ -24,12 +24,17 @@ METRICS = "metrics.jsonl"  # in the run directory
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
 
 
-def command(script: str, model: FrozenModelConfig, data: str | None, *more: str) -> str:
-    """To type next, for the same network and data."""
+def command(name: str, model: FrozenModelConfig, data: str | None, *more: str) -> str:
+    """Return the command line that runs `name` ("knn", "linear", ...) on the same network and data.
+
+    It is the script of the checkout where the working directory is one, and the installed `crossbatch` elsewhere.
+    """
+    script = Path("launch") / f"{name}.py"
+    start = ["python", str(script)] if script.is_file() else ["crossbatch", name]
     network = ["--checkpoint", str(model.checkpoint), *(["-a", model.arch] if model.arch else [])]
     if model.encoder != FrozenModelConfig().encoder:
         network.append(f"--set=crossbatch.model.encoder={model.encoder}")
-    return shlex.join(["python", script, *network, "--data", str(data), *more])
+    return shlex.join([*start, *network, "--data", str(data), *more])
 
 
 def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, console: Console | None = None) -> None:

@@ -91,7 +91,7 @@ class KnnEvaluation:
             ("results", str(self.out / report.RESULTS)),
         ]
         ours = self.config.crossbatch
-        print_summary(rows, [command("launch/linear.py", ours.model, ours.data.path)], self.out)
+        print_summary(rows, [command("linear", ours.model, ours.data.path)], self.out)
 
     def _grid(self, scored: Scored, k: int, title: str) -> Figure:
         """Evaluation images, evenly spread, each with the training images nearest to it."""

@@ -310,7 +310,7 @@ class LinearEvaluation:
         size = self.pretrained.image_size
         resnet = ["--drop-path", "0"] if family(self.pretrained.arch) == "resnet" else []
         small = ["--input-size", str(size)] if size != FinetuneDataConfig().image_size else []
-        return command("launch/finetune.py", self.ours.model, self.ours.data.path, *small, *resnet)
+        return command("finetune", self.ours.model, self.ours.data.path, *small, *resnet)
 
 
 def _check(config: LinearConfig) -> None:

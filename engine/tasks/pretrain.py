@@ -119,7 +119,7 @@ class PretrainTask(Trainer):
 
     def next_commands(self) -> list[str]:
         frozen = FrozenModelConfig(checkpoint=str(self.out))
-        return [command("launch/linear.py", frozen, self.ours.data.path)] if self.has_labels else []
+        return [command("linear", frozen, self.ours.data.path)] if self.has_labels else []
 
     def recorded(self, metrics: dict) -> None:
         if metrics.get("loss") is not None and metrics["feature_std"] is not None:
