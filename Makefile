@@ -4,7 +4,7 @@ CUDA ?= cuda13  # whose DALI is installed: cuda13 or cuda12; both run without a 
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: pretrain test test-all check bench-gpu install
+.PHONY: pretrain test test-all check docs bench-gpu install
 
 pretrain: install  ## the quickstart: generates small images, pretrains on them, shows what was learned
 	$(BIN)/python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
@@ -15,10 +15,15 @@ test: install  ## the tests
 test-all: install  ## with every combination of ranks, backend, optimizer and model, and runs killed twenty times (more than an hour on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
 
-check: install  ## lint, format and types
+check: install  ## lint, format, types, import directions, and the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --quiet
+
+docs: install  ## the documentation, at http://127.0.0.1:8000
+	$(BIN)/mkdocs serve
 
 # `make bench-gpu VENV= PYTHON=python3` installs nothing and needs no network: with the packages that PYTHON has.
 bench-gpu: $(if $(VENV),install)  ## on a machine with an NVIDIA GPU: its tests, then every stage, in 8 minutes

@@ -50,6 +50,7 @@ setup(
             "import-linter>=2.5",  # which package may import which
             "pytest-cov>=6.0",  # the floor of covered lines of engine/ and models/
             "mkdocs-material>=9.6",  # the documentation
+            "mkdocstrings-python>=1.16",  # its page of public names, from the docstrings
             "build>=1.2",  # the wheel that the tests install
             "pre-commit>=4.0",  # the same checks before a commit
         ],
