@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from crossbatch.engine.chunked import chunked_backward
     from crossbatch.engine.optimizers import LARS, lars_param_groups
     from crossbatch.engine.sharding.zero_layout import lars_for_zero
-    from crossbatch.models import BatchFormer, MoCo, ViewBatchNorm, contrastive_loss, convert_norms, cross_entropy_over_keys
+    from crossbatch.models import (
+        BatchFormer,
+        MoCo,
+        ViewBatchNorm,
+        contrastive_loss,
+        convert_norms,
+        cross_entropy_over_keys,
+    )
 
 _PACKAGES = {
     "TrainLoader": "crossbatch.data",
