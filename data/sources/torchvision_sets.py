@@ -1,0 +1,157 @@
+"""CIFAR-10, CIFAR-100, Flowers-102 and Oxford-IIIT Pets, as torchvision.datasets downloads, checks and lists them.
+
+    scheme     train                 eval           files in DIR
+    cifar10    50,000 images         10,000         cifar-10-batches-py/
+    cifar100   50,000                10,000         cifar-100-python/
+    flowers    train + val (2040)    test (6149)    flowers-102/ with setid.mat, imagelabels.mat, jpg/
+    pets       trainval (3680)       test (3669)    oxford-iiit-pet/ with annotations/, images/
+
+The files of Flowers and Pets may also lie in DIR itself, as their authors pack them. Published transfer results train Flowers
+on train and val. Pets always has 37 classes, also where a folder holds fewer, so that a classifier of a part fits the whole.
+torchvision is imported when the first of these data sets is opened.
+"""
+
+import socket
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from crossbatch.data.decode import decode, encode_bmp
+
+_SETS: dict[str, tuple[str, str]] = {  # scheme: torchvision's class and its folder in DIR
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", "cifar-100-python"),
+    "flowers": ("Flowers102", "flowers-102"),
+    "pets": ("OxfordIIITPet", "oxford-iiit-pet"),
+}
+_PARTS = {
+    "flowers": {"train": ("train", "val"), "eval": ("test",)},
+    "pets": {"train": ("trainval",), "eval": ("test",)},
+}
+SCHEMES = tuple(_SETS)
+MARKERS = {  # what a folder holds that should be opened by a scheme
+    **{folder: scheme for scheme, (_, folder) in _SETS.items()},
+    "setid.mat": "flowers",
+    "annotations/trainval.txt": "pets",
+}
+_NUM_PETS = 37
+_TIMEOUT_S = 30  # for a server that does not answer; torchvision sets none
+
+
+class CifarImages:
+    """A `Source` of CIFAR's images, which lie decoded in one array (154 MB for 50,000)."""
+
+    has_labels = True
+
+    def __init__(self, dataset: Any, folder: str):
+        self.labels = np.array(dataset.targets, dtype=np.int64)
+        self.class_names: list[str] = dataset.classes
+        self._pixels: np.ndarray = dataset.data  # uint8 [len, 32, 32, 3]
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self._folder}/{self.class_names[self.labels[index]]}/{index:05d}"
+
+    def read(self, index: int) -> bytes:
+        return encode_bmp(self.open(index))
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[index])
+
+
+class ListedImages:
+    """A `Source` of image files. Raises ValueError if one is missing, if there are none, or if a label has no class.
+
+    A list that names missing images belongs to another folder, or to half of one: that is no matter of a few broken images.
+    """
+
+    has_labels = True
+
+    def __init__(self, folder: Path, names: list[str], labels: list[int], class_names: list[str]):
+        self.labels, self.class_names = np.array(labels, dtype=np.int64), class_names
+        self._folder, self._names = folder, names
+        absent = sorted(set(names) - {entry.name for entry in folder.iterdir()})
+        if absent:
+            raise ValueError(f"{len(absent)} of {len(names)} images are not in {folder}, the first: {absent[0]}")
+        if not names or not 0 <= min(labels) <= max(labels) < len(class_names):
+            raise ValueError(f"lists no image, or a label that is not from 1 to {len(class_names)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self._folder.name}/{self._names[index]}"
+
+    def read(self, index: int) -> bytes:
+        return (self._folder / self._names[index]).read_bytes()
+
+    def open(self, index: int) -> Image.Image:
+        return decode(self.read(index))
+
+
+def open_set(scheme: str, directory: str, split: str) -> CifarImages | ListedImages:
+    """Open the `split` ("train" or "eval") of a data set. Raises ValueError if torchvision does not find or read it."""
+    kind, folder = _SETS[scheme]
+    try:
+        if scheme in _PARTS:
+            return _open_listed(scheme, Path(directory), split)
+        return CifarImages(_dataset(kind, directory, split == "train"), "train" if split == "train" else "test")
+    except (OSError, RuntimeError, ValueError) as error:  # torchvision's "not found or corrupted" is a RuntimeError
+        raise ValueError(
+            f"{scheme}://{directory} cannot be opened ({str(error).split('. You can')[0]}); expected are the files of "
+            f"torchvision.datasets.{kind} in {Path(directory, folder)}; open_source(path, download=True) fetches them"
+        ) from error
+
+
+def download_set(scheme: str, directory: str) -> None:
+    """Download a data set into `directory` unless its files are there. Raises ValueError if that fails."""
+    kind, folder = _SETS[scheme]
+    if any(Path(directory, marker).exists() for marker, of in MARKERS.items() if of == scheme and marker != folder):
+        return  # as the authors pack it
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT_S)
+    try:
+        _dataset(kind, directory, download=True)
+    except Exception as error:  # of the network, the disk, the archive
+        raise ValueError(
+            f"{scheme}://{directory} cannot be downloaded ({type(error).__name__}: {error}); on a machine with network access "
+            f"run torchvision.datasets.{kind}({directory!r}, download=True), and copy {Path(directory, folder)} from there"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _dataset(kind: str, *arguments: Any, **options: Any) -> Any:
+    from torchvision import datasets  # takes a second, and is not needed for other sources
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, over how old CIFAR's pickles are
+        return getattr(datasets, kind)(*arguments, **options)
+
+
+def _open_listed(scheme: str, directory: Path, split: str) -> ListedImages:
+    """Let torchvision list the files, in its folder or in `directory` itself, which it then sees through a link."""
+    (kind, folder), parts = _SETS[scheme], _PARTS[scheme]
+    base = directory / folder if (directory / folder).is_dir() else directory
+    with tempfile.TemporaryDirectory() as root:
+        Path(root, folder).symlink_to(base.absolute())
+        listed = {name: [_dataset(kind, root, part) for part in parts[name]] for name in parts}
+    if scheme == "flowers":
+        names = [file.name for part in listed[split] for file in part._image_files]
+        labels = [label for part in listed[split] for label in part._labels]
+        return ListedImages(base / "jpg", names, labels, list(listed[split][0].classes))
+    breeds = {
+        label: file.stem.rpartition("_")[0].replace("_", " ").title()
+        for (part,) in listed.values()
+        for file, label in zip(part._images, part._labels, strict=True)
+    }
+    class_names = [breeds.get(label, f"Breed {label + 1}") for label in range(_NUM_PETS)]
+    (part,) = listed[split]
+    return ListedImages(base / "images", [file.name for file in part._images], part._labels, class_names)
