@@ -40,7 +40,7 @@ class SkipLimitExceeded(RuntimeError):
 
 @dataclass
 class Batch:
-    """One rank's share of one step."""
+    """Holds one rank's share of one step."""
 
     views: torch.Tensor  # uint8 [v, n, 3, H, W], channels last; on the GPU with DALI, else pinned where there is one
     labels: torch.Tensor | None  # int64 [n], of the images in `views`, on the CPU; None if the source has no labels
@@ -117,20 +117,21 @@ class TrainLoader:
 
     @cached_property
     def sampler(self) -> GlobalBatchSampler:
-        """The order in which this rank reads; without one of its own, the loader builds it at the first use."""
+        """Return the order in which this rank reads; the loader builds it at the first use, unless it was given."""
         assert self._batch_size is not None
-        world_size, rank = 1, 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        return GlobalBatchSampler(self._seed, len(self._source), self._batch_size, world_size, rank)
+        return GlobalBatchSampler(self._seed, len(self._source), self._batch_size, *_world_size_and_rank())
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of batches in one epoch; images that do not fill the last batch are left out."""
+        """Return the number of batches in one epoch; images that do not fill the last batch are left out."""
         return self.sampler.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of `epoch` from `start_step` on (counted inside the epoch)."""
+        if self._batch_size is not None and _world_size_and_rank() != (self.sampler.world_size, self.sampler.rank):
+            raise RuntimeError(
+                "the ranks of torch.distributed have changed since the first use; build a new TrainLoader"
+            )
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"`start_step` (={start_step}) must be in [0, {self.steps_per_epoch}]")
         for step in range(start_step, self.steps_per_epoch):
@@ -254,7 +255,7 @@ class EvaluationLoader:
 
 
 class _Keys:
-    """The endless sequence of (epoch, image indices), one per worker batch, from a position on."""
+    """Yields the endless sequence of (epoch, image indices), one per worker batch, from a position on."""
 
     def __init__(self, sampler: GlobalBatchSampler, epoch: int, step: int, workers: int, max_images: int):
         self.sampler, self.epoch, self.step, self.workers, self.max_images = sampler, epoch, step, workers, max_images
@@ -270,6 +271,12 @@ class _Keys:
             step += 1
             if step == self.sampler.steps_per_epoch:
                 epoch, step = epoch + 1, 0
+
+
+def _world_size_and_rank() -> tuple[int, int]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()
 
 
 def _with_names(what: str, broken: list[BrokenFile]) -> str:

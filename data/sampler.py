@@ -82,12 +82,12 @@ class GlobalBatchSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of full global batches in one epoch."""
+        """Return the number of full global batches in one epoch."""
         return self.num_images // self.global_batch
 
     @property
     def local_batch(self) -> int:
-        """The number of images of this rank in one step."""
+        """Return the number of images of this rank in one step."""
         return self.global_batch // self.world_size
 
     def batch(self, epoch: int, step: int) -> np.ndarray:

@@ -25,7 +25,7 @@ _MAX_TRIES = 16  # broken images in a row before a worker batch is given up
 
 @dataclass(frozen=True)
 class BrokenFile:
-    """An image that could not be read, and the error that it raised."""
+    """Names an image that could not be read, with the error that it raised."""
 
     name: str
     reason: str
@@ -33,7 +33,7 @@ class BrokenFile:
 
 @dataclass
 class WorkerBatch:
-    """Views of a part of a batch, and the broken images found on the way."""
+    """Holds the views of a part of a batch, and the broken images found on the way."""
 
     views: (
         torch.Tensor | None
@@ -43,7 +43,7 @@ class WorkerBatch:
 
 
 class TrainDataset:
-    """A map-style dataset: the "index" is (epoch, image indices), the item the views of these images."""
+    """Makes the views of images, as a map-style dataset: its "index" is (epoch, image indices)."""
 
     def __init__(self, source: Source, augmentations: Sequence[ViewAugmentation], seed: int, backend: str):
         self.source, self.augmentations, self.seed = source, augmentations, seed
@@ -64,7 +64,7 @@ class TrainDataset:
 
 
 class EvaluationDataset:
-    """A map-style dataset: the "index" is an array of image indices, the item their central views, without broken images."""
+    """Makes the central views of images and leaves out broken ones: a map-style dataset, its "index" an array of indices."""
 
     def __init__(self, source: Source, image_size: int):
         self.source, self.image_size = source, image_size
@@ -108,7 +108,7 @@ def _describe(source: Source, index: int, error: OSError) -> BrokenFile:
 
 
 def split_for_workers(indices: np.ndarray, workers: int, max_images: int = MAX_IMAGES) -> list[np.ndarray]:
-    """Cut `indices` into worker batches of at most `max_images`, and of down to 8 where workers would be idle otherwise."""
+    """Cut `indices` into worker batches of at most `max_images`, and of as few as 8 if workers would be idle otherwise."""
     share = math.ceil(len(indices) / max(workers, 1))
     count = math.ceil(len(indices) / min(max_images, max(8, share)))
     return np.array_split(indices, count)

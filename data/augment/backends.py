@@ -14,7 +14,7 @@ BACKENDS = {
 
 
 class ImageOperations(NamedTuple):
-    """The two functions of a backend for worker processes. Unpickled there, they import their module before work begins."""
+    """Holds a backend's two functions for worker processes. Unpickled there, they import their module before work begins."""
 
     open_image: Callable[..., Any]  # (source, index) -> an image as `make_views` takes it
     make_views: Callable[..., torch.Tensor]  # (images, augmentations, seed, epoch, indices) -> uint8 [v, n, 3, H, W]

@@ -39,7 +39,7 @@ _HARDWARE_SHARE = 0.7  # of the JPEGs, on GPUs with a decoder for them; CPU and 
 
 @dataclass
 class Encoded:
-    """An image file that DALI reads as PIL does, and its size in pixels."""
+    """Holds an image file that DALI reads as PIL does, and its size in pixels."""
 
     data: bytes
     height: int
@@ -48,7 +48,7 @@ class Encoded:
 
 @dataclass
 class _Job:
-    """A worker batch on its way through DALI; `images` is empty if one could be neither read nor replaced."""
+    """Carries a worker batch through DALI; `images` is empty if one could be neither read nor replaced."""
 
     epoch: int
     asked: np.ndarray  # int64 [m], as the sampler gave them: the keys of the random numbers

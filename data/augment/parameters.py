@@ -37,7 +37,7 @@ _DRAWS = counter.AUGMENTATION_DRAWS + np.arange(36)[:, None]
 
 @dataclass(frozen=True)
 class ViewAugmentation:
-    """The distribution of one view's augmentation. The defaults are what MoCo v3's two views share."""
+    """Defines the distribution of one view's augmentation. The defaults are what MoCo v3's two views share."""
 
     image_size: int  # side of the square view, pixels
     crop_scale: tuple[float, float]  # (min, max) area of the crop / area of the image
@@ -69,7 +69,7 @@ def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tupl
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """The parameters of n images in one view: a structure of arrays, each [n] unless noted.
+    """Holds the parameters of n images in one view: a structure of arrays, each [n] unless noted.
 
     The colour factors are drawn for every image and count only where `jitter` is True.
     """

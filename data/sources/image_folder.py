@@ -28,7 +28,7 @@ _VERSION = 1  # of the listing
 
 
 class ImageFolder:
-    """The images under `root`, one class per folder; a `Source`.
+    """Reads the images under `root`, one class per folder; a `Source`.
 
     `cache` is the folder where the listing is kept. Raises ValueError if there are no images, or a class has none, and
     OSError if a folder cannot be read.

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Names:
-    """An immutable list of strings, which may be file names that are not valid UTF-8.
+    """Stores an immutable list of strings, which may be file names that are not valid UTF-8.
 
     `text` holds all names joined (uint8), `stops` where each ends (int64 [len]).
     """

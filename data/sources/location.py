@@ -19,7 +19,7 @@ _EXAMPLES = {"shapes": "shapes://runs/shapes?train=4000&val=800"}
 
 @dataclass(frozen=True)
 class Location:
-    """A parsed path. `scheme` is '' for a folder; `target` is the folder or, for synthetic, the number of images."""
+    """Holds a parsed path. `scheme` is '' for a folder; `target` is the folder or, for synthetic, the number of images."""
 
     scheme: str
     target: str

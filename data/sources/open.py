@@ -37,7 +37,7 @@ _TREE = (
 
 
 class Source(Protocol):
-    """Images by index. Must pickle: workers each get a copy. `read` and `open` may be called from several threads."""
+    """Gives images by index. Must pickle, as each worker gets a copy; several threads may call `read` and `open` at once."""
 
     labels: np.ndarray  # int64 [len]; -1 of an image that cannot be read
     class_names: list[str]

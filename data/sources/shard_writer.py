@@ -25,7 +25,7 @@ _SIGNATURES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG\r\n\x1a\n"), "w
 
 @dataclass
 class Written:
-    """The result of `write_shards`."""
+    """Counts what `write_shards` has written."""
 
     shards: int = 0
     images: int = 0

@@ -46,7 +46,7 @@ _IMAGE = np.dtype([("offsets", "i8"), ("lengths", "u4"), ("label_offsets", "i8")
 
 
 class Shards:
-    """The images in the shards of `folder`; a `Source`.
+    """Reads the images in the shards of `folder`; a `Source`.
 
     If no image has a label, all are of one class, and `has_labels` is False. Otherwise an image without one has the label
     -1 and counts as broken. `cache` is the folder where a scan is kept. Raises ValueError if there is nothing to read, a
@@ -125,7 +125,7 @@ def write_index(folder: Path, class_names: list[str]) -> None:
 
 
 class _ShardFile:
-    """A shard, open for positioned reads, which threads and forked processes may share. Closes when nobody holds it."""
+    """Keeps a shard open for positioned reads, which threads and forked processes may share. Closes when nobody holds it."""
 
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDONLY)

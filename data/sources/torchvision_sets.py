@@ -43,7 +43,7 @@ _TIMEOUT_S = 30  # for a server that does not answer; torchvision sets none
 
 
 class CifarImages:
-    """A `Source` of CIFAR's images, which lie decoded in one array (154 MB for 50,000)."""
+    """Holds CIFAR's images, which lie decoded in one array (154 MB for 50,000); a `Source`."""
 
     has_labels = True
 
@@ -67,9 +67,10 @@ class CifarImages:
 
 
 class ListedImages:
-    """A `Source` of image files. Raises ValueError if one is missing, if there are none, or if a label has no class.
+    """Reads the image files of a list; a `Source`.
 
-    A list that names missing images belongs to another folder, or to half of one: that is no matter of a few broken images.
+    Raises ValueError if there are none, a label has no class, or a file is missing: a list that names missing files belongs
+    to another folder, or to half of one, which is no matter of a few broken images.
     """
 
     has_labels = True

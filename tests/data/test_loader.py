@@ -371,6 +371,14 @@ def test_ranks_are_those_of_torch_distributed(two_ranks):
     assert [a + b for a, b in zip(first, second, strict=True)] == batches_on_this_rank()
 
 
+def test_ranks_that_change_are_noticed(monkeypatch):
+    loader = TrainLoader(Synthetic(40, 12), batch_size=8, image_size=8)
+    next(loader.epoch(0))
+    monkeypatch.setattr("crossbatch.data.loader._world_size_and_rank", lambda: (2, 1))
+    with pytest.raises(RuntimeError, match=r"the ranks of torch\.distributed have changed"):
+        next(loader.epoch(0))
+
+
 def test_an_import_loads_no_backend():
     heavy = "cv2", "nvidia.dali", "triton", "torchvision", "scipy", "crossbatch.engine", "crossbatch.models"
     code = f"import sys, crossbatch.data; print([name for name in {heavy} if name in sys.modules])"
