@@ -14,6 +14,7 @@ torchvision is imported when the first of these data sets is opened.
 import socket
 import tempfile
 import warnings
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,16 @@ from PIL import Image
 
 from crossbatch.data.decode import decode, encode_bmp
 
-_SETS: dict[str, tuple[str, str]] = {  # scheme: torchvision's class and its folder in DIR
-    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": ("CIFAR100", "cifar-100-python"),
-    "flowers": ("Flowers102", "flowers-102"),
-    "pets": ("OxfordIIITPet", "oxford-iiit-pet"),
-}
-_PARTS = {
-    "flowers": {"train": ("train", "val"), "eval": ("test",)},
-    "pets": {"train": ("trainval",), "eval": ("test",)},
+# scheme: torchvision's class, its folder in DIR, and the parts of a listed set, of which the last one is to evaluate
+_SETS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", ()),
+    "cifar100": ("CIFAR100", "cifar-100-python", ()),
+    "flowers": ("Flowers102", "flowers-102", ("train", "val", "test")),
+    "pets": ("OxfordIIITPet", "oxford-iiit-pet", ("trainval", "test")),
 }
 SCHEMES = tuple(_SETS)
 MARKERS = {  # what a folder holds that should be opened by a scheme
-    **{folder: scheme for scheme, (_, folder) in _SETS.items()},
+    **{folder: scheme for scheme, (_, folder, _) in _SETS.items()},
     "setid.mat": "flowers",
     "annotations/trainval.txt": "pets",
 }
@@ -99,9 +97,9 @@ class ListedImages:
 
 def open_set(scheme: str, directory: str, split: str) -> CifarImages | ListedImages:
     """Open the `split` ("train" or "eval") of a data set. Raises ValueError if torchvision does not find or read it."""
-    kind, folder = _SETS[scheme]
+    kind, folder, parts = _SETS[scheme]
     try:
-        if scheme in _PARTS:
+        if parts:
             return _open_listed(scheme, Path(directory), split)
         return CifarImages(_dataset(kind, directory, split == "train"), "train" if split == "train" else "test")
     except (OSError, RuntimeError, ValueError) as error:  # torchvision's "not found or corrupted" is a RuntimeError
@@ -113,7 +111,7 @@ def open_set(scheme: str, directory: str, split: str) -> CifarImages | ListedIma
 
 def download_set(scheme: str, directory: str) -> None:
     """Download a data set into `directory` unless its files are there. Raises ValueError if that fails."""
-    kind, folder = _SETS[scheme]
+    kind, folder, _ = _SETS[scheme]
     if any(Path(directory, marker).exists() for marker, of in MARKERS.items() if of == scheme and marker != folder):
         return  # as the authors pack it
     before = socket.getdefaulttimeout()
@@ -139,20 +137,19 @@ def _dataset(kind: str, *arguments: Any, **options: Any) -> Any:
 
 def _open_listed(scheme: str, directory: Path, split: str) -> ListedImages:
     """Let torchvision list the files, in its folder or in `directory` itself, which it then sees through a link."""
-    (kind, folder), parts = _SETS[scheme], _PARTS[scheme]
+    kind, folder, parts = _SETS[scheme]
     base = directory / folder if (directory / folder).is_dir() else directory
     with tempfile.TemporaryDirectory() as root:
         Path(root, folder).symlink_to(base.absolute())
-        listed = {name: [_dataset(kind, root, part) for part in parts[name]] for name in parts}
+        opened = [_dataset(kind, root, part) for part in parts]
+    files = [part._image_files if scheme == "flowers" else part._images for part in opened]
+    names = [[file.name for file in part] for part in files]
+    labels = [part._labels for part in opened]
     if scheme == "flowers":
-        names = [file.name for part in listed[split] for file in part._image_files]
-        labels = [label for part in listed[split] for label in part._labels]
-        return ListedImages(base / "jpg", names, labels, list(listed[split][0].classes))
-    breeds = {
-        label: file.stem.rpartition("_")[0].replace("_", " ").title()
-        for (part,) in listed.values()
-        for file, label in zip(part._images, part._labels, strict=True)
-    }
-    class_names = [breeds.get(label, f"Breed {label + 1}") for label in range(_NUM_PETS)]
-    (part,) = listed[split]
-    return ListedImages(base / "images", [file.name for file in part._images], part._labels, class_names)
+        images, class_names = base / "jpg", list(opened[0].classes)
+    else:
+        pairs = zip(chain(*names), chain(*labels), strict=True)
+        breeds = {label: name.rpartition("_")[0].replace("_", " ").title() for name, label in pairs}
+        images, class_names = base / "images", [breeds.get(n, f"Breed {n + 1}") for n in range(_NUM_PETS)]
+    chosen = slice(-1) if split == "train" else slice(-1, None)
+    return ListedImages(images, [*chain(*names[chosen])], [*chain(*labels[chosen])], class_names)
