@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.harness import Effort, Row, compare
 from benchmarks.plain import TwoViews, write_jpegs
-from crossbatch.data import draw, moco_v3_augmentations, open_source
+from crossbatch.data import draw_parameters, moco_v3_augmentations, open_source
 from crossbatch.data.augment import opencv as opencv_backend
 from crossbatch.data.augment import pil as torchvision_backend
 
@@ -61,7 +61,7 @@ def _triton(pixels: list[np.ndarray], indices: np.ndarray):
     crops = torch.randint(0, 256, (len(pixels), SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")
     heights, widths = np.array([image.shape[:2] for image in pixels]).T
     recipes = moco_v3_augmentations(SIZE)
-    parameters = [draw(recipe, 0, 0, indices, view, heights, widths) for view, recipe in enumerate(recipes)]
+    parameters = [draw_parameters(recipe, 0, 0, indices, view, heights, widths) for view, recipe in enumerate(recipes)]
     out = torch.empty_like(crops)
 
     def call() -> None:

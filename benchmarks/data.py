@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import Effort, Row, summarise
 from benchmarks.plain import plain_loader, write_jpegs
-from crossbatch.data import BACKENDS, GlobalBatchSampler, TrainLoader, moco_v3_augmentations, open_source
+from crossbatch.data import BACKENDS, TrainLoader, open_source
 from crossbatch.data.augment.backends import has_dali
 from crossbatch.engine.config import usable_cores
 
@@ -62,10 +62,9 @@ def _memory(effort: Effort) -> Iterator[Row]:
     for backend in effort.pick(backends()[:1], backends(), backends()):
         loader = TrainLoader(
             open_source("synthetic://256?size=24", "train"),
-            GlobalBatchSampler(0, 256, 8),
-            moco_v3_augmentations(16),
-            0,
-            2,
+            batch_size=8,
+            image_size=16,
+            workers=2,
             backend=backend,
         )
         batches = _endless(loader)
@@ -86,10 +85,9 @@ def _loader(root: Path, batch: int, workers: int, backend: str) -> TrainLoader:
     source = open_source(root, "train")
     return TrainLoader(
         source,
-        GlobalBatchSampler(0, len(source), batch),
-        moco_v3_augmentations(SIZE),
-        0,
-        workers,
+        batch_size=batch,
+        image_size=SIZE,
+        workers=workers,
         backend=backend,
         device=device,
     )

@@ -1,27 +1,34 @@
-"""The data room: which images, in which order, with which augmentation, by which machinery.
+"""Loads images: which images, in which order, with which augmentation, by which backend.
 
-Three questions, kept apart, each answered in one file:
+Three questions, kept apart:
 
-- **who reads what**: order.py. Pure integers; the global batch does not depend on the world size.
-- **what is done to an image**: recipe.py. Parameters as a pure function of (seed, epoch, index, view),
-  by counter.py.
-- **how**: a backend, chosen in backends.py. torchvision_backend.py applies the parameters with PIL and is the reference;
-  opencv_backend.py is the fast one for CPUs; dali_backend.py decodes with DALI and, on a GPU, leaves the colours to
-  colour_cuda.py. loader.py, stream.py and pieces.py run them ahead of the training.
+- **Who reads what?** `sampler`, in integers only; the global batch does not depend on the number of ranks.
+- **What is done to an image?** `augment/parameters`, a pure function of (seed, epoch, index, view), by the counter-based random
+  numbers of `counter`.
+- **By what?** A backend that `augment/backends` chooses: `augment/pil` applies the parameters with PIL and is the reference,
+  `augment/opencv` is the fast one on CPUs, `augment/dali` decodes with DALI and leaves the colours to `augment/triton_colours`
+  on a GPU. `loader`, `workers` and `worker_batches` run them ahead of the training.
 
-Beside them stands what images there are: sources.py opens a path (location.py parses it); image_folder.py, shards.py,
-cifar.py, flowers.py, pets.py, synthetic.py and shapes.py are the kinds of source; decode.py says what an image file means,
-listing.py keeps what was found in a folder. image_list.py belongs to flowers.py and pets.py; shard_scan.py, shard_index.py
-and shard_writer.py belong to shards.py.
+`sources/` opens images: `open_source` reads a folder of images or tar shards, torchvision's data sets, or generated images.
+`decode` says what an image file means, and is the only place that decodes one with PIL.
 
-Where the next thing goes: another kind of source, in its own file, with a branch in sources.py and location.py; another
-backend, in its own file, with parameters from recipe.draw, so that tests/data/test_backends.py compares it to PIL view by
-view; another augmentation, as fields of ViewRecipe and ViewParameters, drawn in recipe.draw, applied in every backend.
+Where the next thing goes: another kind of source in a module of its own, with a branch in sources/open and sources/location;
+another backend in a module of its own, with its parameters from `draw_parameters`, so that tests/data/test_backends.py compares
+it to PIL view by view; another augmentation as fields of ViewAugmentation and ViewParameters, drawn in `draw_parameters` and
+applied in every backend.
+
+An import of this package loads torch, numpy and PIL; OpenCV, DALI, Triton and torchvision are loaded when they are used.
 """
 
 from crossbatch.data.augment.backends import BACKENDS, choose_backend
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw, moco_v3_augmentations, normalize
-from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
+from crossbatch.data.augment.parameters import (
+    ViewAugmentation,
+    ViewParameters,
+    draw_parameters,
+    moco_v3_augmentations,
+    normalize,
+)
+from crossbatch.data.loader import Batch, EvaluationLoader, SkipLimitExceeded, TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler, evaluation_share
 from crossbatch.data.sources import Source, has_evaluation_split, open_source, prepare
 from crossbatch.data.sources.shapes import write_shapes
@@ -31,12 +38,13 @@ __all__ = [
     "Batch",
     "EvaluationLoader",
     "GlobalBatchSampler",
+    "SkipLimitExceeded",
     "Source",
     "TrainLoader",
     "ViewAugmentation",
     "ViewParameters",
     "choose_backend",
-    "draw",
+    "draw_parameters",
     "evaluation_share",
     "has_evaluation_split",
     "moco_v3_augmentations",

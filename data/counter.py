@@ -1,17 +1,16 @@
-"""Random numbers that are looked up instead of drawn.
+"""Counter-based random numbers: looked up by a key instead of drawn from a state.
 
-An ordinary generator has a state: number k exists only after numbers 0..k-1 were drawn, so what an image gets depends
-on who drew before it, on the worker, on the rank, on where the run was resumed. Here a random number is a *function*
-of its key: `uniform(draw, seed, epoch, index)` is the same float on every machine, in any order, for one index or a
-million.
+An ordinary generator has a state: number k exists only after numbers 0..k-1 were drawn, so what an image gets depends on
+earlier draws, on the worker, on the rank, and on where the run was resumed. Here a random number is a *function* of its key:
+`uniform(draw, seed, epoch, index)` is the same float on every machine, in any order, for one index or a million.
 
 The function walks splitmix64 by random access. Splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014) seeded with s gives as its k-th output `mix(s + k * GAMMA)`: no state is needed to jump to k.
-We chain that over the words of the key: the output picked by the first word seeds the generator in which the second
-word picks, and so on. All arithmetic is 64-bit integer arithmetic modulo 2^64, so the values depend on neither
-numpy's version nor the machine. numpy's own Generator promises no such thing, and has no vectorised random access.
+We chain that over the words of the key: the output that the first word selects seeds the generator in which the second word
+selects, and so on. All arithmetic is on integers modulo 2^64, so the values depend neither on numpy's version nor on the
+machine. numpy's own Generator does not promise that, and has no vectorised random access.
 
-The first word, `draw`, says what the number is for. Its ranges are handed out here, once, so that no two uses meet.
+The first word, `draw`, says what the number is for. Its ranges are assigned here, so that no two uses overlap.
 """
 
 from typing import TypeAlias
@@ -20,19 +19,19 @@ import numpy as np
 
 Word: TypeAlias = int | np.ndarray  # any integer dtype; negative values wrap
 
-RECIPE_DRAWS = 0  # augmentation parameters: recipe.py numbers its draws from here
-ORDER_DRAW = 1000  # the permutation of an epoch
-RUNS_DRAW = 1001  # the permutation of an epoch's runs, with a shuffle window
+AUGMENTATION_DRAWS = 0  # augmentation parameters, which augment/parameters numbers from here
+EPOCH_ORDER = 1000  # the permutation of an epoch
+RUN_ORDER = 1001  # the permutation of an epoch's runs, with a shuffle window
 SYNTHETIC_DRAWS = 2000  # pixels of synthetic:// images
 SHAPES_DRAWS = 3000  # drawings of shapes://
-SHARD_DRAW = 4000  # the order of images in tar shards
+SHARD_ORDER = 4000  # the order of images in tar shards
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: k * GAMMA visits every state once
 _ONE = np.uint64(1)
 
 
 def bits(draw: Word, *key: Word) -> np.ndarray:
-    """64 random bits (uint64) for every key; the words broadcast against each other like numpy operands.
+    """Return 64 random bits (uint64) for every key; the words broadcast against each other like numpy operands.
 
     Put the scalar words first: a word costs one mix of the shape reached so far.
     """
@@ -44,7 +43,7 @@ def bits(draw: Word, *key: Word) -> np.ndarray:
 
 
 def uniform(draw: Word, *key: Word) -> np.ndarray:
-    """Uniform float64 in [0, 1) for every key: the top 53 bits, as many as a float64 holds."""
+    """Return a uniform float64 in [0, 1) for every key: the top 53 bits, as many as a float64 holds."""
     return (bits(draw, *key) >> np.uint64(11)) * 2.0**-53
 
 
@@ -55,7 +54,7 @@ def _as_word(word: Word) -> np.ndarray | np.uint64:
 
 
 def _mix(z):
-    """splitmix64's output function (Stafford's variant 13 of the MurmurHash3 finaliser): every bit moves every bit."""
+    """Apply splitmix64's output function (Stafford's variant 13 of the MurmurHash3 finaliser): every bit moves every bit."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

@@ -1,10 +1,14 @@
-"""From an encoded file to pixels with PIL, the reference for every other decoder.
+"""Decodes image files with PIL, the reference for every other decoder, and reads the headers of JPEGs.
 
-An image here is what torchvision's ImageFolder makes of it: RGB, alpha dropped, EXIF orientation ignored (a photograph
+An image is decoded as torchvision's ImageFolder does it: RGB, alpha dropped, EXIF orientation ignored (a photograph
 taken sideways lies on its side). The content decides, not the name: a PNG called `.jpg` is a PNG.
 
-Whatever PIL raises over damaged bytes comes out as `BrokenImage`. Its format plugins parse in plain Python, so that
-damage shows as nearly any exception: OSError, SyntaxError, struct.error, zlib.error, IndexError, ...
+Whatever PIL raises over damaged bytes becomes a `BrokenImage`. Its format plugins parse in plain Python, so that damage
+shows as nearly any exception: OSError, SyntaxError, struct.error, zlib.error, IndexError, ...
+
+DALI gets only what it surely reads as PIL does: baseline or progressive JPEGs of one or three components with their header in
+order (`jpeg_size`). All else (PNG, CMYK, arithmetic coding, cut-off files, ...) goes to PIL, because DALI 2.4 crashed over
+batches with several damaged headers.
 """
 
 import io
@@ -15,13 +19,19 @@ from PIL import Image
 # Not all that PIL knows: EPS, for one, is handed to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
+_PADDING = 1024  # bytes after the end of a JPEG that some writers leave
+_MAX_PIXELS = 178_956_970  # what PIL opens without calling it a decompression bomb
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; all with Huffman codes
+_START_OF_SCAN = 0xDA
+_SEGMENTS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # tables, restart interval, application data, comment
+
 
 class BrokenImage(OSError):
-    """These bytes are not a whole image."""
+    """An image file is damaged, or is no image."""
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """The image in an encoded file, fully decoded, mode RGB. Raises BrokenImage."""
+    """Decode an image file fully, to mode RGB. Raises BrokenImage."""
     try:
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             return to_rgb(image)
@@ -31,7 +41,7 @@ def decode(encoded: bytes) -> Image.Image:
 
 
 def encode_bmp(image: Image.Image) -> bytes:
-    """`image` as an uncompressed BMP: what sources without files give a decoder that wants one."""
+    """Encode `image` as an uncompressed BMP: what sources without files give a decoder that wants one."""
     file = io.BytesIO()
     image.save(file, "BMP")
     return file.getvalue()
@@ -51,3 +61,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Read (height, width) in pixels from the header of an ordinary JPEG (ITU-T T.81, annex B); None for any other file."""
+    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-_PADDING:]:
+        return None
+    at, size = 2, None
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker == _START_OF_SCAN:
+            return size
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in _FRAMES and size is None:
+            size = _frame_size(data[at + 4 : at + 2 + length])
+            if size is None:
+                return None
+        elif marker not in _SEGMENTS or length < 2:
+            return None
+        at += 2 + length
+    return None
+
+
+def _frame_size(frame: bytes) -> tuple[int, int] | None:
+    """Read a frame header: precision, height, width, components, and three bytes for each of them."""
+    if len(frame) < 6 or frame[0] != 8 or frame[5] not in (1, 3) or len(frame) != 6 + 3 * frame[5]:
+        return None
+    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+    return (height, width) if 0 < height * width <= _MAX_PIXELS else None

@@ -1,224 +1,284 @@
-"""Batches for the trainer.
+"""Loads batches of augmented views for training, and central views for evaluation.
 
 `TrainLoader.epoch(epoch, start_step)` yields the rank's batches from a position. Underneath runs one endless stream of
-pieces (pieces.py): (epoch 3, last step), (epoch 4, step 0), ... The stream does not know about epochs, so workers live for
-the whole run and prefetching does not stop at their ends, where the ordinary loader drains and refills: at 4096 images
-a batch that costs seconds per epoch. Asking for the position where the stream stands continues it; asking for any other
-starts a new one there.
+worker batches: (epoch 3, last step), (epoch 4, step 0), ... It does not know about epochs, so workers live for the whole run
+and prefetching does not stop at their ends, where torch's DataLoader drains and refills: at 4096 images a batch that costs
+seconds per epoch. If the next position asked for is the one where the stream stands, it goes on; any other starts a new one.
 
-    GlobalBatchSampler.batch(epoch, step) -> cut into pieces -> open, make views -> put together -> Batch
-                                                   in processes       in a thread
-                                                   or DALI's threads
+    GlobalBatchSampler.batch(epoch, step) -> split for workers -> open, make views -> collate -> Batch
+                                                                  in processes,       in a thread
+                                                                  or DALI's threads
 
-Nothing in a batch depends on the number of workers, on timing or on what was read before, except the count of broken
-images, which is per run.
+Nothing in a batch depends on the number of workers, on timing or on what was read before.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from crossbatch import RunStopped
-from crossbatch.data import pieces
-from crossbatch.data.augment.parameters import ViewAugmentation
-from crossbatch.data.pieces import Broken, EvaluationPieces, Piece, TrainPieces
+from crossbatch.data import worker_batches
+from crossbatch.data.augment.backends import choose_backend
+from crossbatch.data.augment.parameters import ViewAugmentation, moco_v3_augmentations
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import Source
+from crossbatch.data.worker_batches import BrokenFile, EvaluationDataset, TrainDataset, WorkerBatch, split_for_workers
 from crossbatch.data.workers import Prefetcher, WorkerPool
 
-_BATCHES_AHEAD = 2  # prefetched, in pieces, over all workers
-_IMAGES_BEFORE_VERDICT = 1000  # or one epoch if that is less: no run stops because image number 3 was broken
-_NAMED = 5  # broken images named in a message
+_BATCHES_AHEAD = 2  # prefetched over all workers, as worker batches
+_IMAGES_BEFORE_CHECK = 1000  # or one epoch if that is less: image number 3 must not stop a run because it is broken
+_NUM_NAMED = 5  # broken images named in a message
+
+
+class SkipLimitExceeded(RuntimeError):
+    """Too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
 
 
 @dataclass
 class Batch:
-    """One rank's share of one step."""
+    """Holds one rank's share of one step."""
 
     views: torch.Tensor  # uint8 [v, n, 3, H, W], channels last; on the GPU with DALI, else pinned where there is one
+    labels: torch.Tensor | None  # int64 [n], of the images in `views`, on the CPU; None if the source has no labels
     indices: np.ndarray  # int64 [n], of the images in `views`: where one was broken, of the one that replaces it
-    skipped: list[str]  # names of the broken images met in this batch
+    skipped: list[str]  # names of the broken images found in this batch
 
 
 class TrainLoader:
-    """Augmented views of every image, in `order`: v of them, by v recipes (two to contrast, one to classify).
+    """Loads augmented views of every image, in an order that depends on the seed alone, from any position.
+
+        with TrainLoader(open_source("synthetic://1000"), batch_size=256) as loader:
+            for batch in loader.epoch(0):
+                batch.views, batch.labels
+
+    A batch holds v views of each image, by v augmentations: two for contrastive learning, one to classify. A broken image is
+    replaced by the next one that can be read.
 
     Args:
         source: the images; must pickle if `workers` > 0.
-        order: which of them this rank reads, and when.
-        recipes: one per view.
-        seed: of the augmentation.
-        workers: processes (with DALI: threads); 0 works in this one.
-        max_skipped_fraction: a larger share of broken ones among the images read so far stops the run.
-        backend: who decodes and augments, one of `backends.BACKENDS`.
-        device: of the training, where DALI works.
+        batch_size: images of one step over all ranks; each rank gets an equal part, and the batch does not depend on the
+            number of ranks. Ranks are those of torch.distributed if it is initialised at the first batch, else there is one.
+        image_size: side of a view in pixels, for the two views of MoCo v3; 224 if neither it nor `augmentations` is given.
+        sampler: says which images this rank reads, and when; instead of `batch_size`.
+        augmentations: one per view, with one image size; instead of `image_size`.
+        seed: of the order (without a `sampler`) and of the augmentation; the same on all ranks.
+        workers: processes that read and augment (with DALI: threads); 0 works in this one. As with torch's DataLoader, a
+            script that uses processes needs `if __name__ == "__main__":`.
+        max_skipped_fraction: the largest share of broken images among those read so far.
+        backend: who decodes and augments, "auto" or one of `BACKENDS`.
+        device: where the training runs; DALI makes the views there, and on a CPU if it is None.
 
-    Raises (from the iterators):
-        RunStopped: too many broken images, or 16 in a row.
-        RuntimeError: a worker died (out of memory, or of shared memory).
+    Raises:
+        ValueError: an argument is wrong.
+        SkipLimitExceeded: from the iterators: too many broken images, or 16 in a row.
+        RuntimeError: from the iterators: a worker died (out of memory, or of shared memory).
     """
 
     def __init__(
         self,
         source: Source,
-        order: GlobalBatchSampler,
-        recipes: Sequence[ViewAugmentation],
-        seed: int,
-        workers: int,
+        batch_size: int | None = None,
+        image_size: int | None = None,
+        *,
+        sampler: GlobalBatchSampler | None = None,
+        augmentations: Sequence[ViewAugmentation] | None = None,
+        seed: int = 0,
+        workers: int = 0,
         max_skipped_fraction: float = 0.001,
-        backend: str = "torchvision",
-        device: torch.device | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
     ):
-        if len({recipe.image_size for recipe in recipes}) != 1:
-            raise ValueError(f"recipes must share one image_size, got {[recipe.image_size for recipe in recipes]}")
-        self.order = order
+        if (batch_size is None) == (sampler is None):
+            raise ValueError("give either `batch_size` or `sampler`")
+        if image_size is not None and augmentations is not None:
+            raise ValueError("give either `image_size` or `augmentations`, which have image sizes of their own")
+        self._augmentations = tuple(augmentations or moco_v3_augmentations(image_size or 224))
+        if len({augmentation.image_size for augmentation in self._augmentations}) != 1:
+            sizes = [augmentation.image_size for augmentation in self._augmentations]
+            raise ValueError(f"`augmentations` must share one image_size, got {sizes}")
+        if sampler is not None:
+            self.sampler = sampler
+        else:
+            GlobalBatchSampler(seed, len(source), batch_size or 0)  # raises for a wrong batch size now
         self.images_read = 0
         self.images_skipped = 0
-        self._broken: dict[str, Broken] = {}  # by name
-        self._source, self._recipes, self._seed, self._backend = source, tuple(recipes), seed, backend
-        self._device = device or torch.device("cpu")
-        self._workers, self._max_skipped_fraction = workers, max_skipped_fraction
-        self._pieces: Any = None
-        self._batches: Iterator[tuple[Batch, list[Broken]]] | None = None
-        self._position: tuple[int, int] | None = None  # (epoch, step) that the stream yields next
+        self._broken: dict[str, BrokenFile] = {}  # by name
+        self._source, self._batch_size, self._seed, self._workers = source, batch_size, seed, workers
+        self._device = torch.device(device or "cpu")
+        self._backend, _ = choose_backend(backend, self._device.type)
+        self._max_skipped_fraction = max_skipped_fraction
+        self._worker_batches: Any = None
+        self._batches: Iterator[tuple[Batch, list[BrokenFile]]] | None = None
+        self._position: tuple[int, int] | None = None  # (epoch, step) of the batch that comes next
+
+    @cached_property
+    def sampler(self) -> GlobalBatchSampler:
+        """Return the order in which this rank reads; the loader builds it at the first use, unless it was given."""
+        assert self._batch_size is not None
+        return GlobalBatchSampler(self._seed, len(self._source), self._batch_size, *_world_size_and_rank())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of batches in one epoch; images that do not fill the last batch are left out."""
+        return self.sampler.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from `start_step` on (counted inside the epoch)."""
-        if not 0 <= start_step <= self.order.steps_per_epoch:
-            raise ValueError(f"start_step (={start_step}) must be in [0, {self.order.steps_per_epoch}]")
-        for step in range(start_step, self.order.steps_per_epoch):
+        """Yield the batches of `epoch` from `start_step` on (counted inside the epoch)."""
+        if self._batch_size is not None and _world_size_and_rank() != (self.sampler.world_size, self.sampler.rank):
+            raise RuntimeError(
+                "the ranks of torch.distributed have changed since the first use; build a new TrainLoader"
+            )
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"`start_step` (={start_step}) must be in [0, {self.steps_per_epoch}]")
+        for step in range(start_step, self.steps_per_epoch):
             yield self._batch(epoch, step)
 
-    def close(self):
+    def close(self) -> None:
         """Stop the workers. The loader can be used again; it starts new ones."""
         if isinstance(self._batches, Prefetcher):
             self._batches.close()
-        if self._pieces is not None:
-            self._pieces.close()
-        self._pieces = self._batches = self._position = None
+        if self._worker_batches is not None:
+            self._worker_batches.close()
+        self._worker_batches = self._batches = self._position = None
+
+    def __enter__(self) -> "TrainLoader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _batch(self, epoch: int, step: int) -> Batch:
         if self._position != (epoch, step):
             self.close()
             self._start(epoch, step)
         assert self._batches is not None
-        self._position = None  # should a piece raise, the stream is not where it says
+        self._position = None  # if this raises, the stream is not where it says
         batch, broken = next(self._batches)
         if batch.views.is_cuda:
-            batch.views.record_stream(torch.cuda.current_stream())  # it came into being on the stream of another thread
-        self._judge(self.order.local_batch, broken)
-        last = step + 1 == self.order.steps_per_epoch
+            batch.views.record_stream(torch.cuda.current_stream())  # it was made on the stream of another thread
+        self._check_skip_limit(self.sampler.local_batch, broken)
+        last = step + 1 == self.steps_per_epoch
         self._position = (epoch + 1, 0) if last else (epoch, step + 1)
         return batch
 
     def _start(self, epoch: int, step: int) -> None:
         if self._backend == "dali":
-            from crossbatch.data.augment.dali import MAX_PIECE, DaliPieces
+            from crossbatch.data.augment.dali import MAX_IMAGES, DaliPipeline
 
-            keys = _Keys(self.order, epoch, step, 0, MAX_PIECE)
-            self._pieces = DaliPieces(self._source, self._recipes, self._seed, keys, self._workers, self._device)
+            keys = _Keys(self.sampler, epoch, step, 0, MAX_IMAGES)
+            arguments = self._source, self._augmentations, self._seed, keys, self._workers, self._device
+            self._worker_batches = DaliPipeline(*arguments)
         else:
-            keys = _Keys(self.order, epoch, step, self._workers, pieces.MAX_PIECE)
-            pieces_per_batch = len(keys.cut(np.arange(self.order.local_batch)))
-            ahead = math.ceil(_BATCHES_AHEAD * pieces_per_batch / max(self._workers, 1))
-            dataset = TrainPieces(self._source, self._recipes, self._seed, self._backend)
-            self._pieces = WorkerPool(dataset, keys, self._workers, max(2, ahead))
-        batches = self._put_together(self._pieces)
+            keys = _Keys(self.sampler, epoch, step, self._workers, worker_batches.MAX_IMAGES)
+            per_batch = len(keys.split(np.arange(self.sampler.local_batch)))
+            ahead = math.ceil(_BATCHES_AHEAD * per_batch / max(self._workers, 1))
+            dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend)
+            self._worker_batches = WorkerPool(dataset, keys, self._workers, max(2, ahead))
+        batches = self._collate(self._worker_batches)
         self._batches = Prefetcher(batches, self._device) if self._workers or self._backend == "dali" else batches
 
-    def _put_together(self, stream: Iterator[Piece]) -> Iterator[tuple[Batch, list[Broken]]]:
-        """Runs of n images of the stream, each in one tensor, which is pinned so that its transfer can overlap."""
-        n, size = self.order.local_batch, self._recipes[0].image_size
+    def _collate(self, stream: Iterator[WorkerBatch]) -> Iterator[tuple[Batch, list[BrokenFile]]]:
+        """Join worker batches to batches of n images, each in one tensor, pinned so that its transfer can overlap."""
+        n, size = self.sampler.local_batch, self._augmentations[0].image_size
         on_gpu = self._backend == "dali" and self._device.type == "cuda"
         where: dict = {"device": self._device} if on_gpu else {"pin_memory": torch.cuda.is_available()}
         while True:
-            views = torch.empty((len(self._recipes), n, size, size, 3), dtype=torch.uint8, **where).permute(
-                0, 1, 4, 2, 3
-            )
-            indices, broken, filled = [], [], 0
+            shape = len(self._augmentations), n, size, size, 3
+            views = torch.empty(shape, dtype=torch.uint8, **where).permute(0, 1, 4, 2, 3)
+            read, broken, filled = [], [], 0
             while filled < n:
-                piece = next(stream)
-                broken += piece.broken
-                if piece.views is None:
-                    raise RunStopped(_verdict("no readable image to replace a broken one", piece.broken))
-                views[:, filled : filled + len(piece.indices)] = piece.views
-                indices.append(piece.indices)
-                filled += len(piece.indices)
+                part = next(stream)
+                broken += part.broken
+                if part.views is None:
+                    raise SkipLimitExceeded(_with_names("no readable image to replace a broken one", part.broken))
+                views[:, filled : filled + len(part.indices)] = part.views
+                read.append(part.indices)
+                filled += len(part.indices)
             if on_gpu:
                 torch.cuda.current_stream().synchronize()
-            yield Batch(views, np.concatenate(indices), [image.name for image in broken]), broken
+            indices = np.concatenate(read)
+            labels = torch.from_numpy(self._source.labels[indices]) if self._source.has_labels else None
+            yield Batch(views, labels, indices, [image.name for image in broken]), broken
 
-    def _judge(self, images: int, broken: list[Broken]):
-        """Stop the run if too many different images are broken, of the different images read. Whole images, rounded up:
-        one broken file in a small data set must not stop a run, however many epochs meet it again.
+    def _check_skip_limit(self, images: int, broken: list[BrokenFile]) -> None:
+        """Raise SkipLimitExceeded if too many different images are broken, of the different images read.
+
+        The limit is rounded up to whole images: one broken file in a small data set must not stop a run, however many epochs
+        meet it again.
         """
         self.images_read += images
         self.images_skipped += len(broken)
         self._broken.update({image.name: image for image in broken})
-        read = min(self.images_read, self.order.size)
+        read = min(self.images_read, self.sampler.num_images)
         allowed = math.ceil(self._max_skipped_fraction * read)
-        ripe = self.images_read >= min(_IMAGES_BEFORE_VERDICT, self.order.steps_per_epoch * self.order.local_batch)
-        if ripe and len(self._broken) > allowed:
+        enough = self.images_read >= min(_IMAGES_BEFORE_CHECK, self.steps_per_epoch * self.sampler.local_batch)
+        if enough and len(self._broken) > allowed:
             what = (
-                f"{len(self._broken)} of {read} images were broken, more than the {allowed} that "
-                f"crossbatch.data.max_skipped_fraction = {self._max_skipped_fraction} allows"
+                f"{len(self._broken)} of {read} images were broken, more than the {allowed} that max_skipped_fraction "
+                f"(={self._max_skipped_fraction}) allows"
             )
-            raise RunStopped(_verdict(what, list(self._broken.values())))
+            raise SkipLimitExceeded(_with_names(what, list(self._broken.values())))
 
 
 class EvaluationLoader:
-    """The central views of `indices` of `source`, in order, once per iteration: (uint8 [m, 3, H, W], int64 [m]).
+    """Loads the central views of `indices` of `source`, in order, once per iteration: (uint8 [m, 3, H, W], int64 [m]).
 
-    A broken image is left out: its index does not come back, and its name is in `skipped` after the iteration.
-    (Replaced, it would be counted twice in an accuracy.) Raises RunStopped if not one image could be read.
+    A broken image is left out: its index does not come back, and its name is in `skipped` after the iteration. (A
+    replacement would count twice in an accuracy.) Raises SkipLimitExceeded if not one image could be read.
     """
 
     def __init__(self, source: Source, image_size: int, indices: np.ndarray, batch_size: int, workers: int):
         self.skipped: list[str] = []
-        self._dataset = EvaluationPieces(source, image_size)
+        self._dataset = EvaluationDataset(source, image_size)
         self._keys = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         self._workers = workers
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        broken: list[Broken] = []
+        broken: list[BrokenFile] = []
         some = False
         stream = WorkerPool(self._dataset, self._keys, self._workers, prefetch=2)
         try:
-            for piece in stream:
-                broken += piece.broken
+            for part in stream:
+                broken += part.broken
                 self.skipped = [image.name for image in broken]
-                if piece.views is not None:
+                if part.views is not None:
                     some = True
-                    yield piece.views, piece.indices
+                    yield part.views, part.indices
         finally:
             stream.close()
         if broken and not some:
-            raise RunStopped(_verdict(f"none of the {len(broken)} evaluation images could be read", broken))
+            raise SkipLimitExceeded(_with_names(f"none of the {len(broken)} evaluation images could be read", broken))
 
 
 class _Keys:
-    """The endless sequence of (epoch, image indices), one per piece, from a position on. Runs in the trainer."""
+    """Yields the endless sequence of (epoch, image indices), one per worker batch, from a position on."""
 
-    def __init__(self, order: GlobalBatchSampler, epoch: int, step: int, workers: int, most: int):
-        self.order, self.epoch, self.step, self.workers, self.most = order, epoch, step, workers, most
+    def __init__(self, sampler: GlobalBatchSampler, epoch: int, step: int, workers: int, max_images: int):
+        self.sampler, self.epoch, self.step, self.workers, self.max_images = sampler, epoch, step, workers, max_images
 
-    def cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        return pieces.cut(indices, self.workers, self.most)
+    def split(self, indices: np.ndarray) -> list[np.ndarray]:
+        return split_for_workers(indices, self.workers, self.max_images)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         epoch, step = self.epoch, self.step
         while True:
-            for indices in self.cut(self.order.batch(epoch, step)):
+            for indices in self.split(self.sampler.batch(epoch, step)):
                 yield epoch, indices
             step += 1
-            if step == self.order.steps_per_epoch:
+            if step == self.sampler.steps_per_epoch:
                 epoch, step = epoch + 1, 0
 
 
-def _verdict(what: str, broken: list[Broken]) -> str:
-    shown = "; ".join(f"{image.name} ({image.reason})" for image in broken[-_NAMED:])
-    return f"data: {what}; the last ones: {shown}. Repair or remove them, or raise the limit, and resume"
+def _world_size_and_rank() -> tuple[int, int]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()
+
+
+def _with_names(what: str, broken: list[BrokenFile]) -> str:
+    shown = "; ".join(f"{image.name} ({image.reason})" for image in broken[-_NUM_NAMED:])
+    return f"{what}; the last ones: {shown}. Repair or remove them, or raise the limit"

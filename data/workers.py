@@ -1,27 +1,28 @@
-"""The pipe between the trainer and its worker processes: torch's DataLoader, with what it leaves open settled.
+"""Connects the trainer and its worker processes: torch's DataLoader, with what it leaves open decided.
 
-How processes start, how they end (also when something failed), and what the trainer sees when one dies.
+Decided here is how worker processes start, how they end (also after a failure), and what the trainer sees when one dies.
 """
 
 import collections
 import contextlib
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from crossbatch.data import pieces
-from crossbatch.data.pieces import Piece
+from crossbatch.data.worker_batches import WorkerBatch
 
 
 class WorkerPool:
-    """`dataset[key]` for each key, in order, computed by `workers` processes (0: in this one)."""
+    """Iterates over `dataset[key]` for each key, in order, computed by `workers` processes (0: in this one)."""
 
     def __init__(self, dataset: Any, keys: Any, workers: int, prefetch: int):
         self._workers = workers
@@ -30,33 +31,35 @@ class WorkerPool:
             batch_size=None,
             sampler=keys,
             num_workers=workers,
-            collate_fn=pieces.unchanged,
-            worker_init_fn=pieces.start_worker,
+            collate_fn=_unchanged,
+            worker_init_fn=_start_worker,
             prefetch_factor=prefetch if workers else None,
             multiprocessing_context=start_method() if workers else None,
-            # By default DataLoader takes a number from torch's global stream, which a resumed run would miss.
+            # By default DataLoader takes a number from torch's global random stream, which a resumed run would miss.
             generator=torch.Generator(),
         )
         with _without_threads_of_opencv():
             self._iterator = iter(loader)
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[WorkerBatch]:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> WorkerBatch:
         try:
             return next(self._iterator)
         except (OSError, EOFError) as error:
             if self._workers:
-                # A worker died while handing over a piece, which shows as a broken connection. The kernel reports the
-                # death a moment later, and torch raises a RuntimeError that says so out of its signal handler, in here.
+                # A worker died while it handed over its result, which shows as a broken connection. The kernel reports the
+                # death a moment later, and torch raises a RuntimeError that says so from its signal handler, in here.
                 time.sleep(1)
                 raise RuntimeError(f"a data worker died or failed: {error!r}") from error
             raise
 
-    def close(self):
-        """Stop the workers now. Deleting DataLoader's iterator does it too, but while an exception is handled its
-        traceback keeps the iterator alive, and that is just when a run is closed.
+    def close(self) -> None:
+        """Stop the workers now.
+
+        Deleting DataLoader's iterator does it too, but while an exception is handled its traceback keeps the iterator
+        alive, and that is just when a run is closed.
         """
         shut_down = getattr(self._iterator, "_shutdown_workers", None)  # none with workers=0
         if shut_down is not None:
@@ -64,11 +67,11 @@ class WorkerPool:
 
 
 class Prefetcher:
-    """What `items` yields, computed by a thread two items ahead of who asks; an error comes out where the item would.
+    """Computes what `items` yields in a thread, two items ahead; an error comes out where the item would.
 
-    With a GPU as `device` the thread has a CUDA stream of its own there, so what it launches and waits for holds nobody up.
-    A process that ends without `close` waits for the item that the thread works on: torn away, it would take the process
-    down with it ("terminate called"), and its exit code.
+    With a GPU as `device` the thread has a CUDA stream of its own there, so that nothing waits for what it launches. A process
+    that ends without `close` waits for the item that the thread works on: if it did not, the thread would take the process down
+    ("terminate called"), and with it the exit code.
     """
 
     def __init__(self, items: Iterator[Any], device: torch.device):
@@ -85,8 +88,8 @@ class Prefetcher:
         self._ready.append(self._thread.submit(self._compute))
         return item
 
-    def close(self):
-        """Ends the thread when the item that it works on is done."""
+    def close(self) -> None:
+        """End the thread when the item that it works on is done."""
         self._thread.shutdown(cancel_futures=True)
 
     def _compute(self) -> Any:
@@ -94,19 +97,8 @@ class Prefetcher:
             return next(self._items)
 
 
-@contextlib.contextmanager
-def _without_threads_of_opencv() -> Iterator[None]:
-    """A forked child would wait for ever for the threads that its parent's OpenCV has, at the first thing that ends them."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)
-
-
 def start_method() -> str:
-    """fork where that is safe: workers start in 40 ms and share the source's memory. Else forkserver: 3 to 6 s, once.
+    """Return fork where that is safe: workers start in 40 ms and share the source's memory. Else forkserver: 3 to 6 s, once.
 
     A forked child has the locks of all its parent's threads but none of the threads. CUDA's, NCCL's and gloo's can be
     held at that moment (torch's DistributedDataParallel page warns of the deadlock), and from Python 3.12 on forking
@@ -115,7 +107,69 @@ def start_method() -> str:
     communicating = torch.distributed.is_available() and torch.distributed.is_initialized()
     threads = torch.cuda.is_initialized() or communicating or "nvidia.dali" in sys.modules
     if threads or sys.version_info >= (3, 12):
-        # Preloaded, torch is imported once, in the server, and not again in every worker.
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["crossbatch.data.pieces"])
+        # Preloaded, torch and OpenCV are imported once, in the server, and not again in every worker.
+        modules = ["crossbatch.data.worker_batches", "crossbatch.data.augment.opencv"]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
         return "forkserver"
     return "fork"
+
+
+@contextlib.contextmanager
+def _without_threads_of_opencv() -> Iterator[None]:
+    """Give OpenCV one thread in this process: a forked child would wait for ever for its parent's, when it ends them."""
+    cv2 = sys.modules.get("cv2")
+    if cv2 is None:
+        yield
+        return
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _start_worker(worker_id: int) -> None:
+    """Set up a worker process: one thread, and signals left to the trainer.
+
+    The workers are the parallelism, so each has one thread (OpenCV has its own). Interrupts are left to the trainer, and so
+    is a SIGTERM that the trainer did not send: a preempted job gets it in every process at once, and workers that died
+    of it would fail the step that the trainer still wants to save.
+    """
+    torch.set_num_threads(1)
+    if "cv2" in sys.modules:  # if this worker needs it: its dataset names the functions of the backend
+        sys.modules["cv2"].setNumThreads(1)
+    for left_to_the_trainer in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(left_to_the_trainer, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the threads started from here on, too
+        threading.Thread(target=_end_for, args=(trainer.pid,), daemon=True).start()
+    if trainer is not None:
+        threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+
+
+def _end_with(trainer: Any) -> None:
+    """End this worker when the trainer has ended in any way, SIGKILL included.
+
+    DataLoader's workers watch their parent process, but under forkserver that is the server, which lives for as long as its
+    workers do: both would stay for ever.
+    """
+    trainer.join()
+    os._exit(1)
+
+
+def _end_for(trainer_pid: int | None) -> None:
+    """Take SIGTERMs, and end this worker at the first one from the trainer.
+
+    If it were ignored too, a trainer that fails without closing its loader would wait for its workers for ever:
+    multiprocessing terminates them at exit and joins them without a timeout.
+    """
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer_pid:
+        pass
+    os._exit(0)
+
+
+def _unchanged(batch: Any) -> Any:
+    """Collate nothing: a worker batch is what it should be already."""
+    return batch

@@ -1,20 +1,23 @@
-"""The images of a run: rank 0 prepares them, every rank opens them, and all must have found the same.
+"""Opens the images of a run, and turns errors of crossbatch.data into errors of a run.
 
-Nodes may have copies of their own. One file less on one of them is another order of all images there, so that one image
-would be its own negative and another never seen, without a word.
+Rank 0 prepares the images, every rank opens them, and all must have found the same. Nodes may have copies of their own. One
+file less on one of them gives all images another order there, so that one image would be its own negative and another would
+never be seen, without a word.
+
+`crossbatch.data` knows no configuration keys and raises ValueError about its own arguments; `input_errors` adds the key.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch.distributed as dist
 
-from crossbatch import InputError
-from crossbatch.data import Source, has_evaluation_split, open_source, prepare
-from crossbatch.engine.evaluation.features import labelled_sources
+from crossbatch import InputError, RunStopped
+from crossbatch.data import SkipLimitExceeded, Source, has_evaluation_split, open_source, prepare
 from crossbatch.engine.runtime.distributed import on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
@@ -22,8 +25,30 @@ _KEY = "crossbatch.data.path"
 Evaluation = TypeVar("Evaluation", bound=Source | None)
 
 
+@contextmanager
+def input_errors(key: str) -> Iterator[None]:
+    """Turn a ValueError or an OSError about the user's data into an InputError that starts with `key`, a key or a flag."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{key}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{key}: {error}; make it readable") from error
+
+
+@contextmanager
+def stop_on_lost_images() -> Iterator[None]:
+    """Turn SkipLimitExceeded, which a loader raises, into RunStopped."""
+    try:
+        yield
+    except SkipLimitExceeded as error:
+        raise RunStopped(f"crossbatch.data: {error}, and resume") from error
+
+
 def training_images(path: str | None, cache: Path) -> tuple[Source, Source | None]:
-    """Training images of `crossbatch.data.path`, and those to evaluate on if there are any; every rank must call it.
+    """Open the training images of `crossbatch.data.path`, and those to evaluate on if there are any; every rank calls it.
 
     Raises InputError if there are none, or not the same ones on all ranks.
     """
@@ -31,20 +56,51 @@ def training_images(path: str | None, cache: Path) -> tuple[Source, Source | Non
         raise InputError(f"{_KEY}: not given; allowed: a folder with train/; give it with --data DIR")
 
     def opened() -> tuple[Source, Source | None]:
-        evaluation = open_source(path, "eval", cache=cache) if has_evaluation_split(path) else None
-        return open_source(path, "train", cache=cache), evaluation
+        with input_errors(_KEY):
+            evaluation = open_source(path, "eval", cache=cache) if has_evaluation_split(path) else None
+            return open_source(path, "train", cache=cache), evaluation
 
     return _alike(path, cache, opened)
 
 
 def labelled_images(path: str | None, cache: Path) -> tuple[Source, Source]:
-    """As `training_images`, where both are needed, with labels that fit: see `labelled_sources`."""
+    """Open training and evaluation images as `training_images` does; both are needed, with labels: see `labelled_sources`."""
     return _alike(path, cache, lambda: labelled_sources(path, cache))
+
+
+def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Source, Source]:
+    """Open the training and evaluation images of `crossbatch.data.path`, after `prepare`.
+
+    Raises InputError if one is missing or empty, or if a label has no class.
+    """
+    if path is None:
+        raise InputError(f"{_KEY}: not given; allowed: a folder with train/ and val/ or test/; give it with --data DIR")
+    with input_errors(_KEY):
+        train = open_source(path, "train", cache=cache)
+        if not has_evaluation_split(path):
+            raise InputError(f"{_KEY}: {path} has no val/ and no test/, whose images are to be recognised; add one")
+        evaluation = open_source(path, "eval", cache=cache)
+    for split, source in (("training", train), ("evaluation", evaluation)):
+        _check_labels(source, len(train.class_names), f"{_KEY}: {path}: the {split} images")
+    return train, evaluation
+
+
+def _check_labels(source: Source, num_classes: int, where: str) -> None:
+    labels = source.labels
+    if not (labels >= 0).any():
+        raise InputError(f"{where}: none that has a label; add some")
+    wrong = np.flatnonzero((labels < -1) | (labels >= num_classes))  # -1: cannot be read, and is left out
+    if len(wrong):
+        first = int(wrong[0])
+        raise InputError(
+            f"{where}: {len(wrong)} labels out of range, the first {int(labels[first])} of {source.name(first)}; allowed: "
+            f"0 to {num_classes - 1}, as there are {num_classes} classes"
+        )
 
 
 def _alike(path: str | None, cache: Path, opened: Callable[[], tuple[Source, Evaluation]]) -> tuple[Source, Evaluation]:
     if path is not None:
-        on_main(lambda: prepare(path, cache=cache))
+        on_main(lambda: _prepare(path, cache))
     sources, errors = on_every_rank(opened, InputError)
     if sources is None or errors:
         raise InputError(errors[0])
@@ -61,7 +117,12 @@ def _alike(path: str | None, cache: Path, opened: Callable[[], tuple[Source, Eva
     return sources
 
 
+def _prepare(path: str, cache: Path) -> None:
+    with input_errors(_KEY):
+        prepare(path, cache=cache)
+
+
 def _facts(source: Source) -> tuple[int, int]:
-    """How many images, and a checksum of labels and class names."""
+    """Return how many images there are, and a checksum of labels and class names."""
     labels = np.ascontiguousarray(source.labels, dtype=np.int64)
     return len(source), zlib.crc32("\n".join(source.class_names).encode(), zlib.crc32(labels.tobytes()))

@@ -19,6 +19,7 @@ from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule, Snapshot
 from crossbatch.engine.config import Resolved, to_dict
+from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.run_log import SCORES, Log, RunLog, StepClock
 from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main, shared_token
 from crossbatch.engine.runtime.nonfinite import NonFiniteSteps
@@ -222,7 +223,8 @@ class Trainer(ABC):
         """The next batch, or why there is none: the other ranks must learn of it before this one leaves."""
         self._at("waiting for data")
         try:
-            return next(batches), None
+            with stop_on_lost_images():
+                return next(batches), None
         except Exception as error:
             return None, error
 
@@ -239,7 +241,7 @@ class Trainer(ABC):
         self.chunk, self.fits = chunk, False
         backend = self.train_step.backend
         resumed = checkpoint.resume(
-            self.candidates, backend, self._config(), self.order.size, self.allow_change, type(self.run.config)
+            self.candidates, backend, self._config(), self.order.num_images, self.allow_change, type(self.run.config)
         )
         if resumed:
             self.train_step.progress = Progress(**resumed.manifest.progress).in_precision(
@@ -402,7 +404,7 @@ class Trainer(ABC):
             self.train_step.backend,
             progress=asdict(self.train_step.progress),
             config=self._config(),
-            images=self.order.size,
+            images=self.order.num_images,
             steps_per_epoch=self.steps_per_epoch,
             skipped_images=self.skipped_before + round(float(mean_over_ranks(skipped)) * self.world.size),
         )

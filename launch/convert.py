@@ -19,6 +19,7 @@ from crossbatch.data.sources import has_evaluation_split, open_source, prepare
 from crossbatch.data.sources.shard_writer import Written, write_shards
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.config.evaluation import ExportConfig
+from crossbatch.engine.datasets import input_errors
 from crossbatch.engine.pretrained.formats import FORMATS
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
@@ -55,10 +56,11 @@ def shards(arguments: argparse.Namespace) -> None:
     if arguments.images_per_shard < 1:
         raise InputError(f"--images-per-shard: given {arguments.images_per_shard}; allowed: >= 1")
     folders = {"train": arguments.output / "train"}
-    prepare(arguments.data, "--data")
-    if has_evaluation_split(arguments.data, "--data"):
-        folders["eval"] = arguments.output / "val"
-    sources = {split: open_source(arguments.data, split, "--data") for split in folders}
+    with input_errors("--data"):
+        prepare(arguments.data)
+        if has_evaluation_split(arguments.data):
+            folders["eval"] = arguments.output / "val"
+        sources = {split: open_source(arguments.data, split) for split in folders}
     for folder in (*folders.values(), *(path.with_name(f"{path.name}.writing") for path in folders.values())):
         if folder.exists():
             raise InputError(f"--output: {folder} exists already; remove it or give another folder")
@@ -112,8 +114,9 @@ def import_legacy(arguments: argparse.Namespace) -> None:
         raise InputError(
             "crossbatch.data.path: not given; the size of the data says which step an epoch ends at; give --data"
         )
-    prepare(path)
-    notes = import_file(arguments.file, run, len(open_source(path, "train")), writable_folder(arguments.out))
+    with input_errors("crossbatch.data.path"):
+        num_images = len(open_source(path, download=True))
+    notes = import_file(arguments.file, run, num_images, writable_folder(arguments.out))
     print("\n".join(notes))
     print(f"next: python launch/pretrain.py --out {arguments.out} and the same recipe, flags and data")
 

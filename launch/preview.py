@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from crossbatch import InputError
-from crossbatch.data import BACKENDS, GlobalBatchSampler, TrainLoader, moco_v3_augmentations, open_source, prepare
+from crossbatch.data import BACKENDS, TrainLoader, moco_v3_augmentations, open_source
 from crossbatch.data.augment.backends import has_dali
+from crossbatch.engine.datasets import input_errors, stop_on_lost_images
 from crossbatch.engine.runtime.exit_codes import run_main
 
 _GAP, _HEADER = 4, 16  # pixels
@@ -34,8 +35,8 @@ def main() -> None:
 def preview(arguments: argparse.Namespace) -> None:
     if arguments.count < 1 or arguments.image_size < 8:
         raise InputError("--count must be at least 1, --image-size at least 8")
-    prepare(arguments.data, "--data")
-    source = open_source(arguments.data, "train", "--data")
+    with input_errors("--data"):
+        source = open_source(arguments.data, download=True)
     names = [name for name in BACKENDS if name != "dali" or has_dali()]
     views = {name: first_batch(source, name, arguments) for name in names}
     drawing = draw(views)
@@ -56,12 +57,12 @@ def preview(arguments: argparse.Namespace) -> None:
 def first_batch(source, backend: str, arguments: argparse.Namespace) -> torch.Tensor:
     """float [2, n, 3, S, S], 0..255."""
     device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
-    recipes = moco_v3_augmentations(arguments.image_size, arguments.crop_min)
-    order = GlobalBatchSampler(arguments.seed, len(source), min(arguments.count, len(source)))
-    loader = TrainLoader(source, order, recipes, arguments.seed, workers=0, backend=backend, device=device)
-    batch = next(iter(loader.epoch(0)))
-    loader.close()
-    return batch.views.float().cpu()
+    count, views = min(arguments.count, len(source)), moco_v3_augmentations(arguments.image_size, arguments.crop_min)
+    loader = TrainLoader(
+        source, count, augmentations=views, seed=arguments.seed, workers=0, backend=backend, device=device
+    )
+    with stop_on_lost_images(), loader:
+        return next(loader.epoch(0)).views.float().cpu()
 
 
 def draw(views: dict[str, torch.Tensor]) -> Image.Image:

@@ -1,16 +1,16 @@
-"""Decoding, crop and resize by NVIDIA DALI: on a GPU (with its JPEG decoder where it has one), or in DALI's CPU threads.
+"""Decodes, crops and resizes with NVIDIA DALI: on a GPU (with its JPEG decoder where it has one), or in DALI's CPU threads.
 
-    keys -> read (threads) -> parameters (recipe.draw) -> DALI: decode once, the crops -> colours -> Piece
+    keys -> read (threads) -> draw_parameters -> DALI: decode once, the crops of all views -> colours -> WorkerBatch
 
-DALI draws nothing: the windows come from the recipe, like everything else, so the same images get the same crops as from the
-other backends. The colours follow in colour_cuda.py on a GPU, as in opencv_backend.py on a CPU. DALI has operators for
-them, but its hue and saturation are a matrix in YIQ, not HSV, and its CPU operators take longer than OpenCV's.
+DALI draws nothing: the crops come from `draw_parameters`, so the same images get the same crops as with the other backends. The
+colours follow in `triton_colours` on a GPU and by `opencv.colour` on a CPU. DALI has operators for them, but its hue and
+saturation are a matrix in YIQ, not HSV, and its CPU operators take longer than OpenCV's.
 
-What DALI may not read as PIL does (see jpeg.py) reaches it as a BMP that PIL decoded; and if DALI refuses a file all the same,
-the piece is repeated with all its images taken that way. So the same images are broken, and replaced by the same others, as
-with every backend.
+A file that DALI might read differently from PIL (`decode.jpeg_size`) reaches it as a BMP that PIL decoded. If DALI refuses a
+file all the same, the worker batch is repeated with all its images taken that way. So the same images are broken, and replaced
+by the same others, as with every backend.
 
-Pieces are prepared by a thread that the trainer does not wait for (loader.py); on a GPU they are views in device memory.
+A thread of the loader runs this ahead of the training; on a GPU the views are in device memory.
 """
 
 from collections import deque
@@ -24,23 +24,22 @@ import torch
 from nvidia import dali as _dali
 
 from crossbatch.data.augment.opencv import colour
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw
-from crossbatch.data.decode import decode, encode_bmp
-from crossbatch.data.jpeg import jpeg_size
-from crossbatch.data.pieces import Broken, Piece, open_or_replace
+from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters
+from crossbatch.data.decode import decode, encode_bmp, jpeg_size
 from crossbatch.data.sources import Source
+from crossbatch.data.worker_batches import BrokenFile, WorkerBatch, open_or_replace
 
 dali: Any = _dali  # whose type hints do not know its constants
 
-MAX_PIECE = 128  # images that DALI works on at once
-_READ_AHEAD = 4  # pieces whose files are read
-_DECODED_AHEAD = 2  # pieces in DALI
+MAX_IMAGES = 128  # that DALI works on at once
+_READ_AHEAD = 4  # worker batches that are read ahead
+_DECODED_AHEAD = 2  # worker batches in DALI
 _HARDWARE_SHARE = 0.7  # of the JPEGs, on GPUs with a decoder for them; CPU and SMs share the others meanwhile
 
 
 @dataclass
 class Encoded:
-    """A file that DALI reads as PIL does, and its size in pixels."""
+    """Holds an image file that DALI reads as PIL does, and its size in pixels."""
 
     data: bytes
     height: int
@@ -49,37 +48,37 @@ class Encoded:
 
 @dataclass
 class _Job:
-    """A piece on its way through DALI; `images` is empty if nothing could be read."""
+    """Carries a worker batch through DALI; `images` is empty if one could be neither read nor replaced."""
 
     epoch: int
-    asked: np.ndarray  # int64 [m], as the order gave them: the keys of the augmentation
+    asked: np.ndarray  # int64 [m], as the sampler gave them: the keys of the random numbers
     read: np.ndarray  # int64 [m], of `images`
     images: list[Encoded]
-    broken: list[Broken]
+    broken: list[BrokenFile]
     parameters: list[ViewParameters]  # one per view
 
 
-class DaliPieces:
-    """The pieces of `keys`, each (epoch, at most MAX_PIECE image indices), in order; an iterator as `stream.WorkerPool`.
+class DaliPipeline:
+    """Iterates over the worker batches of `keys`, each (epoch, at most MAX_IMAGES image indices), as `WorkerPool` does.
 
     Args:
         source: the images.
-        recipes: one per view.
-        seed: of the augmentation.
-        threads: that read files, and those of DALI.
-        device: where the views come into being: uint8 [v, m, 3, H, W], stored channels last.
+        augmentations: one per view.
+        seed: the seed of the augmentation.
+        threads: number of threads that read files, and of DALI's own.
+        device: where the views are made: uint8 [v, m, 3, H, W], stored channels last.
     """
 
     def __init__(
         self,
         source: Source,
-        recipes: Sequence[ViewAugmentation],
+        augmentations: Sequence[ViewAugmentation],
         seed: int,
         keys: Any,
         threads: int,
         device: torch.device,
     ):
-        self.source, self.recipes, self.seed, self.device = source, recipes, seed, device
+        self.source, self.augmentations, self.seed, self.device = source, augmentations, seed, device
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads)
         self._keys: Iterator[tuple[int, np.ndarray]] = iter(keys)
@@ -88,21 +87,21 @@ class DaliPieces:
         self._pipeline: Any = self._build()
         self._colour = _gpu_colours() if device.type == "cuda" else self._colour_on_cpu
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[WorkerBatch]:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> WorkerBatch:
         while len(self._jobs) < _DECODED_AHEAD and (job := self._next_job()) is not None:
             self._jobs.append(job)
             self._schedule(job)
         if not self._jobs:
             raise StopIteration
-        piece = self._finished(self._jobs[0])
+        batch = self._finished(self._jobs[0])
         self._jobs.popleft()
-        return piece
+        return batch
 
-    def close(self):
-        """Stops the threads."""
+    def close(self) -> None:
+        """Stop the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._jobs.clear()
         self._reading.clear()
@@ -119,7 +118,7 @@ class DaliPieces:
         return self._job(epoch, indices, [future.result() for future in futures])
 
     def _job(
-        self, epoch: int, asked: np.ndarray, opened: list[tuple[tuple[int, Encoded] | None, list[Broken]]]
+        self, epoch: int, asked: np.ndarray, opened: list[tuple[tuple[int, Encoded] | None, list[BrokenFile]]]
     ) -> _Job:
         broken = [one for _, some in opened for one in some]
         found = [image for image, _ in opened if image is not None]
@@ -128,7 +127,8 @@ class DaliPieces:
         read, images = np.array([index for index, _ in found], dtype=np.int64), [image for _, image in found]
         heights, widths = np.array([(image.height, image.width) for image in images], dtype=np.int64).T
         parameters = [
-            draw(recipe, self.seed, epoch, asked, view, heights, widths) for view, recipe in enumerate(self.recipes)
+            draw_parameters(augmentation, self.seed, epoch, asked, view, heights, widths)
+            for view, augmentation in enumerate(self.augmentations)
         ]
         return _Job(epoch, asked, read, images, broken, parameters)
 
@@ -143,22 +143,22 @@ class DaliPieces:
             self._pipeline.feed_input(f"end{view}", end.astype(np.float32))
         self._pipeline.schedule_run()
 
-    def _finished(self, job: _Job) -> Piece:
+    def _finished(self, job: _Job) -> WorkerBatch:
         if not job.images:
-            return Piece(None, job.read, job.broken)
+            return WorkerBatch(None, job.read, job.broken)
         try:
             crops = self._pipeline.share_outputs()
         except (RuntimeError, IndexError):
             job = self._start_again()
             if not job.images:
-                return Piece(None, job.read, job.broken)
+                return WorkerBatch(None, job.read, job.broken)
             crops = self._pipeline.share_outputs()
-        views = self._coloured([crops[view].as_tensor() for view in range(len(self.recipes))], job)
+        views = self._coloured([crops[view].as_tensor() for view in range(len(self.augmentations))], job)
         self._pipeline.release_outputs()
-        return Piece(views, job.read, job.broken)
+        return WorkerBatch(views, job.read, job.broken)
 
     def _start_again(self) -> _Job:
-        """A pipeline that raised is of no more use: a new one takes over its jobs, the first of them as PIL decodes it."""
+        """Let a new pipeline take over the jobs, as one that raised is of no more use; PIL decodes the first job for it."""
         self._pipeline = self._build()
         first = self._jobs[0]
         opened = [open_or_replace(self.source, int(index), encoded_by_pil) for index in first.asked]
@@ -168,27 +168,29 @@ class DaliPieces:
         return self._jobs[0]
 
     def _coloured(self, crops: list[Any], job: _Job) -> torch.Tensor:
-        size = self.recipes[0].image_size
-        views = torch.empty((len(self.recipes), len(job.images), size, size, 3), dtype=torch.uint8, device=self.device)
-        for out, crop, p, recipe in zip(views, crops, job.parameters, self.recipes, strict=True):
-            self._colour(crop, p, recipe, out)
+        size = self.augmentations[0].image_size
+        views = torch.empty(
+            (len(self.augmentations), len(job.images), size, size, 3), dtype=torch.uint8, device=self.device
+        )
+        for out, crop, p, augmentation in zip(views, crops, job.parameters, self.augmentations, strict=True):
+            self._colour(crop, p, augmentation, out)
         return views.permute(0, 1, 4, 2, 3)
 
-    def _colour_on_cpu(self, crop: Any, p: ViewParameters, recipe: ViewAugmentation, out: torch.Tensor) -> None:
+    def _colour_on_cpu(self, crop: Any, p: ViewParameters, augmentation: ViewAugmentation, out: torch.Tensor) -> None:
         pixels = np.asarray(crop)
 
         def row(i: int) -> None:
-            out[i] = torch.from_numpy(colour(pixels[i], p, i, recipe.solarize_threshold))
+            out[i] = torch.from_numpy(colour(pixels[i], p, i, augmentation.solarize_threshold))
 
         list(self._pool.map(row, range(len(pixels))))
 
     def _build(self) -> Any:
         gpu = self.device.type == "cuda"
         pipeline = _graph(
-            len(self.recipes),
-            self.recipes[0].image_size,
+            len(self.augmentations),
+            self.augmentations[0].image_size,
             "mixed" if gpu else "cpu",
-            batch_size=MAX_PIECE,
+            batch_size=MAX_IMAGES,
             num_threads=self._threads,
             device_id=(self.device.index or 0) if gpu else None,
             prefetch_queue_depth=1,  # we schedule ahead ourselves
@@ -199,7 +201,7 @@ class DaliPieces:
 
 @dali.pipeline_def
 def _graph(num_views: int, image_size: int, device: str):
-    """Encoded files and windows (top, left, bottom, right, in pixels) in, the resized windows of each view out."""
+    """Take encoded files and crops (top, left, bottom, right, in pixels) and return the resized crops of each view."""
     image = dali.fn.decoders.image(
         dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1),
         device=device,
@@ -222,26 +224,24 @@ def _graph(num_views: int, image_size: int, device: str):
 
 
 def _gpu_colours() -> Callable[[Any, ViewParameters, ViewAugmentation, torch.Tensor], None]:
-    from crossbatch.data.augment.triton_colours import (
-        colour_view,  # not above: Triton may be missing where there is no GPU
-    )
+    from crossbatch.data.augment.triton_colours import colour_view  # here: Triton may be missing where there is no GPU
 
-    def colours(crop: Any, p: ViewParameters, recipe: ViewAugmentation, out: torch.Tensor) -> None:
-        colour_view(torch.from_dlpack(crop), p, recipe, out)
+    def colours(crop: Any, p: ViewParameters, augmentation: ViewAugmentation, out: torch.Tensor) -> None:
+        colour_view(torch.from_dlpack(crop), p, augmentation, out)
         torch.cuda.current_stream().synchronize()  # DALI may now overwrite `crop`
 
     return colours
 
 
 def encoded(source: Source, index: int) -> Encoded:
-    """Image `index` for DALI: its file, if that is an ordinary JPEG. Raises what `source.open` raises for a damaged one."""
+    """Return image `index` for DALI: its file, if that is an ordinary JPEG. Raises OSError, as `source.open` does."""
     data = source.read(index)
     size = jpeg_size(data)
     return _as_bmp(data) if size is None else Encoded(data, *size)
 
 
 def encoded_by_pil(source: Source, index: int) -> Encoded:
-    """Image `index` as a BMP of what PIL sees in it."""
+    """Return image `index` as a BMP of what PIL decodes."""
     return _as_bmp(source.read(index))
 
 

@@ -1,11 +1,12 @@
-"""Applies a recipe on a CPU with vectorised kernels: what a machine without a GPU should train with.
+"""Applies augmentations on a CPU with vectorised kernels: what a machine without a GPU should train with.
 
-Same crops, flips and colours as torchvision_backend.py, to rounding: at most 1 % of the value range, averaged over a view
-(tests/data/test_backends.py). PIL decodes here too, so the same images are broken. What else takes time in PIL:
+Crops, flips and colours are those of the backend on PIL, up to rounding: at most 1 % of the value range, averaged over a view
+(tests/data/test_backends.py). PIL decodes here too, so the same images are broken. What replaces PIL, with its part of the time
+that PIL takes:
 
-    crop, resize  torch's antialiased uint8 kernel, which reads the crop in place: half of PIL's time
+    crop, resize  torch's antialiased uint8 kernel, which reads the crop in place: half
     hue           OpenCV's HSV conversion, in bytes as PIL's: a tenth
-    blur          a Gaussian, where PIL sums three boxes to look like one: a fifth
+    blur          a Gaussian, which PIL approximates by a sum of three boxes: a fifth
 
 (`python -m benchmarks augment`)
 """
@@ -17,30 +18,30 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw
+from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters
 from crossbatch.data.sources import Source
 
 
 def open_image(source: Source, index: int) -> np.ndarray:
-    """Image `index`, uint8 [H, W, 3] in RGB. Raises what `source.open` raises for a damaged one."""
+    """Return image `index` in RGB: uint8 [H, W, 3]. Raises what `source.open` raises for a damaged one."""
     return np.array(source.open(index))  # a copy that torch may have
 
 
 def make_views(
-    images: Sequence[np.ndarray], recipes: Sequence[ViewAugmentation], seed: int, epoch: int, indices: np.ndarray
+    images: Sequence[np.ndarray], augmentations: Sequence[ViewAugmentation], seed: int, epoch: int, indices: np.ndarray
 ) -> torch.Tensor:
-    """The views of n decoded images: uint8 [v, n, 3, H, W] (stored channels last), view v by `recipes[v]`.
+    """Make the views of n decoded images: uint8 [v, n, 3, H, W] (stored channels last), view v by `augmentations[v]`.
 
-    `indices` [n] are the keys of the augmentation, as in torchvision_backend.make_views.
+    `indices` [n] are the keys of the random numbers, as in `pil.make_views`.
     """
     heights, widths = np.array([image.shape[:2] for image in images], dtype=np.int64).reshape(-1, 2).T
-    size = recipes[0].image_size
-    views = torch.empty((len(recipes), len(images), size, size, 3), dtype=torch.uint8)
-    for view, recipe in enumerate(recipes):
-        parameters = draw(recipe, seed, epoch, indices, view, heights, widths)
+    size = augmentations[0].image_size
+    views = torch.empty((len(augmentations), len(images), size, size, 3), dtype=torch.uint8)
+    for view, augmentation in enumerate(augmentations):
+        parameters = draw_parameters(augmentation, seed, epoch, indices, view, heights, widths)
         for row, image in enumerate(images):
             pixels = _resized_crop(image, parameters, row, size)
-            views[view, row] = torch.from_numpy(colour(pixels, parameters, row, recipe.solarize_threshold))
+            views[view, row] = torch.from_numpy(colour(pixels, parameters, row, augmentation.solarize_threshold))
     return views.permute(0, 1, 4, 2, 3)
 
 
@@ -53,7 +54,7 @@ def _resized_crop(image: np.ndarray, p: ViewParameters, row: int, size: int) -> 
 
 
 def colour(pixels: np.ndarray, p: ViewParameters, row: int, solarize_threshold: int = 128) -> np.ndarray:
-    """What follows crop and resize, in the recipe's order: uint8 [S, S, 3] -> [S, S, 3]."""
+    """Apply all that follows crop and resize, in MoCo v3's order: uint8 [S, S, 3] -> [S, S, 3]."""
     if p.jitter[row]:
         for number in p.jitter_order[row]:
             name, adjust = _JITTERS[number]

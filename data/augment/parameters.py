@@ -1,15 +1,15 @@
-"""What is done to an image: the augmentation parameters of MoCo v3's two views.
+"""Draws the augmentation parameters of views, and holds the distributions of MoCo v3's two views.
 
-The parameters of a view are a pure function of (seed, epoch, index, view): see counter.py. Nothing else enters, neither
-the worker that decodes the image, nor the rank, nor how many images came before. Three promises follow:
+The parameters of a view are a pure function of (seed, epoch, index, view), by counter-based random numbers. Nothing else
+enters: neither the worker that decodes the image, nor the rank, nor how many images came before. Three promises follow:
 
-- any world size, number of workers and piece size gives the same pixels;
-- a run resumed in mid-epoch sees what it would have seen, without any random state in the checkpoint;
-- backends only *apply* parameters. Whether PIL or DALI does it, the crops, flips and colours are the same, so backends
-  can be compared image by image in a test.
+- any world size, number of workers and size of worker batches gives the same pixels;
+- a run that resumes in mid-epoch sees what it would have seen, without any random state in the checkpoint;
+- backends only *apply* parameters. Crops, flips and colours are the same with PIL as with DALI, so backends can be
+  compared image by image in a test.
 
-The price is that nothing may draw outside `draw`. Everything is vectorised over the batch (n images): for 64 images the
-parameters of a view take about 0.3 ms, 1 % of applying them at 32 px.
+The price is that nothing may draw outside of `draw_parameters`. Everything is vectorised over the batch (n images): for 64
+images the parameters of a view take about 0.3 ms, 1 % of applying them at 32 px.
 
 The distributions are torchvision's (RandomResizedCrop, RandomApply([ColorJitter]), RandomGrayscale, ...) with MoCo v3's
 values; order of application: crop, jitter, grayscale, blur, solarize, flip, normalise.
@@ -32,12 +32,12 @@ _JITTER_ORDER = slice(12, 16)
 _TRIES = 10  # RandomResizedCrop gives up after ten
 _CROP_AREA = slice(16, 16 + _TRIES)
 _CROP_RATIO = slice(26, 26 + _TRIES)
-_DRAWS = counter.RECIPE_DRAWS + np.arange(36)[:, None]
+_DRAWS = counter.AUGMENTATION_DRAWS + np.arange(36)[:, None]
 
 
 @dataclass(frozen=True)
 class ViewAugmentation:
-    """The distribution of one view. Defaults: what MoCo v3's two views share."""
+    """Defines the distribution of one view's augmentation. The defaults are what MoCo v3's two views share."""
 
     image_size: int  # side of the square view, pixels
     crop_scale: tuple[float, float]  # (min, max) area of the crop / area of the image
@@ -56,7 +56,10 @@ class ViewAugmentation:
 
 
 def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tuple[ViewAugmentation, ViewAugmentation]:
-    """The asymmetric pair of MoCo v3 (and BYOL): view 1 always blurred, view 2 seldom blurred, sometimes solarized."""
+    """Return the asymmetric pair of MoCo v3 and BYOL: view 1 is always blurred, view 2 seldom blurred and sometimes solarized.
+
+    `image_size` is the side of a view in pixels, `crop_min` the smallest area of a crop as a part of the image's.
+    """
     scale = (crop_min, 1.0)
     return (
         ViewAugmentation(image_size, scale, blur_probability=1.0, solarize_probability=0.0),
@@ -66,7 +69,7 @@ def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tupl
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What happens to n images in one view: a structure of arrays, each [n] unless noted.
+    """Holds the parameters of n images in one view: a structure of arrays, each [n] unless noted.
 
     The colour factors are drawn for every image and count only where `jitter` is True.
     """
@@ -87,8 +90,8 @@ class ViewParameters:
     solarize: np.ndarray  # bool
 
 
-def draw(
-    recipe: ViewAugmentation,
+def draw_parameters(
+    augmentation: ViewAugmentation,
     seed: int,
     epoch: int,
     indices: np.ndarray,
@@ -96,24 +99,26 @@ def draw(
     heights: np.ndarray,
     widths: np.ndarray,
 ) -> ViewParameters:
-    """The parameters of view number `view` for the images `indices` [n] of `heights` x `widths` [n] pixels."""
+    """Draw the parameters of view number `view` for the images `indices` [n] of `heights` x `widths` [n] pixels."""
     u = counter.uniform(_DRAWS, seed, epoch, view, np.asarray(indices))  # [36, n]
-    top, left, height, width = _crop(recipe, u, np.asarray(heights), np.asarray(widths))
+    top, left, height, width = _crop(augmentation, u, np.asarray(heights), np.asarray(widths))
     return ViewParameters(
         crop_top=top,
         crop_left=left,
         crop_height=height,
         crop_width=width,
-        flip=u[_FLIP] < recipe.flip_probability,
-        jitter=u[_JITTER] < recipe.jitter_probability,
-        brightness=_between(u[_BRIGHTNESS], max(0.0, 1 - recipe.brightness), 1 + recipe.brightness),
-        contrast=_between(u[_CONTRAST], max(0.0, 1 - recipe.contrast), 1 + recipe.contrast),
-        saturation=_between(u[_SATURATION], max(0.0, 1 - recipe.saturation), 1 + recipe.saturation),
-        hue=_between(u[_HUE], -recipe.hue, recipe.hue),
+        flip=u[_FLIP] < augmentation.flip_probability,
+        jitter=u[_JITTER] < augmentation.jitter_probability,
+        brightness=_between(u[_BRIGHTNESS], max(0.0, 1 - augmentation.brightness), 1 + augmentation.brightness),
+        contrast=_between(u[_CONTRAST], max(0.0, 1 - augmentation.contrast), 1 + augmentation.contrast),
+        saturation=_between(u[_SATURATION], max(0.0, 1 - augmentation.saturation), 1 + augmentation.saturation),
+        hue=_between(u[_HUE], -augmentation.hue, augmentation.hue),
         jitter_order=np.argsort(u[_JITTER_ORDER].T, axis=1, kind="stable"),
-        grayscale=u[_GRAYSCALE] < recipe.grayscale_probability,
-        blur_sigma=np.where(u[_BLUR] < recipe.blur_probability, _between(u[_SIGMA], *recipe.blur_sigma), 0.0),
-        solarize=u[_SOLARIZE] < recipe.solarize_probability,
+        grayscale=u[_GRAYSCALE] < augmentation.grayscale_probability,
+        blur_sigma=np.where(
+            u[_BLUR] < augmentation.blur_probability, _between(u[_SIGMA], *augmentation.blur_sigma), 0.0
+        ),
+        solarize=u[_SOLARIZE] < augmentation.solarize_probability,
     )
 
 
@@ -121,19 +126,21 @@ def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (high - low) * u
 
 
-def _crop(recipe: ViewAugmentation, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, ...]:
-    """torchvision's RandomResizedCrop: the first of ten tries that fits into the image, else a central crop.
+def _crop(
+    augmentation: ViewAugmentation, u: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Draw crops as torchvision's RandomResizedCrop: the first of ten tries that fits into the image, else a central crop.
 
     All ten tries are computed for every image: cheaper than a loop, and the number of draws does not depend on the
     image.
     """
-    area = _between(u[_CROP_AREA], *recipe.crop_scale) * heights * widths  # [tries, n]
-    ratio = np.exp(_between(u[_CROP_RATIO], *np.log(recipe.crop_ratio)))
+    area = _between(u[_CROP_AREA], *augmentation.crop_scale) * heights * widths  # [tries, n]
+    ratio = np.exp(_between(u[_CROP_RATIO], *np.log(augmentation.crop_ratio)))
     tried_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     tried_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (tried_widths > 0) & (tried_widths <= widths) & (tried_heights > 0) & (tried_heights <= heights)
     first, image = np.argmax(fits, axis=0), np.arange(len(widths))
-    central_height, central_width = _central_crop(recipe.crop_ratio, heights, widths)
+    central_height, central_width = _central_crop(augmentation.crop_ratio, heights, widths)
     height = np.where(fits.any(axis=0), tried_heights[first, image], central_height)
     width = np.where(fits.any(axis=0), tried_widths[first, image], central_width)
     top = np.floor(u[_TOP] * (heights - height + 1)).astype(np.int64)
@@ -146,7 +153,7 @@ def _crop(recipe: ViewAugmentation, u: np.ndarray, heights: np.ndarray, widths: 
 def _central_crop(
     crop_ratio: tuple[float, float], heights: np.ndarray, widths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(heights, widths) of the largest crop whose width / height lies in `crop_ratio`."""
+    """Return (heights, widths) of the largest crop with a width / height in `crop_ratio`."""
     low, high = crop_ratio
     height = np.where(widths < low * heights, np.rint(widths / low), heights).astype(np.int64)
     width = np.where(widths > high * heights, np.rint(heights * high), widths).astype(np.int64)
@@ -154,7 +161,7 @@ def _central_crop(
 
 
 def normalize(views_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """ToTensor and Normalize(IMAGENET_MEAN, IMAGENET_STD) of uint8 [..., 3, H, W], as one multiply-add per pixel.
+    """Normalise uint8 [..., 3, H, W] as ToTensor and Normalize(IMAGENET_MEAN, IMAGENET_STD) do, by one multiply-add per pixel.
 
     Meant for the training device: a uint8 view travels from worker to GPU in a quarter of the bytes of fp32. The
     arithmetic is fp32 whatever `dtype` is.
@@ -165,7 +172,7 @@ def normalize(views_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> 
 
 @lru_cache(maxsize=8)
 def _scale_and_bias(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x / 255 - mean) / std = x * scale + bias. Cached: building them on a GPU costs two synchronous copies."""
+    """Return scale and bias of (x / 255 - mean) / std = x * scale + bias. Cached: they cost a GPU two synchronous copies."""
     mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(3, 1, 1)
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)

@@ -1,46 +1,43 @@
-"""Applies a recipe with PIL, to the bit as torchvision does: the reference for the faster backends.
+"""Applies augmentations with PIL, to the bit as torchvision does: the reference for the faster backends.
 
-An image is decoded once and all views come from the decoded image. It stays a PIL image until blurred, because the
-originals augment with PIL: its rounding to 8 bits between operations and its Gaussian blur (a sum of box blurs) are
-part of the recipe. The result is that of torchvision.transforms.v2.functional on PIL images (tests/data/ writes that
-composition out and compares bits), but at CIFAR's size most of torchvision's time is Python around PIL's kernels:
-ImageEnhance objects, a 768-entry table built in Python for each solarize, an image split and merged to turn its hue.
-Calling the kernels directly gives 1.4x the images per second at 32 px and 1.2x at 64 px, decoding included; at 224 px
-it is the same, and PIL's conversion to HSV and back takes half of all.
+An image is decoded once and all views come from the decoded image. It stays a PIL image until it is blurred, because the
+originals augment with PIL: its rounding to 8 bits between operations and its Gaussian blur (a sum of box blurs) belong to the
+augmentation. The result is that of torchvision.transforms.v2.functional on PIL images (tests/data/test_pil.py writes that
+composition out and compares bits). At CIFAR's size, however, most of torchvision's time is Python around PIL's kernels:
+ImageEnhance objects, a table of 768 entries built in Python for each solarize, an image split and merged to turn its hue.
+Calling the kernels directly gives 1.4x the images per second at 32 px and 1.2x at 64 px, decoding included. At 224 px it is the
+same, and PIL's conversion to HSV and back takes half of the time.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torchvision.transforms.v2 import functional as F
 
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw
+from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters
 from crossbatch.data.sources import Source
 
 
 def open_image(source: Source, index: int) -> Image.Image:
-    """Image `index`, RGB. Raises what `source.open` raises for a damaged one."""
+    """Return image `index` in RGB. Raises what `source.open` raises for a damaged one."""
     return source.open(index)
 
 
 def make_views(
-    images: Sequence[Image.Image], recipes: Sequence[ViewAugmentation], seed: int, epoch: int, indices: np.ndarray
+    images: Sequence[Image.Image], augmentations: Sequence[ViewAugmentation], seed: int, epoch: int, indices: np.ndarray
 ) -> torch.Tensor:
-    """The views of n decoded images (RGB): uint8 [v, n, 3, H, W], view v by `recipes[v]`.
+    """Make the views of n decoded images (RGB): uint8 [v, n, 3, H, W], view v by `augmentations[v]`.
 
-    `indices` [n] are the keys of the augmentation; they need not be where the images came from (a replaced broken
-    image).
+    `indices` [n] are the keys of the random numbers. Where a broken image was replaced, that is the index of the broken one.
     """
     widths, heights = np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2).T
-    size = recipes[0].image_size
-    views = np.empty((len(recipes), len(images), 3, size, size), dtype=np.uint8)
-    for view, recipe in enumerate(recipes):
-        parameters = draw(recipe, seed, epoch, indices, view, heights, widths)
+    size = augmentations[0].image_size
+    views = np.empty((len(augmentations), len(images), 3, size, size), dtype=np.uint8)
+    for view, augmentation in enumerate(augmentations):
+        parameters = draw_parameters(augmentation, seed, epoch, indices, view, heights, widths)
         for row, image in enumerate(images):
-            pixels = augment(image, parameters, row, size, recipe.solarize_threshold)
+            pixels = augment(image, parameters, row, size, augmentation.solarize_threshold)
             views[view, row] = pixels.transpose(2, 0, 1)
     return torch.from_numpy(views)
 
@@ -48,7 +45,7 @@ def make_views(
 def augment(
     image: Image.Image, parameters: ViewParameters, row: int, image_size: int, solarize_threshold: int = 128
 ) -> np.ndarray:
-    """One view of `image` (RGB) by row `row` of `parameters`, in MoCo v3's order: uint8 [image_size, image_size, 3]."""
+    """Make one view of `image` (RGB) by row `row` of `parameters`, in MoCo v3's order: uint8 [image_size, image_size, 3]."""
     p = parameters
     top, left = int(p.crop_top[row]), int(p.crop_left[row])
     crop = image.crop((left, top, left + int(p.crop_width[row]), top + int(p.crop_height[row])))
@@ -68,14 +65,17 @@ def augment(
 
 
 def evaluation_image(image: Image.Image, image_size: int) -> torch.Tensor:
-    """The central view of `image` (RGB) for evaluation: uint8 [3, H, W].
+    """Make the central view of `image` (RGB) for evaluation: uint8 [3, H, W], as torchvision's Resize and CenterCrop do.
 
-    Shorter side to image_size * 256 / 224, then the central square, as ImageNet is evaluated. Up to 64 px the shorter
-    side becomes image_size itself: an object that fills a small image must not lose its edges.
+    The shorter side becomes image_size * 256 / 224, then the central square is cut out, as ImageNet is evaluated. Up to
+    64 px the shorter side becomes image_size itself: an object that fills a small image must not lose its edges.
     """
     shorter = image_size if image_size <= 64 else round(image_size * 256 / 224)
-    view: Any = image  # torchvision types these functions for tensors only
-    view = F.center_crop(F.resize(view, [shorter], antialias=True), [image_size, image_size])
+    longer = int(shorter * max(image.size) / min(image.size))
+    width, height = (shorter, longer) if image.width <= image.height else (longer, shorter)
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    view = image.resize((width, height), Image.Resampling.BILINEAR)
+    view = view.crop((left, top, left + image_size, top + image_size))
     return torch.from_numpy(np.asarray(view).transpose(2, 0, 1).copy())
 
 
@@ -88,7 +88,7 @@ def _brightness(view: Image.Image, factor: float) -> Image.Image:
 
 
 def _contrast(view: Image.Image, factor: float) -> Image.Image:
-    """Away from, or towards, the mean gray of the view."""
+    """Blend with the mean gray of the view."""
     gray = np.frombuffer(view.convert("L").tobytes(), dtype=np.uint8)  # 5 us faster than np.asarray(image), each time
     mean = int(gray.sum() / gray.size + 0.5)
     return Image.blend(Image.new("RGB", view.size, (mean, mean, mean)), view, factor)
@@ -99,7 +99,7 @@ def _saturation(view: Image.Image, factor: float) -> Image.Image:
 
 
 def _hue(view: Image.Image, factor: float) -> Image.Image:
-    """Turns the hue by `factor` of a full circle, in PIL's 8-bit HSV: 256 steps are a circle and wrap by themselves."""
+    """Turn the hue by `factor` of a full circle, in PIL's 8-bit HSV: 256 steps are a circle and wrap by themselves."""
     hsv = bytearray(view.convert("HSV").tobytes())
     hue = np.frombuffer(hsv, dtype=np.uint8)[::3]
     hue += np.uint8(int(factor * 255) % 256)

@@ -1,10 +1,10 @@
-"""What follows crop and resize in the recipe, on a GPU: colours, blur, solarize and flip, in four Triton kernels a view.
+"""Applies all that follows crop and resize, on a GPU: colours, blur, solarize and flip, in four Triton kernels a view.
 
     mean gray at the moment of the contrast -> jitter and grayscale -> blur along rows -> blur along columns, solarize, flip
 
-Every operation rounds to 8 bits as PIL does, HSV included (`h`, `s` and `v` are bytes there), so jitter and grayscale
-equal torchvision_backend.py bit for bit; the blur is a Gaussian where PIL sums three boxes to look like one. Jitter's order is
-each image's own: a program works on pixels of one image only, so that its order is a scalar to branch on.
+Every operation rounds to 8 bits as PIL does, HSV included (`h`, `s` and `v` are bytes there), so jitter and grayscale equal
+those on PIL bit for bit. The blur is a Gaussian, which PIL approximates by a sum of three boxes. Each image has its own order
+of jitter; a program works on pixels of one image only, so that the order is a scalar to branch on.
 """
 
 from typing import Any
@@ -19,16 +19,16 @@ from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters
 _BLOCK: Any = 1024  # pixels of a program
 
 
-def colour_view(pixels: torch.Tensor, p: ViewParameters, recipe: ViewAugmentation, out: torch.Tensor) -> None:
-    """Fills `out` from `pixels`, the crops of one view by their parameters `p`: both uint8 [m, S, S, 3], dense, on the GPU."""
+def colour_view(pixels: torch.Tensor, p: ViewParameters, augmentation: ViewAugmentation, out: torch.Tensor) -> None:
+    """Fill `out` with one view of the crops `pixels` by their parameters `p`: both uint8 [m, S, S, 3], dense, on the GPU."""
     count, size = pixels.shape[:2]
-    table = torch.from_numpy(_table(p, recipe)).to(pixels.device, non_blocking=True)
+    table = torch.from_numpy(_table(p, augmentation)).to(pixels.device, non_blocking=True)
     blocks = triton.cdiv(size * size, _BLOCK)
     means = torch.empty(count, device=pixels.device)
     jittered, blurred = torch.empty_like(out), torch.empty_like(out)
     _mean_gray[(count,)](pixels, table, means, size * size, _COLUMNS, _BLOCK)
     _jitter[(count, blocks)](pixels, table, means, jittered, size * size, _COLUMNS, _BLOCK)
-    reach: Any = int(np.ceil(3 * recipe.blur_sigma[1]))
+    reach: Any = int(np.ceil(3 * augmentation.blur_sigma[1]))
     rows: Any
     for source, target, rows in ((jittered, blurred, True), (blurred, out, False)):
         _blur[(count, blocks)](source, table, target, size, _COLUMNS, reach, rows, _BLOCK)
@@ -38,13 +38,15 @@ def colour_view(pixels: torch.Tensor, p: ViewParameters, recipe: ViewAugmentatio
 _COLUMNS: Any = 13
 
 
-def _table(p: ViewParameters, recipe: ViewAugmentation) -> np.ndarray:
-    """0-3 operations in order (-1: none), 4 brightness, 5 contrast, 6 saturation, 7 hue in 1/256 turns, 8 grayscale,
+def _table(p: ViewParameters, augmentation: ViewAugmentation) -> np.ndarray:
+    """Return the table of parameters; its columns are:
+
+    0-3 operations in order (-1: none), 4 brightness, 5 contrast, 6 saturation, 7 hue in 1/256 turns, 8 grayscale,
     9 sigma of the blur, 10 solarize from this value on (256: never), 11 flip, 12 whether there is a contrast.
     """
     order = np.where(p.jitter[:, None], p.jitter_order, -1)
     hue = (p.hue * 255).astype(np.int64) % 256
-    threshold = np.where(p.solarize, recipe.solarize_threshold, 256)
+    threshold = np.where(p.solarize, augmentation.solarize_threshold, 256)
     columns = (
         *order.T, p.brightness, p.contrast, p.saturation, hue, p.grayscale, p.blur_sigma, threshold, p.flip, p.jitter,
     )  # fmt: skip
@@ -53,7 +55,7 @@ def _table(p: ViewParameters, recipe: ViewAugmentation) -> np.ndarray:
 
 @triton.jit
 def _mean_gray(pixels, table, means, num_pixels, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Per image, the mean gray that its contrast adjustment will find, rounded."""
+    """Store the rounded mean gray of each image at the moment of its contrast adjustment."""
     image = tl.program_id(0)
     row = table + image * COLUMNS
     total = tl.zeros([BLOCK], tl.float32)
@@ -94,7 +96,7 @@ def _jitter(pixels, table, means, out, num_pixels, COLUMNS: tl.constexpr, BLOCK:
 def _blur(
     pixels, table, out, size, COLUMNS: tl.constexpr, REACH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A Gaussian along rows (ROWS) or columns, edges repeated; the second pass also solarizes and flips."""
+    """Blur by a Gaussian along rows (ROWS) or columns, edges repeated; the second pass also solarizes and flips."""
     image = tl.program_id(0)
     row = table + image * COLUMNS
     num_pixels = size * size
@@ -135,7 +137,7 @@ def _blur(
 
 @triton.jit
 def _adjust(r, g, b, operation, row, mean):
-    """Brightness, contrast and saturation blend with black, with the mean gray, with each pixel's gray; hue turns in HSV."""
+    """Blend with black (brightness), the mean gray (contrast) or each pixel's gray (saturation), or turn the hue in HSV."""
     if operation == 0:
         factor = tl.load(row + 4)
         r, g, b = _blend(0.0, r, factor), _blend(0.0, g, factor), _blend(0.0, b, factor)
@@ -158,13 +160,13 @@ def _blend(other, value, factor):
 
 @triton.jit
 def _gray(r, g, b):
-    """ITU-R 601-2 luma in 16-bit fixed point, as PIL's."""
+    """Return the ITU-R 601-2 luma in 16-bit fixed point, as PIL does."""
     return tl.floor((19595.0 * r + 38470.0 * g + 7471.0 * b + 32768.0) / 65536.0)
 
 
 @triton.jit
 def _turn(r, g, b, hue):
-    """Through HSV with bytes for h, s and v (a circle has 255 steps, as in PIL)."""
+    """Turn the hue through HSV with bytes for h, s and v (a circle has 255 steps, as in PIL)."""
     high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     chroma = tl.maximum(high - low, 1.0)
     # div_rn: the quotients land on whole numbers, which plain division on a GPU may miss by a bit.
@@ -194,7 +196,7 @@ def _turn(r, g, b, hue):
 
 @triton.jit
 def _load(pixels, image, offsets, inside, num_pixels):
-    """The three channels of some pixels of an image, 0..255 in fp32."""
+    """Load the three channels of some pixels of an image, 0..255 in fp32."""
     at = pixels + 3 * (image * num_pixels + offsets)
     r = tl.load(at, inside, 0).to(tl.float32)
     g = tl.load(at + 1, inside, 0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""What images there are: `open_source` opens a folder, tar shards, a torchvision data set or generated images by its path.
+"""Opens images: `open_source` reads a folder, tar shards, a torchvision data set or generated images, by its path.
 
 A source knows how many images it has, their labels and class names, and reads one image by its index. A new kind of source is
 a module of its own here, with a branch in `open` and `location`.

@@ -8,10 +8,10 @@ Labels are the positions of the class folders in sorted order, images are sorted
 index i is the same image on every machine. Names that begin with a dot are ignored (`.ipynb_checkpoints`, macOS's
 `._x.jpg`).
 
-The listing (listing.py) is 16 bytes an image plus its name: ImageNet's 1.28 million take 47 MB. It is current as long
-as no folder below the root has another time of change, which a file system sets when an entry comes, goes or is renamed;
-to find out costs one question per folder and none per file. Sizes of files are not in it: they would cost one per file,
-which on a network disk is most of the time that listing takes.
+The listing takes 16 bytes an image plus its name: 47 MB for ImageNet's 1.28 million. It is current as long as the time of
+change of every folder below the root is the same; a file system sets it when an entry comes, goes or is renamed. The check
+costs one stat per folder and none per file. The listing leaves out the sizes of files: a stat for each of them is most of the
+time that listing takes on a network disk.
 """
 
 import os
@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crossbatch import InputError
 from crossbatch.data.decode import decode
 from crossbatch.data.sources.listing import Arrays, cache_file, cached, pack_names, unpack_names
 
@@ -29,21 +28,21 @@ _VERSION = 1  # of the listing
 
 
 class ImageFolder:
-    """The images under `root`, one class per folder; a `Source`.
+    """Reads the images under `root`, one class per folder; a `Source`.
 
-    `cache` is the folder where the listing is kept. Raises InputError (naming `key`) if there are no images.
+    `cache` is the folder where the listing is kept. Raises ValueError if there are no images, or a class has none, and
+    OSError if a folder cannot be read.
     """
 
-    def __init__(self, root: str | Path, key: str = "crossbatch.data.path", cache: Path | None = None):
+    has_labels = True
+
+    def __init__(self, root: str | Path, cache: Path | None = None):
         self._root = str(root)
-        try:
-            arrays = cached(
-                cache_file(cache, root) if cache else None,
-                lambda arrays: _is_current(self._root, arrays),
-                lambda: _list(self._root, key),
-            )
-        except OSError as error:
-            raise InputError(f"{key}: cannot list {error.filename}: {error.strerror}; make it readable") from error
+        arrays = cached(
+            cache_file(cache, root) if cache else None,
+            lambda arrays: _is_current(self._root, arrays),
+            lambda: _list(self._root),
+        )
         self.class_names = unpack_names(arrays, "classes").unpack()
         self.labels = arrays["labels"]
         self._names = unpack_names(arrays, "names")
@@ -52,30 +51,30 @@ class ImageFolder:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """The path of image `index` relative to the root, as `class/file`."""
+        """Return the path of image `index` relative to the root, as `class/file`."""
         return f"{self.class_names[self.labels[index]]}/{self._names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The file of image `index`. Raises OSError."""
+        """Return the file of image `index`. Raises OSError."""
         return Path(self._root, self.name(index)).read_bytes()
 
     def open(self, index: int) -> Image.Image:
-        """The decoded image in RGB. Raises OSError; BrokenImage is one."""
+        """Return the decoded image in RGB. Raises OSError; BrokenImage is one."""
         return decode(self.read(index))
 
 
 def list_classes(root: str | Path) -> list[str]:
-    """The sorted names of the class folders in `root`."""
+    """Return the sorted names of the class folders in `root`."""
     with os.scandir(root) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _list(root: str, key: str) -> tuple[Arrays, int]:
-    """The listing, and the latest change of any folder in it (ns)."""
+def _list(root: str) -> tuple[Arrays, int]:
+    """Return the listing, and the latest change of any folder in it (ns)."""
     changes = {"": os.stat(root).st_mtime_ns}  # noqa: PTH116
     class_names = list_classes(root)
     per_class = [_relative_names(root, name, changes) for name in class_names]
-    _require_images(root, class_names, per_class, key)
+    _require_images(root, class_names, per_class)
     labels = np.repeat(np.arange(len(per_class), dtype=np.int64), [len(names) for names in per_class])
     arrays = {
         "version": np.array(_VERSION),
@@ -89,9 +88,10 @@ def _list(root: str, key: str) -> tuple[Arrays, int]:
 
 
 def _relative_names(root: str, class_name: str, changes: dict[str, int]) -> list[str]:
-    """Sorted paths of the images of a class, relative to its folder; notes in `changes` when each folder last changed.
+    """Return the sorted paths of the images of a class, relative to its folder.
 
-    scandir spares a stat per file. A folder that is reached twice (by a link to one above it) counts once.
+    `changes` gets the time of the last change of each folder (ns). scandir saves a stat per file. A folder that is reached
+    twice (by a link to one above it) counts once.
     """
     names, folders, seen = [], [""], set()
     while folders:
@@ -128,16 +128,16 @@ def _is_current(root: str, arrays: Arrays) -> bool:
     )
 
 
-def _require_images(root: str, class_names: list[str], per_class: list[list[str]], key: str):
+def _require_images(root: str, class_names: list[str], per_class: list[list[str]]) -> None:
     if not class_names:
-        raise InputError(
-            f"{key}: {root} has no class folders; the images belong in {root}/<class>/<file>, with one "
-            f"folder (any name) if there are no classes"
+        raise ValueError(
+            f"{root} has no class folders; expected are images as {root}/<class>/<file>, with one folder (of any name) if "
+            f"there are no classes"
         )
     empty = [name for name, names in zip(class_names, per_class, strict=True) if not names]
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise InputError(
-            f"{key}: {len(empty)} of {len(class_names)} class folders in {root} hold no images "
-            f"({', '.join(EXTENSIONS)}): {shown}; fill or remove them"
+        raise ValueError(
+            f"{root}: {len(empty)} of {len(class_names)} class folders hold no images ({', '.join(EXTENSIONS)}): {shown}; "
+            f"fill or remove them"
         )

@@ -1,11 +1,11 @@
-"""What a source found out about a folder, as a few integer arrays: small in memory, quick to load, shared by workers.
+"""Keeps what a source found in a folder as a few integer arrays: small in memory, quick to load, shared by workers.
 
 A list of a million Python strings is ~100 MB, and every worker process comes to own a copy as soon as it touches the
 reference counts (fork's copy-on-write is per page). `Names` is one array of bytes and one of their ends.
 
 A listing is kept in a file (.npz without pickles; zip's checksums notice damage) so that a million files are not listed
-again at every start. `cached` returns what the file holds while it describes the folder as it is now, and otherwise
-lists and writes anew.
+again at every start. `cached` returns what the file holds while it describes the folder as it is now; otherwise it lists the
+folder and writes the file again.
 """
 
 import contextlib
@@ -29,10 +29,12 @@ _log = logging.getLogger(__name__)
 
 
 class Names:
-    """An immutable list of strings (also such that are no valid UTF-8, as file names may be)."""
+    """Stores an immutable list of strings, which may be file names that are not valid UTF-8.
+
+    `text` holds all names joined (uint8), `stops` where each ends (int64 [len]).
+    """
 
     def __init__(self, text: np.ndarray, stops: np.ndarray):
-        """`text`: uint8, all names joined; `stops`: int64 [len], where each ends."""
         if text.dtype != np.uint8 or stops.dtype != np.int64 or text.ndim != 1 or stops.ndim != 1:
             raise ValueError("names must be bytes (uint8) and their ends (int64)")
         ends = int(stops[-1]) if len(stops) else 0
@@ -42,6 +44,7 @@ class Names:
 
     @classmethod
     def pack(cls, names: Iterable[str]) -> "Names":
+        """Join `names` into the two arrays."""
         encoded = [os.fsencode(name) for name in names]
         stops = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), stops)
@@ -54,21 +57,23 @@ class Names:
         return os.fsdecode(self.text[start : int(self.stops[index])].tobytes())
 
     def unpack(self) -> list[str]:
+        """Return the names as Python strings."""
         return [self[index] for index in range(len(self))]
 
 
 def pack_names(field: str, names: Iterable[str]) -> Arrays:
-    """`names` as two entries of a listing; `unpack_names` reads them."""
+    """Return `names` as two entries of a listing, which `unpack_names` reads."""
     packed = Names.pack(names)
     return {field: packed.text, f"{field}_stops": packed.stops}
 
 
 def unpack_names(arrays: Arrays, field: str) -> Names:
+    """Return the names that `pack_names` stored under `field`."""
     return Names(arrays[field], arrays[f"{field}_stops"])
 
 
-def save(file: Path, arrays: Arrays):
-    """Write `arrays` to `file`, which is whole or absent at any moment. Raises OSError."""
+def save(file: Path, arrays: Arrays) -> None:
+    """Write `arrays` to `file`, which is complete or absent at any moment. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, draft = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     try:
@@ -83,7 +88,7 @@ def save(file: Path, arrays: Arrays):
 
 
 def load(file: Path) -> Arrays:
-    """What `save` wrote. Raises OSError if it cannot be read, and ValueError for a file that is anything else or damaged."""
+    """Return what `save` wrote. Raises OSError if it cannot be read, ValueError if it is damaged or something else."""
     try:
         with zipfile.ZipFile(file) as archive:
             # All checksums first: numpy would allocate whatever a damaged header claims.
@@ -92,27 +97,25 @@ def load(file: Path) -> Arrays:
         with np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # zipfile parses in plain Python: damage may raise anything
-        if isinstance(error, OSError) and error.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # None: zipfile's; EINVAL: a seek to nowhere
+        damage = (None, errno.EINVAL)  # zipfile's own OSErrors, and a seek to nowhere
+        if isinstance(error, OSError) and error.errno not in damage:
             raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def cache_file(cache: Path, root: str | Path) -> Path:
-    """Where in the folder `cache` the listing of `root` lies."""
+    """Return the file in the folder `cache` that keeps the listing of `root`."""
     absolute = os.path.abspath(root)  # noqa: PTH100  (unlike resolve, it asks no disk)
     return cache / f"{Path(absolute).name}-{sha256(os.fsencode(absolute)).hexdigest()[:16]}.npz"
 
 
 def cached(file: Path | None, is_current: Callable[[Arrays], bool], make: Callable[[], tuple[Arrays, int]]) -> Arrays:
-    """The listing in `file` if `is_current` says that nothing has changed since; otherwise `make`s it and keeps it.
+    """Return the listing in `file` if `is_current` says that nothing has changed since; otherwise make it and keep it.
 
     Args:
-        file: None makes it anew each time.
+        file: where the listing is kept; None makes it each time.
         is_current: may raise KeyError, TypeError, ValueError or OSError for "no".
-        make: returns the listing and the latest time of change (ns) of what it was made from. A folder that has changed
+        make: returns the listing and the latest time of change (ns) of what it describes. A folder that has changed
             within the last two seconds may change again without a new timestamp, so its listing is not kept.
     """
     if file is None:

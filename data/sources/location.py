@@ -1,12 +1,10 @@
-"""What a path in the configuration may be, read strictly: a folder, or scheme://target?option=number&..."""
+"""Parses a data path strictly: a folder, or scheme://target?option=number&..."""
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
-
-from crossbatch import InputError
 
 _OPTIONS: dict[str, dict[str, int | None]] = {  # of each scheme, with their defaults
     "synthetic": {"size": 64, "classes": 10, "eval": None},  # eval: number of evaluation images; None: a tenth of train
@@ -21,49 +19,48 @@ _EXAMPLES = {"shapes": "shapes://runs/shapes?train=4000&val=800"}
 
 @dataclass(frozen=True)
 class Location:
-    """A parsed path. `scheme` is '' for a folder; `target` is the folder or, for synthetic, the number of images."""
+    """Holds a parsed path. `scheme` is '' for a folder; `target` is the folder or, for synthetic, the number of images."""
 
     scheme: str
     target: str
     options: dict[str, int | None]
 
 
-def parse(path: str | Path, key: str) -> Location:
-    """Raises InputError, naming `key`."""
+def parse(path: str | Path) -> Location:
+    """Split a data path into scheme, target and options. Raises ValueError with what is allowed if it is malformed."""
     text = str(path)
     scheme, separator, rest = text.partition("://")
     if not separator:
         if not text:
-            raise InputError(f"{key} is empty; give a folder, or synthetic://1000 to try without images")
+            raise ValueError("the path is empty; give a folder, or synthetic://1000 to try without images")
         return Location("", str(Path(text).expanduser()), {})
     if scheme not in _OPTIONS:
         allowed = "a folder, " + ", ".join(f"{name}://..." for name in _OPTIONS)
-        raise InputError(f"{key}: unknown scheme in {text!r}{_nearest(scheme, _OPTIONS)}; allowed: {allowed}")
+        raise ValueError(f"unknown scheme in {text!r}{_nearest(scheme, _OPTIONS)}; allowed: {allowed}")
     target, _, query = rest.partition("?")
-    options = _parse_query(scheme, query, text, key)
+    options = _parse_query(scheme, query, text)
     if scheme == "synthetic":
         if not (target.isdecimal() and int(target) > 0):
-            raise InputError(f"{key}: {text!r} needs a number of images, as in synthetic://1000?size=64&classes=10")
+            raise ValueError(f"{text!r} needs a number of images, as in synthetic://1000?size=64&classes=10")
         return Location(scheme, target, options)
     if not target:
-        example = _EXAMPLES.get(scheme, f"{scheme}://datasets")
-        raise InputError(f"{key}: {text!r} needs a folder, as in {example}")
+        raise ValueError(f"{text!r} needs a folder, as in {_EXAMPLES.get(scheme, f'{scheme}://datasets')}")
     return Location(scheme, str(Path(target).expanduser()), options)
 
 
-def _parse_query(scheme: str, query: str, text: str, key: str) -> dict[str, int | None]:
+def _parse_query(scheme: str, query: str, text: str) -> dict[str, int | None]:
     options = dict(_OPTIONS[scheme])
     given = set()
     for part in filter(None, query.split("&")):
         name, value = (parse_qsl(part, keep_blank_values=True) or [(part, "")])[0]
         if name not in options:
             allowed = ", ".join(options) or "none"
-            raise InputError(f"{key}: unknown option {name!r} in {text!r}{_nearest(name, options)}; allowed: {allowed}")
+            raise ValueError(f"unknown option {name!r} in {text!r}{_nearest(name, options)}; allowed: {allowed}")
         if name in given:
-            raise InputError(f"{key}: option {name!r} is given twice in {text!r}; give it once")
+            raise ValueError(f"option {name!r} is given twice in {text!r}; give it once")
         if not value.isdecimal() or (int(value) == 0 and name != "seed"):
             kind = "an integer >= 0" if name == "seed" else "an integer >= 1"
-            raise InputError(f"{key}: option {name!r} in {text!r} is {value!r}; it must be {kind}")
+            raise ValueError(f"option {name!r} in {text!r} is {value!r}; it must be {kind}")
         options[name] = int(value)
         given.add(name)
     return options

@@ -1,4 +1,4 @@
-"""Small labelled drawings: a data set that can be written anywhere in seconds and still says something about a method.
+"""Writes small labelled drawings: a data set that can be made anywhere in seconds and still says something about a method.
 
 A drawing holds three or four copies of one of eight figures, each in random colour, size, place and rotation, on a random
 textured background. Neither colour nor texture nor place says anything about the class, so comparing raw pixels does little
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from crossbatch import InputError
 from crossbatch.data import counter
 
 _OVERSAMPLING = 3  # drawn at three times the side, then shrunk: antialiasing
@@ -73,15 +72,19 @@ SHAPES: dict[str, list[Points]] = {
 }
 
 
-def write_shapes(directory: str | Path, train: int, val: int, size: int, seed: int, key: str = "crossbatch.data.path"):
+def write_shapes(directory: str | Path, train: int, val: int, size: int, seed: int) -> None:
     """Write `train` + `val` JPEGs (quality 90, `size` px) as `<directory>/train/<class>/NNNNN.jpg` and `.../val/...`.
 
-    Written into a sibling folder and renamed when complete, so what stands under `directory` is never half a data set.
-    Does nothing if `directory` holds this very data set; raises InputError if it holds anything else.
+    The files are written into a sibling folder, which is renamed when it is complete, so that `directory` never holds half
+    a data set. Does nothing if `directory` holds this very data set.
+
+    Raises:
+        ValueError: `directory` holds anything else, or a split has fewer images than there are classes.
+        OSError: it cannot be written.
     """
     directory = Path(directory)
     settings = {"train": train, "val": val, "size": size, "seed": seed}
-    if _is_written(directory, settings, key):
+    if _is_written(directory, settings):
         return
     draft = directory.with_name(f"{directory.name}.writing-{os.getpid()}")
     try:
@@ -97,31 +100,29 @@ def write_shapes(directory: str | Path, train: int, val: int, size: int, seed: i
             draft.rename(directory)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    assert _is_written(directory, settings, key), f"{directory} could not be written"
+    assert _is_written(directory, settings), f"{directory} could not be written"
 
 
-def _is_written(directory: Path, settings: dict[str, int], key: str) -> bool:
+def _is_written(directory: Path, settings: dict[str, int]) -> bool:
     if min(settings["train"], settings["val"]) < len(SHAPES):
-        raise InputError(
-            f"{key}: shapes:// with train={settings['train']}, val={settings['val']}: each must be at least "
-            f"{len(SHAPES)}, one image per class"
+        raise ValueError(
+            f"`train` (={settings['train']}) and `val` (={settings['val']}) must be at least {len(SHAPES)}, an image per class"
         )
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     manifest = directory / _MANIFEST
     if not manifest.is_file():
-        raise InputError(f"{key}: {directory} exists and was not written by shapes://; name another folder")
+        raise ValueError(f"{directory} exists and was not written by shapes://; name another folder")
     written = json.loads(manifest.read_text())
     if written != settings:
-        raise InputError(
-            f"{key}: {directory} holds shapes with {written}, asked for were {settings}; "
-            f"remove it or name another folder"
+        raise ValueError(
+            f"{directory} holds shapes with {written}, asked for were {settings}; remove it or name another folder"
         )
     return True
 
 
 def draw_shape(name: str, size: int, seed: int, split: int, index: int) -> Image.Image:
-    """The drawing of shape `name` that (seed, split, index) stands for: RGB, `size` px."""
+    """Return the drawing of shape `name` that (seed, split, index) determine: RGB, `size` px."""
     numbers = iter(counter.uniform(counter.SHAPES_DRAWS + np.arange(_NUMBERS), seed, split, index).tolist())
     side = size * _OVERSAMPLING
     image = _background(numbers, size).resize((side, side), Image.Resampling.NEAREST)  # smooth already: 3x cheaper so
@@ -145,12 +146,12 @@ def _place(points: Points, x: float, y: float, radius: float, angle: float) -> P
 
 
 def _muted(numbers: Iterator[float], gray: float) -> list[float]:
-    """A colour near `gray`, slightly tinted: by vivid ones a network would tell the images apart, and look no further."""
+    """Return a slightly tinted colour near `gray`; by vivid colours a network would tell the images apart at once."""
     return [gray + 40 * (next(numbers) - 0.5) for _ in range(3)]
 
 
 def _colour_unlike(other, numbers: Iterator[float]) -> tuple[int, int, int]:
-    """A muted colour that stands out from `other` by its brightness."""
+    """Return a muted colour that stands out from `other` by its brightness."""
     gray, distance = sum(other) / 3, 70 + 70 * next(numbers)
     level = gray - distance if gray > 127 else gray + distance
     r, g, b = (min(max(int(value), 0), 255) for value in _muted(numbers, level))
@@ -158,13 +159,13 @@ def _colour_unlike(other, numbers: Iterator[float]) -> tuple[int, int, int]:
 
 
 def _free_place(taken: Points, numbers: Iterator[float], low: float, high: float) -> tuple[float, float]:
-    """The one of six random places that is furthest from those taken."""
+    """Return the one of six random places that is furthest from those taken."""
     places = [(low + (high - low) * next(numbers), low + (high - low) * next(numbers)) for _ in range(6)]
     return max(places, key=lambda place: min((math.dist(place, other) for other in taken), default=0.0))
 
 
 def _background(numbers: Iterator[float], side: int) -> Image.Image:
-    """Random grays, slightly tinted, that change smoothly from corner to corner, plus a finer smooth noise."""
+    """Return slightly tinted random grays that change smoothly from corner to corner, plus a finer smooth noise."""
     gray = 110 + 35 * next(numbers)
     muted = [_muted(numbers, gray + 60 * (next(numbers) - 0.5)) for _ in range(9)]
     colours = np.array(muted).clip(0, 255).astype(np.uint8).reshape(3, 3, 3)
@@ -174,7 +175,7 @@ def _background(numbers: Iterator[float], side: int) -> Image.Image:
 
 
 def _smooth_noise(numbers: Iterator[float], side: int) -> np.ndarray:
-    """Values around 0..1, [side, side]: a coarse random grid, enlarged smoothly."""
+    """Return values around 0..1, [side, side]: a coarse random grid, enlarged smoothly."""
     cells = 3 + int(8 * next(numbers))
     grid = np.array([next(numbers) for _ in range(cells * cells)], dtype=np.float32).reshape(cells, cells)
     return np.asarray(Image.fromarray(grid).resize((side, side), Image.Resampling.BICUBIC))

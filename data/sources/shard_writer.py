@@ -1,8 +1,8 @@
 """Writes the images of any source as tar shards in webdataset's conventions, with their index.
 
 The images are put in random order, once: a run whose `shuffle_window` reads neighbours together should not get one class
-at a time. An image is copied as it is. Its extension comes from its content, as plain readers choose the decoder by it (in
-ImageNet, one PNG is called .JPEG); what is none of JPEG, PNG and WebP is stored as a PNG of its pixels.
+at a time. An image is copied as it is. Its extension comes from its content, because simple readers choose the decoder by it
+(in ImageNet, one PNG is called .JPEG). An image in another format than JPEG, PNG and WebP is stored as a PNG of its pixels.
 """
 
 import io
@@ -18,14 +18,14 @@ import numpy as np
 from crossbatch.data import counter
 from crossbatch.data.decode import BrokenImage, decode
 from crossbatch.data.sources import Source
-from crossbatch.data.sources.shard_index import write_index
+from crossbatch.data.sources.shards import write_index
 
 _SIGNATURES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG\r\n\x1a\n"), "webp": (8, b"WEBP")}  # at which byte
 
 
 @dataclass
 class Written:
-    """What `write_shards` did."""
+    """Counts what `write_shards` has written."""
 
     shards: int = 0
     images: int = 0
@@ -39,12 +39,14 @@ def write_shards(
     seed: int = 0,
     advance: Callable[[int], object] = lambda done: None,
 ) -> Written:
-    """Write `source` to `folder`/NAME-000000.tar, ..., NAME being that of `folder`, and index.npz; complete or not at all.
+    """Write `source` to `folder` as NAME-000000.tar, ... (NAME is that of `folder`) and index.npz; completely or not at all.
 
     The same source and seed give the same bytes. `advance` is called with the number of images done since the last call.
-    Images that are no image at all are left out; damage further in shows only where they are decoded. Raises OSError if
-    `folder` exists or cannot be written, and for an image that cannot be read: a disk that is gone must not make the data
-    set smaller.
+    Files that are no image at all are left out; damage further inside shows only when they are decoded.
+
+    Raises:
+        OSError: `folder` exists or cannot be written, or an image cannot be read: a disk that is gone must not make the
+            data set smaller.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists")
@@ -52,18 +54,18 @@ def write_shards(
     draft.mkdir(parents=True)
     written = Written()
     try:
-        order = np.argsort(counter.bits(counter.SHARD_DRAW, seed, np.arange(len(source))), kind="stable")
+        order = np.argsort(counter.bits(counter.SHARD_ORDER, seed, np.arange(len(source))), kind="stable")
         numbered = enumerate(_readable(source, order, written, advance))
         for number, images in groupby(numbered, key=lambda image: image[0] // images_per_shard):
             with tarfile.open(draft / f"{folder.name}-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
                 for image, (label, extension, encoded) in images:
-                    # The label first, as webdataset sorts them: where a shard breaks off, no image has lost its label.
-                    _add(tar, f"{image:09d}.cls", str(label).encode())
+                    if source.has_labels:  # first, as webdataset sorts them
+                        _add(tar, f"{image:09d}.cls", str(label).encode())
                     _add(tar, f"{image:09d}.{extension}", encoded)
                     written.images = image + 1
             written.shards = number + 1
         if written.images:
-            write_index(draft, source.class_names)
+            write_index(draft, source.class_names if source.has_labels else [])
             draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -73,7 +75,7 @@ def write_shards(
 def _readable(
     source: Source, order: np.ndarray, written: Written, advance: Callable[[int], object]
 ) -> Iterator[tuple[int, str, bytes]]:
-    """(label, extension, encoded image) in `order`."""
+    """Yield (label, extension, encoded image) in `order`."""
     for index in order.tolist():
         try:
             encoded = source.read(index)
@@ -84,7 +86,7 @@ def _readable(
 
 
 def _storable(encoded: bytes) -> tuple[str, bytes]:
-    """(extension, bytes). Raises BrokenImage."""
+    """Return an image's extension and the bytes to store. Raises BrokenImage."""
     for extension, (start, signature) in _SIGNATURES.items():
         if encoded[start : start + len(signature)] == signature:
             return extension, encoded
@@ -93,7 +95,7 @@ def _storable(encoded: bytes) -> tuple[str, bytes]:
     return "png", file.getvalue()
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes):
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     header = tarfile.TarInfo(name)
     header.size = len(data)
     tar.addfile(header, io.BytesIO(data))

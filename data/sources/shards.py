@@ -1,106 +1,99 @@
-"""Tar shards: a folder of `*.tar` files in webdataset's conventions (shard_scan.py), with random access.
+"""Tar shards: a folder of `*.tar` files in webdataset's conventions, with random access.
 
-A network disk that is slow with a million small files is quick with a hundred large ones. An index (shard_index.py) says
-where each image lies, so that any order can be read, and a run resumed, without passing over what comes before:
+A network disk that is slow with a million small files is quick with a hundred large ones. Members that follow each other and
+share a key (the path up to the first dot of the file name) are one sample. `jpg`, `jpeg`, `png` or `webp` is its image and
+`cls` its label, a whole number as text; other members are passed over:
 
     train/index.npz
-    train/train-000000.tar
-    train/train-000001.tar
+    train/train-000000.tar    [0000.cls][0000.jpg] [0001.cls][0001.jpg] ... [blocks of zeros]
 
-An index may be copied beside the wrong shards, and a shard may be rewritten or break off. Each read therefore compares a
-checksum of the image's header and of the whole member that holds its label with the index. What does not fit is a broken
-image, never an image with another one's label. An image takes 41 bytes of memory and its name.
+An index says where each image lies, so that any order can be read, and a run resumed, without passing over what comes before.
+`index.npz` is written by `shard_writer`, with the class names. Other shards are scanned once, and the result is kept in the
+cache for as long as names, sizes and times of change of the shards stay the same.
+
+No image ever gets another one's label. A shard that is damaged when it is scanned, or whose size differs from the index, is an
+error. Each read compares a checksum of the image's header and of the whole label member with the index, so that an image of a
+shard that was rewritten or exchanged since is a broken image. An image takes 40 bytes of memory and its name.
 """
 
 import functools
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from crossbatch import InputError
 from crossbatch.data.decode import BrokenImage, decode
-from crossbatch.data.sources.listing import unpack_names
-from crossbatch.data.sources.shard_index import INDEX, read_index
-from crossbatch.data.sources.shard_scan import (
-    BAD_LABEL,
-    BLOCK,
-    CUT_OFF,
-    LARGEST_LABEL,
-    NO_LABEL,
-    WITHOUT_LABEL,
-    ShardFile,
-)
+from crossbatch.data.sources.listing import Arrays, cache_file, cached, load, pack_names, save, unpack_names
 
+INDEX = "index.npz"
+_VERSION = 1  # of the index
+_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_BLOCK = tarfile.BLOCKSIZE  # a member is a header of 512 bytes, then its data, padded to 512
+_NO_LABEL = -1
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_LABEL = re.compile(rb"\s*\d{1,6}\s*")
+_SCANNERS = 16  # threads: scanning waits for a disk
 _OPEN_FILES = 64  # of one process; each is opened once as long as it is among the last read
-_REASONS = {
-    CUT_OFF: "the shard is cut off or damaged here",
-    WITHOUT_LABEL: "no label: no .cls member of the same key beside it",
-    BAD_LABEL: f"its .cls member is no whole number from 0 to {LARGEST_LABEL}",
-}
+# Places are bytes from the start of the shard; those of a label are 0 where there is none.
+_IMAGE = np.dtype([("offsets", "i8"), ("lengths", "u4"), ("label_offsets", "i8"), ("labels", "i8"), ("checks", "u4")])
 
 
 class Shards:
-    """The images in the shards of `folder`; a `Source`. `label` -1 is an image that cannot be read.
+    """Reads the images in the shards of `folder`; a `Source`.
 
-    If the shards hold no labels at all, all images are of one class. `cache` is the folder where a scan is kept. Raises
-    InputError, naming `key`, if there is nothing to read or the index is not that of the shards.
+    If no image has a label, all are of one class, and `has_labels` is False. Otherwise an image without one has the label
+    -1 and counts as broken. `cache` is the folder where a scan is kept. Raises ValueError if there is nothing to read, a
+    shard is damaged, or the index is not that of the shards; OSError if one cannot be read.
     """
 
-    def __init__(self, folder: str | Path, key: str = "crossbatch.data.path", cache: Path | None = None):
+    def __init__(self, folder: str | Path, cache: Path | None = None):
         self.folder = Path(folder)
-        try:
-            arrays = read_index(self.folder, key, cache)
-        except OSError as error:
-            raise InputError(f"{key}: cannot read {error.filename}: {error.strerror}; make it readable") from error
+        arrays = _read_index(self.folder, cache)
         self._shards = unpack_names(arrays, "shards").unpack()
         self._ends = np.cumsum(arrays["counts"])  # of each shard's images
         self._names = unpack_names(arrays, "names")
-        self.labels = arrays["labels"]
+        self.labels, self._checks = arrays["labels"], arrays["checks"]
+        self._offsets, self._lengths, self._label_offsets = (
+            arrays[field] for field in ("offsets", "lengths", "label_offsets")
+        )
         self.class_names = unpack_names(arrays, "classes").unpack()
         self.has_class_names = bool(self.class_names)  # else the labels are numbers, as webdataset has them
-        self._offsets, self._lengths = arrays["offsets"], arrays["lengths"]
-        self._label_offsets, self._checks, self._defects = arrays["label_offsets"], arrays["checks"], arrays["defects"]
-        self.has_labels = bool((self.labels != NO_LABEL).any())
+        self.has_labels = bool((self.labels != _NO_LABEL).any())
         if not self.has_labels:
-            self._be_unlabelled(key)
+            self.labels, self.class_names = np.zeros_like(self.labels), ["unlabelled"]
         if not self.class_names:
             self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
-        self._open = functools.lru_cache(_OPEN_FILES)(ShardFile)
-
-    def _be_unlabelled(self, key: str):
-        without = self._defects == WITHOUT_LABEL
-        if not without.any():
-            raise InputError(
-                f"{key}: the shards in {self.folder} hold no image that can be used (of {len(self)}, the first: "
-                f"{self.name(0)}: {_REASONS[int(self._defects[0])]}); repair or write them again"
-            )
-        self._defects = np.where(without, 0, self._defects)
-        self.labels = np.where(without, 0, NO_LABEL)
-        self.class_names = ["unlabelled"]
+        self._open = functools.lru_cache(_OPEN_FILES)(_ShardFile)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """As `shard/member`."""
+        """Return the name of image `index` as `shard/member`."""
         return f"{self._shard(index)}/{self._names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The member of image `index`. Raises OSError, and BrokenImage if it is not what the index says."""
-        if self._defects[index]:
-            raise BrokenImage(_REASONS[int(self._defects[index])])
+        """Return the member of image `index`. Raises OSError, and BrokenImage if it is not what the index says."""
+        if self.labels[index] == _NO_LABEL:
+            raise BrokenImage("no label: no .cls member of the same key beside it")
         file = self._open(self.folder / self._shard(index))
         offset, length = int(self._offsets[index]), int(self._lengths[index])
-        member = file.read(offset - BLOCK, BLOCK + length)
-        if len(member) < BLOCK + length:
+        member = file.read(offset - _BLOCK, _BLOCK + length)
+        if len(member) < _BLOCK + length:
             raise BrokenImage(f"the shard is cut off: this image should end at byte {offset + length}")
-        if file.checksum(member[:BLOCK], int(self._label_offsets[index])) != self._checks[index]:
+        if file.checksum(member[:_BLOCK], int(self._label_offsets[index])) != self._checks[index]:
             raise BrokenImage(f"the shard is not what its index describes; if it was rewritten, remove {INDEX}")
-        return member[BLOCK:]
+        return member[_BLOCK:]
 
     def open(self, index: int) -> Image.Image:
-        """The decoded image in RGB. Raises OSError; BrokenImage is one."""
+        """Return the decoded image in RGB. Raises OSError; BrokenImage is one."""
         return decode(self.read(index))
 
     def _shard(self, index: int) -> str:
@@ -109,6 +102,167 @@ class Shards:
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_open"}
 
-    def __setstate__(self, state: dict):
+    def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._open = functools.lru_cache(_OPEN_FILES)(ShardFile)
+        self._open = functools.lru_cache(_OPEN_FILES)(_ShardFile)
+
+
+def list_shards(folder: Path) -> list[str]:
+    """Return the sorted names of the tar files in `folder`."""
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.lower().endswith(".tar") and not entry.name.startswith(".") and not entry.is_dir()
+        )
+
+
+def write_index(folder: Path, class_names: list[str]) -> None:
+    """Scan the shards in `folder` and write `index.npz` beside them; no `class_names` means that labels are just numbers."""
+    arrays, _ = _scan_all(folder, class_names)
+    del arrays["changes_ns"]  # of this copy of the shards
+    save(folder / INDEX, arrays)
+
+
+class _ShardFile:
+    """Keeps a shard open for positioned reads, which threads and forked processes may share. Closes when nobody holds it."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`, fewer where the file ends."""
+        data = os.pread(self._descriptor, length, offset)
+        while len(data) < length and (more := os.pread(self._descriptor, length - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def checksum(self, image_header: bytes, label_offset: int) -> int:
+        """Return the checksum of all that ties a label to an image: the image's header and the label's whole member."""
+        label_member = self.read(label_offset - _BLOCK, 2 * _BLOCK) if label_offset else b""
+        return zlib.crc32(image_header, zlib.crc32(label_member))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def _read_index(folder: Path, cache: Path | None) -> Arrays:
+    """Load the index from beside the shards or from `cache`, or scan the shards."""
+    file, shards = folder / INDEX, list_shards(folder)
+    try:
+        arrays = load(file)
+        _require_consistent(arrays)
+    except FileNotFoundError:
+        cached_file = cache_file(cache, folder) if cache else None
+        return cached(cached_file, lambda arrays: _is_current(folder, arrays), lambda: _scan_all(folder, []))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it, and the shards are scanned") from error
+    indexed = dict(zip(unpack_names(arrays, "shards").unpack(), arrays["sizes"].tolist(), strict=True))
+    found = dict(zip(shards, (status.st_size for status in _statuses(folder, shards)), strict=True))
+    differing = sorted(name for name in {*indexed, *found} if indexed.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{file} is not the index of these shards: {name} has {found.get(name, 'no')} bytes in the folder and "
+            f"{indexed.get(name, 'no')} in the index; remove {file}, and the shards are scanned, or bring back the shards it "
+            f"was written for"
+        )
+    return arrays
+
+
+def _is_current(folder: Path, arrays: Arrays) -> bool:
+    _require_consistent(arrays)
+    names = list_shards(folder)
+    now = [(status.st_size, status.st_mtime_ns) for status in _statuses(folder, names)]
+    then = list(zip(arrays["sizes"].tolist(), arrays["changes_ns"].tolist(), strict=True))
+    return unpack_names(arrays, "shards").unpack() == names and now == then
+
+
+def _require_consistent(arrays: Arrays) -> None:
+    """Raise ValueError or KeyError unless the index is one of ours and points into its shards."""
+    if int(arrays["version"]) != _VERSION:
+        raise ValueError(f"its version is {arrays['version']}, this program reads {_VERSION}")
+    counts, sizes, num_images = arrays["counts"], arrays["sizes"], len(unpack_names(arrays, "names"))
+    lengths = {len(arrays[field]) for field in _IMAGE.names or ()} | {int(counts.sum())}
+    if lengths != {num_images} or not num_images or not len(counts) == len(sizes) == len(arrays["shards_stops"]):
+        raise ValueError("its columns differ in length")
+    num_classes = len(unpack_names(arrays, "classes")) or 10**6
+    labels, ends = arrays["labels"], arrays["offsets"] + arrays["lengths"]
+    if labels.min() < _NO_LABEL or labels.max() >= num_classes or (ends > np.repeat(sizes, counts)).any():
+        raise ValueError("a label or a place is out of range")
+
+
+def _statuses(folder: Path, names: list[str]) -> list[os.stat_result]:
+    return [(folder / name).stat() for name in names]
+
+
+def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
+    """Return what an index holds, by the headers of all shards, and the latest time of change of a shard (ns)."""
+    shards = list_shards(folder)
+    statuses = _statuses(folder, shards)
+    with ThreadPoolExecutor(_SCANNERS) as threads:
+        scans = list(threads.map(_scan, (folder / name for name in shards)))
+    images = np.concatenate([found for _, found in scans])
+    if not len(images):
+        raise ValueError(
+            f"the {len(shards)} tar files in {folder} hold no images; expected are members such as 0000.jpg (or jpeg, png, "
+            f"webp) and 0000.cls, its label as a number"
+        )
+    arrays = {
+        "version": np.array(_VERSION),
+        **pack_names("shards", shards),
+        "sizes": np.array([status.st_size for status in statuses], dtype=np.int64),
+        "changes_ns": np.array([status.st_mtime_ns for status in statuses], dtype=np.int64),
+        "counts": np.array([len(names) for names, _ in scans], dtype=np.int64),
+        **pack_names("names", chain.from_iterable(names for names, _ in scans)),
+        **{field: images[field].copy() for field in _IMAGE.names or ()},
+        **pack_names("classes", class_names),
+    }
+    return arrays, int(arrays["changes_ns"].max())
+
+
+def _scan(shard: Path) -> tuple[list[str], np.ndarray]:
+    """Return the names of a shard's images and where they lie (`_IMAGE` [n]). Raises ValueError if it is damaged."""
+    names, images, file = [], [], _ShardFile(shard)
+    for _, group in groupby(_members(shard), key=lambda parts: parts[0]):
+        parts: dict[str, tarfile.TarInfo] = {}
+        for _, extension, member in group:
+            parts.setdefault(extension, member)
+        image, label = next((parts[extension] for extension in parts if extension in _EXTENSIONS), None), _NO_LABEL
+        if image is None:
+            continue
+        label_offset = parts["cls"].offset_data if "cls" in parts else 0
+        if label_offset:
+            text = file.read(label_offset, min(parts["cls"].size, _BLOCK + 1))
+            if len(text) > _BLOCK or not _LABEL.fullmatch(text):
+                raise ValueError(
+                    f"{shard}: the label of {image.name} is {text[:20]!r}; expected is a number below 10^6"
+                )
+            label = int(text)
+        check = file.checksum(file.read(image.offset_data - _BLOCK, _BLOCK), label_offset)
+        names.append(image.name)
+        images.append((image.offset_data, image.size, label_offset, label, check))
+    return names, np.array(images, dtype=_IMAGE)
+
+
+def _members(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield (key, extension, member) of the files in a shard. Raises ValueError if it does not end as a tar file does."""
+    end = 0
+    with shard.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    end, parts = tar.offset, _MEMBER.fullmatch(member.name)
+                    if parts is not None and member.isreg() and not member.issparse():
+                        yield parts[1], parts[2].lower(), member
+            whole = file.seek(0, os.SEEK_END) - end >= _BLOCK
+            file.seek(end)
+            whole = whole and not any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(1 << 20), b""))
+            reason = "" if whole else "the end of the archive, zeros, is not there"
+        except OSError:
+            raise
+        except Exception as error:  # tarfile parses in plain Python: damage may raise anything
+            reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise ValueError(f"{shard} is cut off or damaged after byte {end} ({reason}); write it again, or move it away")

@@ -1,7 +1,7 @@
-"""Images computed from their index, without a disk: for tests, and for benchmarks that should not measure one.
+"""Computes images from their index, without a disk: for tests, and for benchmarks that should not measure one.
 
-A class is a colour, an image is its class colour plus smooth noise, so a network can tell classes apart at once: this
-is no data set to judge a method by (shapes.py writes one for that).
+A class is a colour, and an image is its class colour plus smooth noise, so a network can tell classes apart at once. This
+is no data set to judge a method by (`shapes` writes one for that).
 """
 
 import numpy as np
@@ -14,7 +14,9 @@ _GRID = 6  # the noise is a grid of this side, enlarged: cheap at any image size
 
 
 class Synthetic:
-    """`count` square images of side `size` in `classes` classes; a `Source`. `split`: 0 train, 1 eval."""
+    """Computes `count` square images of side `size` in `classes` classes; a `Source`. `split`: 0 train, 1 eval."""
+
+    has_labels = True
 
     def __init__(self, count: int, size: int = 64, classes: int = 10, split: int = 0):
         self.labels = np.arange(count, dtype=np.int64) % classes
@@ -28,7 +30,7 @@ class Synthetic:
         return f"{self.class_names[self.labels[index]]}/{index:08d}"
 
     def read(self, index: int) -> bytes:
-        """Image `index` as a BMP."""
+        """Return image `index` as a BMP."""
         return encode_bmp(self.open(index))
 
     def open(self, index: int) -> Image.Image:

@@ -79,7 +79,10 @@ def resolve_training(config: Any, world_size: int, device: Device, local_world_s
     chunk = local_batch if chunk == "auto" else min(chunk, local_batch)
     workers, threads = share_cores(config.crossbatch.data.workers, device, local_world_size)
     precision, why_precision = choose_precision(config.crossbatch.precision, device)
-    backend, why_backend = choose_backend(config.crossbatch.data.backend, device.type)
+    try:
+        backend, why_backend = choose_backend(config.crossbatch.data.backend, device.type)
+    except ValueError as error:
+        raise InputError(f"crossbatch.data.backend: {error}") from None
     data = replace(config.crossbatch.data, workers=workers, backend=backend)
     ours = replace(config.crossbatch, precision=precision, data=data)
     return Resolved(

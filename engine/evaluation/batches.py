@@ -9,6 +9,7 @@ import torch
 from crossbatch.data import GlobalBatchSampler, Source, TrainLoader, ViewAugmentation
 from crossbatch.engine.config import Resolved
 from crossbatch.engine.config.evaluation import TrainImagesConfig
+from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, prepared
 from crossbatch.engine.evaluation.frozen import FrozenBackbone
 from crossbatch.engine.run_log import StepClock
@@ -45,9 +46,9 @@ class Augmented:
         self.broken: set[str] = set()  # names
         self.loader = TrainLoader(
             source,
-            order,
-            [linear_view(reading.image_size, data.crop_min)],
-            run.config.crossbatch.seed,
+            sampler=order,
+            augmentations=[linear_view(reading.image_size, data.crop_min)],
+            seed=run.config.crossbatch.seed,
             workers=reading.workers,
             max_skipped_fraction=data.max_skipped_fraction,
             backend=data.backend,
@@ -60,8 +61,10 @@ class Augmented:
         return self.loader.images_skipped
 
     def epoch(self, epoch: int) -> Batches:
-        before = time.perf_counter()
-        for batch in self.loader.epoch(epoch):
+        before, batches = time.perf_counter(), self.loader.epoch(epoch)
+        for _ in range(self.loader.steps_per_epoch):
+            with stop_on_lost_images():
+                batch = next(batches)
             self.clock.waited(before)
             self.broken.update(batch.skipped)
             images = batch.views[0].split(self.reading.batch_size)

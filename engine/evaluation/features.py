@@ -9,14 +9,13 @@ Shapes: N images, C features, W ranks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from crossbatch import InputError
-from crossbatch.data import EvaluationLoader, Source, evaluation_share, has_evaluation_split, normalize, open_source
+from crossbatch.data import EvaluationLoader, Source, evaluation_share, normalize
+from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.models.collective import Collective
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -45,36 +44,6 @@ class EvalLoaderConfig:
     device: torch.device
 
 
-def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Source, Source]:
-    """Training and evaluation images of `crossbatch.data.path`, after `prepare`.
-
-    Raises InputError if one is missing or empty, or if a label has no class.
-    """
-    key = "crossbatch.data.path"
-    if path is None:
-        raise InputError(f"{key}: not given; allowed: a folder with train/ and val/ or test/; give it with --data DIR")
-    train = open_source(path, "train", cache=cache)
-    if not has_evaluation_split(path):
-        raise InputError(f"{key}: {path} has no val/ and no test/, whose images are to be recognised; add one")
-    evaluation = open_source(path, "eval", cache=cache)
-    for split, source in (("training", train), ("evaluation", evaluation)):
-        _check_labels(source, len(train.class_names), f"{key}: {path}: the {split} images")
-    return train, evaluation
-
-
-def _check_labels(source: Source, num_classes: int, where: str) -> None:
-    labels = source.labels
-    if not (labels >= 0).any():
-        raise InputError(f"{where}: none that has a label; add some")
-    wrong = np.flatnonzero((labels < -1) | (labels >= num_classes))  # -1: cannot be read, and is left out
-    if len(wrong):
-        first = int(wrong[0])
-        raise InputError(
-            f"{where}: {len(wrong)} labels out of range, the first {int(labels[first])} of {source.name(first)}; allowed: "
-            f"0 to {num_classes - 1}, as there are {num_classes} classes"
-        )
-
-
 @torch.no_grad()
 def extract(
     embed: Embed,
@@ -96,14 +65,16 @@ def extract(
     images = torch.zeros(1, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
     features, read = [], [mine[:0]]
     for _ in range(-(-largest_share // reading.batch_size)):
-        images, numbers = next(batches, (images, None))
+        with stop_on_lost_images():
+            images, numbers = next(batches, (images, None))
         output = embed(prepared(images, reading.device)).float()
         features.append(output[:0] if numbers is None else output)
         if numbers is not None:
             read.append(numbers)
             if advance is not None:
                 advance(len(numbers))
-    next(batches, None)  # lets the loader end its workers
+    with stop_on_lost_images():
+        next(batches, None)  # lets the loader end its workers
     numbers = np.concatenate(read)
     labels, numbers = (torch.as_tensor(array, device=reading.device) for array in (source.labels[numbers], numbers))
     return FeatureSet(torch.cat(features), labels, numbers, loader.skipped)

@@ -17,7 +17,7 @@ from crossbatch.data import GlobalBatchSampler, Source
 from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.config.evaluation import LinearConfig, TrainImagesConfig
 from crossbatch.engine.config.finetune import FinetuneDataConfig
-from crossbatch.engine.datasets import labelled_images
+from crossbatch.engine.datasets import input_errors, labelled_images
 from crossbatch.engine.evaluation import pictures
 from crossbatch.engine.evaluation import results as report
 from crossbatch.engine.evaluation.batches import Augmented, Cached
@@ -58,7 +58,8 @@ class LinearEvaluation:
         self.train, self.evaluation = labelled_images(self.ours.data.path, out / "data_index")
         self.names = self.train.class_names
         batch = self.config.train_batch_size
-        self.order = GlobalBatchSampler(self.ours.seed, len(self.train), batch, world.size, world.rank)
+        with input_errors("train_batch_size"):
+            self.order = GlobalBatchSampler(self.ours.seed, len(self.train), batch, world.size, world.rank)
         self.frozen = FrozenBackbone(self.pretrained, device, self.ours.precision)
         self.reading = EvalLoaderConfig(
             self.pretrained.image_size, self.config.train_micro_batch_size_per_gpu, resolved.workers, device
@@ -178,7 +179,7 @@ class LinearEvaluation:
             for name in path.split("."):
                 value = value[name]
             found[path] = value
-        return _plain({**found, "images": self.order.size, "classes": len(self.names)})
+        return _plain({**found, "images": self.order.num_images, "classes": len(self.names)})
 
     def _save(self, log: Log, last: bool) -> None:
         """A full disk is told, and is the end only after the last epoch; all ranks come to the same."""
@@ -252,7 +253,7 @@ class LinearEvaluation:
         counts = torch.tensor([len(queries), len(queries.skipped), replaced], device=self.device)
         images, skipped, replaced = self.collective.all_reduce(counts).tolist()
         seen = {
-            "train": self.order.size,
+            "train": self.order.num_images,
             "evaluation": images,
             "evaluation_skipped": skipped,
             "train_replaced": replaced,
@@ -299,7 +300,7 @@ class LinearEvaluation:
                 for one in results["by_lr"]
             ),
             ("note", ON_TEST),
-            ("images", f"{results['images']['evaluation']:,}, trained on {self.order.size:,}"),
+            ("images", f"{results['images']['evaluation']:,}, trained on {self.order.num_images:,}"),
             ("backbone", "unchanged, to the bit"),
             ("results", str(self.out / report.RESULTS)),
         ]

@@ -18,7 +18,7 @@ from crossbatch import InputError
 from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader, ViewAugmentation, normalize
 from crossbatch.engine.checkpoint import Resumed, write_atomically
 from crossbatch.engine.config import ResolvedFinetune, autocast_dtype
-from crossbatch.engine.datasets import labelled_images
+from crossbatch.engine.datasets import input_errors, labelled_images
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, gathered
 from crossbatch.engine.evaluation.frozen import fingerprint
 from crossbatch.engine.evaluation.pictures import confusion_counts, confusion_matrix, curves
@@ -125,12 +125,13 @@ class FinetuneTask(Trainer):
         self.loaded, self.start = pretrained.summary(), fingerprint(pretrained.backbone)
         self.notes.append(str(pretrained))
         different = self.run.config.train_batch_size // data.repeats
-        order = GlobalBatchSampler(self.ours.seed, len(self.source), different, world.size, world.rank)
+        with input_errors("train_batch_size"):
+            order = GlobalBatchSampler(self.ours.seed, len(self.source), different, world.size, world.rank)
         loader = TrainLoader(
             self.source,
-            order,
-            [crop_and_flip(data.image_size, data.crop_min)] * data.repeats,
-            self.ours.seed,
+            sampler=order,
+            augmentations=[crop_and_flip(data.image_size, data.crop_min)] * data.repeats,
+            seed=self.ours.seed,
             workers=self.run.workers,
             max_skipped_fraction=data.max_skipped_fraction,
             backend=data.backend,

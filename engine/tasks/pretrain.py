@@ -8,7 +8,7 @@ from torchvision.utils import make_grid
 from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader, moco_v3_augmentations
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.datasets import training_images
+from crossbatch.engine.datasets import input_errors, training_images
 from crossbatch.engine.evaluation.knn import KnnMonitor
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
@@ -44,16 +44,17 @@ class PretrainTask(Trainer):
         data = self.ours.data
         source, evaluation = training_images(data.path, self.out / "data_index")
         batch, seed = self.run.config.train_batch_size, self.ours.seed
-        order = GlobalBatchSampler(seed, len(source), batch, self.world.size, self.world.rank, data.shuffle_window)
+        with input_errors("train_batch_size"):
+            order = GlobalBatchSampler(seed, len(source), batch, self.world.size, self.world.rank, data.shuffle_window)
         self.alarms = LossMonitor(self.ours.watch)
         self.monitor, self.has_labels = None, evaluation is not None
         if self.ours.evaluate.knn_every_epochs and evaluation is not None:
             self.monitor = KnnMonitor(self.run, source, evaluation, self.device)
         loader = TrainLoader(
             source,
-            order,
-            moco_v3_augmentations(data.image_size, data.crop_min),
-            seed,
+            sampler=order,
+            augmentations=moco_v3_augmentations(data.image_size, data.crop_min),
+            seed=seed,
             workers=self.run.workers,
             max_skipped_fraction=data.max_skipped_fraction,
             backend=data.backend,

@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from crossbatch import InputError
-from crossbatch.data import jpeg
 from crossbatch.data.augment import backends
 from crossbatch.data.augment import pil as torchvision_backend
-from crossbatch.data.augment.parameters import ViewAugmentation, draw, moco_v3_augmentations
+from crossbatch.data.augment.parameters import ViewAugmentation, draw_parameters, moco_v3_augmentations
+from crossbatch.data.decode import jpeg_size
 from crossbatch.data.loader import TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import open_source
@@ -48,12 +47,12 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
-def read(root: Path, backend: str, recipes=VIEWS, batch: int = 24, start: int = 0, device="cpu", **order) -> list:
+def read(root: Path, backend: str, augmentations=VIEWS, batch: int = 24, start: int = 0, device="cpu", **order) -> list:
     source = open_source(root, "train")
     loader = TrainLoader(
         source,
-        GlobalBatchSampler(0, len(source), batch, **order),
-        recipes,
+        sampler=GlobalBatchSampler(0, len(source), batch, **order),
+        augmentations=augmentations,
         seed=3,
         workers=0,
         max_skipped_fraction=1.0,
@@ -87,13 +86,13 @@ def test_views_agree_with_the_reference(photos, backend):
 @pytest.mark.parametrize("backend", ["torchvision", *FAST])
 @pytest.mark.parametrize("count", [1, 3])
 def test_one_view_to_classify_and_three_of_repeated_augmentation(photos, backend, count):
-    recipes = (VIEWS[1], VIEWS[1], VIEWS[0])[:count]
-    batch = read(photos, backend, recipes)[0]
+    augmentations = (VIEWS[1], VIEWS[1], VIEWS[0])[:count]
+    batch = read(photos, backend, augmentations)[0]
     images = [open_source(photos, "train").open(int(index)) for index in batch.indices]
     widths, heights = np.array([image.size for image in images]).T
     assert batch.views.shape == (count, 24, 3, SIZE, SIZE)
-    for view, recipe in enumerate(recipes):
-        p = draw(recipe, 3, 1, batch.indices, view, heights, widths)
+    for view, augmentation in enumerate(augmentations):
+        p = draw_parameters(augmentation, 3, 1, batch.indices, view, heights, widths)
         want = np.stack([torchvision_backend.augment(image, p, row, SIZE) for row, image in enumerate(images)])
         apart = np.abs(batch.views[view].permute(0, 2, 3, 1).numpy().astype(int) - want).mean((1, 2, 3)) / 255
         assert apart.max() < (0.02 if backend != "torchvision" else 1e-9)
@@ -141,7 +140,7 @@ def test_the_same_images_are_broken_and_replaced_alike(tmp_path, backend):
         if name != "large.png":
             (folder / f"{number:04}_{name}").write_bytes(data)
             (folder / f"{number:04}_then.jpg").write_bytes(encoded(photo(number, 60, 50), "JPEG"))
-    tiny = tuple(replace(recipe, image_size=16) for recipe in VIEWS)
+    tiny = tuple(replace(augmentation, image_size=16) for augmentation in VIEWS)
     want, found = (read(tmp_path, name, tiny, batch=63) for name in ("torchvision", backend))
     source, broken = open_source(tmp_path, "train"), [name for batch in want for name in batch.skipped]
     assert len(broken) > 100 and not any(name.split("_", 1)[1] in WHOLE for name in broken)
@@ -194,7 +193,7 @@ def test_colour_kernels(blur):
     pytest.importorskip("triton")
     from crossbatch.data.augment import triton_colours as colour_cuda
 
-    recipe = replace(
+    augmentation = replace(
         VIEWS[1],
         image_size=19,
         solarize_probability=0.4,
@@ -204,7 +203,7 @@ def test_colour_kernels(blur):
         blur_probability=blur,
     )
     count = 12
-    p = draw(recipe, 0, 0, np.arange(count), 1, np.full(count, 37), np.full(count, 45))
+    p = draw_parameters(augmentation, 0, 0, np.arange(count), 1, np.full(count, 37), np.full(count, 45))
     images = [photo(number, 45, 37) for number in range(count)]
     plain = replace(p, jitter=0 * p.jitter, grayscale=0 * p.grayscale, blur_sigma=0 * p.blur_sigma)
     plain = replace(plain, solarize=0 * p.solarize, flip=0 * p.flip)
@@ -212,7 +211,7 @@ def test_colour_kernels(blur):
     want = np.stack([torchvision_backend.augment(image, p, row, 19) for row, image in enumerate(images)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = torch.zeros(count, 19, 19, 3, dtype=torch.uint8, device=device)
-    colour_cuda.colour_view(torch.from_numpy(crops).to(device), p, recipe, out)
+    colour_cuda.colour_view(torch.from_numpy(crops).to(device), p, augmentation, out)
     apart = np.abs(out.cpu().numpy().astype(int) - want)
     assert p.solarize.any() and p.grayscale.any() and p.flip.any()
     if blur:
@@ -225,12 +224,12 @@ def test_size_of_a_jpeg():
     for width, height in ((40, 30), (1, 300)):
         for options in ({}, {"progressive": True}, {"exif": b"Exif\x00\x00" + 1000 * b"\x00"}, {"quality": 20}):
             data = encoded(photo(0, width, height).convert("RGB"), "JPEG", **options)
-            assert jpeg.jpeg_size(data) == (height, width)
+            assert jpeg_size(data) == (height, width)
     data = encoded(photo(0, 40, 30), "JPEG")
-    assert jpeg.jpeg_size(encoded(photo(0, 40, 30).convert("L"), "JPEG")) == (30, 40)
-    assert jpeg.jpeg_size(encoded(photo(0, 40, 30).convert("CMYK"), "JPEG")) is None  # PIL's business
-    assert jpeg.jpeg_size(encoded(photo(0, 40, 30), "PNG")) is None
-    assert all(jpeg.jpeg_size(data[:length]) is None for length in range(0, len(data), 7))
+    assert jpeg_size(encoded(photo(0, 40, 30).convert("L"), "JPEG")) == (30, 40)
+    assert jpeg_size(encoded(photo(0, 40, 30).convert("CMYK"), "JPEG")) is None  # PIL's business
+    assert jpeg_size(encoded(photo(0, 40, 30), "PNG")) is None
+    assert all(jpeg_size(data[:length]) is None for length in range(0, len(data), 7))
 
 
 def test_choice(monkeypatch):
@@ -241,5 +240,7 @@ def test_choice(monkeypatch):
     )
     found["nvidia.dali"] = False
     assert backends.choose_backend("auto", "cuda") == ("opencv", "DALI is not installed")
-    with pytest.raises(InputError, match=r"crossbatch\.data\.backend: dali is not installed; pip install"):
+    with pytest.raises(ValueError, match=r"dali is not installed; pip install"):
         backends.choose_backend("dali", "cuda")
+    with pytest.raises(ValueError, match=r"`backend` \(='pil'\) must be one of auto, dali, opencv, torchvision"):
+        backends.choose_backend("pil", "cpu")

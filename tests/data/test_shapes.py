@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from crossbatch import InputError
 from crossbatch.data.sources import shapes
 from crossbatch.data.sources.image_folder import ImageFolder
 from crossbatch.data.sources.shapes import SHAPES, draw_shape, write_shapes
@@ -37,11 +36,11 @@ def test_an_existing_set_is_kept_and_any_other_folder_refused(tmp_path):
     marker.write_bytes(b"kept")
     write_shapes(tmp_path / "s", train=8, val=8, size=16, seed=0)
     assert marker.read_bytes() == b"kept"
-    with pytest.raises(InputError, match=r"'size': 16.*'size': 32"):
+    with pytest.raises(ValueError, match=r"'size': 16.*'size': 32"):
         write_shapes(tmp_path / "s", train=8, val=8, size=32, seed=0)
-    with pytest.raises(InputError, match="was not written by shapes://"):
+    with pytest.raises(ValueError, match="was not written by shapes://"):
         write_shapes(tmp_path, train=8, val=8, size=16, seed=0)
-    with pytest.raises(InputError, match="at least 8"):
+    with pytest.raises(ValueError, match="at least 8"):
         write_shapes(tmp_path / "t", train=8, val=7, size=16, seed=0)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from crossbatch import InputError
 from crossbatch.data import Source, open_source, prepare
-from crossbatch.engine.evaluation import features
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, gathered, labelled_sources
+from crossbatch.engine import datasets
+from crossbatch.engine.datasets import labelled_sources
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, gathered
 from crossbatch.models.collective import Collective
 
 
@@ -69,8 +70,8 @@ def source_with(labels: list[int], classes: int = 3) -> Source:
 
 def test_labels_must_have_a_class(monkeypatch, tmp_path):
     splits = {}
-    monkeypatch.setattr(features, "open_source", lambda path, split, cache: splits[split])
-    monkeypatch.setattr(features, "has_evaluation_split", lambda path: True)
+    monkeypatch.setattr(datasets, "open_source", lambda path, split, cache: splits[split])
+    monkeypatch.setattr(datasets, "has_evaluation_split", lambda path: True)
 
     def refused(train: list[int], evaluation: list[int]) -> str:
         splits.update(train=source_with(train), eval=source_with(evaluation))

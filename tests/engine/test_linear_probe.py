@@ -186,7 +186,7 @@ def test_training_images_are_cropped_and_flipped_and_nothing_else(shapes):
     order = GlobalBatchSampler(0, len(source), 8)
     views = {}
     for backend in ("torchvision", "opencv"):
-        loader = TrainLoader(source, order, [linear_view(32, 0.08)], 0, 0, backend=backend)
+        loader = TrainLoader(source, sampler=order, augmentations=[linear_view(32, 0.08)], backend=backend)
         batch = next(loader.epoch(0))
         views[backend] = batch.views[0].float()
         assert batch.views.shape == (1, 8, 3, 32, 32)

@@ -1,0 +1,114 @@
+"""Reads a few images, makes their views and replaces broken ones: the work of one worker process at a time.
+
+A worker batch is at most 64 images of one rank's batch. Workers take worker batches, so that all of them work on the batch that
+the step waits for. If each made a whole batch, the first one of 4096 images would come after minutes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from crossbatch.data.augment.backends import image_operations
+from crossbatch.data.augment.parameters import ViewAugmentation
+from crossbatch.data.augment.pil import evaluation_image
+from crossbatch.data.sources import Source
+
+Opened = TypeVar("Opened")  # an image in the form that a backend takes
+
+MAX_IMAGES = 64  # of a worker batch
+_MAX_TRIES = 16  # broken images in a row before a worker batch is given up
+
+
+@dataclass(frozen=True)
+class BrokenFile:
+    """Names an image that could not be read, with the error that it raised."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class WorkerBatch:
+    """Holds the views of a part of a batch, and the broken images found on the way."""
+
+    views: (
+        torch.Tensor | None
+    )  # uint8 [v, m, 3, H, W] (training) or [m, 3, H, W] (evaluation); None: nothing could be read
+    indices: np.ndarray  # int64 [m], of the images in `views`
+    broken: list[BrokenFile]
+
+
+class TrainDataset:
+    """Makes the views of images, as a map-style dataset: its "index" is (epoch, image indices)."""
+
+    def __init__(self, source: Source, augmentations: Sequence[ViewAugmentation], seed: int, backend: str):
+        self.source, self.augmentations, self.seed = source, augmentations, seed
+        self.operations = image_operations(backend)
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
+        epoch, indices = key
+        read, images, broken = [], [], []
+        for index in indices:
+            found, failures = open_or_replace(self.source, int(index), self.operations.open_image)
+            broken += failures
+            if found is None:
+                return WorkerBatch(None, indices[:0], broken)
+            read.append(found[0])
+            images.append(found[1])
+        views = self.operations.make_views(images, self.augmentations, self.seed, epoch, indices)
+        return WorkerBatch(views, np.array(read, dtype=np.int64), broken)
+
+
+class EvaluationDataset:
+    """Makes the central views of images and leaves out broken ones: a map-style dataset, its "index" an array of indices."""
+
+    def __init__(self, source: Source, image_size: int):
+        self.source, self.image_size = source, image_size
+
+    def __getitem__(self, indices: np.ndarray) -> WorkerBatch:
+        views, kept, broken = [], [], []
+        for index in indices:
+            try:
+                image = self.source.open(int(index))
+            except OSError as error:
+                broken.append(_describe(self.source, int(index), error))
+                continue
+            views.append(evaluation_image(image, self.image_size))
+            kept.append(index)
+        return WorkerBatch(torch.stack(views) if views else None, np.array(kept, dtype=np.int64), broken)
+
+
+def open_or_replace(
+    source: Source, index: int, open_image: Callable[[Source, int], Opened]
+) -> tuple[tuple[int, Opened] | None, list[BrokenFile]]:
+    """Open the first image from `index` on that can be read.
+
+    The next index replaces a broken image, not a random one: any rule serves that depends on the index alone, and this one
+    can be checked by hand.
+
+    Returns:
+        The image with its index, or None after 16 tries, and the broken ones before it (those that raise OSError).
+    """
+    broken = []
+    for offset in range(min(_MAX_TRIES, len(source))):
+        candidate = (index + offset) % len(source)
+        try:
+            return (candidate, open_image(source, candidate)), broken
+        except OSError as error:
+            broken.append(_describe(source, candidate, error))
+    return None, broken
+
+
+def _describe(source: Source, index: int, error: OSError) -> BrokenFile:
+    return BrokenFile(source.name(index), f"{type(error).__name__}: {error}")
+
+
+def split_for_workers(indices: np.ndarray, workers: int, max_images: int = MAX_IMAGES) -> list[np.ndarray]:
+    """Cut `indices` into worker batches of at most `max_images`, and of as few as 8 if workers would be idle otherwise."""
+    share = math.ceil(len(indices) / max(workers, 1))
+    count = math.ceil(len(indices) / min(max_images, max(8, share)))
+    return np.array_split(indices, count)
