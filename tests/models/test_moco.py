@@ -6,7 +6,14 @@ import torch
 from crossbatch.models import MoCo, MoCoOutput
 from crossbatch.models.moco import feature_std
 
-TINY = {"image_size": 16, "stem": "small", "backbone_args": {"width": 8}, "dim": 8, "mlp_dim": 16, "group_size": 2}
+TINY = {
+    "image_size": 16,
+    "stem": "small",
+    "backbone_args": {"width": 8},
+    "projection_dim": 8,
+    "mlp_dim": 16,
+    "group_size": 2,
+}
 
 
 def tiny(**overrides) -> MoCo:
@@ -23,17 +30,17 @@ def train_once(model: MoCo, step: int = 0) -> MoCoOutput:
 
 
 @pytest.mark.parametrize(
-    ("add_bf", "mode", "total", "trainable"),
+    ("loss", "mode", "total", "trainable"),
     [
-        (0, "trained", 68_012_160, 35_058_752),
-        (1, "trained", 93_198_464, 60_245_056),
-        (1, "released", 93_198_464, 35_058_752),
-        (1, "ema", 93_198_464 + 25_186_304, 60_245_056),
+        ("none", "trained", 68_012_160, 35_058_752),
+        ("sum", "trained", 93_198_464, 60_245_056),
+        ("sum", "released", 93_198_464, 35_058_752),
+        ("sum", "ema", 93_198_464 + 25_186_304, 60_245_056),
     ],
 )
-def test_parameter_counts_of_resnet50(add_bf, mode, total, trainable):
+def test_parameter_counts_of_resnet50(loss, mode, total, trainable):
     with torch.device("meta"):
-        model = MoCo("resnet50", add_bf=add_bf, batchformer_mode=mode)
+        model = MoCo("resnet50", batchformer_loss=loss, batchformer_mode=mode)
     assert sum(p.numel() for p in model.parameters()) == total
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
 
@@ -41,7 +48,7 @@ def test_parameter_counts_of_resnet50(add_bf, mode, total, trainable):
 @pytest.mark.parametrize("mode", ["trained", "released", "ema"])
 def test_batchformer_trains_or_not(mode):
     """The released code freezes BatchFormer by accident; here only mode `released` does."""
-    model = tiny(add_bf=1, batchformer_mode=mode)
+    model = tiny(batchformer_loss="sum", batchformer_mode=mode)
     train_once(model)
     assert model.batchformer is not None
     for name, p in model.batchformer.named_parameters():
@@ -57,15 +64,15 @@ def test_batchformer_trains_or_not(mode):
 
 def test_gradients_reach_the_backbone_through_a_frozen_batchformer():
     gradients = {}
-    for add_bf in (0, 36):
-        model = tiny(add_bf=add_bf, batchformer_mode="released")
+    for loss in ("none", "mean"):
+        model = tiny(batchformer_loss=loss, batchformer_mode="released")
         train_once(model)
-        gradients[add_bf] = model.online.backbone.conv1.weight.grad  # pyright: ignore
-    assert not torch.allclose(gradients[0], gradients[36])
+        gradients[loss] = model.online.backbone.conv1.weight.grad  # pyright: ignore
+    assert not torch.allclose(gradients["none"], gradients["mean"])
 
 
-def test_add_bf_0_has_no_batchformer_and_momentum_starts_equal():
-    model = tiny(add_bf=0)
+def test_loss_none_has_no_batchformer_and_momentum_starts_equal():
+    model = tiny(batchformer_loss="none")
     assert model.batchformer is None
     assert not any("batchformer" in name for name in model.state_dict())
     for _, online, average in model.momentum_pairs():
@@ -74,7 +81,7 @@ def test_add_bf_0_has_no_batchformer_and_momentum_starts_equal():
 
 
 def test_keys_come_from_the_momentum_encoder():
-    model = tiny(add_bf=0)
+    model = tiny(batchformer_loss="none")
     before = train_once(model).loss.item()
     with torch.no_grad():
         for _, _, average in model.momentum_pairs():
@@ -83,7 +90,7 @@ def test_keys_come_from_the_momentum_encoder():
 
 
 def test_evaluation_returns_backbone_features():
-    model = tiny(add_bf=1).eval()
+    model = tiny(batchformer_loss="sum").eval()
     images = torch.randn(3, 3, 16, 16)
     features = model.embed(images)
     assert features.shape == (3, 64)
@@ -92,7 +99,7 @@ def test_evaluation_returns_backbone_features():
 
 def test_views_keep_separate_statistics():
     """Scaling view 2 changes its own statistics only, so the features of view 1 stay."""
-    model = tiny(add_bf=0)
+    model = tiny(batchformer_loss="none")
     images = torch.randn(8, 3, 16, 16)
     changed = torch.cat((images[:4], images[4:] * 3 + 1))
     first, second = model.online.backbone(images)[:4], model.online.backbone(changed)[:4]
