@@ -53,8 +53,7 @@ def _layer(name: str, G: int, C: int) -> Callable[[], torch.Tensor]:
     x = torch.randn(1, G, C, device=device.type, requires_grad=True)
     if name in NAMES:
         layer = BatchFormer(C, G, dropout=0.0 if name == "sdpa" else 0.5, kernel=name).to(device.type)
-        words = DropoutKey(0, 0).words(1, x.device)
-        call = partial(layer, x, words)
+        call = partial(layer, x, dropout_seeds=DropoutKey(0, 0).dropout_seeds(1, x.device))
     else:
         layer = torch.nn.TransformerEncoderLayer(C, 4, C, dropout=0.5).to(device.type)
         call = partial(torch.compile(layer) if name == COMPILED else layer, x.transpose(0, 1))
@@ -96,7 +95,7 @@ def _norms(G: int, C: int, seconds: float) -> list[Row]:
         return []
     x, y = (torch.randn(1, G, C, device="cuda", requires_grad=True) for _ in range(2))
     norm = FusedLayerNorm(C).cuda()
-    mask = Mask(DropoutKey(0, 0).words(1, x.device)[AFTER_MLP], 0.5)
+    mask = Mask(DropoutKey(0, 0).dropout_seeds(1, x.device)[AFTER_MLP], 0.5)
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "fused add_norm": lambda: fused.add_norm(x, y, norm.weight, norm.bias, norm.eps, mask),
         "apex FusedLayerNorm": lambda: norm(x + torch.nn.functional.dropout(y, 0.5)),

@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
 from crossbatch.engine.config import Config
-from crossbatch.models import vit
+from crossbatch.models.backbones import LAYOUTS
 
 SIZES = (468, 401)  # of a generated picture: the mean of ImageNet's
 
@@ -90,8 +90,8 @@ def plain_backbone(config: Config) -> Any:
     torchvision's ResNets have one width (and one stem), so `backbone_args` and `stem` must be left alone there.
     """
     model, size = config.crossbatch.model, config.crossbatch.data.image_size
-    if model.arch in vit.ARCHS:
-        layout = replace(vit.LAYOUTS[model.arch], **model.backbone_args)
+    if model.arch in LAYOUTS:
+        layout = replace(LAYOUTS[model.arch], **model.backbone_args)
         sizes = {name: value for name, value in vars(layout).items() if name != "conv_stem"}
         transformer: Any = timm.models.VisionTransformer(img_size=size, num_classes=0, global_pool="token", **sizes)
         transformer.pos_embed.requires_grad_(False)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crossbatch.data import choose_backend
-from crossbatch.engine.config import Device, autocast_dtype, choose_precision, resolve_precision, usable_cores
+from crossbatch.engine.config import Device, choose_precision, usable_cores
 from crossbatch.models.batchformer import dispatch
 
 
@@ -66,14 +66,11 @@ def stages(device: Device) -> list[tuple[str, str, str]]:
 
 
 def batchformer(device: Device) -> tuple[str, str]:
-    """Its kernel at dropout 0.5, and why no other; for groups of 256 of a ResNet-50, 512 features a head."""
+    """Return the kernel of BatchFormer at dropout 0.5, and why no other."""
     capability = torch.cuda.get_device_capability() if device.type == "cuda" else None
-    dtype = autocast_dtype(resolve_precision("auto", device)) or torch.float32
     chosen, why = dispatch.explain("auto", dispatch.Situation(device.type, capability))
     passes = "Triton" if device.type == "cuda" else "torch, block by block"
-    path = f"fused ({passes}), scores in tiles" if chosen == "fused" else chosen
-    flash = dispatch.reason_against_flash(device.type, capability, dtype, features=512, images=256)
-    return path, f"{why}; flash: {flash}"
+    return f"fused ({passes}), scores in tiles" if chosen == "fused" else chosen, why
 
 
 def has_apex() -> bool:

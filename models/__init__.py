@@ -1,15 +1,17 @@
-"""The network, on one device: MoCo v3, backbones, heads, batch norm, BatchFormer, losses.
+"""Networks and losses: MoCo v3, backbones, heads, batch norm, BatchFormer.
 
-Nothing here imports the engine or the data; the few places that talk to other ranks take a `Collective`. A new backbone goes
-into `backbones` (and a file of its own), a new loss term into `loss`, a BatchFormer kernel into `batchformer/`.
+Nothing here imports the engine or the data, or knows configuration keys. The code is single-device; the few places that talk to
+other ranks hold a `Collective`. A new backbone goes into `backbones` (and a file of its own), a new loss term into `loss`, a
+BatchFormer kernel into `batchformer/`. torchvision, timm and triton are imported when they are needed.
 """
 
 from crossbatch.models.backbones import ARCHS, build_backbone
 from crossbatch.models.batchformer import BatchFormer
-from crossbatch.models.collective import Collective
-from crossbatch.models.loss import chance_loss, contrastive_loss
+from crossbatch.models.collective import Collective, GroupCollective
+from crossbatch.models.cross_entropy import cross_entropy_over_keys
+from crossbatch.models.loss import chance_loss, contrastive_loss, loss_from_add_bf
 from crossbatch.models.moco import NUM_VIEWS, MoCo, MoCoOutput
-from crossbatch.models.norm import Statistics, reuse_batch_stats, set_num_chunks
+from crossbatch.models.norm import Statistics, ViewBatchNorm, convert_norms, reuse_batch_stats, set_num_chunks
 from crossbatch.models.shardable import ShardableModel, autocast
 
 __all__ = [
@@ -17,14 +19,19 @@ __all__ = [
     "NUM_VIEWS",
     "BatchFormer",
     "Collective",
+    "GroupCollective",
     "MoCo",
     "MoCoOutput",
     "ShardableModel",
     "Statistics",
+    "ViewBatchNorm",
     "autocast",
     "build_backbone",
     "chance_loss",
     "contrastive_loss",
+    "convert_norms",
+    "cross_entropy_over_keys",
+    "loss_from_add_bf",
     "reuse_batch_stats",
     "set_num_chunks",
 ]

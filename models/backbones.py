@@ -1,33 +1,60 @@
-"""Every backbone by its name, and the checks of what a user may ask of it.
+"""Every backbone by its name, and the checks of their arguments.
 
-Messages name the keys of the configuration section `crossbatch.model`, whose values arrive here unchanged.
+A new backbone needs `num_features`, a builder below, and a family of heads (`crossbatch.models.heads`). torchvision and timm
+are imported when a network is built.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from crossbatch.models import resnet, vit
+if TYPE_CHECKING:
+    from crossbatch.models.resnet import ResNet
+    from crossbatch.models.vit import ViT
 
-ARCHS: tuple[str, ...] = resnet.ARCHS + vit.ARCHS
-Backbone = resnet.ResNet | vit.ViT
+    Backbone = ResNet | ViT
+else:
+    Backbone = nn.Module  # for annotations only
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a ViT; `conv_stem` replaces the patch projection."""
+
+    embed_dim: int
+    depth: int = 12
+    num_heads: int = 12
+    patch_size: int = 16
+    mlp_ratio: float = 4.0
+    conv_stem: bool = False
+
+
+LAYOUTS = {
+    "vit_small": Layout(embed_dim=384),
+    "vit_base": Layout(embed_dim=768),
+    "vit_conv_small": Layout(embed_dim=384, depth=11, conv_stem=True),
+    "vit_conv_base": Layout(embed_dim=768, depth=11, conv_stem=True),
+}
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+ARCHS: tuple[str, ...] = (*RESNETS, *LAYOUTS)
 
 
 def family(arch: str) -> str:
-    """ "resnet" or "vit": which heads belong to it. ValueError for a name that is not in ARCHS."""
-    if arch in resnet.ARCHS:
-        return "resnet"
-    if arch in vit.ARCHS:
-        return "vit"
-    raise ValueError(f"model.arch is {arch!r}; {_allowed(arch, ARCHS)}")
+    """Return "resnet" or "vit", which decides the heads. Raises ValueError for a name that is not in ARCHS."""
+    if arch not in ARCHS:
+        raise ValueError(f"arch is {arch!r}; {_allowed(arch, ARCHS)}")
+    return "resnet" if arch in RESNETS else "vit"
 
 
 def blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The blocks of a ViT or the stages of a ResNet, in order."""
+    """Return the blocks of a ViT or the stages of a ResNet, in order; nothing for other networks."""
     found = getattr(backbone, "blocks", None)
-    return list(found) if found is not None else [getattr(backbone, f"layer{number}") for number in range(1, 5)]
+    if found is None:
+        found = [getattr(backbone, f"layer{number}", None) for number in range(1, 5)]
+    return [block for block in found if block is not None]
 
 
 def build_backbone(
@@ -37,11 +64,18 @@ def build_backbone(
     stop_grad_conv1: bool = False,
     backbone_args: Mapping[str, float] | None = None,
 ) -> Backbone:
-    """A randomly initialised backbone: [n, 3, image_size, image_size] -> [n, num_features], an attribute of it.
+    """Build a randomly initialised backbone: [n, 3, image_size, image_size] -> [n, num_features], an attribute of it.
 
-    `stem` ("imagenet" or "small") belongs to ResNets, `stop_grad_conv1` to ViTs with a patch projection.
-    `backbone_args` override sizes: `width` of a ResNet; `embed_dim`, `depth`, `num_heads`, `mlp_ratio` and `patch_size`
-    (not with a conv stem) of a ViT. ValueError for anything that would be ignored or cannot be built.
+    Args:
+        arch: one of ARCHS.
+        image_size: side of the images in pixels.
+        stem: "imagenet" or "small", for ResNets only.
+        stop_grad_conv1: freeze the patch projection, for ViTs that have one.
+        backbone_args: sizes that differ from the published ones: `width` of a ResNet; `embed_dim`, `depth`, `num_heads`,
+            `mlp_ratio` and `patch_size` (not with a conv stem) of a ViT.
+
+    Raises:
+        ValueError: for anything that would be ignored or cannot be built; the message begins with the argument.
     """
     args = dict(backbone_args or {})
     if family(arch) == "resnet":
@@ -49,57 +83,57 @@ def build_backbone(
     return _build_vit(arch, image_size, stem, stop_grad_conv1, args)
 
 
-def _build_resnet(arch: str, stem: str, stop_grad_conv1: bool, args: dict[str, float]) -> resnet.ResNet:
+def _build_resnet(arch: str, stem: str, stop_grad_conv1: bool, args: dict[str, float]) -> "ResNet":
+    from crossbatch.models import resnet
+
     if stop_grad_conv1:
-        raise ValueError(
-            f"model.stop_grad_conv1 is true but {arch} has no patch projection to freeze; set it to false."
-        )
+        raise ValueError(f"stop_grad_conv1 is true, but {arch} has no patch projection to freeze; set it to false")
     _check_args(arch, args, integers=("width",))
     return resnet.build(arch, stem=stem, width=int(args.get("width", 64)))
 
 
-def _build_vit(arch: str, image_size: int, stem: str, stop_grad_conv1: bool, args: dict[str, float]) -> vit.ViT:
-    layout = vit.LAYOUTS[arch]
+def _build_vit(arch: str, image_size: int, stem: str, stop_grad_conv1: bool, args: dict[str, float]) -> "ViT":
+    from crossbatch.models import vit
+
+    layout = LAYOUTS[arch]
     if stem != "imagenet":
-        raise ValueError(
-            f"model.stem is {stem!r} but {arch} has a stem of its own; leave it out (stems are for ResNets)."
-        )
+        raise ValueError(f"stem is {stem!r}, but {arch} has a stem of its own; leave it out (stems are for ResNets)")
     sizes = ("embed_dim", "depth", "num_heads")
     _check_args(arch, args, integers=sizes if layout.conv_stem else (*sizes, "patch_size"), reals=("mlp_ratio",))
     layout = replace(layout, **args)
     _check_layout(arch, layout, image_size)
-    return vit.build(layout, image_size=image_size, stop_grad_conv1=stop_grad_conv1)
+    return vit.ViT(layout, image_size, stop_grad_conv1)  # pyright: ignore[reportArgumentType] (Layout by its two paths)
 
 
 def _check_args(arch: str, args: dict[str, float], integers: tuple[str, ...], reals: tuple[str, ...] = ()) -> None:
     for key, value in args.items():
         if key not in integers + reals:
             raise ValueError(
-                f"model.backbone_args has {key!r}, which {arch} does not take; {_allowed(key, integers + reals)}"
+                f"backbone_args has {key!r}, which {arch} does not take; {_allowed(key, integers + reals)}"
             )
         number = isinstance(value, int if key in integers else (int, float)) and not isinstance(value, bool)
         if not number or value <= 0:
             kind = "integer" if key in integers else "number"
-            raise ValueError(f"model.backbone_args.{key} is {value!r}; it must be a positive {kind}.")
+            raise ValueError(f"backbone_args.{key} is {value!r}; it must be a positive {kind}")
 
 
-def _check_layout(arch: str, layout: vit.Layout, image_size: int) -> None:
-    where, dim = "model.backbone_args", layout.embed_dim
+def _check_layout(arch: str, layout: Layout, image_size: int) -> None:
+    dim = layout.embed_dim
     if image_size <= 0 or image_size % layout.patch_size:
-        what = "the stride of its conv stem" if layout.conv_stem else f"{where}.patch_size"
-        raise ValueError(
-            f"data.image_size is {image_size}, but {arch} needs a multiple of {what} (={layout.patch_size})."
-        )
+        what = "the stride of its conv stem" if layout.conv_stem else "backbone_args.patch_size"
+        raise ValueError(f"image_size is {image_size}, but {arch} needs a multiple of {what} (={layout.patch_size})")
     if dim % layout.num_heads:
-        raise ValueError(f"{where}.embed_dim is {dim}, which {where}.num_heads (={layout.num_heads}) does not divide.")
+        raise ValueError(
+            f"backbone_args.embed_dim is {dim}, which backbone_args.num_heads (={layout.num_heads}) does not divide"
+        )
     divisor = 8 if layout.conv_stem else 4
     if dim % divisor:
         reason = "a conv stem starts at embed_dim / 8 channels" if layout.conv_stem else "positions come in 4 quarters"
-        raise ValueError(f"{where}.embed_dim is {dim}; it must be divisible by {divisor}: {reason}.")
+        raise ValueError(f"backbone_args.embed_dim is {dim}; it must be divisible by {divisor}: {reason}")
 
 
 def _allowed(given: object, allowed: Iterable[str]) -> str:
     allowed = tuple(allowed)
     nearest = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    return f"allowed: {', '.join(allowed)}{hint}."
+    return f"allowed: {', '.join(allowed)}{hint}"

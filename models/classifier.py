@@ -1,4 +1,4 @@
-"""A backbone with a linear classifier on its features, trained end to end, and a moving average of both."""
+"""A backbone with a linear classifier on its features, which are trained end to end, and a moving average of both."""
 
 import copy
 
@@ -7,14 +7,14 @@ from timm.layers.drop import DropPath
 from torch import nn
 
 from crossbatch.models.backbones import Backbone, blocks
-from crossbatch.models.collective import Collective
+from crossbatch.models.collective import Collective, GroupCollective
 from crossbatch.models.norm import set_num_views, synchronize_norms
 from crossbatch.models.shardable import ShardableModel, backbone_units
 from crossbatch.models.vit import ViT
 
 
 class Network(nn.Module):
-    """Images [n, 3, H, W] -> logits [n, num_classes]. The head starts at N(0, 0.02), as in DeiT, its bias at 0."""
+    """Turn images [n, 3, H, W] into logits [n, num_classes]. The head starts at N(0, 0.02), as in DeiT, its bias at 0."""
 
     def __init__(self, backbone: Backbone, num_classes: int):
         super().__init__()
@@ -28,13 +28,13 @@ class Network(nn.Module):
 
 
 class Classifier(ShardableModel):
-    """The network that is trained, and its moving average.
+    """A network that is trained, and its moving average.
 
     Args:
-        backbone: with the weights to start from; belongs to the classifier from now on.
+        backbone: network with the weights to start from; it belongs to the classifier from then on.
         num_classes: width of the head.
-        drop_path: chance of the last block of a ViT to be skipped for an image; those before it in proportion (Huang et
-            al., 2016).
+        drop_path: chance of the last block of a ViT to be skipped for an image; earlier blocks are skipped in proportion
+            (Huang et al., 2016).
         averaged: whether there is a moving average.
 
     Raises ValueError for `drop_path` with a ResNet, which has none.
@@ -42,7 +42,7 @@ class Classifier(ShardableModel):
 
     def __init__(self, backbone: Backbone, num_classes: int, drop_path: float = 0.0, averaged: bool = False):
         super().__init__()
-        self.collective = Collective()
+        self.collective: Collective = GroupCollective()
         set_num_views(backbone, 1)
         _set_drop_path(backbone, drop_path)
         backbone.requires_grad_(True)  # positions and patch projections, too, may adapt
@@ -64,23 +64,23 @@ class Classifier(ShardableModel):
         return [unit for network in networks for unit in (*backbone_units(network.backbone), network.head)]
 
     def set_collective(self, collective: Collective) -> None:
-        """Joins the ranks: norms take their statistics over all of them."""
+        """Let norms take their statistics over the ranks of `collective` from now on."""
         self.collective = collective
         synchronize_norms(self, collective)
 
     @torch.no_grad()
     def average_buffers(self) -> None:
-        """Running statistics have averaged themselves: the moving average takes them over as they are."""
+        """Copy the running statistics to the moving average: they are averages already."""
         if self.momentum is not None:
             for online, average in zip(self.online.buffers(), self.momentum.buffers(), strict=True):
                 average.copy_(online)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [n, 3, H, W] -> logits [n, num_classes] of the trained network."""
+        """Return logits [n, num_classes] of the trained network for images [n, 3, H, W]."""
         return self.online(images)
 
     def average_logits(self, images: torch.Tensor) -> torch.Tensor:
-        """The same of the moving average."""
+        """Return logits [n, num_classes] of the moving average for images [n, 3, H, W]."""
         assert self.momentum is not None
         return self.momentum(images)
 
@@ -89,7 +89,7 @@ def _set_drop_path(backbone: Backbone, rate: float) -> None:
     if not rate:
         return
     if not isinstance(backbone, ViT):
-        raise ValueError(f"finetune.drop_path is {rate:g}, but a ResNet has no drop path; set it to 0.")
+        raise ValueError(f"drop_path is {rate:g}, but a ResNet has no drop path; set it to 0")
     rates = torch.linspace(0, rate, len(backbone.blocks)).tolist()
     for block, chance in zip(blocks(backbone), rates, strict=True):
         for name in ("drop_path1", "drop_path2"):

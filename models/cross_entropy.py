@@ -17,9 +17,21 @@ from torch.autograd.function import once_differentiable
 _TILE = 1 << 21  # logits at a time: 8 MiB
 
 
-def cross_entropy_over_keys(q_nD: Tensor, keys_BD: Tensor, labels_n: Tensor, temperature: float) -> Tensor:
-    """Mean over the rows of cross_entropy(q keys^T / temperature, labels); the keys get no gradient."""
-    return _CrossEntropy.apply(q_nD, keys_BD, labels_n, temperature)  # pyright: ignore[reportReturnType]
+def cross_entropy_over_keys(queries_nD: Tensor, keys_BD: Tensor, labels_n: Tensor, temperature: float) -> Tensor:
+    """Return the mean over the rows of cross_entropy(queries keys^T / temperature, labels), keeping no matrix [n, B].
+
+    Args:
+        queries_nD: rows, which get a gradient.
+        keys_BD: keys in the dtype of the queries, e.g. those of all ranks. They get no gradient, as in MoCo.
+        labels_n: int64, the index of each row's own key.
+        temperature: divisor of the logits.
+
+    Raises:
+        ValueError: if the keys require a gradient, which this function does not compute.
+    """
+    if keys_BD.requires_grad:
+        raise ValueError("keys_BD require a gradient, which they would not get; detach them, or use F.cross_entropy")
+    return _CrossEntropy.apply(queries_nD, keys_BD, labels_n, temperature)  # pyright: ignore[reportReturnType]
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -1,22 +1,22 @@
 """The projector (both encoders) and the predictor (online encoder only) of MoCo v3: bias-free MLPs with batch norm.
 
-              projector                                     predictor
-    resnet    C -> mlp_dim -> dim, norm                     dim -> mlp_dim -> dim
-    vit       C -> mlp_dim -> mlp_dim -> dim, norm          dim -> mlp_dim -> dim, norm
+              projector                                               predictor
+    resnet    C -> mlp_dim -> projection_dim, norm                    projection_dim -> mlp_dim -> projection_dim
+    vit       C -> mlp_dim -> mlp_dim -> projection_dim, norm         the same, norm
 
 Hidden layers are followed by norm and ReLU. The norm at the end has no weight and bias. Source: MoCo v3's release;
-sizes there are mlp_dim = 4096 and dim = 256. Linear layers keep torch's default initialisation.
+sizes there are mlp_dim = 4096 and projection_dim = 256. Linear layers keep torch's default initialisation.
 """
 
 from torch import nn
 
 from crossbatch.models.norm import ViewBatchNorm
 
-_NUM_PROJECTOR_LAYERS = {"resnet": 2, "vit": 3}
+FAMILIES = ("resnet", "vit")
 
 
 def build_mlp(num_layers: int, in_dim: int, hidden: int, out_dim: int, last_norm: bool) -> nn.Sequential:
-    """[n, in_dim] -> [n, out_dim]: (Linear, norm, ReLU) * (num_layers - 1), Linear, and the last norm if asked."""
+    """Build [n, in_dim] -> [n, out_dim]: (Linear, norm, ReLU) * (num_layers - 1), Linear, and the last norm if asked."""
     layers: list[nn.Module] = []
     for _ in range(num_layers - 1):
         layers += [nn.Linear(in_dim, hidden, bias=False), ViewBatchNorm(hidden), nn.ReLU(inplace=True)]
@@ -27,11 +27,11 @@ def build_mlp(num_layers: int, in_dim: int, hidden: int, out_dim: int, last_norm
     return nn.Sequential(*layers)
 
 
-def build_projector(family: str, in_dim: int, mlp_dim: int, dim: int) -> nn.Sequential:
-    """[n, in_dim] -> [n, dim]; `family` as in backbones.family."""
-    return build_mlp(_NUM_PROJECTOR_LAYERS[family], in_dim, mlp_dim, dim, last_norm=True)
+def build_projector(family: str, in_dim: int, mlp_dim: int, projection_dim: int) -> nn.Sequential:
+    """Build the projector [n, in_dim] -> [n, projection_dim]; `family` is one of FAMILIES."""
+    return build_mlp({"resnet": 2, "vit": 3}[family], in_dim, mlp_dim, projection_dim, last_norm=True)
 
 
-def build_predictor(family: str, mlp_dim: int, dim: int) -> nn.Sequential:
-    """[n, dim] -> [n, dim]; `family` as in backbones.family."""
-    return build_mlp(2, dim, mlp_dim, dim, last_norm={"resnet": False, "vit": True}[family])
+def build_predictor(family: str, mlp_dim: int, projection_dim: int) -> nn.Sequential:
+    """Build the predictor [n, projection_dim] -> [n, projection_dim]; `family` is one of FAMILIES."""
+    return build_mlp(2, projection_dim, mlp_dim, projection_dim, last_norm=family == "vit")

@@ -4,15 +4,17 @@ One term contrasts the queries of one view and stream with the keys of another:
 
     ctr(q, k) = 2T * cross_entropy(normalize(q) @ normalize(all keys).T / T, labels = own position in the global batch)
 
-(MoCo v3, Chen et al. 2021, algorithm 1; 2T makes the learning rate less sensitive to T.) `add_bf` says which terms are added
-(the flag of BatchFormer's release). With S the sum over both directions and all pairs of streams (8 terms):
+(MoCo v3, Chen et al. 2021, algorithm 1; 2T makes the learning rate less sensitive to T.) The kind of loss says which terms are
+added; BatchFormer's release calls it `add_bf`. With S the sum over both directions and all pairs of streams (8 terms):
 
-    0          q1 k2 + q2 k1 on the only stream (chance level 4T ln B)
-    1, 34      S                                                   (16T ln B)
-    36         S / 4                                                (4T ln B)
-    37         (S + ctr(q1_o, q1_b) + ctr(q2_o, q2_b)) / 5, no gradient through the b side (4T ln B)
-    other > 0  "joint": both streams as one batch of 2B rows; the other stream's key of the same image is a negative
-               (4T ln 2B)
+    kind              add_bf     loss                                                     chance level
+    "none"            0          q1 k2 + q2 k1 on the only stream, without BatchFormer    4T ln B
+    "sum"             1, 34      S                                                        16T ln B
+    "mean"            36         S / 4                                                    4T ln B
+    "mean_with_self"  37         (S + ctr(q1_o, q1_b) + ctr(q2_o, q2_b)) / 5, no          4T ln B
+                                 gradient through the b side
+    "joint"           other > 0  both streams as one batch of 2B rows; the other          4T ln 2B
+                                 stream's key of the same image is a negative
 
 Logits and cross-entropy are fp32 in every precision, and no [n, B] matrix of them is kept. Shapes: V views, S
 streams (o: original, b: after BatchFormer), n local rows, B global rows, D width.
@@ -20,50 +22,73 @@ streams (o: original, b: after BatchFormer), n local rows, B global rows, D widt
 
 import math
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.nn import functional as F
 
-from crossbatch.models.collective import Collective
+from crossbatch.models.collective import Collective, GroupCollective
 from crossbatch.models.cross_entropy import cross_entropy_over_keys
 
-STREAMS = "ob"
-SUM, MEAN, MEAN_WITH_SELF = (1, 34), 36, 37
+BatchFormerLoss = Literal["none", "sum", "mean", "mean_with_self", "joint"]
+LOSSES: tuple[BatchFormerLoss, ...] = get_args(BatchFormerLoss)
+NUM_TERMS = {"none": 2, "sum": 8, "mean": 8, "mean_with_self": 10, "joint": 2}
+_DIVISORS = {"mean": 4, "mean_with_self": 5}
+_STREAMS = "ob"
 
 
-def uses_batchformer(add_bf: int) -> bool:
-    return add_bf > 0
+def loss_from_add_bf(add_bf: int) -> BatchFormerLoss:
+    """Return the kind of loss that a number of BatchFormer's release stands for; 0 and less mean "none"."""
+    if add_bf <= 0:
+        return "none"
+    numbers: dict[int, BatchFormerLoss] = {1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self"}
+    return numbers.get(add_bf, "joint")
 
 
-def is_joint(add_bf: int) -> bool:
-    return uses_batchformer(add_bf) and add_bf not in (*SUM, MEAN, MEAN_WITH_SELF)
-
-
-def divisor(add_bf: int) -> int:
-    """What the sum of the terms is divided by."""
-    return {MEAN: 4, MEAN_WITH_SELF: 5}.get(add_bf, 1)
-
-
-def num_terms(add_bf: int) -> int:
-    if not uses_batchformer(add_bf) or is_joint(add_bf):
-        return 2
-    return 10 if add_bf == MEAN_WITH_SELF else 8
-
-
-def chance_loss(add_bf: int, temperature: float, batch: int) -> float:
-    """The loss when every key looks alike: each term is 2T ln(number of keys)."""
-    keys = 2 * batch if is_joint(add_bf) else batch
-    return num_terms(add_bf) / divisor(add_bf) * 2 * temperature * math.log(keys)
+def chance_loss(kind: BatchFormerLoss, temperature: float, batch: int) -> float:
+    """Return the loss when every key looks alike: each term is 2T ln(number of keys)."""
+    keys = 2 * batch if kind == "joint" else batch
+    return NUM_TERMS[kind] / _DIVISORS.get(kind, 1) * 2 * temperature * math.log(keys)
 
 
 def contrastive_loss(
-    q_VSnD: torch.Tensor, k_VSnD: torch.Tensor, add_bf: int, temperature: float, collective: Collective
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Loss of the local rows, whose mean over ranks is the loss of the global batch.
+    queries: Tensor, keys: Tensor, temperature: float = 1.0, process_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Return MoCo v3's loss ctr(q1, k2) + ctr(q2, k1) of this rank's images against the keys of all ranks, an fp32 scalar.
+
+    The mean over the ranks is the loss of the global batch, and so are gradients that DDP averages. Queries and keys are
+    normalised here.
+
+    Args:
+        queries: predictions of the online encoder for both views, [2, n, D], any floating dtype.
+        keys: projections of the momentum encoder, [2, n, D]. They get no gradient.
+        temperature: T; MoCo v3 trains ResNets with 1.0 and ViTs with 0.2.
+        process_group: ranks that hold the global batch, equally many images each; None means all ranks, or this process
+            alone without torch.distributed.
+
+    Raises:
+        ValueError: for other shapes, or keys that require a gradient.
+    """
+    if queries.dim() != 3 or len(queries) != 2 or queries.shape != keys.shape:
+        raise ValueError(f"queries are {list(queries.shape)} and keys {list(keys.shape)}; both must be [2, n, D]")
+    if keys.requires_grad:
+        raise ValueError("keys require a gradient, which they would not get; compute them under torch.no_grad()")
+    collective = GroupCollective(process_group)
+    return loss_of_streams(queries.unsqueeze(1), keys.unsqueeze(1), "none", temperature, collective)[0]
+
+
+def loss_of_streams(
+    q_VSnD: Tensor, k_VSnD: Tensor, kind: BatchFormerLoss, temperature: float, collective: Collective
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Compute the loss of the local rows; its mean over the ranks is the loss of the global batch.
 
     Args:
         q_VSnD: predictions of the online encoder, any floating dtype; S is 2 with BatchFormer and 1 without.
         k_VSnD: keys of the momentum encoder.
+        kind: which terms are added.
+        temperature: T.
         collective: gathers the keys of all views and streams at once.
 
     Returns:
@@ -73,45 +98,45 @@ def contrastive_loss(
     with torch.autocast(q_VSnD.device.type, enabled=False):
         q = F.normalize(q_VSnD.float(), dim=-1)
         keys = F.normalize(k_VSnD.detach().float(), dim=-1)
-        if add_bf == MEAN_WITH_SELF:
+        if kind == "mean_with_self":
             keys = torch.cat((keys, q.detach()[:, 1:]), dim=1)  # the b queries are keys too
         keys_VSBD = _gather(keys, collective)
         terms = {
             name: 2 * temperature * cross_entropy_over_keys(query, key, labels, temperature)
-            for name, query, key, labels in _pairs(q, keys_VSBD, add_bf, collective)
+            for name, query, key, labels in _pairs(q, keys_VSBD, kind, collective)
         }
-        loss = torch.stack(list(terms.values())).sum() / divisor(add_bf)
+        loss = torch.stack(list(terms.values())).sum() / _DIVISORS.get(kind, 1)
         signals = _similarities(q.detach(), keys_VSBD, collective)
     return loss, {name: term.detach() for name, term in terms.items()}, signals
 
 
-def _gather(keys_VSnD: torch.Tensor, collective: Collective) -> torch.Tensor:
+def _gather(keys_VSnD: Tensor, collective: Collective) -> Tensor:
     everyone = collective.all_gather(keys_VSnD)  # [W, V, S, n, D]
     return everyone.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def _pairs(
-    q_VSnD: torch.Tensor, keys_VSBD: torch.Tensor, add_bf: int, collective: Collective
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(name, queries, keys, labels) of every term."""
+    q_VSnD: Tensor, keys_VSBD: Tensor, kind: BatchFormerLoss, collective: Collective
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield (name, queries, keys, labels) of every term."""
     views, streams, n, _ = q_VSnD.shape
     batch = keys_VSBD.shape[2]
     labels = torch.arange(n, device=q_VSnD.device) + n * collective.rank
     for view in range(views):
         other = views - 1 - view
-        if is_joint(add_bf):
+        if kind == "joint":
             joint_labels = torch.cat([labels + stream * batch for stream in range(streams)])
             yield f"q{view + 1}_k{other + 1}", q_VSnD[view].flatten(0, 1), keys_VSBD[other].flatten(0, 1), joint_labels
             continue
         for s in range(streams):
             for t in range(streams):
-                name = f"q{view + 1}{STREAMS[s]}_k{other + 1}{STREAMS[t]}"
+                name = f"q{view + 1}{_STREAMS[s]}_k{other + 1}{_STREAMS[t]}"
                 yield name, q_VSnD[view, s], keys_VSBD[other, t], labels
-        if add_bf == MEAN_WITH_SELF:
+        if kind == "mean_with_self":
             yield f"q{view + 1}o_q{view + 1}b", q_VSnD[view, 0], keys_VSBD[view, 2], labels
 
 
-def _similarities(q_VSnD: torch.Tensor, keys_VSBD: torch.Tensor, collective: Collective) -> dict[str, torch.Tensor]:
+def _similarities(q_VSnD: Tensor, keys_VSBD: Tensor, collective: Collective) -> dict[str, Tensor]:
     n, batch = q_VSnD.shape[2], keys_VSBD.shape[2]
     q, keys = q_VSnD[:, 0], keys_VSBD[:, 0].flip(0)  # every view beside the keys of the other
     own = keys[:, collective.rank * n : (collective.rank + 1) * n]

@@ -5,8 +5,8 @@
     views ──> momentum backbone ─> features ─┬─ o ─┬─> projector (no gradient) ──> keys ────┘
                                  BatchFormer └─ b ─┘
 
-The cut of the step runs through "features": everything left of it sees an image at a time and may be computed in chunks;
-everything right of it sees the whole batch and is computed once (`contrast`).
+The step is cut at "features": everything left of it sees an image at a time and may be computed in chunks; everything right
+of it sees the whole batch and is computed once (`contrast`).
 
 Both views travel in one tensor, view-major, so every batch norm needs one collective for both and still keeps separate
 statistics per view. With BatchFormer the heads' norms take their statistics over both streams of a view.
@@ -14,117 +14,160 @@ statistics per view. With BatchFormer the heads' norms take their statistics ove
 Shapes: V views, n local images, S streams (o and b), C backbone features, D width of queries and keys.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossbatch.models.backbones import Backbone, build_backbone, family
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
-from crossbatch.models.collective import Collective
-from crossbatch.models.cuda_graph import captured
-from crossbatch.models.heads import build_predictor, build_projector
-from crossbatch.models.loss import contrastive_loss, uses_batchformer
-from crossbatch.models.norm import synchronize_norms
+from crossbatch.models.collective import Collective, GroupCollective
+from crossbatch.models.cuda_graph import capture
+from crossbatch.models.heads import FAMILIES, build_predictor, build_projector
+from crossbatch.models.loss import LOSSES, BatchFormerLoss, loss_of_streams
+from crossbatch.models.norm import convert_norms, synchronize_norms
 from crossbatch.models.shardable import ShardableModel, backbone_units
 
 NUM_VIEWS = 2
+MODES = ("trained", "released", "ema")
 
 
 @dataclass
 class MoCoOutput:
-    """What one step yields besides gradients; every tensor but `loss` is a detached scalar of the local rows."""
+    """Result of one step besides gradients; every tensor but `loss` is a detached scalar of the local rows."""
 
-    loss: torch.Tensor
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)
-    signals: dict[str, torch.Tensor] = field(default_factory=dict)
+    loss: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    signals: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Encoder(nn.Module):
     """Backbone and projector; `batchformer` only where the momentum encoder keeps its own copy."""
 
-    def __init__(self, backbone: Backbone, projector: nn.Module, batchformer: BatchFormer | None = None):
+    backbone: Backbone
+
+    def __init__(self, backbone: nn.Module, num_features: int, projector: nn.Module):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.num_features = backbone, num_features  # pyright: ignore[reportAttributeAccessIssue]
         self.projector = projector
-        self.batchformer = batchformer
+        self.batchformer: BatchFormer | None = None
 
 
 class Heads(nn.Module):
-    """Backbone features [V*n, C] of one encoder -> queries or keys [V*S*n, D]: BatchFormer, projector and predictor.
+    """Turn backbone features [V*n, C] of one encoder into queries or keys [V*S*n, D].
 
-    From tensors to a tensor, so that it can be captured (`crossbatch.models.cuda_graph`). Parameters belong to `MoCo`.
+    BatchFormer, projector and predictor in one module from tensors to a tensor, so that it can be captured
+    (`crossbatch.models.cuda_graph`). Parameters belong to `MoCo`.
     """
 
     def __init__(self, batchformer: BatchFormer | None, heads: Sequence[nn.Module], with_grad: bool):
         super().__init__()
         self.batchformer, self.heads, self.with_grad = batchformer, nn.Sequential(*heads), with_grad
 
-    def forward(self, features_NC: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """`words` as in `DropoutKey.words`. With BatchFormer, a view's original features come before the mixed ones."""
+    def forward(self, features_NC: Tensor, dropout_seeds: Tensor) -> Tensor:
+        """Return queries or keys. With BatchFormer, a view's original features come before the mixed ones."""
         with torch.set_grad_enabled(self.with_grad and torch.is_grad_enabled()):
             if self.batchformer is not None:
                 features_VnC = features_NC.unflatten(0, (NUM_VIEWS, -1)).float()
-                mixed_VnC = self.batchformer(features_VnC, words)
+                mixed_VnC = self.batchformer(features_VnC, dropout_seeds=dropout_seeds)
                 features_NC = torch.cat((features_VnC, mixed_VnC), dim=1).flatten(0, 1)
             return self.heads(features_NC)
 
 
 class MoCo(ShardableModel):
-    """Online encoder, momentum encoder, predictor and BatchFormer, on one device.
+    """Online encoder, momentum encoder, predictor and BatchFormer.
+
+    In a training loop: `out = moco.loss(images, step, seed)`, `out.loss.backward()`, an optimizer step over the parameters
+    that require a gradient, then `moco.update_momentum(0.99)`. In DDP call `ddp("loss", images, step, seed)` instead.
 
     Args:
-        arch, image_size, stem, stop_grad_conv1, backbone_args: see `build_backbone`.
-        checkpoint_activations: of the blocks of the online backbone: less memory for a third more time.
-        dim, mlp_dim: widths of the heads.
-        temperature, add_bf: see `crossbatch.models.loss`.
-        group_size, dropout: see `BatchFormer`.
+        backbone: a name (see `build_backbone`), or a module that turns [n, 3, H, W] into [n, num_features]. A module belongs
+            to MoCo from then on: its batch norms are replaced (`convert_norms`), the momentum encoder starts as its copy.
+        num_features: width of the features of a module; by default its attribute `num_features`.
+        heads: "resnet" or "vit", the kind of projector and predictor (see `crossbatch.models.heads`); by default that of
+            the name, and "resnet" for a module.
+        checkpoint_activations: recompute the blocks of the online backbone in the backward pass: less memory for a third
+            more time.
+        projection_dim, mlp_dim: widths of the heads.
+        temperature: T of the loss.
+        batchformer_loss: "none" (no BatchFormer), "sum", "mean", "mean_with_self" or "joint"; see `crossbatch.models.loss`.
+        group_size, dropout, batchformer_kernel: see `BatchFormer`.
         batchformer_mode: "trained": one module for both encoders, trained through the queries. "released": the same module,
             frozen at its initialisation, as the released BatchFormer code behaves. "ema": the keys use a moving average.
-        batchformer_kernel: see `crossbatch.models.batchformer.dispatch`.
-        cuda_graph: what follows the backbone runs as a CUDA graph; see `crossbatch.models.cuda_graph`.
+        cuda_graph: run what follows the backbone as a CUDA graph; see `crossbatch.models.cuda_graph`.
+        process_group: ranks that hold the global batch; None means all ranks, or this process alone without
+            torch.distributed.
+        backbone_options: image_size, stem, stop_grad_conv1, backbone_args of `build_backbone`, with a name only.
+
+    Raises:
+        ValueError: for arguments that cannot be combined; the message begins with the argument.
     """
 
     def __init__(
         self,
-        arch: str = "resnet50",
+        backbone: str | nn.Module = "resnet50",
         *,
-        image_size: int = 224,
-        stem: str = "imagenet",
-        stop_grad_conv1: bool = False,
-        backbone_args: dict | None = None,
+        num_features: int | None = None,
+        heads: str | None = None,
         checkpoint_activations: bool = False,
-        dim: int = 256,
+        projection_dim: int = 256,
         mlp_dim: int = 4096,
         temperature: float = 1.0,
-        add_bf: int = 0,
+        batchformer_loss: BatchFormerLoss = "none",
         group_size: int = 256,
         dropout: float = 0.5,
         batchformer_mode: str = "trained",
         batchformer_kernel: str = "auto",
         cuda_graph: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        **backbone_options: Any,
     ):
         super().__init__()
-        self.add_bf, self.temperature = add_bf, temperature
-        self.collective = Collective()
+        _check_choice("batchformer_loss", batchformer_loss, LOSSES)
+        _check_choice("batchformer_mode", batchformer_mode, MODES)
+        if isinstance(backbone, str):
+            if num_features is not None:
+                raise ValueError(f"num_features is {num_features}, but {backbone} has its own; leave it out")
+            heads = heads or family(backbone)
+        else:
+            if backbone_options:
+                name = next(iter(backbone_options))
+                raise ValueError(f"{name} is given with a module, but only a named backbone takes it; leave it out")
+            backbone, heads = convert_norms(backbone, NUM_VIEWS), heads or "resnet"
+        _check_choice("heads", heads, FAMILIES)
+        self.batchformer_loss: BatchFormerLoss = batchformer_loss
+        self.temperature = temperature
 
-        def encoder() -> Encoder:
-            backbone = build_backbone(arch, image_size, stem, stop_grad_conv1, backbone_args)
-            return Encoder(backbone, build_projector(family(arch), backbone.num_features, mlp_dim, dim))
+        def encoder(given: str | nn.Module) -> Encoder:
+            network = build_backbone(given, **backbone_options) if isinstance(given, str) else given
+            width = num_features or getattr(network, "num_features", None)
+            if not isinstance(width, int):
+                raise ValueError(
+                    f"num_features is not given, and {type(network).__name__} has no such attribute; give it"
+                )
+            return Encoder(network, width, build_projector(heads, width, mlp_dim, projection_dim))
 
-        self.online, self.momentum = encoder(), encoder()
+        self.online = encoder(backbone)
+        self.momentum = encoder(backbone if isinstance(backbone, str) else copy.deepcopy(backbone))
         if checkpoint_activations:
+            if not hasattr(self.online.backbone, "checkpoint_activations"):
+                raise ValueError("checkpoint_activations is true, but the backbone has no method of this name")
             self.online.backbone.checkpoint_activations()
-        self.predictor = build_predictor(family(arch), mlp_dim, dim)
+        self.predictor = build_predictor(heads, mlp_dim, projection_dim)
         self.batchformer = None
-        if uses_batchformer(add_bf):
-            width = self.online.backbone.num_features
-            self.batchformer = BatchFormer(width, group_size, dropout, kernel=batchformer_kernel)
-            self.batchformer.requires_grad_(batchformer_mode != "released")
+        if batchformer_loss != "none":
+
+            def mix() -> BatchFormer:
+                return BatchFormer(self.online.num_features, group_size, dropout=dropout, kernel=batchformer_kernel)
+
+            self.batchformer = mix().requires_grad_(batchformer_mode != "released")
             if batchformer_mode == "ema":
-                self.momentum.batchformer = BatchFormer(width, group_size, dropout, kernel=batchformer_kernel)
+                self.momentum.batchformer = mix()
         self.momentum.requires_grad_(False)
         self.copy_to_momentum()
         key_batchformer = self.momentum.batchformer or self.batchformer
@@ -134,6 +177,7 @@ class MoCo(ShardableModel):
             Heads(key_batchformer, (self.momentum.projector,), with_grad=False),
         )
         self.cuda_graph, self._graphs = cuda_graph, None
+        self.set_collective(GroupCollective(process_group))
 
     def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
         online = dict(self.online.named_parameters())
@@ -143,12 +187,25 @@ class MoCo(ShardableModel):
 
     @torch.no_grad()
     def copy_to_momentum(self) -> None:
-        """Starts the momentum encoder at the online parameters."""
+        """Start the momentum encoder at the online parameters."""
         for _, online, average in self.momentum_pairs():
             average.copy_(online)
 
+    @torch.no_grad()
+    def update_momentum(self, m: float) -> None:
+        """Set each momentum parameter to m * itself + (1 - m) * the online one, after the optimizer's step.
+
+        For parameters that are whole on this rank, as in plain torch and DDP. Running statistics of norms follow by themselves.
+        """
+        pairs = [(online, average) for _, online, average in self.momentum_pairs() if online.requires_grad]
+        if any(p.numel() == 0 for pair in pairs for p in pair):
+            raise ValueError(
+                "parameters are sharded (ZeRO-3), so this rank cannot average them; gather them around this call"
+            )
+        torch._foreach_lerp_([average for _, average in pairs], [online for online, _ in pairs], weight=1 - m)
+
     def set_collective(self, collective: Collective) -> None:
-        """Joins the ranks: norms, keys and groups that span ranks."""
+        """Let norms, keys and groups that span ranks use `collective` from now on."""
         self.collective = collective
         synchronize_norms(self, collective)
         for module in self.modules():
@@ -166,45 +223,56 @@ class MoCo(ShardableModel):
         parts = (self.predictor, self.batchformer, self.momentum.batchformer)
         return units + [part for part in parts if part is not None]
 
-    def loss(self, images: torch.Tensor, step: int, seed: int) -> MoCoOutput:
-        """Both views [V*n, 3, H, W] of the whole local batch -> the loss."""
+    def loss(self, images: Tensor, step: int, seed: int) -> MoCoOutput:
+        """Compute the loss of this rank's images against the keys of all ranks.
+
+        Args:
+            images: [2n, 3, H, W], the first views of all n images, then their second views.
+            step, seed: key of BatchFormer's dropout masks; the same pair gives the same masks.
+        """
         return self.contrast(*self.features(images, with_grad=True), step, seed)
 
-    def features(self, images: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both views [V*m, 3, H, W] of a chunk -> features [V*m, C] of the online and of the momentum backbone."""
+    def features(self, images: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+        """Turn both views [V*m, 3, H, W] of a chunk into features [V*m, C] of the online and of the momentum backbone."""
         with torch.set_grad_enabled(with_grad):
             online = self.embed(images)
         with torch.no_grad():
             return online, self.momentum.backbone(images)
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [m, 3, H, W] -> features [m, C] of the online backbone."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Turn images [m, 3, H, W] into features [m, C] of the online backbone."""
         return self.online.backbone(images)
 
-    def contrast(self, online_NC: torch.Tensor, momentum_NC: torch.Tensor, step: int, seed: int) -> MoCoOutput:
-        """The batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
-        words = [DropoutKey(seed, step, stream).words(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
+    def contrast(self, online_NC: Tensor, momentum_NC: Tensor, step: int, seed: int) -> MoCoOutput:
+        """Compute the batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
+        seeds = [DropoutKey(seed, step, stream).dropout_seeds(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
         if self.cuda_graph and self._graphs is None:
-            self._graphs = captured(self._heads, (online_NC, momentum_NC), words)
+            self._graphs = capture(self._heads, ((online_NC, seeds[0]), (momentum_NC, seeds[1])))
         to_queries, to_keys = self._graphs or self._heads
-        queries, keys = to_queries(online_NC, words[0]), to_keys(momentum_NC, words[1])
-        loss, terms, signals = contrastive_loss(
-            self._unstack(queries, online_NC),
-            self._unstack(keys, momentum_NC),
-            self.add_bf,
+        queries, keys = to_queries(online_NC, seeds[0]), to_keys(momentum_NC, seeds[1])
+        loss, terms, signals = loss_of_streams(
+            _unstack(queries, online_NC),
+            _unstack(keys, momentum_NC),
+            self.batchformer_loss,
             self.temperature,
             self.collective,
         )
         signals["feature_std"] = feature_std(online_NC.detach())
         return MoCoOutput(loss, terms, signals)
 
-    def _unstack(self, rows: torch.Tensor, features_NC: torch.Tensor) -> torch.Tensor:
-        """[V*S*n, D] -> [V, S, n, D]."""
-        return rows.unflatten(0, (NUM_VIEWS, len(rows) // len(features_NC), -1))
+
+def _unstack(rows: Tensor, features_NC: Tensor) -> Tensor:
+    """Split [V*S*n, D] into [V, S, n, D]."""
+    return rows.unflatten(0, (NUM_VIEWS, len(rows) // len(features_NC), -1))
 
 
-def feature_std(features_NC: torch.Tensor) -> torch.Tensor:
-    """How far the directions of the features spread: 0 when all are equal (collapse), 1 when they fill all dimensions.
+def _check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}")
+
+
+def feature_std(features_NC: Tensor) -> Tensor:
+    """Measure the spread of the features' directions: 0 when all are equal (collapse), 1 when they fill all dimensions.
 
     sqrt(C) times the standard deviation over the rows of the unit-length features, averaged over dimensions (SimSiam, Chen
     and He 2021, figure 2).

@@ -1,12 +1,12 @@
 """Batch norm that normalises each view by its own statistics, in one call and with one collective.
 
 MoCo v3 encodes two crops ("views") of every image. The originals pass the views through the network one after the
-other, so a batch norm sees the B images of one view at a time. Its statistics belong to that view: view 2 is blurred
-and solarised differently from view 1, and statistics mixed over 2B rows would be those of neither.
+other, so a batch norm sees the B images of one view at a time, and its statistics belong to that view. That matters: view 2
+is blurred and solarised differently from view 1, and statistics mixed over 2B rows would be those of neither.
 
 Two passes through the network, however, double every fixed cost of a batch norm, and a small collective is all fixed
 cost: ResNet-50 has 53 norms, and torch's SyncBatchNorm takes one collective per norm, view and direction, 212 in a
-forward and backward. Here both views travel through the network as one batch, view-major (all images of view 1, then
+forward and backward pass. Here both views travel through the network as one batch, view-major (all images of view 1, then
 all of view 2), the norm splits them again, and the statistics of all views share one message:
 
     forward    all_gather of [V, 2, C]: the mean and the biased variance of each view on each rank
@@ -20,10 +20,10 @@ The input gradient, with means over (images, height, width) of all ranks, N valu
 
     dx = weight / sqrt(var + eps) * (dy - mean(dy) - xhat * mean(dy * xhat))        xhat = (x - mean) / sqrt(var + eps)
 
-A pass that repeats an earlier one, for a graph that was not kept, takes its statistics from there and gathers nothing:
-see `reuse_batch_stats`.
+A second pass over the same batch (chunks, checkpointed activations) takes its statistics from the first one and sends
+nothing: see `reuse_batch_stats`.
 
-Parameter gradients stay local: summing (or averaging) them over the ranks is the business of whoever sharded the model.
+Parameter gradients stay local: DDP, DeepSpeed or FSDP2 average them over the ranks.
 
 Shape suffixes: V = views, n = images of one view on this rank, C = channels, W = world size.
 """
@@ -32,24 +32,35 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from crossbatch.models.collective import Collective
+from crossbatch.models.collective import Collective, GroupCollective
 
 SLOT_ROWS = 128  # at least, see `_in_slots`
 
 
-class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Replaces nn.BatchNorm1d and nn.BatchNorm2d; parameters, buffers and state dict are theirs.
+class ViewBatchNorm(_BatchNorm):
+    """Normalise each view of a batch by its own statistics, taken over the ranks of a process group.
 
-    Takes [V*n, C] or [V*n, C, H, W], view-major, in fp32, bf16 or fp16 (statistics are fp32 all the same), contiguous
-    or channels_last, and returns the same shape, dtype and memory format. In training it equals nn.BatchNorm2d applied
-    to each view of the concatenated ranks in turn: running statistics too are updated view after view. In evaluation
-    it is nn.BatchNorm2d. `collective` is set by `synchronize_norms`, `num_views` by `set_num_views`.
+    Replaces nn.BatchNorm1d, nn.BatchNorm2d and nn.SyncBatchNorm, with their parameters, buffers and state dict. In training it
+    equals nn.BatchNorm2d applied to each view of the concatenated ranks in turn: running statistics too are updated view
+    after view. In evaluation it is nn.BatchNorm2d.
 
-    Raises ValueError in training if V does not divide the rows, or if a channel has one value only.
+    Input: [V*n, C], [V*n, C, L] or [V*n, C, H, W], view-major (all images of view 1, then all of view 2), in fp32, bf16 or fp16
+    (statistics are fp32 all the same), contiguous or channels_last, with equally many rows on every rank. Output: the same
+    shape, dtype and memory format.
+
+    Args:
+        num_features, eps, momentum, affine, device, dtype: as in nn.BatchNorm2d.
+        num_views: number V of views in a batch; 1 gives nn.SyncBatchNorm (which has no CPU version).
+        process_group: as in nn.SyncBatchNorm; None means all ranks, or this process alone without torch.distributed.
+
+    Raises ValueError for `momentum=None` (a cumulative average); in training, if V does not divide the rows, or if a channel
+    has only one value.
     """
 
     collective: Collective
@@ -58,17 +69,32 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
     statistics: "Statistics | None"  # of the batch that is passing, see `reuse_batch_stats`
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True, *, num_views: int = 2
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_views: int = 2,
+        process_group: dist.ProcessGroup | None = None,
     ):
-        super().__init__(num_features, eps, momentum, affine)
+        if momentum is None:
+            raise ValueError("momentum is None, but ViewBatchNorm has no cumulative average; give a number, e.g. 0.1")
+        if num_views < 1:
+            raise ValueError(f"num_views is {num_views}; it must be at least 1")
+        super().__init__(num_features, eps, momentum, affine, device=device, dtype=dtype)
         self.num_views = num_views
         self.num_chunks, self.statistics = 1, None
-        self.collective = Collective()
+        self.collective = GroupCollective(process_group)
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self.training:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(-1)).squeeze(-1)
         count = self._values_per_channel(input)
         x = _dense(input)
         with torch.no_grad():
@@ -78,25 +104,27 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         return normalised
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in (2, 4) or input.shape[1] != self.num_features:
+        if input.dim() not in (2, 3, 4) or input.shape[1] != self.num_features:
             c = self.num_features
-            raise ValueError(f"ViewBatchNorm takes [V*n, {c}] or [V*n, {c}, H, W], got {list(input.shape)}.")
+            raise ValueError(
+                f"ViewBatchNorm takes [V*n, {c}], [V*n, {c}, L] or [V*n, {c}, H, W], given {list(input.shape)}"
+            )
 
     def _values_per_channel(self, input: Tensor) -> int:
-        """N: how many values of one channel and one view there are, over all ranks."""
+        """Count the values N of one channel and one view, over all ranks."""
         rows, views, ranks = input.shape[0], self.num_views, self.collective.world_size
         if rows % views:
-            raise ValueError(f"ViewBatchNorm got {rows} rows, which num_views (={views}) does not divide.")
+            raise ValueError(f"ViewBatchNorm got {rows} rows, which num_views (={views}) does not divide")
         count = input.numel() // (self.num_features * views) * ranks
         if count < 2:
             raise ValueError(
-                f"ViewBatchNorm needs more than 1 value per channel and view to train, got {list(input.shape)} with "
-                f"num_views={views} on {ranks} rank(s)."
+                f"ViewBatchNorm needs more than 1 value per channel and view to train, given {list(input.shape)} with "
+                f"num_views={views} on {ranks} rank(s)"
             )
         return count
 
     def _known_statistics(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Those that an earlier pass of this batch found, or else of `x`, which then also move the running ones."""
+        """Return what an earlier pass of this batch found, or else measure `x` and update the running statistics."""
         if self.statistics is not None and self in self.statistics:
             return self.statistics[self]
         mean_VC, var_VC = self._statistics(x)
@@ -106,7 +134,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         return mean_VC, var_VC
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each view over all ranks, each [V, C]."""
+        """Return mean and biased variance of each view over all ranks, each [V, C]."""
         local_V2C = torch.stack([_statistics(x_v) for x_v in _split(x, self.num_views)])
         if self.collective.world_size == 1:
             return local_V2C[:, 0], local_V2C[:, 1]
@@ -115,7 +143,7 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
         return mean_VC, var_WVC.mean(0) + (mean_WVC - mean_VC).square().mean(0)
 
     def _track(self, mean_VC: Tensor, unbiased_var_VC: Tensor) -> None:
-        """Updates the running statistics as V successive calls would; k chunks together weigh as much as one batch."""
+        """Update the running statistics as V successive calls would; k chunks together weigh as much as one batch."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
         kept = (1 - self.momentum) ** (1 / self.num_chunks)
@@ -132,28 +160,84 @@ class ViewBatchNorm(nn.modules.batchnorm._BatchNorm):
 Statistics = dict[ViewBatchNorm, tuple[Tensor, Tensor]]  # mean and biased variance, each [V, C]
 
 
+def convert_norms(model: nn.Module, num_views: int = 2, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Replace every batch norm of `model` by a `ViewBatchNorm`, in place, as nn.SyncBatchNorm.convert_sync_batchnorm does.
+
+    The new norms take over the parameters themselves (an optimizer made before stays valid), buffers, mode, eps and momentum;
+    state dicts stay as they are. Hooks of the old norms are lost. Call it before the model is wrapped by DDP or sharded.
+
+    Args:
+        model: holds nn.BatchNorm1d, nn.BatchNorm2d or nn.SyncBatchNorm, or is one.
+        num_views: number of views in a batch, see `ViewBatchNorm`.
+        process_group: ranks to take statistics over; None keeps the group of a SyncBatchNorm, and means all ranks otherwise.
+
+    Returns:
+        `model`, or the new norm if `model` itself is one.
+
+    Raises:
+        ValueError: for batch norms that ViewBatchNorm cannot stand for (3-d or lazy ones, subclasses of nn.BatchNorm2d with a
+            forward pass of their own, momentum=None, track_running_stats=False), before anything is changed.
+    """
+    norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
+    for name, norm in norms.items():
+        if (reason := _reason_against(norm)) is not None:
+            raise ValueError(f"norm {name or 'model'!r} ({type(norm).__name__}) cannot be converted: {reason}")
+    converted: dict[nn.Module, ViewBatchNorm] = {}  # a norm used in several places stays one
+    for name, norm in norms.items():
+        if norm not in converted:
+            converted[norm] = _converted(norm, num_views, process_group)
+        if name == "":
+            return converted[norm]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, converted[norm])
+    return model
+
+
+def _reason_against(norm: _BatchNorm) -> str | None:
+    if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, ViewBatchNorm):
+        return "only nn.BatchNorm1d, nn.BatchNorm2d and nn.SyncBatchNorm can; replace it by one of these"
+    if not norm.track_running_stats or norm.running_mean is None:
+        return "track_running_stats is False, but ViewBatchNorm evaluates with running statistics"
+    if norm.momentum is None:
+        return "momentum is None, but ViewBatchNorm has no cumulative average; set a number, e.g. 0.1"
+    return None
+
+
+def _converted(norm: _BatchNorm, num_views: int, process_group: dist.ProcessGroup | None) -> ViewBatchNorm:
+    group = getattr(norm, "process_group", None) if process_group is None else process_group
+    assert norm.momentum is not None
+    new = ViewBatchNorm(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, num_views=num_views, process_group=group
+    )
+    for name, value in (*norm._parameters.items(), *norm._buffers.items()):
+        setattr(new, name, value)
+    return new.train(norm.training)
+
+
 def synchronize_norms(model: nn.Module, collective: Collective) -> None:
-    """From now on the norms of `model` take their statistics over the ranks of `collective`."""
+    """Let the norms of `model` take their statistics over the ranks of `collective` from now on."""
     for norm in _norms(model):
         norm.collective = collective
 
 
 def set_num_views(model: nn.Module, num_views: int) -> None:
-    """From now on the norms of `model` expect batches of `num_views` views."""
+    """Let the norms of `model` expect batches of `num_views` views from now on."""
     for norm in _norms(model):
         norm.num_views = num_views
 
 
 def set_num_chunks(model: nn.Module, num_chunks: int) -> None:
-    """From now on a batch comes in `num_chunks` calls: each moves the running statistics by its share."""
+    """Let the norms of `model` expect a batch in `num_chunks` calls; each moves the running statistics by its share."""
     for norm in _norms(model):
         norm.num_chunks = num_chunks
 
 
 @contextlib.contextmanager
 def reuse_batch_stats(model: nn.Module, statistics: Statistics) -> Iterator[None]:
-    """Within it, whatever passes is the same batch: the first pass fills `statistics`, which is empty before, and moves the
-    running ones; later passes take them from there. Inside of another `reuse_batch_stats` it does nothing.
+    """Treat all passes inside this context as passes of the same batch.
+
+    The first pass fills `statistics`, which is empty before, and updates the running statistics; later passes read them and
+    send nothing. Inside another `reuse_batch_stats` this one does nothing.
     """
     norms = [norm for norm in _norms(model) if norm.statistics is None]
     for norm in norms:
@@ -170,7 +254,7 @@ def _norms(model: nn.Module) -> list[ViewBatchNorm]:
 
 
 class _ViewNormalise(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias per view; the backward knows that mean and var come from x."""
+    """Compute (x - mean) / sqrt(var + eps) * weight + bias per view; the backward pass knows that mean and var come from x."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -220,17 +304,17 @@ class _ViewNormalise(torch.autograd.Function):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """`x` in one of the two memory formats that the kernels are fast for: as it is, if it is in one."""
+    """Return `x` in one of the two memory formats that the kernels are fast for: unchanged, if it is in one."""
     return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def _split(x: Tensor, num_views: int) -> Tensor:
-    """[V*n, C, ...] -> [V, n, C, ...]: each view is a run of rows, so dense in the memory format of `x`."""
+    """Split [V*n, C, ...] -> [V, n, C, ...]: each view is a run of rows, so dense in the memory format of `x`."""
     return x.unflatten(0, (num_views, -1))
 
 
 def _in_dtype(parameter: Tensor | None, like_VC: Tensor, default: float) -> Tensor:
-    """A [C] parameter in the dtype of the statistics; filled with `default` if the norm has none."""
+    """Return a [C] parameter in the dtype of the statistics, or `default` everywhere if the norm has none."""
     return torch.full_like(like_VC[0], default) if parameter is None else parameter.to(like_VC.dtype)
 
 
@@ -239,8 +323,8 @@ def _in_dtype(parameter: Tensor | None, like_VC: Tensor, default: float) -> Tens
 
 
 def _statistics(x: Tensor) -> Tensor:
-    """Mean and biased variance on this rank, [2, C], in fp32 (in fp64 for fp64)."""
-    # `batch_norm_update_stats` answers in the dtype of the running statistics that it is given; these are scrap. It is
+    """Return mean and biased variance on this rank, [2, C], in fp32 (in fp64 for fp64)."""
+    # `batch_norm_update_stats` returns the dtype of the running statistics that it is given; these are scrap. It is
     # 3 to 10 times faster than torch.var_mean over (0, 2, 3): 2.7 against 9.3 ms contiguous, 1.0 against 9.6 ms
     # channels_last, at [128, 16, 32, 32] on two CPU cores.
     x, slots = _in_slots(x)
@@ -254,7 +338,7 @@ def _statistics(x: Tensor) -> Tensor:
 
 
 def _in_slots(x: Tensor) -> tuple[Tensor, int]:
-    """On a CPU, [n, C, ...] stored channels last as [rows, S*C], and S: each of S slots has some of the N values per channel.
+    """Return, on a CPU, [n, C, ...] stored channels last as [rows, S*C], and S: each slot has some of the N values per channel.
 
     torch's kernels for channels last add up all N in fp32, one by one: at [64, 64, 48, 48] the relative error of a variance
     is 5e-4 to 1e-3. Sums over the 128 to 255 rows of a slot, put together in fp64, have one of 6e-7, and cost a tenth more.
@@ -270,13 +354,13 @@ def _in_slots(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _normalise(x: Tensor, mean_C: Tensor, invstd_C: Tensor, weight_C: Tensor, bias_C: Tensor, out: Tensor) -> None:
-    """out = (x - mean) * invstd * weight + bias: what batch norm does in evaluation."""
+    """Write (x - mean) * invstd * weight + bias to `out`: what batch norm does in evaluation."""
     unused = mean_C.new_empty(0), mean_C.new_empty(0)
     torch.native_batch_norm(x, weight_C, bias_C, mean_C, invstd_C.pow(-2), False, 0.0, 0.0, out=(out, *unused))
 
 
 def _backward_sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor, weight_C: Tensor) -> Tensor:
-    """sum(dy) and sum(dy * xhat) on this rank, [2, C]: the gradients of bias and weight."""
+    """Return sum(dy) and sum(dy * xhat) on this rank, [2, C]: the gradients of bias and weight."""
     (dy, slots), (x, _) = _in_slots(dy), _in_slots(x)
     per_channel = (weight_C.repeat(slots), None, None, mean_C.repeat(slots), invstd_C.repeat(slots))
     _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(dy, x, *per_channel, True, 0.0, [False, True, True])
@@ -287,7 +371,7 @@ def _backward_sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor, weig
 def _input_gradient(
     dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor, weight_C: Tensor, means_2C: Tensor, out: Tensor
 ) -> None:
-    """dx, given the means of dy and of dy * xhat. Its part in xhat is itself a normalisation of x: the same kernel."""
+    """Write dx, given the means of dy and of dy * xhat. Its part in xhat is itself a normalisation of x: the same kernel."""
     scale_C = weight_C * invstd_C
     shift_C, slope_C = -scale_C * means_2C
     _normalise(x, mean_C, invstd_C, slope_C, shift_C, out)
@@ -297,7 +381,7 @@ def _input_gradient(
 def _input_gradient_cuda(
     dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor, weight_C: Tensor, means_2C: Tensor, out: Tensor
 ) -> None:
-    """As `_input_gradient`, by the kernel of torch's SyncBatchNorm, which rounds once (it matters in bf16)."""
+    """Do the same by the kernel of torch's SyncBatchNorm, which rounds once (it matters in bf16)."""
     mean_dy_C, mean_dy_xhat_C = means_2C
     one = torch.ones(1, dtype=torch.int32, device=x.device)  # the kernel divides sums by their count
     out.copy_(

@@ -1,6 +1,6 @@
 """ResNets: torchvision's blocks and state-dict keys, with our norm, a free base width and a stem for small images.
 
-Differs from torchvision.models.ResNet in four ways: the norm is ViewBatchNorm; `fc` is the identity, so the network
+It differs from torchvision.models.ResNet in four ways: the norm is ViewBatchNorm; `fc` is the identity, so the network
 returns the pooled feature; the last norm of every residual branch starts at zero, so that a block begins as the
 identity (as in MoCo v3); and the width of the first stage is an argument (64 is the published network; 16 trains on a
 laptop).
@@ -24,11 +24,10 @@ _BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
 }
-ARCHS = tuple(_BLOCKS)
 
 
 class ResNet(torchvision.models.ResNet):
-    """[n, 3, H, W] -> [n, num_features], with num_features = 8 * width (basic blocks) or 32 * width (bottlenecks)."""
+    """Turn [n, 3, H, W] into [n, num_features]: 8 * width features with basic blocks, 32 * width with bottlenecks."""
 
     def __init__(
         self, block: type[BasicBlock] | type[Bottleneck], num_blocks: list[int], width: int = 64, stem: str = "imagenet"
@@ -45,7 +44,7 @@ class ResNet(torchvision.models.ResNet):
             self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
             self.maxpool = nn.Identity()
         else:
-            raise ValueError(f"model.stem is {stem!r}; allowed: {', '.join(STEMS)}.")
+            raise ValueError(f"stem is {stem!r}; allowed: {', '.join(STEMS)}")
         self.bn1 = ViewBatchNorm(width)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = self._make_layer(block, width, num_blocks[0])
@@ -58,7 +57,7 @@ class ResNet(torchvision.models.ResNet):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As torchvision with zero_init_residual=True: He et al. (2015), fan out; norms 1 and 0, last of a branch 0."""
+        """Initialise as torchvision with zero_init_residual=True: He et al. (2015), fan out; last norm of a branch 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -68,7 +67,7 @@ class ResNet(torchvision.models.ResNet):
                 nn.init.zeros_(module.get_parameter("bn2.weight"))
 
     def checkpoint_activations(self) -> None:
-        """From now on keeps only the inputs of the blocks for the backward pass, which runs each block once more."""
+        """Keep only the inputs of the blocks for the backward pass from now on; it runs each block once more."""
         for name in ("layer1", "layer2", "layer3", "layer4"):
             setattr(self, name, _Checkpointed(*self.get_submodule(name).children()))
 
@@ -86,6 +85,6 @@ class _Checkpointed(nn.Sequential):
 
 
 def build(arch: str, *, width: int = 64, stem: str = "imagenet") -> ResNet:
-    """The backbone of that name (one of ARCHS), randomly initialised."""
+    """Build the backbone of that name (one of `backbones.RESNETS`), randomly initialised."""
     block, num_blocks = _BLOCKS[arch]
     return ResNet(block, num_blocks, width, stem)

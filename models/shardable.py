@@ -1,4 +1,4 @@
-"""What a network must tell so that it can be sharded, trained in chunks, and followed by a moving average."""
+"""The interface of networks that can be sharded, trained in chunks, and followed by a moving average."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -12,16 +12,16 @@ from crossbatch.models.collective import Collective
 
 
 class ShardableModel(nn.Module, ABC):
-    """A network whose online part is trained and whose momentum part, if there is one, follows it."""
+    """A network with an online part, which is trained, and perhaps a momentum part, which follows it."""
 
     collective: Collective
     autocast_dtype: torch.dtype | None = None  # of `forward`; None: whatever is in force around it
 
     def forward(self, part: str, *args):
-        """Calls the method named `part`: sharding backends gather parameters where `forward` is called, and only there.
+        """Call the method named `part`: DDP and sharding backends do their work where `forward` is called, and only there.
 
-        Autocast begins here because DeepSpeed switches off one that its engine is called in. One a call: it would remember
-        weights that it cast without gradient.
+        Autocast begins here because DeepSpeed switches off one that surrounds the call of its engine. It begins anew in each
+        call, or it would remember weights that it cast without gradient.
         """
         with autocast(args[0].device.type, self.autocast_dtype):
             return getattr(self, part)(*args)
@@ -29,24 +29,25 @@ class ShardableModel(nn.Module, ABC):
     @property
     @abstractmethod
     def chunked_module(self) -> nn.Module:
-        """The part that is run and back-propagated chunk by chunk."""
+        """Return the part that is run and back-propagated chunk by chunk."""
 
     @abstractmethod
     def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-        """(name, online parameter, momentum parameter) of everything that the moving average follows."""
+        """Return (name, online parameter, momentum parameter) of everything that the moving average follows."""
 
     @abstractmethod
     def fsdp_units(self) -> list[nn.Module]:
-        """What is gathered together where parameters are sharded, from the inside out, without the network itself. Online and
-        momentum parts alike, so that their shards are cut alike.
+        """Return the modules that FSDP gathers one by one, from the inside out, without the network itself.
+
+        Online and momentum parts have units alike, so that their shards are cut alike.
         """
 
 
 def autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Forward passes in `dtype`; None changes nothing."""
+    """Run forward passes in `dtype`; None changes nothing."""
     return torch.autocast(device_type, dtype) if dtype else contextlib.nullcontext()
 
 
 def backbone_units(backbone: nn.Module) -> list[nn.Module]:
-    """The blocks of a backbone, then all of it."""
+    """Return the blocks of a backbone, then the backbone."""
     return [*blocks(backbone), backbone]

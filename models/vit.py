@@ -1,11 +1,11 @@
 """Vision transformers as MoCo v3 trains them: timm's network with fixed positions, another start and another stem.
 
-What is MoCo v3's own (Chen, Xie, He 2021, sections 4 to 6, and their release):
+MoCo v3 (Chen, Xie, He 2021, sections 4 to 6, and their release) differs from timm in:
 
 - **12 heads at width 384** in ViT-S, where DeiT and timm have 6. The shapes are the same, so a mistake loads silently.
 - **Positions** are a fixed 2-D sine-cosine table, stored as the frozen parameter `pos_embed` so that files stay
   compatible. With omega_j = 10000^(-j / (C/4)), the token in row r and column c is
-  [sin(r omega), cos(r omega), sin(c omega), cos(c omega)]; the class token's position is zero. (The original gives
+  [sin(r omega), cos(r omega), sin(c omega), cos(c omega)]; the class token's position is zero. (MoCo v3's release gives
   the same table on square grids and a wrong one on others.)
 - **Initialisation**: Xavier-uniform everywhere, where query, key and value count as three matrices, not one.
 - **Stability**: the gradient of the patch projection spikes first, so it is left at its random start
@@ -16,41 +16,20 @@ Shapes: n = images, C = embed_dim.
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from crossbatch.models.backbones import Layout
 from crossbatch.models.norm import ViewBatchNorm
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The sizes of a ViT; `conv_stem` replaces the patch projection."""
-
-    embed_dim: int
-    depth: int = 12
-    num_heads: int = 12
-    patch_size: int = 16
-    mlp_ratio: float = 4.0
-    conv_stem: bool = False
-
-
-LAYOUTS = {
-    "vit_small": Layout(embed_dim=384),
-    "vit_base": Layout(embed_dim=768),
-    "vit_conv_small": Layout(embed_dim=384, depth=11, conv_stem=True),
-    "vit_conv_base": Layout(embed_dim=768, depth=11, conv_stem=True),
-}
-ARCHS = tuple(LAYOUTS)
-
-
 class ConvStem(nn.Module):
-    """[n, 3, H, W] -> [n, H/16 * W/16, C]: four 3x3 convolutions of stride 2, each with norm and ReLU, then a 1x1.
+    """Turn [n, 3, H, W] into [n, H/16 * W/16, C]: four 3x3 convolutions of stride 2, each with norm and ReLU, then a 1x1.
 
-    Keeps torch's default initialisation, as the original does.
+    Convolutions keep torch's default initialisation, as in MoCo v3's release.
     """
 
     def __init__(self, embed_dim: int):
@@ -72,13 +51,21 @@ class ConvStem(nn.Module):
 
 
 class ViT(VisionTransformer):
-    """[n, 3, H, W] -> [n, C]: the class token after the final norm. State-dict keys are timm's, without the head."""
+    """Turn [n, 3, H, W] into [n, C], the class token after the final norm. State-dict keys are timm's, without the head.
+
+    Args:
+        layout: sizes; `backbones.LAYOUTS` has the published ones.
+        image_size: side in pixels, or (height, width); multiples of the patch size.
+        stop_grad_conv1: freeze the patch projection at its random start.
+
+    Raises ValueError if a conv stem should be frozen.
+    """
 
     def __init__(self, layout: Layout, image_size: int | tuple[int, int] = 224, stop_grad_conv1: bool = False):
         if layout.conv_stem and stop_grad_conv1:
             raise ValueError(
-                "model.stop_grad_conv1 is true but a conv stem is never frozen: it trains stably as it is. "
-                "Set it to false, or take vit_small or vit_base."
+                "stop_grad_conv1 is true, but a conv stem is never frozen: it trains stably as it is; set it to false, or "
+                "take vit_small or vit_base"
             )
         super().__init__(
             img_size=image_size,
@@ -101,12 +88,12 @@ class ViT(VisionTransformer):
             self.patch_embed.requires_grad_(False)
 
     def checkpoint_activations(self) -> None:
-        """From now on keeps only the inputs of the blocks for the backward pass, which runs each block once more."""
+        """Keep only the inputs of the blocks for the backward pass from now on; it runs each block once more."""
         self.set_grad_checkpointing()
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """The order of section 2.1; LayerNorms keep 1 and 0."""
+        """Draw the initial weights in the order of MoCo v3's release; LayerNorms keep 1 and 0."""
         assert isinstance(self.cls_token, nn.Parameter) and isinstance(self.pos_embed, nn.Parameter)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -127,7 +114,7 @@ class ViT(VisionTransformer):
 
 
 def sincos_positions(num_rows: int, num_columns: int, embed_dim: int) -> Tensor:
-    """The position table [1, 1 + num_rows * num_columns, C], fp32; the class token first, the patches row by row."""
+    """Return the position table [1, 1 + num_rows * num_columns, C], fp32; the class token first, the patches row by row."""
     quarter = embed_dim // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     row_angles = torch.outer(torch.arange(num_rows, dtype=torch.float64), omega)
@@ -136,8 +123,3 @@ def sincos_positions(num_rows: int, num_columns: int, embed_dim: int) -> Tensor:
     by_column = torch.cat((column_angles.sin(), column_angles.cos()), 1).repeat(num_rows, 1)
     patches = torch.cat((by_row, by_column), 1)
     return torch.cat((torch.zeros_like(patches[:1]), patches)).float().unsqueeze(0)
-
-
-def build(layout: Layout, *, image_size: int | tuple[int, int] = 224, stop_grad_conv1: bool = False) -> ViT:
-    """A ViT of that layout (LAYOUTS has the published ones); ValueError if a conv stem should be frozen."""
-    return ViT(layout, image_size, stop_grad_conv1)

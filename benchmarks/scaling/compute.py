@@ -22,7 +22,7 @@ from benchmarks.scaling.catalogue import Gpu
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.backbones import Backbone, build_backbone
-from crossbatch.models.loss import num_terms
+from crossbatch.models.loss import NUM_TERMS
 
 TRAINING_UNITS = 3  # a forward and a backward pass
 
@@ -95,7 +95,7 @@ def _heads_flops(model: MoCo, run: ResolvedConfig) -> float:
     queries, keys = _weights(model.online.projector) + _weights(model.predictor), _weights(model.momentum.projector)
     heads = 2 * rows * streams * (TRAINING_UNITS * queries + keys)
     dim = run.config.crossbatch.model.dim
-    loss = 2 * 2 * num_terms(model.add_bf) * run.local_batch * run.config.train_batch_size * dim
+    loss = 2 * 2 * NUM_TERMS[model.batchformer_loss] * run.local_batch * run.config.train_batch_size * dim
     if model.batchformer is None or run.group_size is None:
         return float(heads + loss)
     width = model.online.backbone.num_features

@@ -26,7 +26,7 @@ from benchmarks.scaling.traffic import BUCKET
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
 from crossbatch.engine.runtime.chunk_size import loader_bytes
 from crossbatch.models import NUM_VIEWS, MoCo
-from crossbatch.models.loss import MEAN_WITH_SELF, num_terms
+from crossbatch.models.loss import NUM_TERMS
 
 GIB = 2.0**30
 CONTEXT = 1.0 * GIB  # assumed
@@ -89,7 +89,9 @@ def batch_wide_kept(model: MoCo, run: ResolvedConfig) -> float:
     heads = torch.nn.Sequential(model.online.projector, model.predictor)
     row = kept(heads, torch.empty(1, width, device="meta"), run.precision)
     dim = run.config.crossbatch.model.dim
-    loss = (rows * streams + num_terms(model.add_bf) * run.local_batch) * dim * _FP32  # queries, and their gradients
+    loss = (
+        (rows * streams + NUM_TERMS[model.batchformer_loss] * run.local_batch) * dim * _FP32
+    )  # queries, and their gradients
     cached = 0 if run.chunks == 1 else 3 * rows * width * _FP32  # features of both encoders, and a gradient
     return row.bytes(rows * streams) + loss + cached + _batchformer_kept(model, run, rows)
 
@@ -108,7 +110,7 @@ def _batchformer_kept(model: MoCo, run: ResolvedConfig, rows: int) -> float:
 
 
 def _keys(model: MoCo, run: ResolvedConfig) -> float:
-    streams = (1 if model.batchformer is None else 2) + (model.add_bf == MEAN_WITH_SELF)
+    streams = (1 if model.batchformer is None else 2) + (model.batchformer_loss == "mean_with_self")
     keys = NUM_VIEWS * streams * run.config.train_batch_size * run.config.crossbatch.model.dim
     return (2 if run.world_size > 1 else 1) * keys * _FP32 + _LOGITS
 

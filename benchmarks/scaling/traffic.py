@@ -25,7 +25,6 @@ from crossbatch.engine.config import LarsConfig, ResolvedConfig
 from crossbatch.engine.optimizers import parameter_groups
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.batchformer import BatchFormer
-from crossbatch.models.loss import MEAN_WITH_SELF
 from crossbatch.models.norm import ViewBatchNorm
 
 FP32, FP64 = 4, 8
@@ -94,7 +93,7 @@ def batch_messages(model: MoCo, run: ResolvedConfig) -> Iterator[Message]:
     """Keys, and features of BatchFormer groups."""
     ours, images = run.config.crossbatch, NUM_VIEWS * run.local_batch * run.world_size
     streams = 1 if model.batchformer is None else 2
-    streams += ours.batchformer.add_bf == MEAN_WITH_SELF
+    streams += model.batchformer_loss == "mean_with_self"
     yield Message("keys", "all-gather", images * streams * ours.model.dim * FP32)
     if run.group_size is not None and run.group_size > run.local_batch:
         size = images * model.online.backbone.num_features * FP32

@@ -9,7 +9,7 @@ import torch
 from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config.schema import Config, LarsConfig
-from crossbatch.models.loss import chance_loss, uses_batchformer
+from crossbatch.models.loss import chance_loss, loss_from_add_bf
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class ResolvedConfig(Resolved):
     @property
     def chance_loss(self) -> float:
         ours = self.config.crossbatch
-        return chance_loss(ours.batchformer.add_bf, ours.model.temperature, self.config.train_batch_size)
+        kind = loss_from_add_bf(ours.batchformer.add_bf)
+        return chance_loss(kind, ours.model.temperature, self.config.train_batch_size)
 
 
 def resolve(config: Config, world_size: int, device: Device, local_world_size: int = 1) -> ResolvedConfig:
@@ -174,7 +175,7 @@ def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:
 
 
 def _group_size(config: Config, local_batch: int) -> int | None:
-    if not uses_batchformer(config.crossbatch.batchformer.add_bf):
+    if loss_from_add_bf(config.crossbatch.batchformer.add_bf) == "none":
         return None
     batch = config.train_batch_size
     size = min(config.crossbatch.batchformer.group_size, batch)

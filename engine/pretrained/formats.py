@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from crossbatch.models import vit
-from crossbatch.models.backbones import family
+from crossbatch.models.backbones import LAYOUTS, family
 
 # What timm's and DeiT's constructors of these names set; ViT-S has 6 heads there.
 _THEIR_VITS: dict[str, dict[str, Any]] = {
@@ -59,7 +58,7 @@ def _vit(to: str, arch: str, image_size: int, backbone_args: Mapping[str, Any]) 
         raise ValueError(
             f"{to} cannot build {arch}, whose stem is a stack of convolutions; allowed: vit_small, vit_base"
         )
-    ours = {**vars(vit.LAYOUTS[arch]), **backbone_args, "img_size": image_size}
+    ours = {**vars(LAYOUTS[arch]), **backbone_args, "img_size": image_size}
     different = {name: ours[name] for name, value in _THEIR_VITS[arch].items() if ours[name] != value}
     prefix = "deit" if to == "deit" else "vit"
     return Constructor("timm", f"{prefix}_{arch.removeprefix('vit_')}_patch16_224", different)

@@ -294,7 +294,9 @@ def _built(arch: str, image_size: int, stem: str, args: dict[str, Any], where: s
     try:
         return build_backbone(arch, image_size, stem, backbone_args=args)
     except ValueError as error:
-        raise InputError(f"{where}: crossbatch.{error}") from None
+        raise InputError(
+            f"{where}: crossbatch.{'data' if str(error).startswith('image_size') else 'model'}.{error}"
+        ) from None
 
 
 def _heads(backbone: Backbone) -> int | None:

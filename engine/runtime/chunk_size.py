@@ -18,7 +18,7 @@ from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.runtime.distributed import World, broadcast_object
 from crossbatch.engine.tasks.build import build_model
-from crossbatch.models import NUM_VIEWS, MoCo, autocast
+from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
 
 MARGIN = 0.75  # of what is free: fragmentation, workspaces, the loader
 SMALL, LARGE = 2, 4  # images of the probe
@@ -35,6 +35,7 @@ def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, cac
         return known, f"chunk of {known} images, as before"
     with torch.device("meta"):
         model = build_model(run)
+    model.set_collective(Collective())  # each rank measures by itself
     dtype = autocast_dtype(run.precision)
     per_image = bytes_per_image(model.online.backbone, run.config.crossbatch.data.image_size, device, dtype)
     rest = batch_wide_bytes(model, run)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from crossbatch import InputError
-from crossbatch.models.collective import Collective
+from crossbatch.models.collective import GroupCollective
 
 T = TypeVar("T")
 
@@ -146,37 +146,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-class GroupCollective(Collective):
-    """The collectives of the default process group."""
-
-    def __init__(self) -> None:
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
-            return super().all_gather(tensor)
-        tensor = tensor.detach().contiguous()
-        gathered = tensor.new_empty((self.world_size, *tensor.shape))
-        dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1))
-        return gathered
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
-            return super().all_reduce(tensor)
-        tensor = tensor.detach().contiguous()
-        dist.all_reduce(tensor)
-        return tensor
-
-    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1:
-            return super().reduce_scatter(tensor)
-        tensor = tensor.detach().contiguous()
-        shard = tensor.new_empty(tensor.shape[1:])
-        dist.reduce_scatter_tensor(shard.view(-1), tensor.view(-1))
-        return shard
 
 
 def barrier() -> None:

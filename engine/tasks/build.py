@@ -1,10 +1,12 @@
 """Configuration -> model, and the numbers of a dry run."""
 
+import re
+
 import torch
 
 from crossbatch import InputError
 from crossbatch.engine.config import ResolvedConfig
-from crossbatch.models import MoCo
+from crossbatch.models import MoCo, loss_from_add_bf
 
 
 def build_model(run: ResolvedConfig) -> MoCo:
@@ -22,10 +24,10 @@ def build_model(run: ResolvedConfig) -> MoCo:
             stop_grad_conv1=ours.model.stop_grad_conv1,
             backbone_args=dict(ours.model.backbone_args),
             checkpoint_activations=ours.model.checkpoint_activations,
-            dim=ours.model.dim,
+            projection_dim=ours.model.dim,
             mlp_dim=ours.model.mlp_dim,
             temperature=ours.model.temperature,
-            add_bf=ours.batchformer.add_bf,
+            batchformer_loss=loss_from_add_bf(ours.batchformer.add_bf),
             group_size=run.group_size or 1,
             dropout=ours.batchformer.dropout,
             batchformer_mode=ours.batchformer.mode,
@@ -33,7 +35,14 @@ def build_model(run: ResolvedConfig) -> MoCo:
             cuda_graph=ours.model.cuda_graph,
         )
     except ValueError as error:
-        raise InputError(f"crossbatch.{error}") from None
+        raise InputError(add_key(error)) from None
+
+
+def add_key(error: ValueError) -> str:
+    """Return the message with the configuration key of the argument of MoCo or `build_backbone` that it begins with."""
+    sections = {"image_size": "data", "kernel": "batchformer", "group_size": "batchformer", "dropout": "batchformer"}
+    argument = re.split(r"[ .]", str(error), maxsplit=1)[0]
+    return f"crossbatch.{sections.get(argument, 'model')}.{error}"
 
 
 def describe(run: ResolvedConfig, steps_per_epoch: int | None) -> dict:

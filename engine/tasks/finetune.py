@@ -167,7 +167,7 @@ class FinetuneTask(Trainer):
         try:
             model = Classifier(backbone, classes, settings.drop_path, settings.average > 0).to(self.device)
         except ValueError as error:
-            raise InputError(f"crossbatch.{error}") from None
+            raise InputError(f"crossbatch.finetune.{error}") from None
         model.set_collective(GroupCollective())
         backend = build_backend(model, self.run)
         return FinetuneStep(backend, self.run, self.device, self.count_steps(), chunk, self.world.rank)

@@ -2,11 +2,11 @@
 
 layer       the module, its groups and its linear layers
 dropout     masks by position in the global batch
-dispatch    which kernel computes what lies between the linear layers, and why not another
+dispatch    which kernel computes what lies between the linear layers, and why no other
 reference, sdpa, fused      the kernels; `fused` consists of
     ops                     its operators for torch: shapes, gradients, what is kept
-    tiles, flash            the two ways of the attention
-    passes_cpu, passes_triton   what lies between the products
+    tiles                   the attention, by tiles of the score matrix
+    passes_cpu, passes_triton   the passes between the products
 """
 
 from crossbatch.models.batchformer.dropout import DropoutKey, keep_mask

@@ -1,17 +1,18 @@
-"""Dropout masks that depend on where an image stands in the global batch, not on the rank or chunk that holds it.
+"""Dropout masks that depend on an image's position in the global batch, not on the rank or chunk that holds it.
 
 A mask element is a hash of (seed, step, stream, view, place in the layer, row, column), where the row is the position of an
-image in the global batch. So any split of the batch into ranks and chunks drops the same elements, a second pass over a chunk
+image in the global batch. So every split of the batch into ranks and chunks drops the same elements, a second pass over a chunk
 repeats the first, a resumed run continues with the same masks, and nothing has to be stored for the backward pass or in a
 checkpoint.
 
-The hash is `triple32` (Chris Wellons, "Prospecting for hash functions", 2018; public domain), chained over the words of the
+The hash is `triple32` (Chris Wellons, "Prospecting for hash functions", 2018; public domain), chained over the parts of the
 key. It needs only 32-bit integers, so kernels can recompute the same bits.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 ATTENTION, AFTER_ATTENTION, INSIDE_MLP, AFTER_MLP = range(4)  # the four places of dropout
 NUM_PLACES = 4
@@ -22,15 +23,15 @@ LAST_SHIFT = 14
 
 
 def hash_word(word: int) -> int:
-    """`triple32` of one 32-bit word, in Python integers."""
+    """Compute `triple32` of one 32-bit word, in Python integers."""
     for shift, factor in ROUNDS:
         word ^= word >> shift
         word = word * factor & 0xFFFFFFFF
     return word ^ word >> LAST_SHIFT
 
 
-def hash_words(words: torch.Tensor) -> torch.Tensor:
-    """`triple32` elementwise on int32 tensors, whose bits are read as unsigned; products wrap."""
+def hash_words(words: Tensor) -> Tensor:
+    """Compute `triple32` elementwise on int32 tensors, whose bits are read as unsigned; products wrap."""
     for shift, factor in ROUNDS:
         words = words ^ (words >> shift & (1 << (32 - shift)) - 1)
         words = words * signed(factor)
@@ -38,84 +39,89 @@ def hash_words(words: torch.Tensor) -> torch.Tensor:
 
 
 def signed(word: int) -> int:
-    """The int32 with these 32 bits."""
+    """Return the int32 with these 32 bits."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """What a mask depends on besides its row and column: the words are hashed in this order."""
+    """Everything that a mask depends on besides view, place, row and column; the parts are hashed in this order."""
 
     seed: int
     step: int
     stream: int = 0  # 0 online, 1 momentum encoder
 
-    def word(self, view: int, place: int) -> int:
-        """One 32-bit word for the masks of one view at one place of the layer."""
+    def dropout_seed(self, view: int, place: int) -> int:
+        """Return the 32-bit seed of the masks of one view at one place of the layer."""
         word = 0
         for part in (self.seed & 0xFFFFFFFF, self.seed >> 32, self.step, self.stream, view, place):
             word = hash_word(word ^ part & 0xFFFFFFFF)
         return word
 
-    def words(self, views: int, device: torch.device) -> torch.Tensor:
-        """int32 [NUM_PLACES, views]: all words of one pass, where kernels read them. Nothing waits for the copy."""
-        words = [[signed(self.word(view, place)) for view in range(views)] for place in range(NUM_PLACES)]
-        host = torch.tensor(words, dtype=torch.int32)
+    def dropout_seeds(self, views: int, device: torch.device) -> Tensor:
+        """Return all seeds of one pass, int32 [NUM_PLACES, views], on `device`. The copy to a GPU blocks nothing."""
+        seeds = [[signed(self.dropout_seed(view, place)) for view in range(views)] for place in range(NUM_PLACES)]
+        host = torch.tensor(seeds, dtype=torch.int32)
         return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def random_seeds(views: int, device: torch.device) -> Tensor:
+    """Draw seeds of one pass, int32 [NUM_PLACES, views], from torch's generator of `device`."""
+    return torch.randint(-(1 << 31), 1 << 31, (NUM_PLACES, views), dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What is dropped at one place of the layer, for S sequences: the A groups of this rank of view 0, those of view 1, ...
+    """Dropout at one place of the layer, for S sequences: the A groups of this rank of view 0, those of view 1, ...
 
     Row i and column j of a sequence stand at consecutive global positions: in group a, at first_row + a * rows + i and at
-    first_column + a * columns + j. Of the attention, row (i, head h) has the number position * heads + h and columns are
+    first_column + a * columns + j. In the attention, row (i, head h) has the number position * heads + h and columns are
     positions; elsewhere rows are positions and columns features.
     """
 
-    words_V: torch.Tensor  # int32, of this place
+    seeds_V: Tensor  # int32, of this place
     probability: float
     first_row: int = 0
     first_column: int = 0
 
     @property
     def threshold(self) -> int:
-        """The smallest word, read as a signed integer, that survives."""
+        """Return the smallest hash, read as a signed integer, that survives."""
         return threshold(self.probability)
 
-    def rows(self, sequences: int, rows: int) -> torch.Tensor:
-        """int32 [S, rows]: global positions."""
+    def rows(self, sequences: int, rows: int) -> Tensor:
+        """Return the global positions of rows, int32 [S, rows]."""
         return self._positions(self.first_row, sequences, rows)
 
-    def columns(self, sequences: int, columns: int) -> torch.Tensor:
-        """int32 [S, columns]: global positions."""
+    def columns(self, sequences: int, columns: int) -> Tensor:
+        """Return the global positions of columns, int32 [S, columns]."""
         return self._positions(self.first_column, sequences, columns)
 
-    def attention_rows(self, sequences: int, heads: int, rows: int) -> torch.Tensor:
-        """int32 [S, heads, rows]."""
-        head = torch.arange(heads, dtype=torch.int32, device=self.words_V.device)
+    def attention_rows(self, sequences: int, heads: int, rows: int) -> Tensor:
+        """Return the numbers of the attention's rows, int32 [S, heads, rows]."""
+        head = torch.arange(heads, dtype=torch.int32, device=self.seeds_V.device)
         return self.rows(sequences, rows).unsqueeze(1) * heads + head.unsqueeze(-1)
 
-    def words(self, sequences: int) -> torch.Tensor:
-        """int32 [S]: each sequence's word, that of its view."""
-        return self.words_V.repeat_interleave(sequences // len(self.words_V), output_size=sequences)
+    def seeds(self, sequences: int) -> Tensor:
+        """Return each sequence's seed, that of its view, int32 [S]."""
+        return self.seeds_V.repeat_interleave(sequences // len(self.seeds_V), output_size=sequences)
 
-    def _positions(self, first: int, sequences: int, length: int) -> torch.Tensor:
-        groups = sequences // len(self.words_V)
-        one_view = torch.arange(first, first + groups * length, dtype=torch.int32, device=self.words_V.device)
-        return one_view.view(groups, length).repeat(len(self.words_V), 1)
+    def _positions(self, first: int, sequences: int, length: int) -> Tensor:
+        groups = sequences // len(self.seeds_V)
+        one_view = torch.arange(first, first + groups * length, dtype=torch.int32, device=self.seeds_V.device)
+        return one_view.view(groups, length).repeat(len(self.seeds_V), 1)
 
 
 def threshold(probability: float) -> int:
-    """probability * 2^32 - 2^31 as an int32: a word, read as a signed integer, survives if it is at least this."""
+    """Return probability * 2^32 - 2^31 as an int32: a hash, read as a signed integer, survives if it is at least this."""
     return min(round(probability * 2**32), 2**32 - 1) - 2**31
 
 
-def keep_mask(word: int | torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, probability: float) -> torch.Tensor:
-    """Which elements survive dropout: see `threshold`.
+def keep_mask(seed: int | Tensor, rows: Tensor, columns: Tensor, probability: float) -> Tensor:
+    """Tell which elements survive dropout: those with a hash of at least `threshold`.
 
     Args:
-        word: `DropoutKey.word` of the mask, or int32 words [...].
+        seed: `DropoutKey.dropout_seed` of the mask, or int32 seeds [...].
         rows: int32 [..., R], distinct numbers of the rows.
         columns: int32 [..., K], distinct numbers of the columns.
         probability: share of elements to drop, in [0, 1).
@@ -123,7 +129,7 @@ def keep_mask(word: int | torch.Tensor, rows: torch.Tensor, columns: torch.Tenso
     Returns:
         bool [..., R, K].
     """
-    word = signed(word) if isinstance(word, int) else word.unsqueeze(-1)
-    row_words = hash_words(hash_words(rows) ^ word)
+    seed = signed(seed) if isinstance(seed, int) else seed.unsqueeze(-1)
+    row_words = hash_words(hash_words(rows) ^ seed)
     words = hash_words(row_words.unsqueeze(-1) ^ hash_words(columns).unsqueeze(-2))
     return words >= threshold(probability)

@@ -5,22 +5,32 @@ Parameter names are those of `torch.nn.TransformerEncoderLayer(C, 4, C, dropout)
 
 Groups are runs of `group_size` images of the *global* batch, so the result does not depend on the number of ranks. A group
 inside a rank is plain self-attention; where a group spans ranks, each rank computes the rows of its own images against the
-gathered features of the whole group, and the gather's backward returns each image the gradient that the others owe it.
+gathered features of the whole group, and the gather's backward pass returns the gradients that other ranks found for them.
 
-What lies between the linear layers is a kernel's: see `dispatch`.
+A kernel computes what lies between the linear layers: see `dispatch`.
 
 Shapes: V views, n local images, G images of a group, Q rows computed here (G, or n where a group spans ranks), S sequences
 (views x groups here), C features, H heads.
 """
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossbatch.models.batchformer import fused, reference, sdpa
-from crossbatch.models.batchformer.dispatch import Kernel, Situation, check, choose, explain
-from crossbatch.models.batchformer.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, INSIDE_MLP, Mask
-from crossbatch.models.collective import Collective, gather_with_gradient
+from crossbatch.models.batchformer.dispatch import Kernel, Situation, choose, explain
+from crossbatch.models.batchformer.dropout import (
+    AFTER_ATTENTION,
+    AFTER_MLP,
+    ATTENTION,
+    INSIDE_MLP,
+    NUM_PLACES,
+    DropoutKey,
+    Mask,
+    random_seeds,
+)
+from crossbatch.models.collective import Collective, GroupCollective, gather_with_gradient
 
 KERNELS: dict[str, Kernel] = {"fused": fused, "sdpa": sdpa, "reference": reference}
 
@@ -28,100 +38,160 @@ KERNELS: dict[str, Kernel] = {"fused": fused, "sdpa": sdpa, "reference": referen
 class BatchAttention(nn.Module):
     """Multi-head attention of Q rows over the G images of their group; parameters as in `nn.MultiheadAttention`."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, own_SQC: torch.Tensor, group_SGC: torch.Tensor, kernel: Kernel, mask: Mask) -> torch.Tensor:
-        """[S, Q, C]."""
+    def forward(self, own_SQC: Tensor, group_SGC: Tensor, kernel: Kernel, mask: Mask) -> Tensor:
+        """Return [S, Q, C]."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if group_SGC is own_SQC:
             q, k, v = self._heads(F.linear(own_SQC, weight, bias), 3)
         else:
-            dim = own_SQC.shape[-1]
-            (q,) = self._heads(F.linear(own_SQC, weight[:dim], bias[:dim]), 1)
-            k, v = self._heads(F.linear(group_SGC, weight[dim:], bias[dim:]), 2)
+            width = own_SQC.shape[-1]
+            (q,) = self._heads(F.linear(own_SQC, weight[:width], bias[:width]), 1)
+            k, v = self._heads(F.linear(group_SGC, weight[width:], bias[width:]), 2)
         return self.out_proj(kernel.attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
-    def _heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-        """[S, N, parts * C] -> `parts` views [S, H, N, D]."""
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Split [S, N, parts * C] into `parts` views [S, H, N, D]."""
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class MaskedRelu(nn.Linear):
-    """dropout(relu(x weight^T + bias))."""
+    """Compute dropout(relu(x weight^T + bias))."""
 
-    def forward(self, input: torch.Tensor, kernel: Kernel, mask: Mask) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input: Tensor, kernel: Kernel, mask: Mask) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return kernel.bias_relu(F.linear(input, self.weight), self.bias, mask)
 
 
 class AddNorm(nn.LayerNorm):
-    """LayerNorm(x + dropout(y))."""
+    """Compute LayerNorm(x + dropout(y))."""
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, kernel: Kernel, mask: Mask) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: Tensor, y: Tensor, kernel: Kernel, mask: Mask) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return kernel.add_norm(x, y, self.weight, self.bias, self.eps, mask)
 
 
 class BatchFormer(nn.Module):
-    """Mixes the features of the images of a group; the identity in evaluation.
+    """Mix the features of the images of a group by attention; in evaluation, return them unchanged.
 
     Args:
-        dim: width C of the features; divisible by `num_heads`.
-        group_size: images G that attend to each other; divides the global batch, and either divides the local batch or is
-            a multiple of it.
-        dropout: probability at the four places.
+        width: number C of features; `num_heads` divides it.
+        group_size: number G of images that attend to each other, a run of the global batch. It divides the local batch, or is
+            a multiple of it that divides the global batch; ranks hold equally many images.
+        num_heads: number of attention heads.
+        dropout: share of elements to drop, in [0, 1), at the four places of an encoder layer.
         kernel: "auto" or one of `dispatch.NAMES`.
+        process_group: ranks that hold the global batch; None means all ranks, or this process alone without
+            torch.distributed.
 
     Raises:
-        ValueError: for a width that the heads do not divide, or a kernel that cannot run.
+        ValueError: for arguments that do not fit together, or a kernel that cannot run.
     """
 
-    def __init__(self, dim: int, group_size: int, dropout: float = 0.5, num_heads: int = 4, kernel: str = "auto"):
+    def __init__(
+        self,
+        width: int,
+        group_size: int,
+        num_heads: int = 4,
+        dropout: float = 0.5,
+        *,
+        kernel: str = "auto",
+        process_group: dist.ProcessGroup | None = None,
+    ):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"BatchFormer needs a feature width divisible by {num_heads} heads; given {dim}")
-        self.group_size, self.dropout, self.kernel = group_size, dropout, kernel
-        check(kernel, Situation("cpu", dropout=dropout))
-        self.collective = Collective()
-        self.self_attn = BatchAttention(dim, num_heads)
-        self.linear1 = MaskedRelu(dim, dim)
-        self.linear2 = nn.Linear(dim, dim)
-        self.norm1 = AddNorm(dim)
-        self.norm2 = AddNorm(dim)
+        if num_heads < 1 or width < 1 or width % num_heads:
+            raise ValueError(f"width is {width}, but it must be a positive multiple of num_heads (={num_heads})")
+        if group_size < 1:
+            raise ValueError(f"group_size is {group_size}; it must be at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout:g}; it must be at least 0 and less than 1")
+        choose(kernel, Situation("cpu", dropout=dropout))
+        self.width, self.group_size, self.dropout, self.kernel = width, group_size, dropout, kernel
+        self.collective: Collective = GroupCollective(process_group)
+        self.self_attn = BatchAttention(width, num_heads)
+        self.linear1 = MaskedRelu(width, width)
+        self.linear2 = nn.Linear(width, width)
+        self.norm1 = AddNorm(width)
+        self.norm2 = AddNorm(width)
 
     def kernel_on(self, device: torch.device) -> tuple[str, str]:
-        """The kernel that computes there, and why."""
+        """Return the kernel that computes on `device`, and why."""
         return explain(self.kernel, Situation.on(device, self.dropout))
 
-    def forward(self, features_VnC: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """[V, n, C] -> [V, n, C]; every view attends within itself. `words`, of the masks, as in `DropoutKey.words`."""
+    def forward(
+        self, features: Tensor, seed: int | None = None, step: int | None = None, *, dropout_seeds: Tensor | None = None
+    ) -> Tensor:
+        """Mix features [n, C], or [V, n, C] with each view within itself; the result has the same shape.
+
+        Args:
+            features: those of this rank's n images.
+            seed, step: key of the dropout masks, together with the view and the position in the global batch; the same key
+                drops the same elements with any number of ranks. Without it masks come from torch's generator.
+            dropout_seeds: seeds in a tensor instead, int32 [NUM_PLACES, V], as `DropoutKey.dropout_seeds` makes them: for CUDA
+                graphs and torch.compile.
+
+        Raises:
+            ValueError: if the features have another width, or `group_size` fits neither the local nor the global batch.
+        """
+        if features.dim() not in (2, 3) or features.shape[-1] != self.width:
+            raise ValueError(
+                f"features are {list(features.shape)}; they must be [n, {self.width}] or [V, n, {self.width}]"
+            )
         if not self.training:
-            return features_VnC
-        kernel = KERNELS[choose(self.kernel, Situation.on(features_VnC.device, self.dropout))]
+            return features
+        features_VnC = features if features.dim() == 3 else features.unsqueeze(0)
+        seeds = _seeds(features_VnC, seed, step, dropout_seeds)
+        kernel = KERNELS[choose(self.kernel, Situation.on(features.device, self.dropout))]
         own, group, first_row, first_column = self._groups(features_VnC)
 
         def mask(place: int) -> Mask:
-            return Mask(words[place], self.dropout, first_row, first_column)
+            return Mask(seeds[place], self.dropout, first_row, first_column)
 
         own = self.norm1(own, self.self_attn(own, group, kernel, mask(ATTENTION)), kernel, mask(AFTER_ATTENTION))
         hidden = self.linear1(own, kernel, mask(INSIDE_MLP))
         own = self.norm2(own, self.linear2(hidden), kernel, mask(AFTER_MLP))
-        return own.reshape(features_VnC.shape)
+        return own.reshape(features.shape)
 
-    def _groups(self, features_VnC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """Own rows [S, Q, C], their groups [S, G, C], and the global position of the first image of either."""
-        _, n, dim = features_VnC.shape
-        first, size = self.collective.rank * n, self.group_size
+    def _groups(self, features_VnC: Tensor) -> tuple[Tensor, Tensor, int, int]:
+        """Return own rows [S, Q, C], their groups [S, G, C], and the global position of the first image of either."""
+        n, size, ranks = features_VnC.shape[1], self.group_size, self.collective.world_size
+        first = self.collective.rank * n
         if n % size == 0:
-            own = features_VnC.reshape(-1, size, dim)
+            own = features_VnC.reshape(-1, size, self.width)
             return own, own, first, first
-        assert size % n == 0, (size, n)
+        if size % n or n * ranks % size:
+            raise ValueError(
+                f"group_size is {size}, but there are {n} images on each of {ranks} rank(s); it must divide {n}, or be a "
+                f"multiple of {n} that divides {n * ranks}"
+            )
         everyone = gather_with_gradient(features_VnC, self.collective)  # [W, V, n, C]
         start = first // size * (size // n)
-        group = everyone[start : start + size // n].transpose(0, 1).reshape(-1, size, dim)
+        group = everyone[start : start + size // n].transpose(0, 1).reshape(-1, size, self.width)
         return features_VnC, group, first, start * n
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, group_size={self.group_size}, dropout={self.dropout:g}, kernel={self.kernel}"
+
+
+def _seeds(features_VnC: Tensor, seed: int | None, step: int | None, given: Tensor | None) -> Tensor:
+    """Return the seeds of the masks, int32 [NUM_PLACES, V], from whichever was given."""
+    views, device = len(features_VnC), features_VnC.device
+    if (seed is None) != (step is None):
+        raise ValueError(f"seed is {seed} and step is {step}; give both or neither")
+    if given is not None:
+        if seed is not None:
+            raise ValueError(f"dropout_seeds and seed (={seed}) are given; give one of them")
+        if given.shape != (NUM_PLACES, views) or given.dtype != torch.int32:
+            raise ValueError(
+                f"dropout_seeds are {given.dtype} {list(given.shape)}; they must be int32 [{NUM_PLACES}, {views}]"
+            )
+        return given
+    if seed is None or step is None:
+        return random_seeds(views, device)
+    return DropoutKey(seed, step).dropout_seeds(views, device)

@@ -1,12 +1,12 @@
 """The fused kernels as torch operators `crossbatch::batchformer_*`, so that autograd, torch.compile and FSDP2 know them.
 
 Each has a fake (shapes only), and its backward is an operator too. No mask is stored: backward passes derive it from the
-same words and positions. What is kept per element of a feature: q, k, v and the attention's output; the sum that is
-normalised; and the hidden layer's output, whose zeros say what its backward needs. Per row: a log-sum-exp, a mean and a
-deviation.
+same seeds and positions. Kept per element of a feature: q, k, v and the attention's output; the sum that is normalised;
+and the hidden layer's output, where a zero tells the backward pass that no gradient flows. Kept per row: a log-sum-exp, a
+mean and a deviation.
 
 Passes over elements are Triton kernels on a GPU and torch operators over small blocks on a CPU; the products between are
-torch's. Shapes as in `reference`; arguments words .. first_column are those of a `Mask`.
+torch's. Shapes as in `reference`; the arguments seeds .. first_column are those of a `Mask`.
 """
 
 from types import ModuleType
@@ -28,30 +28,21 @@ def _passes(tensor: Tensor) -> ModuleType:
     return passes_triton
 
 
-def _attention_kernel(flash: bool) -> ModuleType:
-    if not flash:
-        return tiles
-    from crossbatch.models.batchformer import flash as kernel
-
-    return kernel
-
-
 @custom_op("crossbatch::batchformer_attention", mutates_args=())
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    words: Tensor,
+    seeds: Tensor,
     probability: float,
     first_row: int,
     first_column: int,
-    flash: bool,
 ) -> tuple[Tensor, Tensor]:
-    """[S, H, Q, D] and the rows' log-sum-exp of the scaled scores, fp32 [S, H, Q]."""
-    mask = Mask(words, probability, first_row, first_column)
+    """Return [S, H, Q, D] and the rows' log-sum-exp of the scaled scores, fp32 [S, H, Q]."""
+    mask = Mask(seeds, probability, first_row, first_column)
     out, lse = _empty_outputs(q)
     with torch.autocast(q.device.type, enabled=False):
-        _attention_kernel(flash).forward(q, k, v, mask, out, lse, _passes(q))
+        tiles.forward(q, k, v, mask, out, lse, _passes(q))
     return out, lse
 
 
@@ -63,17 +54,16 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    words: Tensor,
+    seeds: Tensor,
     probability: float,
     first_row: int,
     first_column: int,
-    flash: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous."""
-    mask = Mask(words, probability, first_row, first_column)
+    """Return the gradients of q, k and v, contiguous."""
+    mask = Mask(seeds, probability, first_row, first_column)
     grads = _contiguous_like(q), _contiguous_like(k), _contiguous_like(v)
     with torch.autocast(q.device.type, enabled=False):
-        _attention_kernel(flash).backward(grad, q, k, v, out, lse, mask, grads, _passes(q))
+        tiles.backward(grad, q, k, v, out, lse, mask, grads, _passes(q))
     return grads
 
 
@@ -88,46 +78,47 @@ def _contiguous_like(x: Tensor) -> Tensor:
 
 
 @attention.register_fake
-def _(q, k, v, words, probability, first_row, first_column, flash):
+def _(q, k, v, seeds, probability, first_row, first_column):
     return _empty_outputs(q)
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, out, lse, words, probability, first_row, first_column, flash):
+def _(grad, q, k, v, out, lse, seeds, probability, first_row, first_column):
     return _contiguous_like(q), _contiguous_like(k), _contiguous_like(v)
 
 
 def _keep_for_attention(ctx, inputs, output):
-    q, k, v, words, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, words)
+    q, k, v, seeds, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, seeds)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradients(ctx, grad, _):
     if grad is None:
-        return (None,) * 8
-    q, k, v, out, lse, words = ctx.saved_tensors
-    grads = attention_backward(grad, q, k, v, out, lse, words, *ctx.numbers)
-    return *grads, None, None, None, None, None
+        return (None,) * 7
+    q, k, v, out, lse, seeds = ctx.saved_tensors
+    grads = attention_backward(grad, q, k, v, out, lse, seeds, *ctx.numbers)
+    return *grads, None, None, None, None
 
 
 attention.register_autograd(_attention_gradients, setup_context=_keep_for_attention)
 
 
 @custom_op("crossbatch::batchformer_bias_relu", mutates_args=())
-def bias_relu(x: Tensor, bias: Tensor, words: Tensor, probability: float, first_row: int) -> Tensor:
-    return _passes(x).bias_relu(x.contiguous(), bias, Mask(words, probability, first_row))
+def bias_relu(x: Tensor, bias: Tensor, seeds: Tensor, probability: float, first_row: int) -> Tensor:
+    """Return dropout(relu(x + bias))."""
+    return _passes(x).bias_relu(x.contiguous(), bias, Mask(seeds, probability, first_row))
 
 
 @custom_op("crossbatch::batchformer_bias_relu_backward", mutates_args=())
 def bias_relu_backward(grad: Tensor, out: Tensor, probability: float) -> Tensor:
-    """Gradient of x. An element of `out` is 0 where it was negative or dropped: only there no gradient passes."""
+    """Return the gradient of x. An element of `out` is 0 where it was negative or dropped: only there no gradient passes."""
     return _passes(out).bias_relu_backward(grad.contiguous(), out, probability)
 
 
 @bias_relu.register_fake
-def _(x, bias, words, probability, first_row):
+def _(x, bias, seeds, probability, first_row):
     return _contiguous_like(x)
 
 
@@ -153,10 +144,10 @@ bias_relu.register_autograd(_bias_relu_gradients, setup_context=_keep_for_bias_r
 
 @custom_op("crossbatch::batchformer_add_norm", mutates_args=())
 def add_norm(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, words: Tensor, probability: float, first_row: int
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, seeds: Tensor, probability: float, first_row: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm(x + dropout(y)), that sum [S, Q, C], its mean and 1 / its deviation [S, Q]."""
-    mask = Mask(words, probability, first_row)
+    """Return LayerNorm(x + dropout(y)), that sum [S, Q, C], its mean and 1 / its deviation [S, Q]."""
+    mask = Mask(seeds, probability, first_row)
     return _passes(x).add_norm(x.contiguous(), y.contiguous(), weight, bias, eps, mask)
 
 
@@ -168,12 +159,12 @@ def add_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    words: Tensor,
+    seeds: Tensor,
     probability: float,
     first_row: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x + dropout(y), y, weight and bias; of `y` only the dtype is read."""
-    mask = Mask(words, probability, first_row)
+    """Return the gradients of x + dropout(y), y, weight and bias; only the dtype of `y` is read."""
+    mask = Mask(seeds, probability, first_row)
     return _passes(total).add_norm_backward(grad.contiguous(), total, mean, rstd, weight, mask, y.dtype)
 
 
@@ -185,21 +176,21 @@ def _norm_outputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @add_norm.register_fake
-def _(x, y, weight, bias, eps, words, probability, first_row):
+def _(x, y, weight, bias, eps, seeds, probability, first_row):
     return _norm_outputs(x, y)
 
 
 @add_norm_backward.register_fake
-def _(grad, y, total, mean, rstd, weight, words, probability, first_row):
+def _(grad, y, total, mean, rstd, weight, seeds, probability, first_row):
     vectors = torch.empty_like(weight), torch.empty_like(weight)
     return torch.empty_like(total), torch.empty_like(total, dtype=y.dtype), *vectors
 
 
 def _keep_for_add_norm(ctx, inputs, output):
-    x, y, weight, _, _, words, ctx.probability, ctx.first_row = inputs
+    x, y, weight, _, _, seeds, ctx.probability, ctx.first_row = inputs
     _, *statistics = output
     ctx.x_dtype = x.dtype
-    ctx.save_for_backward(y.new_empty(0), *statistics, weight, words)
+    ctx.save_for_backward(y.new_empty(0), *statistics, weight, seeds)
     ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)
 
@@ -207,9 +198,9 @@ def _keep_for_add_norm(ctx, inputs, output):
 def _add_norm_gradients(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    y, total, mean, rstd, weight, words = ctx.saved_tensors
+    y, total, mean, rstd, weight, seeds = ctx.saved_tensors
     dx, dy, dweight, dbias = add_norm_backward(
-        grad, y, total, mean, rstd, weight, words, ctx.probability, ctx.first_row
+        grad, y, total, mean, rstd, weight, seeds, ctx.probability, ctx.first_row
     )
     return dx.to(ctx.x_dtype), dy, dweight, dbias, None, None, None, None
 

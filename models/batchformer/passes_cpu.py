@@ -1,4 +1,4 @@
-"""What lies between the products, by torch operators over blocks that stay in a core's cache.
+"""The passes between the products, by torch operators over blocks that stay in a core's cache.
 
 The functions are those of `passes_triton`. Masks cost some fifteen integer operations an element, in place in one block.
 """
@@ -20,7 +20,7 @@ Index = tuple[slice, slice]
 
 
 def softmax_dropout(scores_BRG: Tensor, scale: float, lse_BR: Tensor, area: Area, dtype: torch.dtype) -> Tensor:
-    """dropout(softmax(scale * scores)), in place; fills `lse_BR`."""
+    """Return dropout(softmax(scale * scores)), in place; fill `lse_BR`."""
     assert scores_BRG.dtype == dtype
     for at, keep in _attention_blocks(scores_BRG, area):
         block = scores_BRG[at].mul_(scale)
@@ -42,7 +42,7 @@ def softmax_dropout_backward(
     area: Area,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(P M, dS) of `tiles.backward` from scores and dP, in place."""
+    """Return (P M, dS) of `tiles.backward` from scores and dP, in place."""
     assert scores_BRG.dtype == dtype
     for at, keep in _attention_blocks(scores_BRG, area):
         probabilities, gradient = scores_BRG[at], gradient_BRG[at]
@@ -56,7 +56,7 @@ def softmax_dropout_backward(
 
 
 def bias_relu(x_SQC: Tensor, bias_C: Tensor, mask: Mask) -> Tensor:
-    """dropout(relu(x + bias)) in the dtype of x."""
+    """Return dropout(relu(x + bias)) in the dtype of x."""
     out = torch.empty_like(x_SQC)
     for at, keep in _feature_blocks(x_SQC, mask):
         block = (wide(x_SQC[at]) + bias_C).clamp_min_(0)
@@ -67,7 +67,7 @@ def bias_relu(x_SQC: Tensor, bias_C: Tensor, mask: Mask) -> Tensor:
 
 
 def bias_relu_backward(grad_SQC: Tensor, out_SQC: Tensor, probability: float) -> Tensor:
-    """Gradient of x."""
+    """Return the gradient of x."""
     # Not `out > 0`: where the forward pass met a NaN, so shall the backward pass.
     passes = (out_SQC != 0).to(out_SQC.dtype).mul_(1 / (1 - probability))
     return passes.mul_(grad_SQC)
@@ -76,7 +76,7 @@ def bias_relu_backward(grad_SQC: Tensor, out_SQC: Tensor, probability: float) ->
 def add_norm(
     x_SQC: Tensor, y_SQC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm(x + dropout(y)), x + dropout(y), and its mean and 1 / deviation, [S, Q]."""
+    """Return LayerNorm(x + dropout(y)), x + dropout(y), and its mean and 1 / deviation, [S, Q]."""
     total = wide(y_SQC).to(torch.promote_types(x_SQC.dtype, wide_dtype(y_SQC)), copy=True)
     for at, keep in _feature_blocks(total, mask):
         block = total[at]
@@ -97,7 +97,7 @@ def add_norm_backward(
     mask: Mask,
     y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, weight and bias."""
+    """Return the gradients of x, y, weight and bias."""
     weight = weight_C.to(total_SQC.dtype)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         grad_SQC,
@@ -120,24 +120,24 @@ def _attention_blocks(tile_BRG: Tensor, area: Area) -> Iterator[tuple[Index, Ten
     heads = slice(area.first_head, area.first_head + B)
     rows = mask.attention_rows(area.sequences, area.heads, area.rows).flatten(0, 1)
     columns = mask.columns(area.sequences, G).repeat_interleave(area.heads, dim=0)[heads]
-    words = mask.words(area.sequences).repeat_interleave(area.heads)[heads]
+    seeds = mask.seeds(area.sequences).repeat_interleave(area.heads)[heads]
     rows = rows[heads, area.first_row : area.first_row + R]
-    return _blocks(tile_BRG, words, rows, columns, mask)
+    return _blocks(tile_BRG, seeds, rows, columns, mask)
 
 
 def _feature_blocks(x_SQC: Tensor, mask: Mask) -> Iterator[tuple[Index, Tensor | None]]:
     S, Q, C = x_SQC.shape
     columns = torch.arange(C, dtype=torch.int32).expand(S, C)
-    return _blocks(x_SQC, mask.words(S), mask.rows(S, Q), columns, mask)
+    return _blocks(x_SQC, mask.seeds(S), mask.rows(S, Q), columns, mask)
 
 
 def _blocks(
-    x_BRK: Tensor, words_B: Tensor, rows_BR: Tensor, columns_BK: Tensor, mask: Mask
+    x_BRK: Tensor, seeds_B: Tensor, rows_BR: Tensor, columns_BK: Tensor, mask: Mask
 ) -> Iterator[tuple[Index, Tensor | None]]:
-    """Cuts [B, R, K] into blocks; beside each the factors, 0 or 1 / (1 - p), in the dtype of x, or None at p = 0."""
+    """Cut [B, R, K] into blocks; yield each with its factors, 0 or 1 / (1 - p), in the dtype of x, or None at p = 0."""
     B, R, K = x_BRK.shape
     step_b, step_r = max(1, _BLOCK // (R * K)), max(1, _BLOCK // K)
-    row_words = hash_words(hash_words(rows_BR) ^ words_B.unsqueeze(-1))
+    row_words = hash_words(hash_words(rows_BR) ^ seeds_B.unsqueeze(-1))
     column_words = hash_words(columns_BK)
     hash_in_place = _Hash()
     for b in range(0, B, step_b):
@@ -152,7 +152,7 @@ def _blocks(
 
 
 class _Hash:
-    """`hash_words` without new memory, nor a conversion of a Python number, for every operation."""
+    """Compute `hash_words` without allocating memory or converting a Python number for every operation."""
 
     def __init__(self):
         self.rounds = [

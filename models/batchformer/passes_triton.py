@@ -1,7 +1,7 @@
-"""What lies between the products, as Triton kernels without `tl.dot`: they run from V100 (sm_70) on.
+"""The passes between the products, as Triton kernels without `tl.dot`: they run from V100 (sm_70) on.
 
-A program handles some whole rows, reads fp16, bf16 or fp32 and computes in fp32. Masks come from the words of
-`DropoutKey.words` on the GPU, so that a new step compiles nothing anew, and from positions; see `dropout` for the hash.
+A program handles some whole rows, reads fp16, bf16 or fp32 and computes in fp32. Masks come from the seeds of
+`DropoutKey.dropout_seeds` on the GPU, so that a new step compiles nothing anew, and from positions; see `dropout` for the hash.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ _PARTIAL_SUMS = 264  # programs that sum over rows: two for each of an H100's mu
 
 
 def softmax_dropout(scores_BRG: Tensor, scale: float, lse_BR: Tensor, area: Area, dtype: torch.dtype) -> Tensor:
-    """dropout(softmax(scale * scores)) in `dtype`, in place where that is the scores'; fills `lse_BR`."""
+    """Return dropout(softmax(scale * scores)) in `dtype`, in place where that is the scores'; fill `lse_BR`."""
     (B, R, G), block = scores_BRG.shape, _block(scores_BRG.shape[-1], ELEMENTS)
     out = scores_BRG if scores_BRG.dtype == dtype else torch.empty_like(scores_BRG, dtype=dtype)
     numbers = scale, B * R, R, G, *_place(area), *_drops(area.mask)
-    launch(_softmax_dropout, _grid(B * R, block), scores_BRG, out, lse_BR, *numbers, **block)
+    _launch(_softmax_dropout, _grid(B * R, block), scores_BRG, out, lse_BR, *numbers, **block)
     return out
 
 
@@ -37,44 +37,44 @@ def softmax_dropout_backward(
     area: Area,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(P M, dS) of `tiles.backward` in `dtype` from scores and dP, in place where that is theirs."""
+    """Return (P M, dS) of `tiles.backward` in `dtype` from scores and dP, in place where that is theirs."""
     (B, R, G), block = scores_BRG.shape, _block(scores_BRG.shape[-1], ELEMENTS)
     same = scores_BRG.dtype == dtype
     kept, ds = (x if same else torch.empty_like(x, dtype=dtype) for x in (scores_BRG, gradient_BRG))
     tensors = scores_BRG, gradient_BRG, kept, ds, lse_BR, delta_BR.contiguous()
     numbers = scale, B * R, R, G, *_place(area), *_drops(area.mask)
-    launch(_softmax_dropout_backward, _grid(B * R, block), *tensors, *numbers, **block)
+    _launch(_softmax_dropout_backward, _grid(B * R, block), *tensors, *numbers, **block)
     return kept, ds
 
 
 def bias_relu(x_SQC: Tensor, bias_C: Tensor, mask: Mask) -> Tensor:
-    """dropout(relu(x + bias)) in the dtype of x."""
+    """Return dropout(relu(x + bias)) in the dtype of x."""
     (S, Q, C), out = x_SQC.shape, torch.empty_like(x_SQC)
     block = _block(C, ELEMENTS)
     grid = (*_grid(S * Q, block), triton.cdiv(C, block["BLOCK"]))
-    launch(_bias_relu, grid, x_SQC, bias_C, out, S * Q, C, *_rows(mask, S, Q), *_drops(mask), **block)
+    _launch(_bias_relu, grid, x_SQC, bias_C, out, S * Q, C, *_rows(mask, S, Q), *_drops(mask), **block)
     return out
 
 
 def bias_relu_backward(grad_SQC: Tensor, out_SQC: Tensor, probability: float) -> Tensor:
-    """Gradient of x."""
+    """Return the gradient of x."""
     dx = torch.empty_like(out_SQC)
     grid = (triton.cdiv(dx.numel(), ELEMENTS),)
-    launch(_bias_relu_backward, grid, grad_SQC, out_SQC, dx, dx.numel(), 1 / (1 - probability), BLOCK=ELEMENTS)
+    _launch(_bias_relu_backward, grid, grad_SQC, out_SQC, dx, dx.numel(), 1 / (1 - probability), BLOCK=ELEMENTS)
     return dx
 
 
 def add_norm(
     x_SQC: Tensor, y_SQC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, mask: Mask
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm(x + dropout(y)), x + dropout(y), and its mean and 1 / deviation, [S, Q]."""
+    """Return LayerNorm(x + dropout(y)), x + dropout(y), and its mean and 1 / deviation, [S, Q]."""
     (S, Q, C), block = x_SQC.shape, _block(x_SQC.shape[-1])
     out = torch.empty_like(x_SQC, dtype=torch.promote_types(x_SQC.dtype, wide_dtype(y_SQC)))
     total, mean = torch.empty_like(out), out.new_empty(S, Q)
     rstd = torch.empty_like(mean)
     tensors = x_SQC, y_SQC, weight_C, bias_C, out, total, mean, rstd
     numbers = eps, S * Q, C, *_rows(mask, S, Q), *_drops(mask)
-    launch(_add_norm, _grid(S * Q, block), *tensors, *numbers, **block, num_warps=_warps(block))
+    _launch(_add_norm, _grid(S * Q, block), *tensors, *numbers, **block, num_warps=_warps(block))
     return out, total, mean, rstd
 
 
@@ -87,24 +87,24 @@ def add_norm_backward(
     mask: Mask,
     y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, weight and bias."""
+    """Return the gradients of x, y, weight and bias."""
     (S, Q, C), block = total_SQC.shape, _block(total_SQC.shape[-1])
     dx, dy = torch.empty_like(total_SQC), torch.empty_like(total_SQC, dtype=y_dtype)
     programs = min(*_grid(S * Q, block), _PARTIAL_SUMS)
     sums = dx.new_empty(2, programs, C)
     tensors = grad_SQC, total_SQC, mean_SQ, rstd_SQ, weight_C, dx, dy, sums
     numbers = S * Q, C, *_rows(mask, S, Q), *_drops(mask)
-    launch(_add_norm_backward, (programs,), *tensors, *numbers, **block, num_warps=_warps(block))
+    _launch(_add_norm_backward, (programs,), *tensors, *numbers, **block, num_warps=_warps(block))
     return dx, dy, sums[0].sum(0, dtype=weight_C.dtype), sums[1].sum(0, dtype=weight_C.dtype)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """kernel[grid](...), whose arguments a type checker would count."""
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """Call kernel[grid](...), where a type checker cannot know the arguments."""
     kernel[grid](*arguments, **constants)
 
 
 def _block(columns: int, most: int | None = None) -> dict[str, int]:
-    """Rows and columns that a program holds at once: whole rows, or at most `most` columns of them."""
+    """Choose rows and columns that a program holds at once: whole rows, or at most `most` columns of them."""
     block = triton.next_power_of_2(columns) if most is None else min(triton.next_power_of_2(columns), most)
     return {"ROWS": max(1, ELEMENTS // block), "BLOCK": block}
 
@@ -119,21 +119,21 @@ def _warps(block: dict[str, int]) -> int:
 
 def _place(area: Area) -> tuple[int, ...]:
     mask = area.mask
-    groups = area.sequences // len(mask.words_V)
+    groups = area.sequences // len(mask.seeds_V)
     return area.first_head, area.heads, groups, area.rows, mask.first_row, area.first_row, mask.first_column
 
 
 def _rows(mask: Mask, sequences: int, rows: int) -> tuple[int, ...]:
-    return mask.first_row, sequences // len(mask.words_V) * rows
+    return mask.first_row, sequences // len(mask.seeds_V) * rows
 
 
 def _drops(mask: Mask) -> tuple[Tensor, int, float, bool]:
-    return mask.words_V, mask.threshold, 1 / (1 - mask.probability), mask.probability > 0
+    return mask.seeds_V, mask.threshold, 1 / (1 - mask.probability), mask.probability > 0
 
 
 @triton.jit
 def hash_words(word):
-    """`triple32` of uint32."""
+    """Compute `triple32` of uint32."""
     word = (word ^ (word >> 17)) * 0xED5AD4BB
     word = (word ^ (word >> 11)) * 0xAC4C1B51
     word = (word ^ (word >> 15)) * 0x31848BAB
@@ -141,40 +141,32 @@ def hash_words(word):
 
 
 @triton.jit
-def row_words(rows, word):
-    """For `survive`: what the elements of a row share. `rows` int32, `word` as loaded."""
-    return hash_words(hash_words(rows.to(tl.uint32, bitcast=True)) ^ word.to(tl.uint32, bitcast=True))
+def row_words(rows, seed):
+    """Return what the elements of a row share, for `survive`. `rows` int32, `seed` as loaded."""
+    return hash_words(hash_words(rows.to(tl.uint32, bitcast=True)) ^ seed.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
 def survive(of_rows, columns, threshold):
-    """Which elements are kept: `of_rows` from `row_words`, `columns` int32."""
+    """Tell which elements are kept: `of_rows` from `row_words`, `columns` int32."""
     words = hash_words(of_rows ^ hash_words(columns.to(tl.uint32, bitcast=True)))
     return words.to(tl.int32, bitcast=True) >= threshold
 
 
 @triton.jit
-def score_rows(number, row, heads, groups, Q, G, first_row, first_column, words):
-    """Row words and the number of the first column, of rows `row` of sequences and heads `number`, of S * H."""
-    sequence = number // heads
-    group = sequence % groups
-    position = first_row + group * Q + row
-    of_rows = row_words(position * heads + number % heads, tl.load(words + sequence // groups))
-    return of_rows, first_column + group * G
-
-
-@triton.jit
 def _score_rows(
-    total, R, G, first_head, heads, groups, Q, first_row, tile_row, first_column, words, ROWS: tl.constexpr
+    total, R, G, first_head, heads, groups, Q, first_row, tile_row, first_column, seeds, ROWS: tl.constexpr
 ):
-    """Rows of the tile, which of them exist, and what `score_rows` says of them; all [ROWS, 1]."""
+    """Return rows of the tile, which of them exist, their row words and the numbers of their first columns; all [ROWS, 1]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     real = row < total
     known = tl.minimum(row, total - 1)
-    of_rows, column = score_rows(
-        first_head + known // R, tile_row + known % R, heads, groups, Q, G, first_row, first_column, words
-    )
-    return row, real, of_rows, column
+    head = first_head + known // R  # of S * H
+    sequence = head // heads
+    group = sequence % groups
+    position = first_row + group * Q + tile_row + known % R
+    of_rows = row_words(position * heads + head % heads, tl.load(seeds + sequence // groups))
+    return row, real, of_rows, first_column + group * G
 
 
 @triton.jit
@@ -182,10 +174,10 @@ def _softmax_dropout(
     scores, out, lse,  # [B, R, G], [B, R, G], [B, R]
     scale, total, R, G,
     first_head, heads, groups, Q, first_row, tile_row, first_column,
-    words, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    seeds, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, real, of_rows, column = _score_rows(
-        total, R, G, first_head, heads, groups, Q, first_row, tile_row, first_column, words, ROWS
+        total, R, G, first_head, heads, groups, Q, first_row, tile_row, first_column, seeds, ROWS
     )
     at = row.to(tl.int64) * G
     highest = tl.full((ROWS, 1), -1e38, tl.float32)
@@ -213,10 +205,10 @@ def _softmax_dropout_backward(
     scores, gradient, kept, ds, lse, delta,  # four [B, R, G], two [B, R]
     scale, total, R, G,
     first_head, heads, groups, Q, first_row, tile_row, first_column,
-    words, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    seeds, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, real, of_rows, column = _score_rows(
-        total, R, G, first_head, heads, groups, Q, first_row, tile_row, first_column, words, ROWS
+        total, R, G, first_head, heads, groups, Q, first_row, tile_row, first_column, seeds, ROWS
     )
     at = row.to(tl.int64) * G
     log_sum = tl.load(lse + row, real, 0.0)
@@ -236,15 +228,15 @@ def _softmax_dropout_backward(
 
 
 @triton.jit
-def _feature_rows(row, first_row, rows_of_view, words):
-    """Row words of some of the S * Q rows: positions run through the groups of a view."""
-    return row_words(first_row + row % rows_of_view, tl.load(words + row // rows_of_view))
+def _feature_rows(row, first_row, rows_of_view, seeds):
+    """Return the row words of some of the S * Q rows: positions run through the groups of a view."""
+    return row_words(first_row + row % rows_of_view, tl.load(seeds + row // rows_of_view))
 
 
 @triton.jit
 def _bias_relu(
     x, bias, out, rows, C, first_row, rows_of_view,
-    words, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    seeds, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -253,7 +245,7 @@ def _bias_relu(
     value = tl.load(x + at, inside, 0.0).to(tl.float32) + tl.load(bias + i, i < C, 0.0).to(tl.float32)
     value = tl.where(value < 0, 0.0, value) * inverse  # a NaN stays
     if DROP:
-        of_rows = _feature_rows(tl.minimum(row, rows - 1), first_row, rows_of_view, words)
+        of_rows = _feature_rows(tl.minimum(row, rows - 1), first_row, rows_of_view, seeds)
         value = tl.where(survive(of_rows, i, threshold), value, 0.0)
     tl.store(out + at, value, inside)
 
@@ -269,7 +261,7 @@ def _bias_relu_backward(grad, out, dx, count, inverse, BLOCK: tl.constexpr):
 def _add_norm(
     x, y, weight, bias, out, total, mean, rstd,  # [rows, C] twice, [C] twice, [rows, C] twice, [rows] twice
     eps, rows, C, first_row, rows_of_view,
-    words, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    seeds, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, BLOCK)[None, :]
@@ -277,7 +269,7 @@ def _add_norm(
     at = row.to(tl.int64) * C + i
     value = tl.load(y + at, inside, 0.0).to(tl.float32) * inverse
     if DROP:
-        of_rows = _feature_rows(tl.minimum(row, rows - 1), first_row, rows_of_view, words)
+        of_rows = _feature_rows(tl.minimum(row, rows - 1), first_row, rows_of_view, seeds)
         value = tl.where(survive(of_rows, i, threshold), value, 0.0)
     value += tl.load(x + at, inside, 0.0).to(tl.float32)
     average = tl.sum(value, 1, keep_dims=True) / C
@@ -294,7 +286,7 @@ def _add_norm(
 def _add_norm_backward(
     grad, total, mean, rstd, weight, dx, dy, sums,  # sums: [2, programs, C], of the gradients of weight and bias
     rows, C, first_row, rows_of_view,
-    words, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    seeds, threshold, inverse, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
@@ -318,7 +310,7 @@ def _add_norm_backward(
         tl.store(dx + at, gradient, inside)
         gradient *= inverse
         if DROP:
-            of_rows = _feature_rows(tl.minimum(row, rows - 1), first_row, rows_of_view, words)
+            of_rows = _feature_rows(tl.minimum(row, rows - 1), first_row, rows_of_view, seeds)
             gradient = tl.where(survive(of_rows, i, threshold), gradient, 0.0)
         tl.store(dy + at, gradient, inside)
     tl.store(sums + program * C + column, dweight, column < C)

@@ -22,7 +22,7 @@ TILE = {
 
 
 class Area(NamedTuple):
-    """Where a tile [B, R, G] lies in the scores [S * H, Q, G], and what is dropped there."""
+    """Place of a tile [B, R, G] in the scores [S * H, Q, G], and the mask there."""
 
     mask: Mask
     sequences: int  # S
@@ -33,16 +33,16 @@ class Area(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Sequences and heads that are computed at once, and how many rows at a time."""
+    """Sequences and heads that are computed at once, and the number of rows at a time."""
 
     sequences: slice
     heads: slice
     rows: int
 
     def of(self, x_SHND: Tensor) -> Tensor:
-        """[B, N, D]; a view where the block is one sequence."""
+        """Cut the block out of a tensor, [B, N, D]; a view where the block is one sequence."""
         block = x_SHND[self.sequences, self.heads].flatten(0, 1)
-        return wide(block) if block.device.type == "cpu" else block  # tensor cores take 16 bits, a CPU had rather not
+        return wide(block) if block.device.type == "cpu" else block  # 16 bits only for tensor cores
 
     def area(self, mask: Mask, q_SHQD: Tensor, first_row: int) -> Area:
         S, H, Q, _ = q_SHQD.shape
@@ -50,7 +50,7 @@ class _Block(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor, lse: Tensor, passes: ModuleType) -> None:
-    """Fills `out`, [S, H, Q, D], and `lse`, the log-sum-exp of the scaled scores, [S, H, Q]."""
+    """Fill `out`, [S, H, Q, D], and `lse`, the log-sum-exp of the scaled scores, [S, H, Q]."""
     for block in _blocks(q, k):
         q_b, k_b, v_b = (block.of(x) for x in (q, k, v))
         for rows in _rows(q, block):
@@ -71,7 +71,7 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor],
     passes: ModuleType,
 ) -> None:
-    """Fills `grads`, the gradients of q, k and v.
+    """Fill `grads`, the gradients of q, k and v.
 
     With P the probabilities, M the mask / (1 - p), dO = grad and dP = dO V^T: dV = (P M)^T dO,
     dS = P (dP M - rowsum(dO O)) / sqrt(D), dQ = dS K, dK = dS^T Q (Dao et al. 2022, "FlashAttention", appendix B.2 and B.4).
@@ -116,12 +116,12 @@ def _rows(q: Tensor, block: _Block) -> Iterator[slice]:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched, with a result of at least fp32."""
+    """Multiply batches of matrices, with a result of at least fp32."""
     return torch.bmm(a, b) if a.dtype == wide_dtype(a) else torch.bmm(a, b, out_dtype=torch.float32)
 
 
 def _add(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, from the second addition on at least fp32."""
+    """Return total + a b, from the second addition on in at least fp32."""
     if total is None:
         return torch.bmm(a, b)
     return total.baddbmm_(a, b) if total.dtype == a.dtype == wide_dtype(a) else wide(total).add_(torch.bmm(a, b))

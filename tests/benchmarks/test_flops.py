@@ -19,12 +19,12 @@ def test_attention_over_the_batch_counts_though_it_is_an_operator_of_ours():
     G, C = 12, 16
     layer = BatchFormer(C, G, dropout=0.5, kernel="fused")
     x = torch.randn(2, 2 * G, C, requires_grad=True)  # two views of two groups
-    words = DropoutKey(0, 0).words(2, x.device)
+    seeds = DropoutKey(0, 0).dropout_seeds(2, x.device)
     rows = x.shape[0] * x.shape[1]
     linear = 2 * rows * C * (3 * C + C + C + C)  # q k v, out, and the two of the hidden layer, all C wide
     attention = 2 * 2 * rows * G * C  # scores and their product with the values, whatever the number of heads
-    assert flops.count(lambda: layer(x, words)) == linear + attention
-    assert flops.count(lambda: layer(x, words).sum().backward()) == 3 * (linear + attention)
+    assert flops.count(lambda: layer(x, dropout_seeds=seeds)) == linear + attention
+    assert flops.count(lambda: layer(x, dropout_seeds=seeds).sum().backward()) == 3 * (linear + attention)
 
 
 @pytest.mark.parametrize(

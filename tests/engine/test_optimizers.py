@@ -166,8 +166,8 @@ def test_lars_refuses_what_it_does_not_know():
 def model_and_config(*overrides):
     config = load_config(None, ["crossbatch.batchformer.lr_scale=0.5", *overrides])
     torch.manual_seed(0)
-    size = {"image_size": 16, "stem": "small", "backbone_args": {"width": 8}, "dim": 8, "mlp_dim": 16}
-    return MoCo("resnet18", **size, add_bf=1, group_size=2), config
+    size = {"image_size": 16, "stem": "small", "backbone_args": {"width": 8}, "projection_dim": 8, "mlp_dim": 16}
+    return MoCo("resnet18", **size, batchformer_loss="sum", group_size=2), config
 
 
 def test_groups_hold_every_trainable_parameter_once_by_original_shape():

@@ -197,7 +197,7 @@ def test_overflow_skips_the_step_and_halves_the_loss_scale(run):
     assert {group["lr"] for group in backend.optimizer.param_groups} == {step.learning_rate(1)} != {0.0}
 
 
-def collectives_of_a_step(add_bf: int) -> tuple[dict[str, int], dict[str, int]]:
+def collectives_of_a_step(loss) -> tuple[dict[str, int], dict[str, int]]:
     """How often two ranks speak in the forward and backward pass of a ResNet-50 (narrow: only the layers count)."""
     counts: list[str] = []
 
@@ -214,7 +214,8 @@ def collectives_of_a_step(add_bf: int) -> tuple[dict[str, int], dict[str, int]]:
             counts.append("reduce_scatter")
             return super().reduce_scatter(tensor)
 
-    model = MoCo("resnet50", backbone_args={"width": 8}, dim=8, mlp_dim=16, add_bf=add_bf, group_size=4, dropout=0.0)
+    sizes = {"backbone_args": {"width": 8}, "projection_dim": 8, "mlp_dim": 16}
+    model = MoCo("resnet50", **sizes, batchformer_loss=loss, group_size=4, dropout=0.0)
     model.set_collective(Counting())
     contrast = model.loss(torch.randn(2 * 4, 3, 32, 32), 0, 0)
     forward = dict(Counter(counts))
@@ -223,12 +224,12 @@ def collectives_of_a_step(add_bf: int) -> tuple[dict[str, int], dict[str, int]]:
     return forward, dict(Counter(counts))
 
 
-@pytest.mark.parametrize("add_bf", [0, 1])
-def test_a_step_of_resnet50_speaks_seldom(pools, add_bf):
+@pytest.mark.parametrize("loss", ["none", "sum"])
+def test_a_step_of_resnet50_speaks_seldom(pools, loss):
     """One gather per norm for both views, one for all keys. torch's SyncBatchNorm, view by view, needs 222 and 112.
 
     53 norms in each backbone, 2 in each projector, 1 in the predictor. BatchFormer's groups fit a rank here and send nothing.
     """
-    for forward, backward in pools(2).run(collectives_of_a_step, add_bf):
+    for forward, backward in pools(2).run(collectives_of_a_step, loss):
         assert forward == {"all_gather": (53 + 2) * 2 + 1 + 1}
         assert backward == {"all_reduce": 53 + 2 + 1}

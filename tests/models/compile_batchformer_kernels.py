@@ -1,4 +1,4 @@
-"""python compile_batchformer_kernels.py {CAPABILITY passes|flash}...: compiles kernels as a launch would, without a GPU.
+"""python compile_batchformer_kernels.py CAPABILITY...: compiles kernels as a launch would, without a GPU.
 
 Prints the name of each and the bytes of shared memory that a program takes. A process of its own, since the tests interpret.
 """
@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from crossbatch.models.batchformer import flash, passes_triton, tiles
+from crossbatch.models.batchformer import passes_triton, tiles
 from crossbatch.models.batchformer.dropout import Mask
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -50,16 +50,10 @@ def passes(dtype: torch.dtype) -> None:
     passes_triton.add_norm_backward(x, total, mean, rstd, vector, MASK, dtype)
 
 
-def flash_kernels(dtype: torch.dtype) -> None:
-    q, rows = torch.zeros(2, 4, 256, 512, dtype=dtype), torch.zeros(2, 4, 256)
-    flash.forward(q, q, q, MASK, q, rows, passes_triton)
-    flash.backward(q, q, q, q, q, rows, MASK, (q, q, q), passes_triton)
-
-
 MASK = Mask(torch.zeros(2, dtype=torch.int32), 0.5)
 
 if __name__ == "__main__":
     JITFunction.run = compile_instead  # pyright: ignore[reportAttributeAccessIssue]
-    for number, what in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    for number in sys.argv[1:]:
         capability = int(number)
-        {"passes": passes, "flash": flash_kernels}[what](torch.bfloat16 if capability >= 80 else torch.float16)
+        passes(torch.bfloat16 if capability >= 80 else torch.float16)

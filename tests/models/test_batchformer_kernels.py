@@ -22,11 +22,11 @@ from crossbatch.models.batchformer import (
     sdpa,
     tiles,
 )
-from crossbatch.models.batchformer.dispatch import Situation, check, choose, explain, reason_against_flash
+from crossbatch.models.batchformer.dispatch import Situation, choose, explain
 from crossbatch.models.batchformer.dropout import NUM_PLACES, Mask
 
 KEY = DropoutKey(seed=1, step=2)
-WORDS = KEY.words(2, torch.device("cpu"))
+SEEDS = KEY.dropout_seeds(2, torch.device("cpu"))
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
@@ -56,13 +56,13 @@ def error(got, want):
 def layer_results(kernel, dtype, views, n, dim, group_size, dropout, device):
     """Output and gradients, by name; the input is not contiguous."""
     torch.manual_seed(0)
-    layer = BatchFormer(dim, group_size, dropout, kernel=kernel)
+    layer = BatchFormer(dim, group_size, dropout=dropout, kernel=kernel)
     x, weight = torch.randn(views, dim, n).mT, torch.randn(views, n, dim)
     for p in layer.parameters():
         p.data += 0.1 * torch.randn_like(p)
     layer, x, weight = layer.to(device, dtype), x.to(device, dtype).requires_grad_(), weight.to(device, dtype)
     assert not x.is_contiguous() or n == 1
-    out = layer(x, WORDS[:, :views].to(device))
+    out = layer(x, dropout_seeds=SEEDS[:, :views].to(device))
     (out * weight).sum().backward()
     gradients = {name: p.grad for name, p in layer.named_parameters()}
     return {"out": out.detach(), "x": x.grad, **gradients}
@@ -82,24 +82,13 @@ def test_error_is_at_most_twice_that_of_torch(passes, views, n, dim, group_size,
         assert error(got, want[name]) <= 2 * error(plain[name], want[name]) + 1e-7, name
 
 
-def attention_of(name):
-    """(q, k, v, mask) -> out, as this kernel computes it."""
-
-    def fused_attention(q, k, v, mask):
-        return ops.attention(
-            q, k, v, mask.words_V, mask.probability, mask.first_row, mask.first_column, name == "flash"
-        )[0]
-
-    return fused_attention
-
-
 def plain_attention(q, k, v, mask):
     """As torch operators compute it in the dtype given, probabilities in fp32."""
     (S, H, Q, D), G = q.shape, k.shape[2]
     probabilities = (q @ k.mT * D**-0.5).float().softmax(-1)
     if mask.probability:
         rows, columns = mask.attention_rows(S, H, Q), mask.columns(S, G).unsqueeze(1)
-        keep = keep_mask(mask.words(S).unsqueeze(1), rows, columns, mask.probability)
+        keep = keep_mask(mask.seeds(S).unsqueeze(1), rows, columns, mask.probability)
         probabilities = probabilities * keep / (1 - mask.probability)
     return probabilities.to(v.dtype) @ v
 
@@ -111,37 +100,25 @@ def attention_results(function, qkv, grad, mask):
     return [out.detach(), *(x.grad for x in inputs)]
 
 
-def check_attention(name, dtype, device, shape, dropout):
+def check_attention(dtype, device, shape, dropout):
     torch.manual_seed(0)
     S, H, Q, G, D = shape
-    mask = Mask(KEY.words(1, torch.device(device))[0], dropout, first_row=11, first_column=3)
+    mask = Mask(KEY.dropout_seeds(1, torch.device(device))[0], dropout, first_row=11, first_column=3)
     packed = torch.randn(S, G, 3, H, D, device=device).to(dtype)  # heads lie between the rows
     q, k, v = (packed[:, : Q if i == 0 else G, i].transpose(1, 2) for i in range(3))
     grad = torch.randn(S, Q, H, D, device=device).to(dtype).transpose(1, 2)
     want = attention_results(plain_attention, [x.double() for x in (q, k, v)], grad, mask)
     plain = attention_results(plain_attention, (q, k, v), grad, mask)
-    for got, torchs, exact in zip(
-        attention_results(attention_of(name), (q, k, v), grad, mask), plain, want, strict=True
-    ):
+    for got, torchs, exact in zip(attention_results(fused.attention, (q, k, v), grad, mask), plain, want, strict=True):
         assert got.dtype == dtype
         assert error(got, exact) <= 2 * error(torchs, exact) + 1e-7
 
 
 @with_passes("triton")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize(
-    ("name", "dtype", "shape"),
-    [
-        ("tiles", torch.float16, (2, 2, 7, 7, 9)),
-        ("tiles", torch.bfloat16, (1, 2, 33, 66, 40)),
-        ("flash", torch.float32, (2, 1, 7, 7, 9)),
-        ("flash", torch.float16, (1, 1, 70, 70, 72)),
-        pytest.param("flash", torch.float16, (1, 2, 257, 257, 40), marks=pytest.mark.slow),
-        pytest.param("flash", torch.float16, (1, 2, 33, 66, 512), marks=pytest.mark.slow),
-    ],
-)
-def test_attention_of_16_bits_and_flash(passes, name, dtype, shape, dropout):
-    check_attention(name, dtype, passes, shape, dropout)
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float16, (2, 2, 7, 7, 9)), (torch.bfloat16, (1, 2, 33, 66, 40))])
+def test_attention_of_16_bits(passes, dtype, shape, dropout):
+    check_attention(dtype, passes, shape, dropout)
 
 
 @pytest.mark.gpu
@@ -149,52 +126,48 @@ def test_attention_of_16_bits_and_flash(passes, name, dtype, shape, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 4, 257, 257, 512), (2, 4, 255, 510, 96), (1, 4, 4096, 4096, 192)])
-@pytest.mark.parametrize("name", ["tiles", "flash"])
-def test_compiled_attention(name, shape, dtype, dropout):
-    if name == "flash" and torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("flash needs sm_80")
+def test_compiled_attention(shape, dtype, dropout):
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("no bf16")
-    check_attention(name, dtype, "cuda", shape, dropout)
+    check_attention(dtype, "cuda", shape, dropout)
 
 
 S, A, H, Q, G, C = 4, 2, 3, 5, 10, 300  # two views of two groups; rows start elsewhere than columns
 
 
 def masks_of(place):
-    return Mask(WORDS[place], 0.5, first_row=40, first_column=20)
+    return Mask(SEEDS[place], 0.5, first_row=40, first_column=20)
 
 
 @with_passes("cpu", "triton")
-@pytest.mark.parametrize("name", ["tiles", "flash"])
-def test_attention_drops_what_the_hash_says(passes, name):
+def test_attention_drops_what_the_hash_says(passes):
     """Equal scores and the identity as values show the mask itself."""
-    mask, words = masks_of(0), [KEY.word(view, 0) for view in range(2)]
-    mask = Mask(mask.words_V.to(passes), *(mask.probability, mask.first_row, mask.first_column))
+    mask, seeds = masks_of(0), [KEY.dropout_seed(view, 0) for view in range(2)]
+    mask = Mask(mask.seeds_V.to(passes), *(mask.probability, mask.first_row, mask.first_column))
     q, k = torch.zeros(S, H, Q, 16, device=passes), torch.zeros(S, H, G, 16, device=passes)
-    out = attention_of(name)(q, k, torch.eye(G, 16, device=passes).expand(S, H, G, 16), mask)[..., :G]
+    out = fused.attention(q, k, torch.eye(G, 16, device=passes).expand(S, H, G, 16), mask)[..., :G]
     torch.testing.assert_close(out[out > 0], torch.full_like(out[out > 0], 2 / G))
     for s in range(S):
         view, group = divmod(s, A)
         for h in range(H):
             rows = torch.tensor([(40 + group * Q + i) * H + h for i in range(Q)], dtype=torch.int32)
             columns = torch.tensor([20 + group * G + j for j in range(G)], dtype=torch.int32)
-            assert torch.equal(out[s, h].cpu() > 0, keep_mask(words[view], rows, columns, 0.5))
+            assert torch.equal(out[s, h].cpu() > 0, keep_mask(seeds[view], rows, columns, 0.5))
 
 
 @with_passes("cpu", "triton")
 def test_features_are_dropped_as_the_hash_says(passes):
-    words = [KEY.word(view, 2) for view in range(2)]
-    mask = Mask(masks_of(2).words_V.to(passes), 0.5, 40)
+    seeds = [KEY.dropout_seed(view, 2) for view in range(2)]
+    mask = Mask(masks_of(2).seeds_V.to(passes), 0.5, 40)
     ones, zeros = torch.ones(S, Q, C, device=passes), torch.zeros(S, Q, C, device=passes)
     hidden = fused.bias_relu(zeros, ones[0, 0], mask)
     y = ones.clone().requires_grad_()
-    _, total, _, _ = ops.add_norm(zeros, y, ones[0, 0], zeros[0, 0], 1e-5, mask.words_V, 0.5, 40)
+    _, total, _, _ = ops.add_norm(zeros, y, ones[0, 0], zeros[0, 0], 1e-5, mask.seeds_V, 0.5, 40)
     columns = torch.arange(C, dtype=torch.int32)
     for s in range(S):
         view, group = divmod(s, A)
         rows = torch.arange(40 + group * Q, 40 + (group + 1) * Q, dtype=torch.int32)
-        want = keep_mask(words[view], rows, columns, 0.5)
+        want = keep_mask(seeds[view], rows, columns, 0.5)
         for got in (hidden, total):
             assert torch.equal(got[s].cpu(), 2.0 * want)
     assert (hidden > 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
@@ -210,7 +183,7 @@ def test_features_are_dropped_as_the_hash_says(passes):
 )
 def test_gradcheck_in_float64(kernel, dropout):
     torch.manual_seed(0)
-    mask = Mask(WORDS[0], dropout, 4, 2)
+    mask = Mask(SEEDS[0], dropout, 4, 2)
     q, k, v = (torch.randn(2, 2, rows, 3, dtype=torch.float64, requires_grad=True) for rows in (3, 5, 5))
     x, y, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (2, 3, 6), (6,), (6,))
@@ -230,21 +203,21 @@ def test_scores_are_not_kept():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x, WORDS[:, :1]).sum()
+        layer(x, dropout_seeds=SEEDS[:, :1]).sum()
     assert 4 * G < max(kept) <= 3 * dim * G
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck asks for it
 @pytest.mark.parametrize("name", ["attention", "bias_relu", "add_norm"])
 def test_operators_are_registered_as_torch_wants_them(name):
-    words = WORDS[0]
+    seeds = SEEDS[0]
     x, y = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(2))
     vector = torch.randn(8, requires_grad=True)
     q = torch.randn(2, 3, 2, 4).transpose(1, 2).requires_grad_()
     arguments = {
-        "attention": (q, q, q, words, 0.5, 0, 0, False),
-        "bias_relu": (x, vector, words, 0.5, 0),
-        "add_norm": (x, y, vector, vector, 1e-5, words, 0.5, 0),
+        "attention": (q, q, q, seeds, 0.5, 0, 0),
+        "bias_relu": (x, vector, seeds, 0.5, 0),
+        "add_norm": (x, y, vector, vector, 1e-5, seeds, 0.5, 0),
     }
     torch.library.opcheck(getattr(ops, name), arguments[name])
 
@@ -256,7 +229,7 @@ def test_torch_compile_takes_the_layer_whole():
     results = []
     for mix in (layer, compiled):
         own = x.clone().requires_grad_()
-        out = mix(own, WORDS)
+        out = mix(own, dropout_seeds=SEEDS)
         out.sum().backward()
         results.append((out.detach(), own.grad))
     torch.testing.assert_close(results[1], results[0])
@@ -264,51 +237,33 @@ def test_torch_compile_takes_the_layer_whole():
 
 def test_a_kernel_that_cannot_run_says_why():
     assert choose("auto", Situation("cpu")) == "fused" and choose("sdpa", Situation("cpu", dropout=0.0)) == "sdpa"
-    with pytest.raises(ValueError, match=r"given sdpa; .*position in the batch; allowed: auto, fused, reference"):
+    with pytest.raises(
+        ValueError, match=r"kernel is 'sdpa', but .*position in the batch; allowed: auto, fused, reference"
+    ):
         BatchFormer(8, 2, kernel="sdpa")
     with pytest.raises(ValueError, match="needs sm_70"):
-        check("fused", Situation("cuda", (6, 1)))
+        choose("fused", Situation("cuda", (6, 1)))
     assert choose("auto", Situation("cuda", (6, 1), dropout=0.0)) == "sdpa"
     name, why = explain("auto", Situation("xpu"))
     assert name == "reference" and "this is xpu" in why and "sdpa: torch's attention" in why
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
-    [
-        (("cpu", None, torch.float32, 512, 16384), "for GPUs"),
-        (("cuda", (7, 0), torch.float16, 512, 16384), "this is sm_70"),
-        (("cuda", (9, 0), torch.float32, 512, 16384), "given float32"),
-        (("cuda", (9, 0), torch.float16, 513, 16384), "given 513"),
-        (("cuda", (9, 0), torch.float16, 512, 256), "given 256"),
-    ],
+    "capabilities", [["70"], pytest.param(["80", "90", "100"], marks=pytest.mark.slow)], ids="-".join
 )
-def test_flash_says_why_not(given, reason):
-    assert reason in (reason_against_flash(*given) or "")
-    assert reason_against_flash("cuda", (8, 0), torch.bfloat16, 512, 16384) is None
-
-
-@pytest.mark.parametrize(
-    "cases",
-    [
-        ["70", "passes", "80", "flash"],
-        pytest.param(["80", "passes", "90", "flash", "90", "passes", "100", "flash"], marks=pytest.mark.slow),
-    ],
-    ids="-".join,
-)
-def test_kernels_compile_for_gpus_that_are_not_here(cases):
+def test_kernels_compile_for_gpus_that_are_not_here(capabilities):
     """Down to machine code, at the width of a ResNet-50; each fits the smallest shared memory (sm_86: 99 KiB)."""
     script = Path(__file__).with_name("compile_batchformer_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run(
-        [sys.executable, str(script), *cases], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(script), *capabilities], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     compiled = [line.split() for line in done.stdout.splitlines()]
-    assert len(compiled) == sum({"passes": 6, "flash": 3}[what] for what in cases[1::2])
+    assert len(compiled) == 6 * len(capabilities)
     assert max(int(shared) for _, shared in compiled) <= 99 * 1024
 
 
-def test_places_have_words_of_their_own():
-    assert WORDS.shape == (NUM_PLACES, 2) and len(set(WORDS.flatten().tolist())) == 2 * NUM_PLACES
-    assert WORDS[3, 1].item() % 2**32 == KEY.word(1, 3)
+def test_places_have_seeds_of_their_own():
+    assert SEEDS.shape == (NUM_PLACES, 2) and len(set(SEEDS.flatten().tolist())) == 2 * NUM_PLACES
+    assert SEEDS[3, 1].item() % 2**32 == KEY.dropout_seed(1, 3)

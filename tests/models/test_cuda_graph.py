@@ -5,13 +5,20 @@ import torch
 
 from crossbatch.models import MoCo
 
-SIZES = {"image_size": 16, "stem": "small", "backbone_args": {"width": 8}, "dim": 8, "mlp_dim": 16, "group_size": 4}
+SIZES = {
+    "image_size": 16,
+    "stem": "small",
+    "backbone_args": {"width": 8},
+    "projection_dim": 8,
+    "mlp_dim": 16,
+    "group_size": 4,
+}
 
 
 def trained(cuda_graph: bool, device: str, autocast: bool, steps: int = 3):
     """Losses, and then gradients and buffers, of some steps of SGD."""
     torch.manual_seed(0)
-    model = MoCo("resnet18", **SIZES, add_bf=1, cuda_graph=cuda_graph).to(device)
+    model = MoCo("resnet18", **SIZES, batchformer_loss="sum", cuda_graph=cuda_graph).to(device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
     for step in range(steps):
@@ -41,10 +48,10 @@ def test_capturing_changes_nothing(monkeypatch):
 
     def stand_in(parts, samples, **more):
         assert not torch.is_autocast_cache_enabled()
-        for part, (features, words) in zip(parts, samples, strict=True):
-            assert features.is_leaf and words.dtype == torch.int32
+        for part, (features, seeds) in zip(parts, samples, strict=True):
+            assert features.is_leaf and seeds.dtype == torch.int32
             assert not part._forward_pre_hooks and not any(buffer.requires_grad for buffer in part.buffers())
-            outputs = [part(features, words) for _ in range(3)]
+            outputs = [part(features, seeds) for _ in range(3)]
             warmed_up.append(outputs[0].requires_grad)
             if outputs[0].requires_grad:
                 trainable = [p for p in part.parameters() if p.requires_grad]

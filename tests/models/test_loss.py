@@ -7,8 +7,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossbatch.models import Collective, chance_loss, contrastive_loss, cross_entropy
+from crossbatch.models import Collective, chance_loss, contrastive_loss, cross_entropy, loss_from_add_bf
 from crossbatch.models.cross_entropy import cross_entropy_over_keys
+from crossbatch.models.loss import LOSSES, loss_of_streams
 
 N, D = 6, 8
 
@@ -52,7 +53,7 @@ def test_loss_and_gradients_match_the_formula(add_bf, temperature):
     streams = 1 if add_bf == 0 else 2
     q = torch.randn(2, streams, N, D, requires_grad=True)
     k = torch.randn(2, streams, N, D)
-    loss, terms, _ = contrastive_loss(q, k, add_bf, temperature, Collective())
+    loss, terms, _ = loss_of_streams(q, k, loss_from_add_bf(add_bf), temperature, Collective())
     loss.backward()
     assert q.grad is not None
     gradient = q.grad.clone()
@@ -65,8 +66,64 @@ def test_loss_and_gradients_match_the_formula(add_bf, temperature):
     assert len(terms) == {0: 2, 1: 8, 34: 8, 36: 8, 37: 10}.get(add_bf, 2)
 
 
-def test_negative_add_bf_is_vanilla():
-    assert chance_loss(-1, 1.0, 4096) == chance_loss(0, 1.0, 4096)
+def test_numbers_of_the_release_have_names():
+    numbers = {number: loss_from_add_bf(number) for number in (-1, 0, 1, 34, 36, 37, 2, 33, 35)}
+    joint = dict.fromkeys((2, 33, 35), "joint")
+    assert numbers == {-1: "none", 0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self", **joint}
+    assert set(numbers.values()) == set(LOSSES)
+
+
+def test_the_public_form_is_the_loss_without_batchformer():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, N, D, requires_grad=True), torch.randn(2, N, D)
+    loss = contrastive_loss(q, k, 0.2)
+    loss.backward()
+    reference = q.detach().clone().requires_grad_()
+    want = expected(reference.unsqueeze(1), k.unsqueeze(1), 0, 0.2)
+    want.backward()
+    assert q.grad is not None and reference.grad is not None
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(q.grad, reference.grad, rtol=1e-5, atol=1e-7)
+
+
+def _contrast_of_rank(q, k):
+    """Loss and gradient of this rank's half of the images, in a group of its own and in that of all ranks."""
+    rank = torch.distributed.get_rank()
+    alone = [torch.distributed.new_group([0]), torch.distributed.new_group([1])][rank]
+    assert isinstance(alone, torch.distributed.ProcessGroup)
+    mine = slice(rank * N // 2, (rank + 1) * N // 2)
+    results = []
+    for group in (alone, None):
+        own = q[:, mine].clone().requires_grad_()
+        loss = contrastive_loss(own, k[:, mine], 0.2, process_group=group)
+        loss.backward()
+        results.append((loss.detach(), own.grad))
+    return results
+
+
+def test_two_ranks_contrast_with_the_keys_of_both(two_ranks):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, N, D), torch.randn(2, N, D)
+    ranks = two_ranks.run(_contrast_of_rank, q, k)
+    whole = q.clone().requires_grad_()
+    loss = contrastive_loss(whole, k, 0.2)
+    loss.backward()
+    losses, gradients = zip(*(results[1] for results in ranks), strict=True)
+    torch.testing.assert_close(sum(losses) / 2, loss.detach())
+    torch.testing.assert_close(torch.cat(gradients, 1) / 2, whole.grad)
+    for rank, (alone, _) in enumerate(results[0] for results in ranks):
+        mine = slice(rank * N // 2, (rank + 1) * N // 2)
+        torch.testing.assert_close(alone, contrastive_loss(q[:, mine], k[:, mine], 0.2))
+
+
+def test_shapes_and_keys_that_need_a_gradient_are_refused():
+    q = torch.randn(2, N, D)
+    with pytest.raises(ValueError, match=r"queries are \[6, 8\] and keys \[6, 8\]; both must be \[2, n, D\]"):
+        contrastive_loss(q[0], q[0])
+    with pytest.raises(ValueError, match="keys require a gradient"):
+        contrastive_loss(q, q.clone().requires_grad_())
+    with pytest.raises(ValueError, match="keys_BD require a gradient"):
+        cross_entropy_over_keys(q[0], q[1].clone().requires_grad_(), torch.arange(N), 1.0)
 
 
 @pytest.mark.parametrize("add_bf", [0, 1, 36, 37, 2])
@@ -76,22 +133,22 @@ def test_chance_level_is_the_loss_of_equal_keys(add_bf):
     k = torch.ones(2, streams, N, D)
     if add_bf == 37:
         q[:, 1] = 1.0  # the b queries are keys, too
-    loss, _, _ = contrastive_loss(q, k, add_bf, 0.3, Collective())
-    assert loss.item() == pytest.approx(chance_loss(add_bf, 0.3, N), rel=1e-5)
+    loss, _, _ = loss_of_streams(q, k, loss_from_add_bf(add_bf), 0.3, Collective())
+    assert loss.item() == pytest.approx(chance_loss(loss_from_add_bf(add_bf), 0.3, N), rel=1e-5)
 
 
 def test_chance_values_of_the_recipes():
-    values = [chance_loss(add_bf, 1.0, 4096) for add_bf in (0, 1, 36, 2)]
+    values = [chance_loss(kind, 1.0, 4096) for kind in ("none", "sum", "mean", "joint")]
     assert [round(value, 2) for value in values] == [33.27, 133.08, 33.27, 36.04]
-    assert chance_loss(37, 1.0, 4096) == pytest.approx(4 * math.log(4096))
+    assert chance_loss("mean_with_self", 1.0, 4096) == pytest.approx(4 * math.log(4096))
 
 
 def test_logits_stay_fp32_under_autocast():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, N, D), torch.randn(2, 1, N, D)
-    plain, _, _ = contrastive_loss(q, k, 0, 0.1, Collective())
+    plain, _, _ = loss_of_streams(q, k, "none", 0.1, Collective())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        lowered, _, _ = contrastive_loss(q, k, 0, 0.1, Collective())
+        lowered, _, _ = loss_of_streams(q, k, "none", 0.1, Collective())
     assert lowered.dtype == torch.float32
     assert lowered.item() == plain.item()
 
@@ -99,7 +156,7 @@ def test_logits_stay_fp32_under_autocast():
 def test_similarities_against_all_pairs():
     torch.manual_seed(1)
     q, k = torch.randn(2, 2, N, D), torch.randn(2, 2, N, D)
-    _, _, signals = contrastive_loss(q, k, 1, 1.0, Collective())
+    _, _, signals = loss_of_streams(q, k, "sum", 1.0, Collective())
     cosines = torch.stack([unit(q[0, 0]) @ unit(k[1, 0]).T, unit(q[1, 0]) @ unit(k[0, 0]).T])
     own = torch.eye(N, dtype=torch.bool)
     assert signals["positive_similarity"].item() == pytest.approx(cosines[:, own].mean().item(), abs=1e-6)

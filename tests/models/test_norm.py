@@ -1,14 +1,15 @@
 """ViewBatchNorm against torch's own batch norm, applied to one view of all ranks at a time."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from crossbatch.engine.runtime.distributed import GroupCollective
-from crossbatch.models.collective import Collective
-from crossbatch.models.norm import ViewBatchNorm, reuse_batch_stats, set_num_views, synchronize_norms
+from crossbatch.models.collective import Collective, GroupCollective
+from crossbatch.models.norm import ViewBatchNorm, convert_norms, reuse_batch_stats, set_num_views, synchronize_norms
 
 C = 5
 SHAPES = [(12, C), (12, C, 3, 7), (2, C, 4, 4)]  # the last: one image per view
@@ -18,8 +19,16 @@ class Counting(Collective):
     """Passes on to another collective and notes the shape of what travels."""
 
     def __init__(self, inner: Collective):
-        self.inner, self.rank, self.world_size = inner, inner.rank, inner.world_size
+        self.inner = inner
         self.gathered, self.reduced = [], []
+
+    @property
+    def rank(self):
+        return self.inner.rank
+
+    @property
+    def world_size(self):
+        return self.inner.world_size
 
     def all_gather(self, tensor):
         self.gathered.append(tuple(tensor.shape))
@@ -182,7 +191,9 @@ def test_memory_format_is_kept():
 class Twins(Collective):
     """Two ranks with the same images."""
 
-    world_size = 2
+    @property
+    def world_size(self):
+        return 2
 
     def all_gather(self, tensor):
         return torch.stack([tensor, tensor])
@@ -263,12 +274,147 @@ def test_set_num_views_reaches_every_norm():
         ((2, C), "more than 1 value"),
         ((2, C, 1, 1), "more than 1 value"),
         ((4, C + 1), r"\[V\*n, 5\]"),
-        ((4, C, 3), r"\[V\*n, 5\]"),
+        ((4,), r"\[V\*n, 5\]"),
     ],
 )
 def test_errors(shape, message):
     with pytest.raises(ValueError, match=message):
         ViewBatchNorm(C)(torch.zeros(shape))
+
+
+def test_features_of_sequences_are_those_of_images():
+    x, dy = batch((8, C, 6), seed=8)
+    ys, dxs, reference = expected(x.unsqueeze(-1).chunk(2), dy.unsqueeze(-1).chunk(2))
+    norm = ViewBatchNorm(C)
+    randomise(norm)
+    x.requires_grad_()
+    y = norm(x)
+    y.backward(dy)
+    assert_near(y, torch.cat(ys).squeeze(-1))
+    assert_near(gradient(x), torch.cat(dxs).squeeze(-1))
+    assert_same_statistics(norm, reference)
+    evaluated = norm.eval()(x.detach())
+    assert_near(evaluated, norm(x.detach().unsqueeze(-1)).squeeze(-1))
+
+
+def network(**options) -> Any:
+    return nn.Sequential(
+        nn.Conv2d(3, C, 3), nn.BatchNorm2d(C, **options), nn.Flatten(), nn.Linear(C, C), nn.BatchNorm1d(C)
+    )
+
+
+def test_converting_keeps_everything_but_the_class():
+    model = network(eps=1e-3, momentum=0.3)
+    model[4] = nn.SyncBatchNorm(C, affine=False)
+    model[1].weight.requires_grad_(False)
+    model[1].eval()
+    randomise(model[1])
+    state, kept = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    assert convert_norms(model, num_views=3) is model
+    first, second = model[1], model[4]
+    assert isinstance(first, ViewBatchNorm) and isinstance(second, ViewBatchNorm)
+    assert (first.eps, first.momentum, first.num_views, first.training) == (1e-3, 0.3, 3, False)
+    assert second.training and not second.affine and second.weight is None
+    assert not first.weight.requires_grad and first.bias.requires_grad
+    assert all(p is kept[name] for name, p in model.named_parameters())  # an optimizer made before stays valid
+    torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+
+
+def test_state_dicts_load_both_ways():
+    plain, converted = network(), convert_norms(network())
+    randomise(plain[1])
+    converted.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(dict(converted.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+    again = network()
+    again.load_state_dict(converted.state_dict())
+    torch.testing.assert_close(dict(again.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+
+
+def test_a_norm_alone_a_norm_in_two_places_and_a_second_conversion():
+    norm = nn.BatchNorm1d(C)
+    assert isinstance(convert_norms(norm), ViewBatchNorm)
+    shared = convert_norms(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)}))
+    assert isinstance(shared["a"], ViewBatchNorm) and shared["a"] is shared["b"][0]  # pyright: ignore[reportIndexIssue]
+    assert convert_norms(shared, num_views=4)["a"].num_views == 4  # pyright: ignore[reportIndexIssue]
+
+
+class Activated(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: a forward pass of its own."""
+
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (Activated(C), "norm '1' .Activated. cannot be converted: only nn.BatchNorm1d"),
+        (nn.BatchNorm3d(C), "BatchNorm3d. cannot be converted"),
+        (nn.BatchNorm2d(C, momentum=None), "momentum is None"),
+        (nn.BatchNorm2d(C, track_running_stats=False), "track_running_stats is False"),
+    ],
+)
+def test_norms_that_cannot_be_converted_are_refused_before_anything_is_changed(norm, reason):
+    model = nn.Sequential(nn.BatchNorm2d(C), norm)
+    with pytest.raises(ValueError, match=reason):
+        convert_norms(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def step_alone(model, views):
+    """One process, torch's own norms, a view at a time."""
+    return torch.cat([model(view) for view in views])
+
+
+def trained(model, call, images, labels):
+    """Parameters and buffers after two steps of a training loop that is not ours."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for x, y in zip(images, labels, strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(call(x), y.repeat(len(x))).backward()
+        optimizer.step()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def train_in_ddp(state, images, labels):
+    rank, n = torch.distributed.get_rank(), images.shape[2] // 2
+    model = torchvision.models.resnet18(num_classes=3).double()
+    model.load_state_dict(state)
+    ddp = nn.parallel.DistributedDataParallel(convert_norms(model, num_views=images.shape[1]))
+    mine = slice(rank * n, (rank + 1) * n)
+    return trained(model, lambda views: ddp(views.flatten(0, 1)), images[:, :, mine], labels[:, mine])
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_a_torchvision_resnet_in_ddp_on_two_ranks_equals_one_process(two_ranks, num_views):
+    torch.manual_seed(0)
+    images, labels = torch.randn(2, num_views, 8, 3, 32, 32, dtype=torch.float64), torch.randint(3, (2, 8))
+    images[:, 1:] *= 2
+    model = torchvision.models.resnet18(num_classes=3).double()
+    state = copy.deepcopy(model.state_dict())
+    want = trained(model, lambda views: step_alone(model, views), images, labels)
+    for got in two_ranks.run(train_in_ddp, state, images, labels):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+        assert not torch.equal(got["layer4.1.bn2.running_var"], state["layer4.1.bn2.running_var"])
+
+
+def statistics_in_groups(x):
+    """Running mean on this rank with a group of its own, and after a deep copy, with the group and without."""
+    rank = torch.distributed.get_rank()
+    alone = [torch.distributed.new_group([0]), torch.distributed.new_group([1])][rank]
+    norms = [convert_norms(nn.BatchNorm1d(C), 1, group) for group in (alone, None)]  # pyright: ignore[reportArgumentType]
+    norms += copy.deepcopy(norms)
+    for norm in norms:
+        norm(x + rank)
+    return [norm.running_mean for norm in norms]
+
+
+def test_norms_of_a_process_group_and_their_copies(two_ranks):
+    x = torch.randn(16, C)
+    for rank, (alone, everyone, *copies) in enumerate(two_ranks.run(statistics_in_groups, x)):
+        assert_near(alone, 0.1 * (x.mean(0) + rank))
+        assert_near(everyone, 0.1 * (x.mean(0) + 0.5))
+        assert copies[0].equal(alone) and copies[1].equal(everyone)
 
 
 @pytest.mark.gpu

@@ -99,9 +99,9 @@ def test_stem(stem, size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"arch": "resnet5"}, "model.arch is 'resnet5'.*allowed: resnet18.*did you mean 'resnet50'"),
-        ({"arch": "resnet50", "stem": "cifar"}, "model.stem is 'cifar'; allowed: imagenet, small"),
-        ({"arch": "resnet50", "stop_grad_conv1": True}, "stop_grad_conv1 is true but resnet50"),
+        ({"arch": "resnet5"}, "^arch is 'resnet5'.*allowed: resnet18.*did you mean 'resnet50'"),
+        ({"arch": "resnet50", "stem": "cifar"}, "^stem is 'cifar'; allowed: imagenet, small"),
+        ({"arch": "resnet50", "stop_grad_conv1": True}, "^stop_grad_conv1 is true, but resnet50"),
         ({"arch": "resnet50", "backbone_args": {"widht": 16}}, "'widht'.*allowed: width .did you mean 'width'"),
         ({"arch": "resnet50", "backbone_args": {"embed_dim": 16}}, "'embed_dim', which resnet50 does not take"),
         ({"arch": "resnet50", "backbone_args": {"width": 0}}, "width is 0; it must be a positive integer"),

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from crossbatch.models import vit
-from crossbatch.models.backbones import build_backbone, family
+from crossbatch.models.backbones import Layout, build_backbone, family
+from crossbatch.models.vit import ViT
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 4, "patch_size": 8}
 TINY_CONV = {"embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -54,8 +54,8 @@ def test_loads_into_timm_with_the_same_features():
 @pytest.mark.parametrize("image_size", [(32, 32), (24, 40)])
 def test_positions(image_size):
     dim = 24
-    layout = vit.Layout(embed_dim=dim, depth=1, num_heads=2, patch_size=8)
-    table = vit.build(layout, image_size=image_size).pos_embed
+    layout = Layout(embed_dim=dim, depth=1, num_heads=2, patch_size=8)
+    table = ViT(layout, image_size).pos_embed  # pyright: ignore[reportArgumentType] (Layout by its two paths)
     assert table is not None and not table.requires_grad
     rows, columns, quarter = image_size[0] // 8, image_size[1] // 8, dim // 4
     wanted = [[0.0] * dim]
@@ -135,7 +135,7 @@ def test_patch_order_is_row_by_row():
     ("arguments", "message"),
     [
         ({"arch": "vit_smal"}, "did you mean 'vit_small'"),
-        ({"arch": "vit_small", "stem": "small"}, "model.stem is 'small' but vit_small"),
+        ({"arch": "vit_small", "stem": "small"}, "^stem is 'small', but vit_small"),
         ({"arch": "vit_conv_small", "stop_grad_conv1": True}, "conv stem is never frozen"),
         ({"arch": "vit_small", "image_size": 100}, r"image_size is 100.*patch_size \(=16\)"),
         ({"arch": "vit_conv_small", "image_size": 40}, r"image_size is 40.*conv stem \(=16\)"),
