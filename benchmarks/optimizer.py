@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import recipe
 from benchmarks.harness import Effort, Row, compare
-from crossbatch.engine.optimizers import LARS, parameter_groups
-from crossbatch.engine.tasks.build import build_model
+from crossbatch.engine.optimizers import LARS
+from crossbatch.engine.tasks.build import build_model, parameter_groups
 
 _BYTES = 28
 

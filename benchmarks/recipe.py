@@ -9,8 +9,8 @@ import torch
 
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
 from crossbatch.engine.runtime.distributed import GroupCollective
-from crossbatch.engine.sharding import Backend, build_backend
-from crossbatch.engine.tasks.build import build_model
+from crossbatch.engine.sharding import Backend
+from crossbatch.engine.tasks.build import build_backend, build_model
 
 FOLDER = Path(__file__).parents[1] / "ds_configs"
 

@@ -112,25 +112,25 @@ class TrainStep:
         online, momentum = (_join(parts) for parts in zip(*features, strict=True))
         online = online.detach().requires_grad_()
         contrast = self.backend("contrast", online, momentum, self.progress.step, self.seed)
-        self.backend.backward(contrast.loss, self.progress.loss_scale, more=True)
+        self.backend.backward(contrast.loss, self.progress.loss_scale, is_last=False)
         assert online.grad is not None
         *gradients, last_gradient = online.grad.unflatten(0, (NUM_VIEWS, -1)).tensor_split(self.chunks, dim=1)
-        self._backward_features(features[-1][0], last_gradient, more=True)
+        self._backward_features(features[-1][0], last_gradient, is_last=False)
         for number, (chunk, gradient) in enumerate(zip(earlier, gradients, strict=True), start=1):
             with reuse_batch_stats(self.backbone, statistics[number - 1]):
                 again = self._features_again(self._to_device(chunk))
-                self._backward_features(again, gradient, more=number < len(earlier))
+                self._backward_features(again, gradient, is_last=number == len(earlier))
         return contrast
 
     def _features_again(self, images: torch.Tensor) -> torch.Tensor:
         return self.backend("embed", images)
 
-    def _backward_features(self, features: torch.Tensor, gradient: torch.Tensor, more: bool) -> None:
+    def _backward_features(self, features: torch.Tensor, gradient: torch.Tensor, is_last: bool) -> None:
         """Back-propagates `gradient`, [V, m, C] and scaled, from `features`, [V*m, C]."""
         scale = self.progress.loss_scale
         # In fp32, where taking out the scale (a power of two) and putting it in again changes no bit.
         surrogate = (features.float() * (gradient.float() / scale).flatten(0, 1)).sum()  # whose gradient is `gradient`
-        self.backend.backward(surrogate, scale, more)
+        self.backend.backward(surrogate, scale, is_last)
 
     def learning_rate(self, updates: int) -> float:
         schedule = self.run.config.crossbatch.schedule

@@ -26,9 +26,8 @@ from crossbatch import InputError
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
 from crossbatch.engine.runtime.distributed import GroupCollective, World, process_group, world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.engine.sharding import build_backend
 from crossbatch.engine.step import TrainStep
-from crossbatch.engine.tasks.build import build_model
+from crossbatch.engine.tasks.build import build_backend, build_model
 
 WARM_UP = 3  # steps; DeepSpeed's stage 3 learns in the first two
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.scaling.fsdp import fsdp_messages
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
-from crossbatch.engine.optimizers import parameter_groups
+from crossbatch.engine.tasks.build import parameter_groups
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.norm import ViewBatchNorm

@@ -1,6 +1,6 @@
-"""Optimizers that mean the same under every sharding."""
+"""Optimizers that compute the same with any number of ranks, any ZeRO stage, or FSDP2. This package needs torch only."""
 
-from crossbatch.engine.optimizers.groups import build_optimizer, parameter_groups, set_learning_rate
+from crossbatch.engine.optimizers.groups import lars_param_groups, set_learning_rate, split_parameters
 from crossbatch.engine.optimizers.lars import LARS, Layout, Segment
 
-__all__ = ["LARS", "Layout", "Segment", "build_optimizer", "parameter_groups", "set_learning_rate"]
+__all__ = ["LARS", "Layout", "Segment", "lars_param_groups", "set_learning_rate", "split_parameters"]

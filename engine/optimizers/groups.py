@@ -1,62 +1,74 @@
-"""Who decays, who adapts and at which rate: decided by name and original shape, before any backend flattens a tensor."""
+"""Parameter groups by name and original shape, made before any sharding backend flattens a tensor."""
 
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
-from crossbatch.engine.config import AdamWConfig, Config, FinetuneConfig, LarsConfig
-from crossbatch.engine.optimizers.lars import LARS
 
-# Of a ViT, added to every image alike as biases are, whatever their shape.
-POSITIONS = ("cls_token", "pos_embed")
+def split_parameters(
+    model: nn.Module, lr_scales: Mapping[str, float] | None = None, no_decay: Iterable[str] = ()
+) -> dict[tuple[float, bool], list[nn.Parameter]]:
+    """Split the trainable parameters by (learning rate scale, whether they are matrices).
 
-
-def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in up to four groups: decayed or not, at BatchFormer's rate or that of the rest.
-
-    Each group carries `adapts` (LARS: weight decay and trust ratio; two or more dimensions), `weight_decay`, and `lr_scale`
-    (relative to the schedule). DeepSpeed steps group by group, so a BatchFormer at its own rate costs LARS one more all-reduce.
+    Args:
+        model: not yet sharded, or sharded by FSDP2.
+        lr_scales: learning rate scale by prefix of the parameter's name; the first prefix that fits counts, others have 1.
+        no_decay: patterns as in `fnmatch` of names that count as biases whatever their shape, such as "*.pos_embed".
     """
-    params = config.optimizer.params
-    is_adamw = isinstance(params, AdamWConfig)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    patterns = tuple(no_decay)
+    split: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scales = config.crossbatch.lr_scales
-            lr_scale = next((scale for prefix, scale in scales.items() if name.startswith(prefix)), 1.0)
-            is_matrix = parameter.ndim > 1 and not (is_adamw and name.endswith(POSITIONS))
-            groups.setdefault((lr_scale, is_matrix), []).append(parameter)
-    decays_1d = is_adamw and params.decay_1d
-    return [
-        {
-            "params": parameters,
-            "adapts": matrices,
-            "weight_decay": params.weight_decay if matrices or decays_1d else 0.0,
-            "lr_scale": lr_scale,
-        }
-        for (lr_scale, matrices), parameters in groups.items()
-    ]
+            scale = next((scale for prefix, scale in (lr_scales or {}).items() if name.startswith(prefix)), 1.0)
+            is_matrix = parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in patterns)
+            split.setdefault((scale, is_matrix), []).append(parameter)
+    return split
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: Config | FinetuneConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over `parameter_groups`; its learning rate is 0 until `set_learning_rate`."""
-    params = config.optimizer.params
-    if isinstance(params, LarsConfig):
-        return LARS(
-            groups,
-            lr=0.0,
-            variant=params.variant,
-            momentum=params.momentum,
-            trust_coefficient=params.trust_coefficient,
-            eps=params.eps,
-            clip=params.clip,
-            decay_after_momentum=params.decay_after_momentum,
+def lars_param_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.0,
+    lr: float | None = None,
+    lr_scales: Mapping[str, float] | None = None,
+    no_decay: Iterable[str] = (),
+) -> list[dict[str, Any]]:
+    """Return parameter groups for `LARS` that are chosen by the parameters' names.
+
+    `LARS(model.parameters(), ...)` needs no groups. People use them for a learning rate of its own for a part of the network
+    (a pretrained backbone below a new head), and to exempt parameters that act as biases but have two or more dimensions
+    (position embeddings, class tokens) from weight decay and trust ratio, as SimCLR's and BYOL's lists of names do.
+
+    Args:
+        model: not yet sharded, or sharded by FSDP2.
+        weight_decay: of the parameters that adapt.
+        lr: learning rate at scale 1; required with `lr_scales`. Schedulers of torch keep the ratios of the groups.
+        lr_scales: learning rate scale by prefix of the parameter's name, for example {"backbone.": 0.1}.
+        no_decay: patterns as in `fnmatch` of names that neither decay nor adapt, for example ["*pos_embed", "*cls_token"].
+
+    Raises:
+        ValueError: if `lr` is missing, or if a prefix or a pattern fits no trainable parameter.
+    """
+    if lr_scales and lr is None:
+        raise ValueError("lars_param_groups: lr_scales is given but lr is not; give the learning rate at scale 1 as lr")
+    no_decay = list(no_decay)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    unused = [prefix for prefix in lr_scales or {} if not any(name.startswith(prefix) for name in names)]
+    unused += [pattern for pattern in no_decay if not any(fnmatchcase(name, pattern) for name in names)]
+    if unused:
+        raise ValueError(
+            f"lars_param_groups: {unused[0]!r} fits no trainable parameter; the first names are {names[:3]}"
         )
-    return torch.optim.AdamW(groups, lr=0.0, betas=params.betas, eps=params.eps, fused=True)
+    groups = []
+    for (scale, is_matrix), parameters in split_parameters(model, lr_scales, no_decay).items():
+        group = {"params": parameters, "adapts": is_matrix, "weight_decay": weight_decay if is_matrix else 0.0}
+        groups.append(group if lr is None else {**group, "lr": lr * scale})
+    return groups
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Sets the scheduled rate, times each group's `lr_scale`."""
+    """Set the scheduled rate, times each group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,25 +1,28 @@
-"""LARS (You, Gitman, Ginsburg 2017) that stays LARS however parameters are cut.
+"""LARS (You, Gitman, Ginsburg 2017), layer-wise adaptive rates for large batches, exact under every kind of sharding.
 
-LARS scales the update of each parameter w with two or more dimensions (group key `adapts`) by a trust ratio q. With gradient g,
-weight decay wd, trust coefficient tc, momentum m, learning rate lr and velocity v:
+LARS multiplies the update of each parameter w with two or more dimensions by a trust ratio q. With gradient g, weight decay
+wd, trust coefficient tc, momentum m, learning rate lr and velocity v:
 
     moco-v3   d = g + wd w     q = tc ||w|| / ||d||                        v = m v + q d               w = w - lr v
     larc      d = g + wd w     q = tc ||w|| / (||g|| + wd ||w|| + eps)     v = m v + q d               w = w - lr v
     mlperf    d = g + wd w     q = tc ||w|| / (||g|| + wd ||w|| + eps)     v = m v + lr q d            w = w - v
 
-q is 1 where a norm in it is 0 (`larc` then leaves the decay out, too). The others, biases and norms, have q = 1 and wd = 0.
-Sources: `moco-v3` is what MoCo v3 released (Chen, Xie, He 2021). `larc` is NVIDIA apex's LARC around SGD; its `clip` takes
-min(q / lr, 1) for q, so that lr is a ceiling. `mlperf` is the LARS of the MLPerf ResNet-50 reference (apex's FusedLARS), with
-the learning rate inside the velocity; its `decay_after_momentum` takes d = g and subtracts lr q wd w from w beside v.
+q is 1 where one of its norms is 0 (`larc` then leaves out the decay, too). All other parameters, that is biases and norms,
+have q = 1 and wd = 0.
 
-A shard knows only its part of ||w||. So the step makes two passes, one for sums of squares over what this rank holds and, after
-one all-reduce of those of all parameters together, one for the update. What is held is a list of `Segment`s: a whole
-parameter, the local part of a DTensor (FSDP2), or a run of DeepSpeed's flat partitions, which know nothing of parameters. The
-passes are in lars_cpu.py and, as Triton kernels, in lars_cuda.py; nothing in a step waits for the GPU.
+Sources: `moco-v3` is the formula of MoCo v3's released code (Chen, Xie, He 2021). `larc` is NVIDIA apex's LARC around SGD;
+its `clip_trust_ratio` replaces q by min(q / lr, 1), so that lr is a ceiling. `mlperf` is the LARS of the MLPerf ResNet-50
+reference (apex's FusedLARS), with the learning rate inside the velocity; its `decay_after_momentum` takes d = g and
+subtracts lr q wd w from w beside v.
+
+A rank that holds only a part of w knows only a part of ||w||. So a step makes two passes: one sums squares over what this
+rank holds, and the other updates it after one all-reduce of the sums of all parameters. What a rank holds is a list of
+`Segment`s: a whole parameter, the local part of a DTensor (FSDP2), or a run of a flat partition of DeepSpeed ZeRO, which has
+no idea of parameters. The passes are in lars_cpu.py and, as Triton kernels, in lars_cuda.py; no step waits for the GPU.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -42,39 +45,57 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tensors that LARS steps on hold of which parameter. Elements outside of all segments are left alone."""
+    """Which elements of the tensors that LARS steps on belong to which parameter.
 
-    segments: dict[Tensor, list[Segment]]
-    count: int  # parameters, numbered from 0
-    all_reduce: Callable[[Tensor], Tensor] | None  # sums over the ranks that hold the rest; None if there are none
+    Args:
+        segments: for every tensor; elements outside of all segments are left alone.
+        adapts: for every parameter, in the order of their numbers, whether it has a trust ratio and weight decay.
+        needs_norms: the tensors in which any rank holds a segment that adapts; a step on one of them makes an all-reduce.
+        all_reduce: returns the sum over the ranks that hold the other parts; None if this rank holds every parameter whole.
+    """
+
+    segments: Mapping[Tensor, Sequence[Segment]]
+    adapts: Sequence[bool]
+    needs_norms: frozenset[Tensor]
+    all_reduce: Callable[[Tensor], Tensor] | None
 
     @staticmethod
-    def of_parameters(parameters: Iterable[Tensor]) -> "Layout":
-        """For parameters that are whole or DTensors: what a rank holds of each is one segment.
+    def of_parameters(adapts: Mapping[Tensor, bool]) -> "Layout":
+        """Return the layout of whole parameters and of DTensors: one segment for what this rank holds of each.
 
-        Raises ValueError if they are sharded over several mesh dimensions, which would need several all-reduces.
+        Raises:
+            ValueError: if parameters are sharded over several mesh dimensions, which would take several all-reduces.
+            TypeError: if a parameter is not in fp32 or fp64.
         """
-        parameters = list(parameters)
-        cuts = {cut for parameter in parameters for cut in _cuts(parameter)}
+        for parameter in adapts:
+            _check_not_flattened(parameter)
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"LARS: a parameter of shape {list(parameter.shape)} is in {parameter.dtype}; allowed: float32, float64; "
+                    f"keep parameters in float32 and compute in lower precision with torch.autocast"
+                )
+        cuts = {cut for parameter in adapts for cut in _cuts(parameter)}
         if len(cuts) > 1:
-            raise ValueError(f"LARS: parameters are sharded over more than one mesh dimension: {cuts}; use one.")
+            raise ValueError(f"LARS: parameters are sharded over more than one mesh dimension: {cuts}; use one")
         mesh, dim = next(iter(cuts), (None, 0))
         segments = {
             p: [Segment(number, 0, local(p).numel(), 1 if mesh is None or _cuts(p) else mesh.size(dim))]
-            for number, p in enumerate(parameters)
+            for number, p in enumerate(adapts)
         }
+        needs_norms = frozenset(p for p, does in adapts.items() if does)
         if mesh is None:
-            return Layout(segments, len(segments), None)
+            return Layout(segments, list(adapts.values()), needs_norms, None)
 
         def all_reduce(sums: Tensor) -> Tensor:
-            dist.all_reduce(sums, group=mesh.get_group(dim))
-            return sums
+            total = sums.to(mesh.device_type)  # CPUOffloadPolicy keeps parameters in host memory
+            dist.all_reduce(total, group=mesh.get_group(dim))
+            return total.to(sums.device)
 
-        return Layout(segments, len(segments), all_reduce)
+        return Layout(segments, list(adapts.values()), needs_norms, all_reduce)
 
 
 class Work(NamedTuple):
-    """One segment of a parameter: flat views of equal length."""
+    """One segment of a parameter, with flat views of equal length."""
 
     number: int
     copies: int
@@ -91,22 +112,39 @@ class Update(NamedTuple):
     """
 
     momentum: float
-    gains: Tensor  # [count]
+    gains: Tensor  # [parameters]
     decay: float
     step: float
     late_decay: float
 
 
 class LARS(torch.optim.Optimizer):
-    """See the module.
+    """LARS for plain torch, DDP and FSDP2 (`fully_shard`); with DeepSpeed ZeRO, call `lars_for_zero(engine)` once.
+
+    Which parameters adapt (have a trust ratio and weight decay) follows from their shape when they are given: those with two
+    or more dimensions do, biases and norms do not. So `LARS(model.parameters(), lr=0.1, weight_decay=1e-6)` is right. A group
+    overrides that for all of its parameters with its key `adapts` (True or False); see also `lars_param_groups`.
 
     Args:
-        params: parameters or groups; `adapts` (default: True) and `weight_decay` (default: 0) may differ between groups.
-        lr: learning rate.
-        variant, momentum, trust_coefficient, eps, clip, decay_after_momentum: as in the formulas; eps is part of `larc` and
-            `mlperf`, clip of `larc`, decay_after_momentum of `mlperf`.
+        params: tensors, (name, tensor) pairs or groups, as for any optimizer of torch. Every other argument is also a key of
+            a group.
+        lr: learning rate. MoCo v3 multiplies a base rate of 0.3 to 0.6 by batch size / 256.
+        weight_decay: added to the gradient of the parameters that adapt.
+        momentum: of the velocity.
+        trust_coefficient: the learning rate relative to ||w|| / ||gradient||.
+        variant: the formula, "moco-v3", "larc" or "mlperf"; see the module's docstring.
+        eps: added to the denominator of the trust ratio by `larc` and `mlperf`.
+        clip_trust_ratio: makes lr a ceiling (`larc` only).
+        decay_after_momentum: keeps the weight decay out of the velocity (`mlperf` only).
 
-    State of a tensor: `mu`, the velocity, in the tensor's shape and placement. Set `layout` if the tensors are not parameters.
+    Attributes:
+        adapts: for every parameter given, whether it adapts.
+        layout: where the parameters lie in the tensors of `param_groups`; made at the first step or by `lars_for_zero`.
+
+    The state of a tensor is `mu`, the velocity, with the tensor's shape and placement.
+
+    Raises:
+        ValueError: for values out of range, and for parameters that FSDP1 has flattened.
     """
 
     def __init__(
@@ -114,98 +152,182 @@ class LARS(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float,
         *,
-        variant: Variant = "moco-v3",
+        weight_decay: float = 0.0,
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
+        variant: Variant = "moco-v3",
         eps: float = 1e-8,
-        clip: bool = False,
+        clip_trust_ratio: bool = False,
         decay_after_momentum: bool = False,
     ):
-        if variant not in get_args(Variant):
-            raise ValueError(f"LARS: variant {variant!r} is unknown; there are {', '.join(get_args(Variant))}.")
-        if (clip and variant != "larc") or (decay_after_momentum and variant != "mlperf"):
-            raise ValueError(f"LARS: clip is part of larc and decay_after_momentum of mlperf, not of {variant}.")
-        defaults = {"lr": lr, "momentum": momentum, "trust_coefficient": trust_coefficient, "weight_decay": 0.0}
-        super().__init__(params, {**defaults, "adapts": True})
-        self.variant, self.eps, self.clip, self.decay_after_momentum = variant, eps, clip, decay_after_momentum
+        self.adapts: dict[Tensor, bool] = {}
         self.layout: Layout | None = None
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+            "variant": variant,
+            "eps": eps,
+            "clip_trust_ratio": clip_trust_ratio,
+            "decay_after_momentum": decay_after_momentum,
+            "adapts": None,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, and decide from the shapes of its parameters which of them adapt."""
+        _check_values({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            _check_not_flattened(parameter)
+            is_matrix = len(original_shape(parameter)) > 1
+            self.adapts[parameter] = is_matrix if group["adapts"] is None else bool(group["adapts"])
+        self.layout = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "adapts": self.adapts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("layout", None)
+        for group in self.param_groups:  # a state dict of an older version may lack some
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every tensor that has a gradient."""
+        """Update every parameter that has a gradient; returns what `closure` returned.
+
+        Raises:
+            RuntimeError: if `param_groups` hold tensors that were not given, as DeepSpeed ZeRO's flat partitions are.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.layout is None:
-            self.layout = Layout.of_parameters(p for group in self.param_groups for p in group["params"])
-        groups = [(group, list(self._work(group))) for group in self.param_groups]
-        groups = [(group, work) for group, work in groups if group["params"]]
+        groups = [group for group in self.param_groups if group["params"]]
         if not groups:
             return loss
-        device = local(groups[0][0]["params"][0]).device
+        if self.layout is None:
+            self.layout = Layout.of_parameters(self.adapts)
+        work = [self._work(group, self.layout) for group in groups]
+        device = local(groups[0]["params"][0]).device
         passes = _passes(device.type)
-        sums = torch.zeros(2, self.layout.count, dtype=torch.float64, device=device)  # ||w||^2, and ||d||^2 or ||g||^2
-        for group, work in groups:
-            if group["adapts"]:
-                passes.add_squares(work, group["weight_decay"] if self.variant == "moco-v3" else 0.0, sums)
-        if self.layout.all_reduce is not None and any(group["adapts"] for group, _ in groups):
+        # ||w||^2, and ||d||^2 or ||g||^2
+        sums = torch.zeros(2, len(self.layout.adapts), dtype=torch.float64, device=device)
+        for group, (adapting, _) in zip(groups, work, strict=True):
+            passes.add_squares(adapting, group["weight_decay"] if group["variant"] == "moco-v3" else 0.0, sums)
+        if self.layout.all_reduce is not None and any(
+            tensor in self.layout.needs_norms for group in groups for tensor in group["params"]
+        ):
             sums = self.layout.all_reduce(sums)
-        for group, work in groups:
-            passes.update(work, self._formula(group, sums))
+        for group, (adapting, others) in zip(groups, work, strict=True):
+            if adapting:
+                passes.update(adapting, _adapting_update(group, sums))
+            if others:
+                passes.update(others, _plain_update(group, sums))
         return loss
 
-    def _work(self, group: dict[str, Any]) -> Iterator[Work]:
-        """What this rank holds of the group's parameters."""
-        assert self.layout is not None
+    def _work(self, group: dict[str, Any], layout: Layout) -> tuple[list[Work], list[Work]]:
+        """Return what this rank holds of the group's parameters: of those that adapt, and of the others."""
+        adapting, others = [], []
         for tensor in group["params"]:
+            if tensor not in layout.segments:
+                raise RuntimeError(
+                    f"LARS: step() met a tensor of shape {list(tensor.shape)} that is not one of the parameters given to it, "
+                    f"so it does not know which parameter its elements belong to. DeepSpeed ZeRO replaces parameters by flat "
+                    f"partitions: call crossbatch.lars_for_zero(engine) once after deepspeed.initialize. (If this was raised "
+                    f"inside deepspeed.initialize: with fp16 or bf16, set zero_optimization.stage to 1 or more.)"
+                )
             if tensor.grad is None:
                 continue
-            if tensor not in self.layout.segments:
-                raise RuntimeError(f"LARS is to step on a tensor of shape {list(tensor.shape)} that its layout lacks.")
             state = self.state[tensor]
             if "mu" not in state:
                 state["mu"] = torch.zeros_like(tensor)
             flats = _flat(local(tensor), local(tensor.grad), local(state["mu"]))
-            for number, start, stop, copies in self.layout.segments[tensor]:
-                yield Work(number, copies, *(flat[start:stop] for flat in flats))
-
-    def _formula(self, group: dict[str, Any], sums: Tensor) -> Update:
-        inside, step = (group["lr"], -1.0) if self.variant == "mlperf" else (1.0, -group["lr"])
-        if not group["adapts"]:
-            return Update(group["momentum"], torch.full_like(sums[0], inside), 0.0, step, 0.0)
-        late = self.decay_after_momentum
-        decay = group["weight_decay"]
-        gains = self._trust_ratios(group, sums) * inside
-        return Update(group["momentum"], gains, 0.0 if late else decay, step, decay if late else 0.0)
-
-    def _trust_ratios(self, group: dict[str, Any], sums: Tensor) -> Tensor:
-        """q of all parameters, [count]."""
-        w_norm, d_norm = sums.sqrt()
-        usable = (w_norm > 0) & (d_norm > 0)
-        if self.variant != "moco-v3":
-            d_norm = d_norm + group["weight_decay"] * w_norm + self.eps
-        q = group["trust_coefficient"] * w_norm / d_norm
-        if self.clip:
-            q = (q / group["lr"]).clamp(max=1.0) if group["lr"] > 0 else torch.ones_like(q)
-        if self.variant == "larc":
-            # Without the decay: if w = 0 there is none; if g = 0 nothing is left of d, and q = 0 says the same.
-            return torch.where(usable, q, (w_norm == 0).to(q.dtype))
-        return torch.where(usable, q, 1.0)
+            for number, start, stop, copies in layout.segments[tensor]:
+                work = Work(number, copies, *(flat[start:stop] for flat in flats))
+                (adapting if layout.adapts[number] else others).append(work)
+        return adapting, others
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor (sharing its memory), or the tensor itself."""
+    """Return this rank's part of a DTensor (sharing its memory), or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def original_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape that the model gave to a parameter, also when DeepSpeed's stage 3 has taken its data away."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _adapting_update(group: dict[str, Any], sums: Tensor) -> Update:
+    inside, step = _rates(group)
+    late, decay = group["decay_after_momentum"], group["weight_decay"]
+    gains = _trust_ratios(group, sums) * inside
+    return Update(group["momentum"], gains, 0.0 if late else decay, step, decay if late else 0.0)
+
+
+def _plain_update(group: dict[str, Any], sums: Tensor) -> Update:
+    """SGD with momentum and without decay, for biases and norms."""
+    inside, step = _rates(group)
+    return Update(group["momentum"], torch.full_like(sums[0], inside), 0.0, step, 0.0)
+
+
+def _rates(group: dict[str, Any]) -> tuple[float, float]:
+    """Return the factor of what enters the velocity, and the factor of the velocity that enters the parameter."""
+    return (group["lr"], -1.0) if group["variant"] == "mlperf" else (1.0, -group["lr"])
+
+
+def _trust_ratios(group: dict[str, Any], sums: Tensor) -> Tensor:
+    """Return q of all parameters, [parameters]."""
+    w_norm, d_norm = sums.sqrt()
+    usable = (w_norm > 0) & (d_norm > 0)
+    if group["variant"] != "moco-v3":
+        d_norm = d_norm + group["weight_decay"] * w_norm + group["eps"]
+    q = group["trust_coefficient"] * w_norm / d_norm
+    if group["clip_trust_ratio"]:
+        q = (q / group["lr"]).clamp(max=1.0) if group["lr"] > 0 else torch.ones_like(q)
+    if group["variant"] == "larc":
+        # Without the decay: if w = 0 there is none; if g = 0 nothing is left of d, and q = 0 says the same.
+        return torch.where(usable, q, (w_norm == 0).to(q.dtype))
+    return torch.where(usable, q, 1.0)
+
+
+def _check_values(group: dict[str, Any]) -> None:
+    variant = group["variant"]
+    if variant not in get_args(Variant):
+        raise ValueError(f"LARS: variant is {variant!r}; allowed: {', '.join(get_args(Variant))}")
+    for name, only in (("clip_trust_ratio", "larc"), ("decay_after_momentum", "mlperf")):
+        if group[name] and variant != only:
+            raise ValueError(
+                f"LARS: {name} is part of variant {only}, not of {variant}; set variant={only!r} or leave it out"
+            )
+    for name in ("lr", "weight_decay", "momentum", "trust_coefficient", "eps"):
+        if group[name] < 0:
+            raise ValueError(f"LARS: {name} is {group[name]}; allowed: >= 0")
+
+
+def _check_not_flattened(parameter: Tensor) -> None:
+    """FSDP1 makes 1-D tensors of its parameters, with and without use_orig_params, so that nothing would adapt."""
+    if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            "LARS: FullyShardedDataParallel (FSDP1) has flattened the parameters, and their shapes decide which of them adapt; "
+            "shard with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
+
+
 def _passes(device_type: str) -> Any:
-    """The module with `add_squares` and `update`; importing Triton takes a second, so only where it is used."""
+    """Return the module with `add_squares` and `update`; Triton takes a second to import, so only where it is used."""
+    if device_type not in ("cpu", "cuda"):
+        raise TypeError(f"LARS: parameters are on {device_type}; allowed: cpu, cuda")
     return importlib.import_module(f"crossbatch.engine.optimizers.lars_{device_type}")
 
 
 def _cuts(parameter: Tensor) -> list[tuple[Any, int]]:
-    """The mesh dimensions over which `parameter` is sharded."""
+    """Return the mesh dimensions over which `parameter` is sharded."""
     if not isinstance(parameter, DTensor):
         return []
     mesh = parameter.device_mesh
@@ -213,7 +335,7 @@ def _cuts(parameter: Tensor) -> list[tuple[Any, int]]:
 
 
 def _flat(parameter: Tensor, gradient: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """1-D, in the order in which the parameter lies in memory: also a channels_last weight is updated in place."""
+    """Return 1-D views in the memory order of the parameter, so that channels_last weights are updated in place."""
     if not parameter.is_contiguous():
         order = sorted(range(parameter.ndim), key=parameter.stride, reverse=True)
         parameter, gradient, velocity = (t.permute(order) for t in (parameter, gradient, velocity))

@@ -1,4 +1,4 @@
-"""The passes of LARS on a CPU, each of which reads and writes memory once.
+"""The two passes of LARS on a CPU; each reads and writes memory once.
 
 The first goes block by block through the cache and reads w and g. The second is the kernel of torch.optim.SGD(fused=True): it
 reads w, g and v and writes w and v. That makes 7 values per element, where SGD with momentum and foreach moves 8.
@@ -13,7 +13,7 @@ _CACHED = 1 << 17  # elements of a block: w, g and d in fp32 fit into a core's s
 
 
 def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
-    """sums[0, number] += ||w||^2 and sums[1, number] += ||g + decay w||^2, over this rank's segments."""
+    """Add ||w||^2 to sums[0, number] and ||g + decay w||^2 to sums[1, number], over this rank's segments."""
     if not work:
         return
     squares = sums.tolist()  # floats add faster than elements of a tensor
@@ -28,7 +28,7 @@ def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
 
 
 def update(work: list[Work], formula: Update) -> None:
-    """See `Update`."""
+    """Update this rank's segments as `Update` describes."""
     gains = formula.gains.tolist()
     for segment in work:
         gain = gains[segment.number]

@@ -20,9 +20,9 @@ _BLOCK: Any = 1024  # elements it handles at once
 
 
 def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
-    """sums[0, number] += ||w||^2 and sums[1, number] += ||g + decay w||^2, over this rank's segments.
+    """Add ||w||^2 to sums[0, number] and ||g + decay w||^2 to sums[1, number], over this rank's segments.
 
-    A number occurs at most once in `work`. The order of all additions is fixed, so equal input gives equal bits.
+    Each number occurs at most once in `work`. The order of all additions is fixed, so equal inputs give equal bits.
     """
     if not work:
         return
@@ -33,7 +33,7 @@ def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
 
 
 def update(work: list[Work], formula: Update) -> None:
-    """See `Update`."""
+    """Update this rank's segments as `Update` describes."""
     if not work:
         return
     table, gains = _table(work), formula.gains.float()
@@ -43,7 +43,7 @@ def update(work: list[Work], formula: Update) -> None:
 
 
 def _table(work: list[Work]) -> Tensor:
-    """[5, chunks]: addresses of w, g and v, elements, number of the parameter."""
+    """Return [5, chunks]: addresses of w, g and v, number of elements, number of the parameter."""
     if any(flat.dtype != torch.float32 for segment in work for flat in segment[2:]):
         raise TypeError("LARS on a GPU keeps parameters, gradients and velocities in fp32.")
     addresses = np.array([[flat.data_ptr() for flat in segment[2:]] for segment in work], dtype=np.int64).T
@@ -58,7 +58,7 @@ def _table(work: list[Work]) -> Tensor:
 
 
 def _runs(work: list[Work]) -> Tensor:
-    """[4, segments]: first chunk, chunks, number of the parameter, ranks that hold the same."""
+    """Return [4, segments]: first chunk, number of chunks, number of the parameter, ranks that hold the same elements."""
     _, chunks = _lengths_and_chunks(work)
     numbers = [segment.number for segment in work]
     return _to_device(np.stack((np.cumsum(chunks) - chunks, chunks, numbers, [s.copies for s in work])), work)
@@ -76,13 +76,13 @@ def _to_device(table: np.ndarray, work: list[Work]) -> Tensor:
 
 @triton.jit
 def _at(table, row, chunks, chunk):
-    """Where the chunk of w (row 0), g (1) or v (2) lies."""
+    """Return where the chunk of w (row 0), g (1) or v (2) lies."""
     return tl.load(table + row * chunks + chunk).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
 def _squares(table, partial, chunks, decay, BLOCK: tl.constexpr):
-    """partial[0, chunk] = ||w||^2, partial[1, chunk] = ||g + decay w||^2."""
+    """Store partial[0, chunk] = ||w||^2 and partial[1, chunk] = ||g + decay w||^2."""
     chunk = tl.program_id(0)
     w_at, g_at = _at(table, 0, chunks, chunk), _at(table, 1, chunks, chunk)
     length = tl.load(table + 3 * chunks + chunk).to(tl.int32)
@@ -100,7 +100,7 @@ def _squares(table, partial, chunks, decay, BLOCK: tl.constexpr):
 
 @triton.jit
 def _finish(runs, segments, partial, chunks, sums, count, BLOCK: tl.constexpr):
-    """sums[:, number] += the partial sums of one segment / copies."""
+    """Add the partial sums of one segment, divided by its copies, to sums[:, number]."""
     segment = tl.program_id(0)
     first = tl.load(runs + segment)
     length = tl.load(runs + segments + segment)

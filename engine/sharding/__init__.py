@@ -1,11 +1,11 @@
 """Backends that shard the same step differently: `zero` (DeepSpeed, stages 0-3) and `fsdp` (FSDP2).
 
 A backend owns the wrapped model and the optimizer, and answers three questions: how a backward pass and an optimizer step are
-made, which memory the momentum update works on, and which runs of every tensor this rank holds (for checkpoints). Everything
-else of the engine does not know how the state is sharded.
+made, which memory the momentum update works on, and which runs of every tensor this rank holds (for checkpoints). The rest of
+the engine does not know how the state is sharded. `zero_layout` reads the same from anybody's DeepSpeed engine.
 """
 
 from crossbatch.engine.sharding.backend import Backend, FlatSlice, LocalShards
-from crossbatch.engine.sharding.build import build_backend
+from crossbatch.engine.sharding.zero_layout import lars_for_zero
 
-__all__ = ["Backend", "FlatSlice", "LocalShards", "build_backend"]
+__all__ = ["Backend", "FlatSlice", "LocalShards", "lars_for_zero"]

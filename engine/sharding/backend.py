@@ -19,7 +19,7 @@ class FlatSlice:
 
 @dataclass(frozen=True)
 class LocalShards:
-    """What this rank holds of one tensor; `replicated` when every rank holds all of it."""
+    """This rank's part of one tensor of `shape`; `replicated` if every rank holds all of it."""
 
     shape: torch.Size
     pieces: list[FlatSlice]
@@ -27,6 +27,7 @@ class LocalShards:
 
     @staticmethod
     def whole(tensor: torch.Tensor) -> "LocalShards":
+        """Describe a tensor that every rank holds."""
         return LocalShards(tensor.shape, [FlatSlice(0, tensor.detach().view(-1))], True)
 
 
@@ -38,47 +39,47 @@ class Backend(ABC):
 
     @abstractmethod
     def __call__(self, *args, **kwargs) -> Any:
-        """The model's forward, through whatever gathers its parameters."""
+        """Call the model's forward, through whatever gathers its parameters."""
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor, scale: float, more: bool = False) -> None:
-        """Back-propagates the local mean loss times `scale` and leaves averaged gradients for `step`.
+    def backward(self, loss: torch.Tensor, scale: float, is_last: bool = True) -> None:
+        """Back-propagate this rank's mean loss times `scale`, and leave averaged gradients for `step`.
 
-        With `more`, further calls belong to the same step: gradients add up, and the ranks exchange those of what
-        is chunked only at the call without.
+        Unless `is_last`, further calls belong to the same step: gradients add up, and the ranks exchange those of the chunked
+        module only in the last call.
         """
 
     @abstractmethod
     def step(self, scale: float) -> float:
-        """One optimizer step at the rates in `optimizer.param_groups`; clears the gradients and returns their global norm.
+        """Make one optimizer step at the rates in `optimizer.param_groups`; clear the gradients and return their global norm.
 
-        `scale` is that of `backward`; it is taken out again. If the norm is not finite, nothing is updated, on any rank.
+        `scale` is the one given to `backward`, and is divided out. If the norm is not finite, no rank updates anything.
         """
 
     def zero_grad(self) -> None:
-        """Forgets gradients of a step that did not come to its end; for a world of one."""
+        """Drop the gradients of a step that was interrupted, on a single rank."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
     @abstractmethod
     def local_parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The memory of `parameter` on this rank between steps (equally cut for equally shaped parameters)."""
+        """Return the memory of `parameter` on this rank between steps; parameters of equal shape are cut alike."""
 
     @abstractmethod
     def local_parameters(self) -> dict[str, LocalShards]:
-        """Every parameter of the model by name, trainable or not. Write into it, then call `loaded`."""
+        """Return every parameter of the model by name, trainable or not. After writing into it, call `sync_master_weights`."""
 
     @abstractmethod
     def local_optimizer_state(self) -> dict[str, dict[str, LocalShards]]:
-        """Per trainable parameter, its optimizer state by `state_keys`, the same keys on every rank."""
+        """Return the optimizer state of every trainable parameter by `state_keys`, with the same keys on every rank."""
 
     @abstractmethod
     def sync_master_weights(self, updates: int) -> None:
-        """Takes over parameters and optimizer state that were written into the held memory, after `updates` steps."""
+        """Take over parameters and optimizer state that were written into this rank's memory, as of `updates` steps."""
 
     @torch.no_grad()
     def update_momentum(self, momentum: float) -> None:
-        """average = momentum * average + (1 - momentum) * online, in fp32, each rank on its own shards."""
+        """Set average = momentum * average + (1 - momentum) * online, in fp32, each rank on its own shards."""
         pairs = [(online, average) for _, online, average in self.model.momentum_pairs() if online.requires_grad]
         if not pairs:
             return
@@ -87,5 +88,5 @@ class Backend(ABC):
         torch._foreach_lerp_(average, online, weight=1 - momentum)
 
     def local_buffers(self) -> dict[str, LocalShards]:
-        """Running statistics, replicated everywhere."""
+        """Return the running statistics, which every rank holds."""
         return {name: LocalShards.whole(buffer) for name, buffer in self.model.named_buffers()}

@@ -7,6 +7,7 @@ needs no communication.
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from crossbatch.engine.config import Resolved
-from crossbatch.engine.optimizers import build_optimizer, parameter_groups
 from crossbatch.engine.optimizers.lars import local
 from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
 from crossbatch.engine.sharding.backend import Backend, FlatSlice, LocalShards
@@ -25,29 +24,45 @@ from crossbatch.models import ShardableModel
 
 
 class FsdpBackend(Backend):
-    def __init__(self, model: ShardableModel, run: Resolved):
+    """The sharding backend of FSDP2.
+
+    Args:
+        model: on its device, equal on all ranks.
+        make_optimizer: makes the optimizer of the trainable parameters of `model`, once they are sharded.
+        stage: 0 to 3, see the module's docstring.
+        gradient_clipping: largest global gradient norm; 0 for none.
+    """
+
+    def __init__(
+        self,
+        model: ShardableModel,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        stage: int,
+        gradient_clipping: float,
+    ):
         # A pooled feature is a view; nobody writes into it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self.model = model
-        self._clip = run.config.gradient_clipping
-        stage = run.config.zero_optimization.stage
-        self._sharded = stage > 0 and run.world_size > 1
-        shape = (run.world_size, 1) if stage == 0 else (1, run.world_size)
-        mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        self._clip = gradient_clipping
+        ranks = dist.get_world_size()
+        self._sharded = stage > 0 and ranks > 1
+        device_type = next(model.parameters()).device.type
+        shape = (ranks, 1) if stage == 0 else (1, ranks)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
         mesh = mesh if stage == 0 else mesh["shard"]
         self._wrapped = [
             fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3) for module in (*model.fsdp_units(), model)
         ]
-        self.optimizer = build_optimizer(parameter_groups(model, run.config), run.config)
+        self.optimizer = make_optimizer(model)
 
     def __call__(self, *args, **kwargs) -> Any:
         return self.model(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor, scale: float, more: bool = False) -> None:
+    def backward(self, loss: torch.Tensor, scale: float, is_last: bool = True) -> None:
         chunked, root = self.model.chunked_module, self.model
         assert isinstance(chunked, FSDPModule) and isinstance(root, FSDPModule)
-        chunked.set_requires_gradient_sync(not more)
-        root.set_is_last_backward(not more)
+        chunked.set_requires_gradient_sync(is_last)
+        root.set_is_last_backward(is_last)
         (loss * scale).backward()
 
     def step(self, scale: float) -> float:
@@ -62,7 +77,7 @@ class FsdpBackend(Backend):
         return norm
 
     def _norm(self, gradients: list[torch.Tensor]) -> float:
-        """Over all shards, with one all-reduce. (DTensor's own would take one per parameter.)"""
+        """Return the norm over all shards, with one all-reduce. (DTensor's own would take one per parameter.)"""
         square = torch.stack(torch._foreach_norm(gradients)).square().sum()
         if self._sharded:
             dist.all_reduce(square)
@@ -73,28 +88,28 @@ class FsdpBackend(Backend):
 
     def local_parameters(self) -> dict[str, LocalShards]:
         self._reshard()
-        return {name: _held(parameter) for name, parameter in self.model.named_parameters()}
+        return {name: _shards(parameter) for name, parameter in self.model.named_parameters()}
 
     def local_optimizer_state(self) -> dict[str, dict[str, LocalShards]]:
         self._reshard()
-        held = {}
+        found = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 state = ensured_state(self.optimizer, parameter)
-                held[name] = {key: _held(state[key]) for key in state_keys(self.optimizer)}
-        return held
+                found[name] = {key: _shards(state[key]) for key in state_keys(self.optimizer)}
+        return found
 
     def sync_master_weights(self, updates: int) -> None:
         set_step_count(self.optimizer, updates)
 
     def _reshard(self) -> None:
-        """Stages 0-2 leave gathered what no backward pass followed (evaluation); the optimizer knows the shards."""
+        """Go back to shards, which the optimizer knows; stages 0-2 stay gathered after a forward pass without backward."""
         for module in self._wrapped:
             module.reshard()
 
 
-def _held(tensor: torch.Tensor) -> LocalShards:
-    """Rows are cut in runs of ceil(rows / ranks), so a shard is one run of the flattened tensor."""
+def _shards(tensor: torch.Tensor) -> LocalShards:
+    """Return this rank's shard, one run of the flattened tensor: rows are cut in runs of ceil(rows / ranks)."""
     if not isinstance(tensor, DTensor):
         return LocalShards.whole(tensor)
     placement = tensor.placements[-1]

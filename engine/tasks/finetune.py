@@ -29,8 +29,9 @@ from crossbatch.engine.run_log import METRICS, SCORES
 from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.runtime.nonfinite import describe_nonfinite
 from crossbatch.engine.schedules import finetuning_rate
-from crossbatch.engine.sharding import Backend, build_backend
+from crossbatch.engine.sharding import Backend
 from crossbatch.engine.step import Progress
+from crossbatch.engine.tasks.build import build_backend
 from crossbatch.engine.trainer import Trainer
 from crossbatch.models import set_num_chunks
 from crossbatch.models.classifier import Classifier
@@ -79,7 +80,7 @@ class FinetuneStep:
             loss = F.cross_entropy(logits.float(), wanted, label_smoothing=self._smoothing, reduction="sum") / len(
                 inputs
             )
-            self.backend.backward(loss, progress.loss_scale, more=number < self.chunks)
+            self.backend.backward(loss, progress.loss_scale, is_last=number == self.chunks)
             losses.append(loss.detach())
         set_learning_rate(self.backend.optimizer, self.learning_rate(progress.updates))
         gradient_norm = self.backend.step(progress.loss_scale)

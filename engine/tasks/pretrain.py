@@ -16,9 +16,8 @@ from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
 from crossbatch.engine.runtime.profiling import RunProfile, check_steps_left
 from crossbatch.engine.runtime.timing import StepParts, mean_ms
-from crossbatch.engine.sharding import build_backend
 from crossbatch.engine.step import TrainStep
-from crossbatch.engine.tasks.build import build_model
+from crossbatch.engine.tasks.build import build_backend, build_model
 from crossbatch.engine.trainer import Trainer
 from crossbatch.models import MoCoOutput
 

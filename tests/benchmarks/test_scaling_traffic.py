@@ -9,9 +9,8 @@ from benchmarks.scaling.counting import Counting
 from benchmarks.scaling.traffic import Message, step_traffic
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
 from crossbatch.engine.runtime.distributed import GroupCollective, world_from_environment
-from crossbatch.engine.sharding import build_backend
 from crossbatch.engine.step import TrainStep
-from crossbatch.engine.tasks.build import build_model
+from crossbatch.engine.tasks.build import build_backend, build_model
 from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, zero
 
 BATCH = ["train_batch_size=24", "crossbatch.batchformer.group_size=12"]  # 6 images a rank of four: groups span two

@@ -13,9 +13,9 @@ from crossbatch import InputError
 from crossbatch.data import open_source
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
-from crossbatch.engine.optimizers import parameter_groups
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.schedules import finetuning_rate
+from crossbatch.engine.tasks.build import parameter_groups
 from crossbatch.models import build_backbone
 from crossbatch.models.classifier import Classifier
 from tests.engine.test_equivalence import ADAMW, RESNET, VIT, fsdp, losses, name_of, parameters, train, zero
@@ -144,7 +144,8 @@ def test_the_weights_are_those_of_the_checkpoint_and_the_score_is_a_count(tmp_pa
 
 def test_a_step_is_adamw_on_smoothed_cross_entropy():
     """One step of a linear network, in float64: no decay of the bias, decay of the weight at the rate of that step."""
-    from crossbatch.engine.optimizers import build_optimizer, set_learning_rate
+    from crossbatch.engine.optimizers import set_learning_rate
+    from crossbatch.engine.tasks.build import build_optimizer
 
     torch.manual_seed(0)
     config = load_config(None, [*BASE, "optimizer.params.weight_decay=0.3"], FinetuneConfig)

@@ -43,7 +43,7 @@ def plain_sgd(groups, config):
 def train_with(build_optimizer, overrides, out, steps):
     # Checkpoints are not of interest, and know only the optimizers that users can choose.
     with (
-        mock.patch("crossbatch.engine.sharding.zero.build_optimizer", build_optimizer),
+        mock.patch("crossbatch.engine.tasks.build.build_optimizer", build_optimizer),
         mock.patch.multiple(
             "crossbatch.engine.checkpoint.schedule.CheckpointSchedule", boundary=mock.DEFAULT, final=mock.DEFAULT
         ),

@@ -4,23 +4,14 @@ import pytest
 import torch
 
 from crossbatch.engine.config import load_config
-from crossbatch.engine.optimizers import (
-    LARS,
-    Layout,
-    Segment,
-    build_optimizer,
-    lars,
-    lars_cpu,
-    lars_cuda,
-    parameter_groups,
-    set_learning_rate,
-)
+from crossbatch.engine.optimizers import LARS, Layout, Segment, lars, lars_cpu, lars_cuda, set_learning_rate
+from crossbatch.engine.tasks.build import build_optimizer, parameter_groups
 from crossbatch.models import MoCo
 
 VARIANTS = [
     {"variant": "moco-v3"},
     {"variant": "larc", "eps": 0.1},
-    {"variant": "larc", "eps": 0.1, "clip": True},
+    {"variant": "larc", "eps": 0.1, "clip_trust_ratio": True},
     {"variant": "mlperf", "eps": 0.1},
     {"variant": "mlperf", "eps": 0.1, "decay_after_momentum": True},
 ]
@@ -42,7 +33,7 @@ def formula(variant, w, g, v, lr, adapts):
     if name == "larc":
         if adapts and not usable:
             wd = 0.0
-        elif adapts and variant.get("clip"):
+        elif adapts and variant.get("clip_trust_ratio"):
             q = min(q / lr, 1.0)
         v = M * v + q * (g + wd * w)
         return w - lr * v, v
@@ -128,7 +119,7 @@ def test_a_flat_tensor_cut_through_parameters(passes, monkeypatch):
 
         flats[rank].grad = grads[rank]
         ranks.append(LARS([flats[rank]], lr=0.5, trust_coefficient=0.1))
-        ranks[-1].layout = Layout({flats[rank]: segments}, 2, all_reduce)
+        ranks[-1].layout = Layout({flats[rank]: segments}, [True, True], frozenset([flats[rank]]), all_reduce)
     kept = [flat.clone() for flat in flats]
     for optimizer in ranks:  # the first round only fills `partial`
         optimizer.step()
@@ -153,14 +144,18 @@ def test_lars_leaves_parameters_without_gradient_alone():
 
 def test_lars_refuses_what_it_does_not_know():
     p = torch.nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(ValueError, match=r"'lamb' is unknown; there are moco-v3, larc, mlperf"):
+    with pytest.raises(ValueError, match="variant is 'lamb'; allowed: moco-v3, larc, mlperf"):
         LARS([p], lr=1.0, variant="lamb")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="clip is part of larc"):
-        LARS([p], lr=1.0, clip=True)
+    with pytest.raises(ValueError, match="clip_trust_ratio is part of variant larc"):
+        LARS([p], lr=1.0, clip_trust_ratio=True)
+    with pytest.raises(ValueError, match="weight_decay is -1; allowed: >= 0"):
+        LARS([{"params": [p], "weight_decay": -1}], lr=1.0)
     optimizer = LARS([p], lr=1.0)
-    optimizer.layout, p.grad = Layout({}, 0, None), torch.ones(2, 2)
-    with pytest.raises(RuntimeError, match="that its layout lacks"):
+    optimizer.param_groups[0]["params"] = [torch.ones(4, requires_grad=True)]
+    with pytest.raises(RuntimeError, match=r"shape \[4\] that is not one of the parameters.*lars_for_zero"):
         optimizer.step()
+    with pytest.raises(TypeError, match=r"in torch\.bfloat16; allowed: float32"):
+        LARS([torch.ones(2, 2, dtype=torch.bfloat16)], lr=1.0).step()
 
 
 def model_and_config(*overrides):

@@ -11,12 +11,11 @@ import torch
 
 from crossbatch.data import normalize
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.optimizers import build_optimizer, parameter_groups
 from crossbatch.engine.runtime.distributed import GroupCollective, world_from_environment
 from crossbatch.engine.schedules import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend, LocalShards
 from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
-from crossbatch.engine.tasks.build import build_model
+from crossbatch.engine.tasks.build import build_model, build_optimizer, parameter_groups
 from crossbatch.models import MoCo
 from tests.engine.test_equivalence import BASE, LARS, RESNET, zero
 
@@ -33,7 +32,7 @@ class PlainBackend(Backend):
     def __call__(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 
-    def backward(self, loss, scale, more=False):
+    def backward(self, loss, scale, is_last=True):
         (loss * scale).backward()
 
     def step(self, scale):

@@ -1,0 +1,178 @@
+"""Who holds what in an engine of DeepSpeed: where the elements of a parameter lie in the tensors that its optimizer steps on.
+
+    stage 0     everything everywhere
+    stage 1, 2  parameters everywhere; the optimizer steps on this rank's run of one flat fp32 copy per group
+                (`parameter._hp_mapping` is the cut, None where this rank holds nothing of the parameter)
+    stage 3     every parameter is cut evenly (`ds_tensor`), and the optimizer steps on flat concatenations of those cuts
+                (`grad_position` gives sub-group and offset)
+
+With bf16 or fp16, the flat copies are still in fp32, cut alike. With `offload_optimizer` they lie in host memory. These tables
+are DeepSpeed's own and may change, so `ZeroLayout` checks over all ranks that it reads them rightly.
+"""
+
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossbatch.engine.optimizers.lars import LARS, Layout, Segment, original_shape
+
+Engine = TypeVar("Engine")
+
+
+class ZeroSlice(NamedTuple):
+    """Elements of a parameter on this rank: flat[flat_start:][:numel] is parameter.flatten()[start:][:numel]."""
+
+    flat: Tensor  # what the optimizer steps on
+    flat_start: int
+    start: int
+    numel: int
+
+
+class ZeroLayout:
+    """The cut of `parameters`, all of those that the engine trains.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        parameters: of the model that was given to it, the same on all ranks. Every rank must call this.
+
+    Attributes:
+        stage: of ZeRO.
+        stepping: the optimizer of torch inside DeepSpeed's.
+        replicated: whether this rank holds all elements of all parameters.
+
+    Raises:
+        RuntimeError: if DeepSpeed keeps the parameters in a way that is not known here.
+    """
+
+    def __init__(self, engine: Any, parameters: Iterable[Tensor]):
+        self.stage = int(engine.zero_optimization_stage())
+        self._device, self._optimizer = engine.device, engine.optimizer
+        self.stepping = self._optimizer if self.stage == 0 else self._optimizer.optimizer
+        self._group = getattr(self._optimizer, "dp_process_group", None)
+        self.replicated = self.stage == 0 or dist.get_world_size(self._group) == 1
+        _refuse_unknown_engine(engine, self)
+        self._check(list(parameters))
+
+    def flats(self) -> list[Tensor]:
+        """Return the flat tensors of stages 1 to 3 that the optimizer steps on."""
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(getattr(self._optimizer, name) for name in names if hasattr(self._optimizer, name))
+
+    def slices(self, parameter: Any) -> Iterator[ZeroSlice]:
+        """Yield what this rank's optimizer steps on of a trained parameter, which is one run at most."""
+        if self.stage == 0:
+            yield ZeroSlice(parameter, 0, 0, parameter.numel())
+        elif self.stage == 3:
+            start, numel = self.even_cut(parameter)
+            group, flat_start, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            if numel:
+                yield ZeroSlice(self.flats()[group], flat_start, start, numel)
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            address = mapping.hp_fragment_address
+            yield ZeroSlice(
+                self.flats()[mapping.param_group_index],
+                address.start,
+                mapping.lp_fragment_address.start,
+                address.numel,
+            )
+
+    def even_cut(self, parameter: Any) -> tuple[int, int]:
+        """Return start and length of this rank's part of a stage-3 parameter, without the padding of the last parts."""
+        start = parameter.ds_tensor.ds_numel * dist.get_rank(self._group)
+        return start, max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+
+    def all_reduce(self, sums: Tensor) -> Tensor:
+        """Return the sum over all ranks of a tensor that may lie in host memory."""
+        if dist.get_world_size(self._group) == 1:
+            return sums
+        total = sums.to(self._device)
+        dist.all_reduce(total, group=self._group)
+        return total.to(sums.device)
+
+    def lars_layout(self, adapts: dict[Tensor, bool]) -> Layout | None:
+        """Return the layout for a LARS that was given the parameters in `adapts`; None where it steps on those themselves."""
+        if self.stage == 0:
+            return None
+        flats = self.flats()
+        segments: dict[Tensor, list[Segment]] = {flat: [] for flat in flats}
+        for number, parameter in enumerate(adapts):
+            for flat, flat_start, _, numel in self.slices(parameter):
+                segments[flat].append(Segment(number, flat_start, flat_start + numel))
+        does = list(adapts.values())
+        here = [float(any(does[segment.number] for segment in segments[flat])) for flat in flats]
+        anywhere = self.all_reduce(torch.tensor(here, dtype=torch.float64)).tolist()
+        needs_norms = frozenset(flat for flat, ranks in zip(flats, anywhere, strict=True) if ranks)
+        return Layout(segments, does, needs_norms, None if self.replicated else self.all_reduce)
+
+    def _check(self, parameters: list[Tensor]) -> None:
+        """Check that we read DeepSpeed's tables rightly: over all ranks, every element is in exactly one run."""
+        want = [float(original_shape(parameter).numel()) for parameter in parameters]
+        try:
+            held = [float(sum(_checked(run).numel for run in self.slices(parameter))) for parameter in parameters]
+        except (AttributeError, LookupError, TypeError, ValueError, StopIteration):
+            held = [float("nan")] * len(want)  # also on the ranks that find nothing wrong
+        found = torch.tensor(held, dtype=torch.float64)
+        if (found if self.stage == 0 else self.all_reduce(found)).tolist() != want:
+            raise RuntimeError(
+                f"DeepSpeed {_version()} cuts parameters in a way that crossbatch does not know; use another version of it, "
+                f"zero_optimization.stage 0, or FSDP2"
+            )
+
+
+def lars_for_zero(engine: Engine) -> Engine:
+    """Tell the LARS inside an engine of DeepSpeed which parameters its flat partitions hold; returns the engine.
+
+    ```
+    optimizer = LARS(model.parameters(), lr=0.1, weight_decay=1e-6)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    lars_for_zero(engine)
+    ```
+    Every rank must call this, once; calling it again changes nothing. It covers ZeRO stages 0 to 3 in fp32, stages 1 to 3 in
+    bf16 and fp16 (where DeepSpeed keeps fp32 copies), and `offload_optimizer` to "cpu". DeepSpeed wants
+    `"zero_allow_untested_optimizer": true` and, with `offload_optimizer`, `"zero_force_ds_cpu_optimizer": false`.
+
+    Raises:
+        ValueError: if the engine's optimizer is not a `crossbatch.LARS`.
+        RuntimeError: if DeepSpeed keeps the parameters in a way that is not known here; names the version.
+    """
+    optimizer: Any = engine.optimizer  # pyright: ignore[reportAttributeAccessIssue]
+    lars = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(lars, LARS):
+        raise ValueError(
+            f"lars_for_zero: the engine's optimizer is {type(lars).__name__}; give a crossbatch.LARS to deepspeed.initialize"
+        )
+    # DeepSpeed leaves out frozen and empty parameters.
+    trained = {p: does for p, does in lars.adapts.items() if p.requires_grad and original_shape(p).numel()}
+    lars.layout = ZeroLayout(engine, trained).lars_layout(trained)
+    return engine
+
+
+def _refuse_unknown_engine(engine: Any, layout: ZeroLayout) -> None:
+    if layout.stage > 0:
+        reasons = {
+            "model parallelism: each rank holds a part of every tensor": getattr(engine, "mp_world_size", 1) > 1,
+            "mixture-of-experts layers: ranks hold different parameters": getattr(engine, "has_moe_layers", False),
+            "offload_optimizer to NVMe; use cpu": getattr(layout._optimizer, "swap_optimizer", False),
+            "ZenFlow: it steps with its own optimizer": bool(getattr(engine, "zenflow", False)),
+            "master weights in lower precision than fp32": any(flat.dtype != torch.float32 for flat in layout.flats()),
+        }
+    else:
+        reasons = {"fp16 or bf16 at stage 0; use stage 1": not isinstance(layout.stepping, torch.optim.Optimizer)}
+    found = [reason for reason, applies in reasons.items() if applies]
+    if found:
+        raise RuntimeError(f"DeepSpeed {_version()}: crossbatch does not support {found[0]}")
+
+
+def _checked(run: ZeroSlice) -> ZeroSlice:
+    if run.flat_start + run.numel > run.flat.numel():
+        raise ValueError("a run ends behind its flat tensor")
+    return run
+
+
+def _version() -> str:
+    return importlib.import_module("deepspeed").__version__
