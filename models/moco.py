@@ -172,9 +172,9 @@ class MoCo(ShardableModel):
 
     def features(self, images: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Both views [V*m, 3, H, W] of a chunk -> features [V*m, C] of the online and of the momentum backbone."""
-        with torch.set_grad_enabled(with_grad):
+        with self.span("online features"), torch.set_grad_enabled(with_grad):
             online = self.embed(images)
-        with torch.no_grad():
+        with self.span("momentum features"), torch.no_grad():
             return online, self.momentum.backbone(images)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -183,6 +183,10 @@ class MoCo(ShardableModel):
 
     def contrast(self, online_NC: torch.Tensor, momentum_NC: torch.Tensor, step: int, seed: int) -> MoCoOutput:
         """The batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
+        with self.span("batch-wide part"):
+            return self._contrast(online_NC, momentum_NC, step, seed)
+
+    def _contrast(self, online_NC: torch.Tensor, momentum_NC: torch.Tensor, step: int, seed: int) -> MoCoOutput:
         words = [DropoutKey(seed, step, stream).words(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
         if self.cuda_graph and self._graphs is None:
             self._graphs = captured(self._heads, (online_NC, momentum_NC), words)

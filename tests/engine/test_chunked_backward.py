@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def pairs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(20, (ROWS, 5), generator=generator)
 
 
-def gradients(module: nn.Module) -> dict[str, torch.Tensor | None]:
+def gradients(module: nn.Module) -> dict[str, Any]:
     return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
 
 
@@ -365,7 +366,7 @@ def foreign_loop(kind: str, model: str, chunk: int) -> tuple[list[float], dict[s
     losses = []
     for step in range(3):
         if kind == "plain":
-            loss = 0.0
+            loss = torch.zeros(())
             for other in range(2):
                 views = data(2 * step + other)
                 stacked = isinstance(views, torch.Tensor)
@@ -406,3 +407,130 @@ def test_under_a_wrapper_weights_are_those_of_one_process(two_ranks, plain, kind
         assert losses == pytest.approx(want, rel=1e-5)
         for name, tensor in end.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def reductions(kind: str, chunk: int) -> int:
+    """How many times a step on this rank sums over ranks, once everything is warm."""
+    torch.manual_seed(0)
+    wrapper, optimizer = wrapped(kind, SmallViT(0.0))
+    events: Any = ()
+    for step in range(3):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+            chunked_backward(wrapper, two_views(step), nt_xent, chunk=chunk)
+        events = trace.events()
+        optimizer.step()
+        optimizer.zero_grad()
+    return sum("gloo:" in event.name and "reduce" in event.name for event in events)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_exchanged_once_a_step(two_ranks, kind):
+    whole, chunked = (two_ranks.run(reductions, kind, chunk) for chunk in (10, 3))
+    assert whole == chunked and whole[0] > 0
+
+
+def in_a_trap(trap: str) -> str:
+    """What `chunked_backward` says on this rank to a loop that would drift apart, or to one that is right."""
+    torch.manual_seed(0)
+    views, head = two_views(dist.get_rank()), nn.Linear(WIDTH, 8)
+    net = DistributedDataParallel(WithHead().backbone)
+    plain_head: nn.Module = head if trap != "wrapped head" else DistributedDataParallel(head)
+
+    def with_head(features):
+        return nt_xent(plain_head(features))
+
+    backbone = {"module of DDP": net.module, "unwrapped": SmallViT(0.0)}.get(trap, net)
+    loss_of = with_head if "head" in trap else nt_xent
+    try:
+        if trap == "own no_sync":
+            with net.no_sync():
+                chunked_backward(net, views, loss_of, chunk=4)
+            local = torch.stack([g.norm() for g in gradients(net).values()])
+            chunked_backward(net, views, loss_of, chunk=4)
+            assert net.require_backward_grad_sync
+            norms = torch.stack([g.norm() for g in gradients(net).values()])
+            mean = norms.clone()
+            dist.all_reduce(mean)
+            torch.testing.assert_close(mean / 2, norms)
+            assert not torch.equal(norms, local)
+        else:
+            chunked_backward(backbone, views, loss_of, chunk=4, check_sync="unchecked" not in trap)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "trap", ["module of DDP", "unwrapped", "head", "head, unchecked", "wrapped head", "own no_sync"]
+)
+def test_gradients_that_nothing_averages_are_refused_in_the_first_call(two_ranks, trap):
+    for message in two_ranks.run(in_a_trap, trap):
+        if trap in ("head, unchecked", "wrapped head", "own no_sync"):
+            assert message == ""
+        else:
+            assert "differ between ranks" in message and "check_sync=False" in message
+            assert ("in loss_of_features" in message) == (trap == "head")
+
+
+def refused_by_deepspeed(case: str) -> str:
+    torch.manual_seed(0)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    module = SmallViT(0.0)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": 2 if case == "accumulation" else 1,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+    }
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    head = nn.Linear(WIDTH, 8)
+    if case == "scaled head":
+        engine.optimizer.override_loss_scale(1024.0)  # pyright: ignore
+    try:
+        backbone = nn.Sequential(engine) if case == "inside" else engine
+        backward = torch.Tensor.backward if case == "backward" else None
+        chunked_backward(backbone, two_views(), lambda f: nt_xent(head(f)), chunk=4, backward=backward)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("accumulation", "gradient_accumulation_steps = 2; set it to 1"),
+        ("scaled head", "uses parameters that the DeepSpeed engine does not know"),
+        ("inside", "contains a DeepSpeed engine"),
+        ("backward", "backward: leave it out with a DeepSpeed engine"),
+    ],
+)
+def test_what_deepspeed_would_compute_wrongly_is_refused(one_rank, case, message):
+    (found,) = one_rank.run(refused_by_deepspeed, case)
+    assert message in found
+
+
+def after_a_failure(kind: str) -> bool:
+    """Whether a step is as it should be after one in which the loss raised."""
+    torch.manual_seed(0)
+    module = SmallViT(0.0)
+    want = unchunked(module, two_views(), nt_xent)[1]
+    wrapper, _ = wrapped(kind, module)
+
+    def failing(features):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        chunked_backward(wrapper, two_views(), failing, chunk=4)
+    chunked_backward(wrapper, two_views(), nt_xent, chunk=4)
+    found = {name.removeprefix("module."): gradient for name, gradient in gradients(wrapper).items()}
+    assert_same({n: g.full_tensor() if kind == "fsdp" else g for n, g in found.items()}, want)
+    return True
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_step_that_failed_leaves_the_wrapper_as_it_was(two_ranks, kind):
+    assert two_ranks.run(after_a_failure, kind) == [True, True]
