@@ -164,7 +164,7 @@ def backward_in_chunks(
         with replay.first():
             parts.append(forward(chunk, False))
     if earlier:
-        torch.clear_autocast_cache()  # it would hand out the weights that were cast without gradient
+        torch.clear_autocast_cache()  # which may hold weights that were cast without gradient
     parts.append(forward(last, True))
     joined = tuple(_join(pieces, num_views) for pieces in zip(*parts, strict=True))
     if not earlier:
@@ -175,7 +175,7 @@ def backward_in_chunks(
     leaves = tuple(f.detach().requires_grad_(k.requires_grad) for f, k in zip(joined, kept, strict=True))
     loss = loss_of_features(leaves)
     backward(loss, False)
-    if all(leaf.grad is None for leaf in leaves):
+    if all(leaf.grad is None for leaf in leaves if leaf.dim()):
         raise ValueError("loss_of_features: the loss does not depend on the features, so the backbone gets no gradient")
     gradients = list(zip(*(_split_gradient(leaf, [p[i] for p in parts]) for i, leaf in enumerate(leaves)), strict=True))
     backward(_inject(kept, gradients[-1]), False)
@@ -296,6 +296,10 @@ class _GradientSync:
             raise TypeError("backbone: FSDP1 (FullyShardedDataParallel) is not supported; shard it with fully_shard")
         self.backbone = backbone
         self.ddp = [module for module in modules if isinstance(module, DistributedDataParallel)]
+        if any(module.static_graph for module in self.ddp):
+            raise ValueError(
+                "backbone: DistributedDataParallel has static_graph=True, which allows one pass a step; leave it out"
+            )
         self.fsdp = [module for module in modules if isinstance(module, FSDPModule)]
         self.engine = _deepspeed_engine(backbone, modules)
         if self.engine is not None and backward is not None:
@@ -368,6 +372,9 @@ def _deepspeed_engine(backbone: nn.Module, modules: Sequence[nn.Module]) -> Any:
         [m for m in modules if isinstance(m, deepspeed.DeepSpeedEngine)] if deepspeed is not None else []
     )
     if not engines:
+        # DeepSpeed marks the parameters of ZeRO 1 and 2 by the one attribute, those of ZeRO 3 by the other.
+        if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in backbone.parameters()):
+            raise TypeError("backbone: its parameters belong to a DeepSpeed engine; pass the engine, not its .module")
         return None
     if engines != [backbone]:
         raise TypeError("backbone: contains a DeepSpeed engine; allowed: the engine itself, wrapped in nothing")

@@ -472,6 +472,16 @@ def test_gradients_that_nothing_averages_are_refused_in_the_first_call(two_ranks
             assert ("in loss_of_features" in message) == (trap == "head")
 
 
+def refuses_a_static_graph() -> bool:
+    with pytest.raises(ValueError, match="static_graph=True"):
+        chunked_backward(wrapped("ddp", SmallViT(), static_graph=True)[0], two_views(), nt_xent, chunk=4)
+    return True
+
+
+def test_a_static_graph_is_refused(two_ranks):
+    assert two_ranks.run(refuses_a_static_graph) == [True, True]
+
+
 def refused_by_deepspeed(case: str) -> str:
     torch.manual_seed(0)
     import deepspeed
@@ -491,7 +501,7 @@ def refused_by_deepspeed(case: str) -> str:
     if case == "scaled head":
         engine.optimizer.override_loss_scale(1024.0)  # pyright: ignore
     try:
-        backbone = nn.Sequential(engine) if case == "inside" else engine
+        backbone = {"inside": nn.Sequential(engine), "module": engine.module}.get(case, engine)
         backward = torch.Tensor.backward if case == "backward" else None
         chunked_backward(backbone, two_views(), lambda f: nt_xent(head(f)), chunk=4, backward=backward)
     except (ValueError, TypeError) as error:
@@ -505,6 +515,7 @@ def refused_by_deepspeed(case: str) -> str:
         ("accumulation", "gradient_accumulation_steps = 2; set it to 1"),
         ("scaled head", "uses parameters that the DeepSpeed engine does not know"),
         ("inside", "contains a DeepSpeed engine"),
+        ("module", "pass the engine, not its .module"),
         ("backward", "backward: leave it out with a DeepSpeed engine"),
     ],
 )
