@@ -5,8 +5,8 @@ turns. A step of more than one chunk runs the online backbone forward twice: 9.7
 counts two) where one chunk has 8. On a GPU the recipe with the 256 images that a rank has of 16, or as many as fit; on a CPU
 its ResNet-50 with 64 images (half an hour, 16 GB) and a small ViT.
 
-Parts: ranges around what the real step calls (crossbatch.engine.runtime.timing), in steps of their own after the others;
-"other" is what the ranges leave out.
+Parts: the spans of the real step (crossbatch.engine.runtime.timing), in steps of their own after the others; "other" is what
+the spans leave out.
 
 Memory: a process of its own for each case. On a CPU what the first step adds to resident memory, at B, 2B and 4B images; on a
 GPU the peak of the allocator with model and optimizer.
@@ -24,7 +24,7 @@ from benchmarks.harness import Effort, Row, clocks, compare, over, peak_mib, pea
 from benchmarks.plain_step import PlainStep
 from crossbatch.engine.config import Device, ResolvedConfig
 from crossbatch.engine.runtime.distributed import process_group, world_from_environment
-from crossbatch.engine.runtime.timing import WHOLE, StepParts
+from crossbatch.engine.runtime.timing import WHOLE, StepTimer
 from crossbatch.engine.step import TrainStep
 
 BACKBONES = {
@@ -103,15 +103,16 @@ def _time(backbone: str, batch: int, effort: Effort, device: torch.device) -> It
         row.settings |= _settings(backbone, configs.get(row.case, configs[whole]))
         yield row
     cases.clear()  # the parts need the memory of the plain step
-    timed = {name: StepParts(steps[name]) for name in (whole, chunked)}
+    timers = {name: StepTimer(device) for name in (whole, chunked)}
+    for name, timer in timers.items():
+        steps[name].use_timer(timer)
     for number in range(1 + effort.pick(3, 5, 20 if device.type == "cuda" else 5)):
-        for step in timed.values():  # in turns, as above
-            step(views)
+        for name, timer in timers.items():  # in turns, as above
+            steps[name](views)
             if number == 0:
-                step.read()
-    for name, step in timed.items():
-        yield from _parts(name, step.read(), _settings(backbone, configs[name]))
-        step.close()
+                timer.read()
+    for name, timer in timers.items():
+        yield from _parts(name, timer.read(), _settings(backbone, configs[name]))
 
 
 def _parts(name: str, steps: list[dict[str, float]], settings: dict) -> list[Row]:
@@ -139,7 +140,7 @@ def _memory(backbone: str, images: int, chunk: int) -> Iterator[Row]:
 def _peak(backbone: str, batch: int, chunk: int) -> float:
     with process_group(world_from_environment(), Device.detect().type) as device:
         step = _step(_config(backbone, batch, chunk, False), device)
-        views = _views(step.run)
+        views = _views(step.cfg)
         if device.type == "cpu":
             return peak_mib(lambda: step(views))
         for _ in range(2):

@@ -26,7 +26,7 @@ from crossbatch.engine.runtime.nonfinite import NonFiniteSteps
 from crossbatch.engine.runtime.signals import Signals, StepSync
 from crossbatch.engine.runtime.watchdog import Watch
 from crossbatch.engine.sharding import Backend
-from crossbatch.engine.step import Progress
+from crossbatch.engine.step import Progress, StepResult
 
 
 class Step(Protocol):
@@ -110,19 +110,15 @@ class Trainer(ABC):
         """Model, sharding backend and step, as the seed says."""
 
     @abstractmethod
-    def train_on(self, batch: Batch) -> tuple[Any, float]:
-        """One step -> what `values` and `describe_nonfinite` take, and the global gradient norm."""
+    def train_on(self, batch: Batch) -> StepResult:
+        """One step; `values` and `describe_nonfinite` take its output."""
 
     @abstractmethod
-    def values(self, result: Any) -> dict[str, torch.Tensor]:
+    def values(self, output: Any) -> dict[str, torch.Tensor]:
         """Scalars of this rank for a line of metrics, the "loss" first; "a/b" becomes b in a section a."""
 
     @abstractmethod
-    def rates(self) -> dict[str, float]:
-        """The learning rate and what else the last step was made with."""
-
-    @abstractmethod
-    def describe_nonfinite(self, result: Any) -> str:
+    def describe_nonfinite(self, output: Any) -> str:
         """Whose fault a step that is not finite is; all ranks call it."""
 
     @abstractmethod
@@ -204,13 +200,13 @@ class Trainer(ABC):
             if self.step == 0:
                 self.started(batch)
             self._at("training")
-            result, gradient_norm = self._train_on(batch)
+            result = self._train_on(batch)
             del batch  # before the loader makes another one of its size
-            self._skip_step(result, gradient_norm)
+            self._skip_step(result)
             self.log.advance(self.step)
             evaluation = self.evaluation_due()
             if evaluation or self.step % self.ours.log.every_steps == 0 or self.step == self.stop:
-                self._record(self._metrics(result, gradient_norm), evaluation)
+                self._record(self._metrics(result), evaluation)
         return None
 
     def _batches(self) -> Iterator[Batch]:
@@ -250,16 +246,16 @@ class Trainer(ABC):
         self.nonfinite = NonFiniteSteps(backend.model)
         return resumed
 
-    def _train_on(self, batch: Batch) -> tuple[Any, float]:
+    def _train_on(self, batch: Batch) -> StepResult:
         """One step; if the first one of this process does not fit into memory, with smaller chunks."""
         while True:
             before = replace(self.train_step.progress)
             self.nonfinite.remember()
             try:
-                result, gradient_norm = self.train_on(batch)
-                self.nonfinite.count(math.isfinite(gradient_norm), before)
+                result = self.train_on(batch)
+                self.nonfinite.count(math.isfinite(result.grad_norm), before)
                 self.fits = True
-                return result, gradient_norm
+                return result
             except torch.OutOfMemoryError:
                 self._stop_unless_smaller_chunks_help()
             # Outside of the handler, whose traceback holds on to the memory of the step.
@@ -286,12 +282,12 @@ class Trainer(ABC):
         if self.chunk == 1 or self.world.size > 1:
             raise RunStopped(f"out of memory in the first step with chunks of {self.chunk} images; {remedy}")
 
-    def _skip_step(self, result: Any, gradient_norm: float) -> None:
-        if math.isfinite(gradient_norm):
+    def _skip_step(self, result: StepResult) -> None:
+        if math.isfinite(result.grad_norm):
             return
         progress = self.train_step.progress
         scale = f"; loss scale now {progress.loss_scale:g}" if self.run.precision == "fp16" else ""
-        whose = self.describe_nonfinite(result)
+        whose = self.describe_nonfinite(result.output)
         self.log.note(f"step {self.step} changes nothing: {whose}{scale}")
         if self.nonfinite.in_a_row == self.ours.watch.max_nonfinite_steps:
             assert self.nonfinite.progress_before is not None
@@ -309,9 +305,9 @@ class Trainer(ABC):
             self.log.note(f"skipped a broken image: {name}")
         self.skipped += len(names)
 
-    def _metrics(self, result: Any, gradient_norm: float) -> dict[str, Any]:
+    def _metrics(self, result: StepResult) -> dict[str, Any]:
         """One line of metrics: what `values` says of this very step, averaged over ranks."""
-        named = self.values(result)
+        named = self.values(result.output)
         skipped = torch.tensor(float(self.skipped), device=self.device)
         values = torch.stack([*(value.float() for value in named.values()), skipped]).double()
         *means, skipped_mean = mean_over_ranks(values).tolist()
@@ -319,8 +315,8 @@ class Trainer(ABC):
         loss, progress, stages = mean.pop("loss"), self.train_step.progress, self.stage_ms()
         return {
             "loss": loss if math.isfinite(loss) else None,
-            **self.rates(),
-            "grad_norm": gradient_norm if math.isfinite(gradient_norm) else None,
+            **result.rates,
+            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
             **({"loss_scale": progress.loss_scale} if self.run.precision == "fp16" else {}),
             "skipped_steps": progress.step - progress.updates,
             **self.clock.reading(self.run.config.train_batch_size),

@@ -234,9 +234,9 @@ class MoCo(ShardableModel):
 
     def features(self, images: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
         """Turn both views [V*m, 3, H, W] of a chunk into features [V*m, C] of the online and of the momentum backbone."""
-        with torch.set_grad_enabled(with_grad):
+        with self.span("online features"), torch.set_grad_enabled(with_grad):
             online = self.embed(images)
-        with torch.no_grad():
+        with self.span("momentum features"), torch.no_grad():
             return online, self.momentum.backbone(images)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -245,6 +245,10 @@ class MoCo(ShardableModel):
 
     def contrast(self, online_NC: Tensor, momentum_NC: Tensor, step: int, seed: int) -> MoCoOutput:
         """Compute the batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
+        with self.span("batch-wide part"):
+            return self._contrast(online_NC, momentum_NC, step, seed)
+
+    def _contrast(self, online_NC: Tensor, momentum_NC: Tensor, step: int, seed: int) -> MoCoOutput:
         seeds = [DropoutKey(seed, step, stream).dropout_seeds(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
         if self.cuda_graph and self._graphs is None:
             self._graphs = capture(self._heads, ((online_NC, seeds[0]), (momentum_NC, seeds[1])))

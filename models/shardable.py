@@ -2,10 +2,12 @@
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from crossbatch.models.backbones import blocks
 from crossbatch.models.collective import Collective
@@ -16,6 +18,7 @@ class ShardableModel(nn.Module, ABC):
 
     collective: Collective
     autocast_dtype: torch.dtype | None = None  # of `forward`; None: whatever is in force around it
+    span: Callable[[str], AbstractContextManager] = record_function  # contains a named part of the step
 
     def forward(self, part: str, *args):
         """Call the method named `part`: DDP and sharding backends do their work where `forward` is called, and only there.

@@ -27,11 +27,12 @@ WAIT, BETWEEN, ITERATION = "data wait", "between steps", "iteration"
 
 
 def steps_needed(steps: int) -> int:
+    """Return how many steps a run must have left to profile `steps` of them."""
     return WARM_UP + steps + 1 + steps  # the first traced one warms the tracer up
 
 
 def check_steps_left(steps: int, left: int) -> None:
-    """Raises InputError unless `left` steps are enough to profile `steps`."""
+    """Raise InputError unless `left` steps are enough to profile `steps`."""
     needed = steps_needed(steps)
     if needed > left:
         raise InputError(
@@ -41,7 +42,7 @@ def check_steps_left(steps: int, left: int) -> None:
 
 
 class RunProfile:
-    """Call `stepped` after every step.
+    """Writes the table and the traces of a run; call `stepped` after every step.
 
     Args:
         folder: profile/ of the run directory.
@@ -59,7 +60,7 @@ class RunProfile:
         self._tracer: profile | None = None
 
     def stepped(self, parts: dict[str, float], waited_s: float) -> None:
-        """`parts` as `StepParts.read` gives them for this step; `waited_s` for its images."""
+        """Take in one step: its `parts` in ms, as `StepTimer.read` gives them, and how long it waited for its images."""
         now = time.perf_counter()
         iteration, self._last = 1000 * (now - self._last), now
         self._number += 1
@@ -105,7 +106,7 @@ class RunProfile:
 
 
 def table(steps: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Milliseconds of parts by step -> percentiles by part, and its share of the sum over all steps."""
+    """Return the percentiles of each part's milliseconds over `steps`, and its share of their sum."""
     total = sum(step[ITERATION] for step in steps)
     names = dict.fromkeys(name for step in steps for name in step if name != ITERATION)
     rows = {}

@@ -30,7 +30,7 @@ from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.runtime.nonfinite import describe_nonfinite
 from crossbatch.engine.schedules import finetuning_rate
 from crossbatch.engine.sharding import Backend
-from crossbatch.engine.step import Progress
+from crossbatch.engine.step import Progress, StepResult
 from crossbatch.engine.tasks.build import build_backend
 from crossbatch.engine.trainer import Trainer
 from crossbatch.models import set_num_chunks
@@ -61,12 +61,8 @@ class FinetuneStep:
         self.erase = RandomErasing(self.ours.finetune.random_erasing, mode="pixel", device=device.type)
         self.progress = Progress.start(run.precision)
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Trains on uint8 [n, 3, H, W] and int64 [n].
-
-        Returns:
-            The mean loss of this rank, and the global gradient norm, which is not finite if the step was skipped.
-        """
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> StepResult[torch.Tensor]:
+        """Train on uint8 [n, 3, H, W] and int64 [n]; the result's output is the mean loss of this rank."""
         progress = self.progress
         _seed_everything(self.ours.seed, progress.step, self.rank)
         inputs = normalize(images.to(self.device, non_blocking=True))
@@ -82,12 +78,13 @@ class FinetuneStep:
             )
             self.backend.backward(loss, progress.loss_scale, is_last=number == self.chunks)
             losses.append(loss.detach())
-        set_learning_rate(self.backend.optimizer, self.learning_rate(progress.updates))
-        gradient_norm = self.backend.step(progress.loss_scale)
-        if progress.finished(gradient_norm, self.run.precision):
+        lr = self.learning_rate(progress.updates)
+        set_learning_rate(self.backend.optimizer, lr)
+        grad_norm = self.backend.step(progress.loss_scale)
+        if progress.finished(grad_norm, self.run.precision):
             self.backend.update_momentum(self.ours.finetune.average)
             self.model.average_buffers()
-        return torch.stack(losses).sum(), gradient_norm
+        return StepResult(torch.stack(losses).sum(), grad_norm, {"lr": lr})
 
     def learning_rate(self, updates: int) -> float:
         schedule = self.ours.schedule
@@ -173,18 +170,15 @@ class FinetuneTask(Trainer):
         backend = build_backend(model, self.run)
         return FinetuneStep(backend, self.run, self.device, self.count_steps(), chunk, self.world.rank)
 
-    def train_on(self, batch: Batch) -> tuple[torch.Tensor, float]:
+    def train_on(self, batch: Batch) -> StepResult[torch.Tensor]:
         labels = torch.as_tensor(self.source.labels[batch.indices])
         return self.train_step(batch.views.flatten(0, 1), labels.repeat(len(batch.views)))
 
-    def values(self, result: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": result}
+    def values(self, output: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": output}
 
-    def rates(self) -> dict[str, float]:
-        return {"lr": self.train_step.learning_rate(max(0, self.train_step.progress.updates - 1))}
-
-    def describe_nonfinite(self, result: torch.Tensor) -> str:
-        return describe_nonfinite({"the loss": result})
+    def describe_nonfinite(self, output: torch.Tensor) -> str:
+        return describe_nonfinite({"the loss": output})
 
     def evaluation_due(self) -> bool:
         every = self.ours.evaluate.every_epochs * self.steps_per_epoch

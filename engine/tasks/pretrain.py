@@ -15,8 +15,8 @@ from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
 from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
 from crossbatch.engine.runtime.profiling import RunProfile, check_steps_left
-from crossbatch.engine.runtime.timing import StepParts, mean_ms
-from crossbatch.engine.step import TrainStep
+from crossbatch.engine.runtime.timing import StepTimer, mean_ms
+from crossbatch.engine.step import StepResult, TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model
 from crossbatch.engine.trainer import Trainer
 from crossbatch.models import MoCoOutput
@@ -78,35 +78,31 @@ class PretrainTask(Trainer):
         model.set_collective(GroupCollective())
         if model.batchformer is not None:
             self.notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
-        step = TrainStep(build_backend(model, self.run), self.run, self.device, self.order.steps_per_epoch, chunk)
-        self.parts = StepParts(step)
-        return step
+        self.timer = StepTimer(self.device)
+        backend = build_backend(model, self.run)
+        return TrainStep(backend, self.run, self.device, self.order.steps_per_epoch, chunk, self.timer)
 
     def started(self, batch: Batch) -> None:
         self.log.pictures("views", view_pairs(batch.views), 0)
 
-    def train_on(self, batch: Batch) -> tuple[MoCoOutput, float]:
-        result = self.parts(batch.views)
+    def train_on(self, batch: Batch) -> StepResult[MoCoOutput]:
+        result = self.train_step(batch.views)
         if self.profile is not None:
-            self.taken += self.parts.read()
+            self.taken += self.timer.read()
             self.profile.stepped(self.taken[-1], self.clock.last_wait_s)
         return result
 
     def stage_ms(self) -> dict[str, float]:
-        steps, self.taken = self.taken + self.parts.read(), []
+        steps, self.taken = self.taken + self.timer.read(), []
         return mean_ms(steps)
 
-    def values(self, result: MoCoOutput) -> dict[str, torch.Tensor]:
-        terms = {f"loss_terms/{name}": term for name, term in result.terms.items()}
-        return {"loss": result.loss, **result.signals, **terms}
+    def values(self, output: MoCoOutput) -> dict[str, torch.Tensor]:
+        terms = {f"loss_terms/{name}": term for name, term in output.terms.items()}
+        return {"loss": output.loss, **output.signals, **terms}
 
-    def rates(self) -> dict[str, float]:
-        updates = max(0, self.train_step.progress.updates - 1)
-        return {"lr": self.train_step.learning_rate(updates), "momentum": self.train_step.momentum(updates)}
-
-    def describe_nonfinite(self, result: MoCoOutput) -> str:
-        terms = {f"loss term {name}": term for name, term in result.terms.items()}
-        return describe_nonfinite({"the features": result.signals["feature_std"], "the loss": result.loss, **terms})
+    def describe_nonfinite(self, output: MoCoOutput) -> str:
+        terms = {f"loss term {name}": term for name, term in output.terms.items()}
+        return describe_nonfinite({"the features": output.signals["feature_std"], "the loss": output.loss, **terms})
 
     def evaluation_due(self) -> bool:
         if self.monitor is None:

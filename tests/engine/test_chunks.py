@@ -152,10 +152,10 @@ def step_of_resnet(overrides: list[str], out: str, alone: bool) -> tuple[float, 
             synchronize_norms(encoder.backbone, Collective())
     batches = trainer._batches()
     trainer.train_step(next(batches).views)  # at rate 0
-    contrast, _ = trainer.train_step(next(batches).views)
+    loss = trainer.train_step(next(batches).views).output.loss
     trainer.loader.close()
-    torch.distributed.all_reduce(contrast.loss)
-    return float(contrast.loss) / world.size, {
+    torch.distributed.all_reduce(loss)
+    return float(loss) / world.size, {
         n: p.detach().clone() for n, p in trainer.train_step.backend.model.named_parameters()
     }
 

@@ -1,7 +1,10 @@
 """The order of a step against the originals', and the moving average against its formula."""
 
 import copy
+import gc
+import json
 import math
+import weakref
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -11,13 +14,15 @@ import torch
 
 from crossbatch.data import normalize
 from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.runtime.distributed import GroupCollective, world_from_environment
+from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.schedules import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend, LocalShards
 from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
 from crossbatch.engine.tasks.build import build_model, build_optimizer, parameter_groups
 from crossbatch.models import MoCo
-from tests.engine.test_equivalence import BASE, LARS, RESNET, zero
+from tests.engine.test_equivalence import BASE, LARS, RESNET, VIT, zero
 
 STEPS_PER_EPOCH = 2
 
@@ -91,7 +96,7 @@ def test_losses_are_those_of_the_originals_order(run):
     ours = build_model(run)
     theirs = copy.deepcopy(ours)
     step = TrainStep(PlainBackend(ours, run), run, torch.device("cpu"), STEPS_PER_EPOCH, 8)
-    losses = [step(views(i))[0].loss.item() for i in range(5)]
+    losses = [step(views(i)).output.loss.item() for i in range(5)]
 
     optimizer = build_optimizer(parameter_groups(theirs, run.config), run.config)
     expected = []
@@ -137,9 +142,10 @@ def test_autocast_lowers_the_forward_pass_but_not_the_state(run):
     model = build_model(run)
     seen = []
     model.online.backbone.layer1.register_forward_hook(lambda *call: seen.append(call[-1].dtype))  # pyright: ignore
-    contrast, _ = TrainStep(PlainBackend(model, lowered), lowered, torch.device("cpu"), STEPS_PER_EPOCH, 8)(views(0))
+    step = TrainStep(PlainBackend(model, lowered), lowered, torch.device("cpu"), STEPS_PER_EPOCH, 8)
+    output = step(views(0)).output
     assert seen == [torch.bfloat16]
-    assert contrast.loss.dtype == torch.float32
+    assert output.loss.dtype == torch.float32
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
 
 
@@ -158,7 +164,7 @@ def lowered_under_deepspeed(out: str, stage: int) -> None:
     run = resolve(load_config(None, precise), 1, Device("cpu"))
     seen, asked = [], torch.is_autocast_enabled
     trainer = PretrainTask(run, world_from_environment(), torch.device("cpu"), Path(out), "none", 1)
-    backbone = trainer.train_step.backbone
+    backbone = trainer.train_step.backend.model.chunked_module
     backbone.layer1.register_forward_hook(lambda *call: seen.append(call[-1].dtype))  # pyright: ignore
     # Without an argument it answers for CUDA; as if this CPU were that.
     with mock.patch("torch.is_autocast_enabled", lambda device_type="cpu": asked(device_type)):
@@ -181,7 +187,7 @@ def test_overflow_skips_the_step_and_halves_the_loss_scale(run):
     step = TrainStep(backend, lowered, torch.device("cpu"), STEPS_PER_EPOCH, 8)
     step.progress.loss_scale = 2.0**60  # overflows fp16 for certain
     before = {name: tensor.clone() for name, tensor in backend.model.named_parameters()}
-    norm = step(views(0))[1]
+    norm = step(views(0)).grad_norm
     assert not math.isfinite(norm)
     assert step.progress == Progress(step=1, updates=0, loss_scale=2.0**59, clean_steps=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in backend.model.named_parameters())
@@ -194,6 +200,75 @@ def test_overflow_skips_the_step_and_halves_the_loss_scale(run):
     }  # of update 0: the schedule has not moved on
     step(views(2))
     assert {group["lr"] for group in backend.optimizer.param_groups} == {step.learning_rate(1)} != {0.0}
+
+
+def test_a_step_returns_the_rates_that_it_used(run):
+    """The schedules count updates, so a skipped step repeats the learning rate and moves no average."""
+    torch.manual_seed(0)
+    used = []
+
+    class Recording(PlainBackend):
+        def step(self, scale):
+            norm = super().step(scale if len(used) != 2 else math.nan)  # the third step is skipped
+            used.append([self.optimizer.param_groups[0]["lr"], None])
+            return norm
+
+        def update_momentum(self, momentum):
+            used[-1][1] = momentum
+            super().update_momentum(momentum)
+
+    step = TrainStep(Recording(build_model(run), run), run, torch.device("cpu"), STEPS_PER_EPOCH, 8)
+    found = [step(views(i)) for i in range(5)]
+    assert [[result.rates["lr"], result.rates["momentum"]] for result in found] == used
+    assert [math.isfinite(result.grad_norm) for result in found] == [True, True, False, True, True]
+    epochs = [updates / STEPS_PER_EPOCH for updates in (0, 1, 2, 2, 3)]
+    assert [lr for lr, _ in used] == [learning_rate(epoch, 0.1 * 8 / 256, 3, 1) for epoch in epochs]
+    after = [1 / STEPS_PER_EPOCH, 2 / STEPS_PER_EPOCH, None, 3 / STEPS_PER_EPOCH, 4 / STEPS_PER_EPOCH]
+    assert [m for _, m in used] == [None if e is None else encoder_momentum(e, 0.5, 3, cosine=True) for e in after]
+
+
+def recorded_rates(out: str) -> list[list[float | None]]:
+    """Rates that a run in fp16 used on this rank; its first steps overflow."""
+    from crossbatch.engine.tasks.pretrain import PretrainTask
+
+    used: list[list[float | None]] = []
+    update = Backend.update_momentum
+
+    def set_rate(optimizer, lr):
+        used.append([lr, None])
+        set_learning_rate(optimizer, lr)
+
+    def spy(self, momentum):
+        used[-1][1] = momentum
+        update(self, momentum)
+
+    cfg = resolve(load_config(None, [*BASE, *VIT, *LARS, *zero(1), "crossbatch.precision=fp16"]), 1, Device("cpu"))
+    with (
+        mock.patch("crossbatch.engine.step.set_learning_rate", set_rate),
+        mock.patch.object(Backend, "update_momentum", spy),
+    ):
+        PretrainTask(cfg, world_from_environment(), torch.device("cpu"), Path(out), "none", 8).train()
+    return used
+
+
+def test_the_log_reports_the_rates_that_were_used(tmp_path, one_rank):
+    (used,) = one_rank.run(recorded_rates, str(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [[line["lr"], line["momentum"]] for line in lines] == used
+    skipped = [line["grad_norm"] is None for line in lines]
+    assert any(skipped) and not all(skipped)
+    assert [line["momentum"] is None for line in lines] == skipped
+
+
+def test_a_step_lets_go_of_its_backend(run):
+    """A run that is out of memory drops the backend before it builds a smaller one."""
+    cpu = torch.device("cpu")
+    step = TrainStep(PlainBackend(build_model(run), run), run, cpu, STEPS_PER_EPOCH, 4, StepTimer(cpu))
+    step(views(0))
+    backend, backbone = weakref.ref(step.backend), weakref.ref(step.backend.model.chunked_module)
+    del step.backend
+    gc.collect()
+    assert backend() is None and backbone() is None
 
 
 def collectives_of_a_step(loss) -> tuple[dict[str, int], dict[str, int]]:

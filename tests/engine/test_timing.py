@@ -1,12 +1,11 @@
 """The parts of a step: that they add up, that chunks show where they should, and that looking changes nothing."""
 
-import gc
-import weakref
-from types import SimpleNamespace
-from typing import Any
+import contextlib
 
 import pytest
 import torch
+
+from crossbatch.engine.runtime.timing import StepTimer, mean_ms
 
 SMALL = [
     "train_batch_size=16",
@@ -32,35 +31,27 @@ ALWAYS = {
 
 
 def profiled(sharding: str, stage: int, chunk: int, steps: int) -> dict:
-    """On the rank: losses with and without the ranges, what they measured, and what a range does outside of a step."""
+    """On the rank: losses with and without a timer, what it measured, and what a span does outside of a step."""
     from benchmarks.recipe import build
     from crossbatch.engine.config import Device, load_config, resolve
-    from crossbatch.engine.runtime.timing import StepParts
+    from crossbatch.engine.runtime.timing import StepTimer
     from crossbatch.engine.step import TrainStep
 
     overrides = [f"crossbatch.sharding={sharding}", f"zero_optimization.stage={stage}"]
-    run = resolve(load_config(None, [*SMALL, *overrides, f"train_micro_batch_size_per_gpu={chunk}"]), 1, Device("cpu"))
+    cfg = resolve(load_config(None, [*SMALL, *overrides, f"train_micro_batch_size_per_gpu={chunk}"]), 1, Device("cpu"))
     torch.manual_seed(1)
     views = torch.randint(0, 256, (2, 16, 3, 32, 32), dtype=torch.uint8)
     device, losses = torch.device("cpu"), []
-    plain = TrainStep(build(run, device), run, device, steps_per_epoch=10, chunk=run.chunk)
-    losses.append([plain(views)[0].loss.item() for _ in range(steps)])
-    step = TrainStep(build(run, device), run, device, steps_per_epoch=10, chunk=run.chunk)
-    untouched = sorted(vars(step)), sorted(vars(step.backend))
-    timed = StepParts(step)
-    losses.append([timed(views)[0].loss.item() for _ in range(steps)])
-    timed.step.backend("embed", torch.zeros(2, 3, 32, 32))  # as the monitor does between two steps
-    parts = timed.read()
-    again = timed.read()
-    timed.close()
-    model: Any = step.backend.model
-    return {
-        "losses": losses,
-        "parts": parts,
-        "again": again,
-        "restored": (sorted(vars(step)), sorted(vars(step.backend))) == untouched,
-        "hooks": len(model.momentum.backbone._forward_hooks),
-    }
+    plain = TrainStep(build(cfg, device), cfg, device, steps_per_epoch=10, chunk=cfg.chunk)
+    losses.append([plain(views).output.loss.item() for _ in range(steps)])
+    timer = StepTimer(device)
+    step = TrainStep(build(cfg, device), cfg, device, steps_per_epoch=10, chunk=cfg.chunk, timer=timer)
+    losses.append([step(views).output.loss.item() for _ in range(steps)])
+    step.backend("features", torch.zeros(2, 3, 32, 32), False)  # a span outside of a step
+    parts, again = timer.read(), timer.read()
+    step.use_timer(None)
+    step(views)
+    return {"losses": losses, "parts": parts, "again": again, "unmeasured": timer.read()}
 
 
 @pytest.mark.parametrize(
@@ -83,58 +74,26 @@ def test_parts_add_up_and_change_nothing(one_rank, sharding, stage, chunk):
         assert all(milliseconds > 0 for milliseconds in parts.values())
     # Of the sums, because a step of milliseconds can be interrupted anywhere.
     assert sum(p["other"] for p in seen["parts"]) < 0.25 * sum(p["step"] for p in seen["parts"])
-    assert seen["restored"]
+    assert seen["unmeasured"] == []
 
 
-def test_a_failed_step_is_not_counted_and_leaves_no_open_range():
-    from crossbatch.engine.runtime.timing import StepParts
+def test_a_span_within_a_part_counts_for_that_part_and_a_failed_step_for_nothing():
+    timer = StepTimer(torch.device("cpu"))
 
-    class Step:
-        device = torch.device("cpu")
-
-        def __init__(self):
-            self.backend = Backend()
-            self.fails = True
-
-        def __call__(self, views):
-            self.backend.backward()
-            if self.fails:
+    def step(fails: bool) -> None:
+        with timer.span("step"), timer.span("backward"), timer.span("momentum features"):
+            if fails:
                 raise torch.OutOfMemoryError
-            return None, 0.0
 
-        def _to_device(self): ...
+    for fails in (False, True, False):
+        with pytest.raises(torch.OutOfMemoryError) if fails else contextlib.nullcontext():
+            step(fails)
+        with timer.span("optimizer"):  # outside of a step
+            pass
+    parts = timer.read()
+    assert [set(part) for part in parts] == [{"backward", "other", "step"}] * 2
 
-        def _features_again(self): ...
 
-    class Model:
-        def __init__(self):
-            self.momentum = SimpleNamespace(backbone=torch.nn.Identity())
-
-        def embed(self): ...
-
-        def contrast(self): ...
-
-    class Backend:
-        def __init__(self):
-            self.model = Model()
-
-        def backward(self):
-            self.model.momentum.backbone(torch.ones(1))  # within another part: counts for that
-
-        def step(self): ...
-
-        def update_momentum(self): ...
-
-    step = Step()
-    timed = StepParts(step)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(torch.OutOfMemoryError):
-        timed(torch.zeros(1))
-    step.fails = False
-    timed(torch.zeros(1))
-    (parts,) = timed.read()
-    assert set(parts) == {"backward", "other", "step"}
-    # A run that is out of memory drops the backend and tries smaller chunks.
-    backend = weakref.ref(step.backend)
-    del step.backend
-    gc.collect()
-    assert backend() is None
+def test_means_by_hand():
+    steps = [{"batch-wide part": 1.0, "step": 4.0}, {"batch-wide part": 2.0, "second pass": 1.0, "step": 6.0}]
+    assert mean_ms(steps) == {"batch_wide_part": 1.5, "second_pass": 0.5}
