@@ -3,8 +3,9 @@ python -m benchmarks report [DIR] [--output DIR]                        tables, 
 python -m benchmarks compare BEFORE AFTER                               two results of one machine, case by case
 python -m benchmarks scaling --ranks 1 2 4 | backtest | fit ...         how training scales: measured, predicted
 
-Each stage runs in a process of its own; one that fails says why, and the others go on. A row for each case is printed and, with
---out, added to DIR/<stage>.jsonl as soon as it is there; harness.py says what a row holds.
+Each stage runs in a process of its own, so it finds the machine as a user's process does, with nothing cached or initialised
+by another stage; if one fails, the others go on. A row for each case is printed and, with --out, appended to DIR/<stage>.jsonl
+as soon as it is there; rows.py says what a row holds.
 """
 
 import argparse
@@ -13,10 +14,8 @@ import importlib
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from benchmarks.harness import Effort
-from benchmarks.stages import STAGES, measure_each
+from benchmarks import processes, tables
+from benchmarks.stages import STAGES, WITH_IMAGES, Effort
 from crossbatch import InputError
 
 COMMANDS = {
@@ -27,7 +26,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code: 0, 1 if a stage failed, 2 if the input was wrong."""
+    """Return the exit code: 0, 1 if a stage failed, 2 if the input was wrong."""
     try:
         if arguments and arguments[0] in COMMANDS:
             importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
@@ -39,43 +38,64 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(arguments: list[str]) -> int:
+    """Measure the stages of a command line and return the exit code."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stages", nargs="+", metavar="STAGE", help=f"all, or some of {', '.join(STAGES)}")
-    effort = parser.add_mutually_exclusive_group()
-    effort.add_argument("--quick", action="store_true", help="small sizes, few repeats: does it run?")
-    effort.add_argument("--brief", action="store_true", help="the sizes that matter, a second or two each")
+    efforts = parser.add_mutually_exclusive_group()
+    efforts.add_argument("--quick", action="store_true", help="small sizes, few repeats: does it run?")
+    efforts.add_argument("--brief", action="store_true", help="the sizes that matter, a second or two each")
     parser.add_argument("--out", metavar="DIR", type=Path, help="append the rows to DIR/<stage>.jsonl")
     parser.add_argument(
         "--images", metavar="DIR", type=Path, help="decode, augment and load DIR/train/... (default: generated)"
     )
     parser.add_argument("--limit", metavar="S", type=float, help="seconds after which a stage is stopped")
+    parser.add_argument("--in-process", action="store_true", help="measure in this process (for debugger and profiler)")
     given = parser.parse_args(arguments)
-    stages = chosen(given.stages)
-    outcomes = measure_each(
-        stages,
-        Effort.QUICK if given.quick else Effort.BRIEF if given.brief else Effort.FULL,
-        given.out,
-        given.images,
-        given.limit,
-    )
-    console = Console(highlight=False)
-    for stage, outcome in outcomes.items():
-        console.print(f"{stage}: {outcome}", markup=False, soft_wrap=True)
+    stages, effort = chosen(given.stages), "quick" if given.quick else "brief" if given.brief else "full"
+    if given.images is not None and not given.images.is_dir():
+        raise InputError(f"--images: no such folder: {given.images}; name one that holds train/...")
+    if given.in_process:
+        for stage in stages:
+            measure_here(stage, Effort(effort), given.out, given.images)
+        return 0
+    command = [sys.executable, "-m", "benchmarks", "--in-process", *([] if effort == "full" else [f"--{effort}"])]
+    for flag, folder in (("--out", given.out), ("--images", given.images)):
+        command += [] if folder is None else [flag, str(folder)]
+    ended = {stage: processes.run([*command, stage], given.limit) for stage in stages}
+    for stage, (_, words) in ended.items():
+        print(f"{stage}: {words}")
     if given.out is not None:
-        console.print(f"next: python -m benchmarks report {given.out}", markup=False, soft_wrap=True)
-    return 0 if all(outcome.startswith("done") for outcome in outcomes.values()) else 1
+        print(f"next: python -m benchmarks report {given.out}")
+    codes = [code for code, _ in ended.values()]
+    return 2 if 2 in codes else int(any(code != 0 for code in codes))
 
 
 def chosen(names: list[str]) -> list[str]:
-    """The stages of a command line, in its order. Raises InputError for a name that is none."""
+    """Return the stages of a command line, in its order. Raises InputError for a name that is none."""
     for name in names:
         if name not in (*STAGES, "all"):
             near = difflib.get_close_matches(name, [*STAGES, *COMMANDS], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"STAGE: given {name}; allowed: all, {', '.join(STAGES)}{hint}")
     return list(STAGES) if "all" in names else list(dict.fromkeys(names))
+
+
+def measure_here(stage: str, effort: Effort, out: Path | None, images: Path | None = None) -> None:
+    """Measure a stage in this process; print a table, also of the rows that came before a failure."""
+    from benchmarks.measure import append, stored  # torch: only where something is measured
+
+    options = {"images": images} if stage in WITH_IMAGES else {}
+    rows = []
+    try:
+        for row in importlib.import_module(f"benchmarks.stages.{stage}").run(effort, **options):
+            rows.append(stored(stage, row, effort))
+            if out is not None:
+                append(out / f"{stage}.jsonl", stage, [row], effort)
+    finally:
+        if rows:
+            tables.show(stage, *tables.of_rows(rows, without=("effort", "commit")))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""python -m benchmarks compare BEFORE AFTER [--machine NAME] [--output FILE.md]
+"""python -m benchmarks compare BEFORE AFTER [--machine NAME]
 
-Two results, files or folders, of the same machine, case by case: BEFORE / AFTER of the medians, above 1 where AFTER is faster
-(or smaller), with the range that the two spreads allow, p20 of one over p80 of the other. A range that holds 1 is no
+Compares two results, files or folders, of the same machine, case by case: BEFORE / AFTER of the medians, above 1 where AFTER
+is faster (or smaller), with the range that the two spreads allow, p20 of one over p80 of the other. A range that holds 1 is no
 difference. Where a case was measured several times, its last row counts.
 """
 
@@ -9,46 +9,42 @@ import argparse
 import math
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.results import Results, Row, machine_of, read, short
+from benchmarks.rows import Results, StoredRow, machine_of, read
+from benchmarks.tables import short, show
 from crossbatch import InputError
 
 COLUMNS = ("stage", "case", "before", "after", "unit", "before / after", "range", "")
+# What was counted, or follows from the time, does not make another case.
+_NOT_SETTINGS = ("config", "tflop", "tflop_per_s", "mfu", "share", "gigabytes", "peak_mib", "parameters", "bytes")
 
 
 def main(arguments: list[str]) -> None:
+    """Print the comparison of a command line."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("before", metavar="BEFORE", type=Path, help="a .jsonl file or a folder of them")
-    parser.add_argument("after", metavar="AFTER", type=Path, help="the like")
+    parser.add_argument("after", metavar="AFTER", type=Path, help="the same")
     parser.add_argument("--machine", metavar="NAME", help="of several: the number or a part of the name of one")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the table as Markdown, too")
     given = parser.parse_args(arguments)
-    both = [read(path).of_machine(given.machine) for path in (given.before, given.after)]
-    lines, notes = compare(*both)
-    console = Console(highlight=False)
-    shown = Table(*COLUMNS, title=f"{given.before} -> {given.after}: {machine_of(both[0].rows[0])}")
-    for line in lines:
-        shown.add_row(*line)
-    console.print(shown)
-    for note in [*both[0].notes, *both[1].notes, *notes]:
-        console.print(note, markup=False, soft_wrap=True)
-    if given.output is not None:
-        text = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *lines)]
-        given.output.write_text("\n".join([*text, "", *notes]) + "\n", encoding="utf-8")
+    before, after = (read(path).of_machine(given.machine) for path in (given.before, given.after))
+    lines, notes = compare(before, after)
+    show(f"{given.before} -> {given.after}: {machine_of(before.rows[0])}", COLUMNS, lines)
+    for note in [*before.notes, *after.notes, *notes]:
+        print(note)
 
 
 def compare(before: Results, after: Results) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Lines of COLUMNS, and notes on what could not be compared. Raises InputError for two machines, or no common case."""
+    """Return lines of COLUMNS, and notes on what could not be compared.
+
+    Raises InputError for results of two machines, and for results without a common case.
+    """
     machines = [machine_of(results.rows[0]) for results in (before, after)]
     if machines[0] != machines[1]:
         raise InputError(
             f"BEFORE is of {machines[0]}, AFTER of {machines[1]}; figures of two machines do not compare: measure both on one"
         )
-    old, new = ({(row["stage"], row["case"], row["effort"]): row for row in r.rows} for r in (before, after))
+    old, new = before.latest(), after.latest()
     common = [key for key in old if key in new]
     if not common:
         raise InputError("BEFORE and AFTER have no case in common; measure the same stages with the same effort")
@@ -62,28 +58,23 @@ def compare(before: Results, after: Results) -> tuple[list[tuple[str, ...]], lis
     return [_line(old[key], new[key]) for key in same], notes
 
 
-def _line(old: Row, new: Row) -> tuple[str, ...]:
+def _line(old: StoredRow, new: StoredRow) -> tuple[str, ...]:
     ratio, low, high = ratio_with_range(old, new)
-    verdict = "faster" if low > 1 else "slower" if high < 1 else ""
-    if old["unit"] != "ms" and verdict:
-        verdict = "better" if verdict == "faster" else "worse"
-    figures = (short(row["p50"]) for row in (old, new))
-    return old["stage"], old["case"], *figures, old["unit"], f"{ratio:.2f}", f"{low:.2f} to {high:.2f}", verdict
+    better, worse = ("faster", "slower") if old["unit"] == "ms" else ("better", "worse")
+    figures = short(old["p50"]), short(new["p50"]), old["unit"], f"{ratio:.2f}", f"{low:.2f} to {high:.2f}"
+    return old["stage"], old["case"], *figures, better if low > 1 else worse if high < 1 else ""
 
 
-def ratio_with_range(old: Row, new: Row) -> tuple[float, float, float]:
-    """old / new (new / old where more is better, of a rate) of the medians, and at least and at most by p20 and p80."""
+def ratio_with_range(old: StoredRow, new: StoredRow) -> tuple[float, float, float]:
+    """Return old / new of the medians (new / old of rates, where more is better), and its limits by p20 and p80."""
     if old["unit"].endswith("/s"):
         old, new = new, old
-    return _ratio(old["p50"], new["p50"]), _ratio(old["p20"], new["p80"]), _ratio(old["p80"], new["p20"])
+    pairs = ("p50", "p50"), ("p20", "p80"), ("p80", "p20")
+    # Nothing over nothing is no difference.
+    ratio, low, high = (old[a] / new[b] if new[b] else math.inf if old[a] else 1.0 for a, b in pairs)
+    return ratio, low, high
 
 
-def _ratio(old: float, new: float) -> float:
-    """Nothing over nothing is no difference."""
-    return old / new if new else math.inf if old else 1.0
-
-
-def _settings(row: Row) -> dict:
-    """Sizes, switches and the unit, without what was counted or follows from the time."""
-    counted = ("config", "tflop", "tflop_per_s", "mfu", "share", "gigabytes", "peak_mib", "parameters", "bytes")
-    return {"unit": row["unit"]} | {name: value for name, value in row["settings"].items() if name not in counted}
+def _settings(row: StoredRow) -> dict:
+    """Return the unit, and the sizes and switches that make a case what it is."""
+    return {"unit": row["unit"]} | {name: value for name, value in row["settings"].items() if name not in _NOT_SETTINGS}

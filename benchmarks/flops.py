@@ -1,7 +1,7 @@
-"""How much is computed, counted by torch while it runs, and its share of what the card can do (MFU).
+"""Counts with torch what a call computes, and gives it as a share of what the card can do (MFU).
 
-Counted are products and convolutions of one call, at their dense sizes, two operations per multiply-add. What is computed twice
-to save memory counts once (Chowdhery et al., 2022, appendix B): of a step, count one whose backbone sees all images at once.
+Products and convolutions count, at their dense sizes, two operations per multiply-add. What is computed twice to save memory
+counts once (Chowdhery et al., 2022, appendix B), so count a step whose backbone sees all images at once.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Row
+from benchmarks.rows import Row
 from benchmarks.scaling.catalogue import GPUS
 
 UNKNOWN = "unknown"
@@ -33,7 +33,7 @@ CARDS = {
 
 
 def count(call: Callable[[], Any]) -> int:
-    """FLOPs of one call, which is made."""
+    """Make one call and return its FLOPs."""
     from crossbatch.models.batchformer import ops  # registers the operators
 
     mapping = {
@@ -47,7 +47,7 @@ def count(call: Callable[[], Any]) -> int:
 
 
 def with_rates(rows: list[Row], flops: int, precision: str) -> list[Row]:
-    """Rows in ms of calls that compute `flops`: adds TFLOP of a call, TFLOP/s, and `mfu`, "unknown" where the peak is."""
+    """Add to rows in ms of calls that compute `flops`: TFLOP of a call, TFLOP/s and `mfu`, "unknown" where the peak is."""
     peak = peak_flops(precision)
     return [replace(row, settings={**row.settings, **_rates(flops, row.p50 / 1000, peak)}) for row in rows]
 
@@ -58,7 +58,7 @@ def _rates(flops: int, seconds: float, peak: float | None) -> dict[str, Any]:
 
 
 def peak_flops(precision: str) -> float | None:
-    """Dense FLOP/s of this machine's GPU in a precision; None for a CPU, and for a card that is not in CARDS.
+    """Return the dense FLOP/s of this machine's GPU in a precision; None for a CPU, and for a card that is not in CARDS.
 
     None for fp32, too, on cards with TF32: torch lets convolutions use it, and products not.
     """
@@ -68,7 +68,7 @@ def peak_flops(precision: str) -> float | None:
 
 
 def peak_of_card(name: str, precision: str) -> float | None:
-    """By the name that CUDA has for it."""
+    """Return the dense FLOP/s of a card by the name that CUDA has for it; None where it is unknown."""
     card = GPUS.get(CARDS.get(name, ""))
     if card is None or (precision == "fp32" and card.tf32):
         return None
@@ -76,11 +76,11 @@ def peak_of_card(name: str, precision: str) -> float | None:
 
 
 def _attention(q_SHQD: list[int], k_SHGD: list[int], *_: Any, **__: Any) -> int:
-    """Two products, [Q, D] x [D, G] and [Q, G] x [G, D]."""
+    """Count two products, [Q, D] x [D, G] and [Q, G] x [G, D]."""
     S, H, Q, D = q_SHQD
     return 4 * S * H * Q * k_SHGD[2] * D
 
 
 def _attention_backward(grad_SHQD: list[int], q_SHQD: list[int], k_SHGD: list[int], *_: Any, **__: Any) -> int:
-    """Four; the scores, computed again, do not count."""
+    """Count four products; the scores, computed again, do not count."""
     return 2 * _attention(q_SHQD, k_SHGD)

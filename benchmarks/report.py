@@ -1,59 +1,38 @@
 """python -m benchmarks report [DIR] [--output DIR] [--machine NAME]
 
-Rows of one machine as tables and pictures: report.md with PNGs beside it, and report.html, one file with the same and nothing
-else to load. Of a case that was measured several times, the last row counts. Rows of several machines are refused until
---machine names one.
+Writes the rows of one machine as tables and pictures: report.md with PNGs beside it, and report.html, one file with the same
+that loads nothing else. Of a case that was measured several times, the last row counts. Rows of several machines are refused
+until --machine names one.
 """
 
 import argparse
 import ast
 import base64
-import html
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from markdown_it import MarkdownIt  # comes with rich
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from benchmarks import plots
-from benchmarks.results import Results, Row, by_stage, images_per_s, machine_of, read, short
+from benchmarks.rows import Results, StoredRow, machine_of, read
+from benchmarks.tables import COLUMNS, cells, escaped, markdown, of_rows, short
 from crossbatch import InputError
 
 RESULTS = Path(__file__).parent / "results"
 OUTCOMES = "outcomes.json"  # beside the rows, where `python -m benchmarks.gpu` wrote them: how each part ended
-COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "peak MiB", "images/s", "TFLOP/s", "MFU")
-COLUMNS += ("effort", "commit")
-
-
-@dataclass
-class Heading:
-    text: str
-    level: int = 2
-
-
-@dataclass
-class Text:
-    text: str
-
-
-@dataclass
-class Table:
-    columns: tuple[str, ...]
-    lines: list[tuple[str, ...]]
-
-
-@dataclass
-class Picture:
-    name: str  # of the PNG
-    title: str
-    figure: Figure
-
-
-Block = Heading | Text | Table | Picture
+LEGEND = (
+    "The baseline is what one would use otherwise, measured in the same run, in turns. A ratio above 1 means that the case is "
+    "so many times as fast as the baseline, or as small. Figures are percentiles 20, 50 and 80 of n samples. Peak: memory in "
+    "use at most during a call, of the GPU's allocator, or resident in the process."
+)
+OURS, BASELINE, INK = "#1f6f8b", "#b4b4b4", "#222222"
 
 
 def main(arguments: list[str]) -> None:
+    """Write the report of a command line and print where it is."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,189 +41,141 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--machine", metavar="NAME", help="of several: the number or a part of the name of one")
     given = parser.parse_args(arguments)
     results = read(given.results).of_machine(given.machine)
-    output = given.output or (given.results if given.results.is_dir() else given.results.parent) / "report"
-    write(blocks_of(results, _outcomes(given.results)), output)
-    console = Console(highlight=False)
-    for note in results.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    for name in ("report.md", "report.html"):
-        console.print(str(output / name), markup=False, soft_wrap=True)
+    folder = given.results if given.results.is_dir() else given.results.parent
+    outcomes = json.loads((folder / OUTCOMES).read_text()) if (folder / OUTCOMES).exists() else {}
+    output = given.output or folder / "report"
+    try:
+        write(results, outcomes, output)
+    except OSError as error:
+        raise InputError(f"--output: {output} cannot be written: {error.strerror}; choose another folder") from None
+    print(*results.notes, output / "report.md", output / "report.html", sep="\n")
 
 
-def blocks_of(results: Results, outcomes: dict[str, str]) -> list[Block]:
-    """The report, from top to bottom."""
-    rows = results.latest()
-    blocks: list[Block] = [Heading("Benchmarks", 1), Text(machine_of(rows[0])), *_origin(rows)]
-    blocks += [Text(f"Note: {note}") for note in results.notes]
+def write(results: Results, outcomes: dict[str, str], output: Path) -> None:
+    """Write report.md, a PNG for each stage, and report.html into a folder. Raises OSError."""
+    output.mkdir(parents=True, exist_ok=True)
+    stages: dict[str, list[StoredRow]] = {}
+    for row in results.latest().values():
+        stages.setdefault(row["stage"], []).append(row)
+    text = "\n\n".join(_paragraphs(stages, results.notes, outcomes)) + "\n"
+    (output / "report.md").write_text(text, encoding="utf-8")
+    page = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for stage, rows in stages.items():
+        file = output / f"{stage}.png"
+        figure = bars(rows)
+        FigureCanvasAgg(figure)
+        figure.savefig(file, dpi=110)
+        data = base64.b64encode(file.read_bytes()).decode()
+        page = page.replace(f'src="{file.name}"', f'src="data:image/png;base64,{data}"')
+    (output / "report.html").write_text(_PAGE.replace("BODY", page), encoding="utf-8")
+
+
+# --- text and tables ------------------------------------------------------------------------------------------------
+
+
+def _paragraphs(stages: dict[str, list[StoredRow]], notes: Sequence[str], outcomes: dict[str, str]) -> Iterable[str]:
+    """Yield the report in Markdown, from top to bottom."""
+    rows = [row for rows in stages.values() for row in rows]
+    yield "# Benchmarks"
+    yield machine_of(rows[0])
+    yield markdown(("", f"{len(rows)} rows"), _origin(rows))
+    yield from (f"Note: {escaped(note)}" for note in notes)
     if outcomes:
-        blocks += [Heading("How the parts ended"), Table(("part", "outcome"), list(outcomes.items()))]
-    stages = by_stage(rows)
-    blocks += [Heading("Ratio to the baseline of each stage"), Text(_LEGEND), _ratios(stages)]
-    for name, figure in (("throughput", plots.throughput(rows)), ("scaling", plots.scaling(stages.get("scaling", [])))):
-        if figure is not None:
-            blocks += [Heading(_TITLES[name]), Picture(f"{name}.png", _TITLES[name], figure)]
-    for stage, measured in stages.items():
-        blocks += _stage(stage, measured)
-    return blocks
+        yield "## How the parts ended"
+        yield markdown(("part", "outcome"), outcomes.items())
+    yield "## Ratio to the baseline of each stage"
+    yield LEGEND
+    yield markdown(("stage", "unit", "cases", "lowest", "highest"), _ratios(stages))
+    for stage, rows in stages.items():
+        yield f"## {stage}"
+        yield _what(stage)
+        yield f"![{stage}: bars of the cases]({stage}.png)"
+        yield markdown(*of_rows(rows))
 
 
-_LEGEND = (
-    "The baseline is what one would use otherwise, measured in the same run, in turns. A ratio above 1 means that the case is "
-    "so many times as fast as the baseline, or as small. Figures are percentiles 20, 50 and 80 of n calls. Peak: memory in use "
-    "at most during a call, of the GPU's allocator, or resident in the process."
-)
-_TITLES = {"throughput": "Throughput over the chunk size", "scaling": "Scaling, measured and predicted"}
-
-
-def _origin(rows: list[Row]) -> list[Block]:
-    """Everything that the rows say about where they come from; several values where they differ."""
+def _origin(rows: list[StoredRow]) -> list[tuple[str, str]]:
+    """Return what the rows say about where they come from, several values where they differ."""
     facts = {
         "commits": [row["commit"] for row in rows],
         "measured": [row["time"][:10] if row["time"] else "before rows had a time" for row in rows],
         "threads": [row["machine"].get("threads") for row in rows],
-        "clocks": [_clocks(row) for row in rows if row["clocks"]],
     }
     for package in dict.fromkeys(name for row in rows for name in row["versions"]):
         facts[package] = [row["versions"].get(package) for row in rows]
-    lines = [
-        (name, ", ".join(sorted({str(value) for value in values if value is not None})))
-        for name, values in facts.items()
-    ]
-    return [Table(("", f"{len(rows)} rows"), [line for line in lines if line[1]])]
+    lines = [(name, ", ".join(sorted({str(v) for v in values if v is not None}))) for name, values in facts.items()]
+    return [line for line in lines if line[1]]
 
 
-def _clocks(row: Row) -> str:
-    clocks = row["clocks"]
-    known = [gpu for gpu in clocks.get("gpus", []) if gpu["sm_mhz"] and gpu["max_sm_mhz"]]
-    gpus = [f"GPU {gpu['sm_mhz']:.0f} of {gpu['max_sm_mhz']:.0f} MHz" for gpu in known]
-    return "; ".join([*gpus, *([f"CPU {clocks['cpu_mhz']} MHz"] if "cpu_mhz" in clocks else [])])
-
-
-def _ratios(stages: dict[str, list[Row]]) -> Table:
-    """For each stage and unit, from the worst case to the best."""
-    lines = []
+def _ratios(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:
+    """Yield the worst and the best case of each stage and unit."""
     for stage, rows in stages.items():
         for unit in dict.fromkeys(row["unit"] for row in rows):
             cases = [r for r in rows if r["unit"] == unit and r["ratio"] is not None and r["case"] != r["baseline"]]
             if cases:
-                worst, best = (choose(cases, key=lambda row: row["ratio"]) for choose in (min, max))
-                ends = [f"{row['ratio']:.2f} ({row['case']})" for row in ([worst] if worst is best else [worst, best])]
-                baselines = dict.fromkeys(plots.common_words([r["case"], r["baseline"]])[1][1] for r in cases)
-                lines.append((stage, unit, str(len(cases)), *(ends * 2)[:2], "; ".join(baselines)))
-    return Table(("stage", "unit", "cases", "lowest", "highest", "baseline"), lines)
-
-
-def _stage(stage: str, rows: list[Row]) -> list[Block]:
-    blocks: list[Block] = [Heading(stage), Text(_what(stage))]
-    for name, figure in ((stage, plots.bars(rows)), (f"{stage}-parts", plots.parts(rows))):
-        if figure is not None:
-            blocks.append(Picture(f"{name}.png", f"{name}: bars of the cases", figure))
-    used = [number for number, _ in enumerate(COLUMNS) if any(_cells(row)[number] for row in rows)]
-    lines = [tuple(_cells(row)[number] for number in used) for row in rows]
-    return [*blocks, Table(tuple(COLUMNS[number] for number in used), lines)]
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    ratio = "" if row["ratio"] is None else "baseline" if row["case"] == row["baseline"] else f"{row['ratio']:.2f}"
-    share = row["settings"].get("share")
-    if share is not None:
-        ratio = f"{100 * share:.1f} %"
-    rate, peak = images_per_s(row), row["peak_mib"]
-    values = (short(row[name]) for name in ("p20", "p50", "p80"))
-    flops, mfu = (row["settings"].get(name) for name in ("tflop_per_s", "mfu"))
-    more = ["" if value is None else short(value) for value in (peak, rate, flops)]
-    more.append(f"{100 * mfu:.1f} %" if isinstance(mfu, float) else mfu or "")
-    effort = "" if row["effort"] == "full" else row["effort"]
-    return row["case"], *values, row["unit"], str(row["n"]), ratio, *more, effort, row["commit"] or ""
+                ends = (choose(cases, key=lambda row: row["ratio"]) for choose in (min, max))
+                yield stage, unit, str(len(cases)), *(f"{row['ratio']:.2f} ({row['case']})" for row in ends)
 
 
 def _what(stage: str) -> str:
-    """The first paragraph of the stage's module or package; rows of a stage that is no longer there have none."""
-    for file in (Path(__file__).with_name(f"{stage}.py"), Path(__file__).parent / stage / "__init__.py"):
+    """Return the first paragraph of the stage's module; rows of a stage that is no longer there have none."""
+    here = Path(__file__).parent
+    for file in (here / "stages" / f"{stage}.py", here / stage / "__init__.py"):
         if file.exists():
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
             return " ".join(text.split("\n\n")[0].split())
     return ""
 
 
-def _outcomes(path: Path) -> dict[str, str]:
-    file = path / OUTCOMES
-    return json.loads(file.read_text(encoding="utf-8")) if path.is_dir() and file.exists() else {}
+# --- pictures -------------------------------------------------------------------------------------------------------
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
+def bars(rows: Sequence[StoredRow]) -> Figure:
+    """Draw the cases of a stage: one panel for each baseline (or step taken apart), with p20 to p80 and the ratios.
+
+    The baseline is grey; what was predicted, not measured, is hollow.
+    """
+    panels: dict[tuple, list[StoredRow]] = {}
+    for row in rows:
+        key = row["baseline"] or row["settings"].get("of"), row["effort"], row["unit"]
+        panels.setdefault(key, []).append(row)
+    heights = [0.75 + 0.34 * len(panel) for panel in panels.values()]  # inches
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for ax, panel in zip(axes, panels.values(), strict=True):
+        _bars_of(ax, panel)
+    return figure
 
 
-def write(blocks: list[Block], output: Path) -> None:
-    """report.md, its PNGs and report.html into a folder."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for block in blocks:
-            if isinstance(block, Picture):
-                plots.save(block.figure, output / block.name)
-        (output / "report.md").write_text("\n\n".join(map(markdown, blocks)) + "\n", encoding="utf-8")
-        body = "\n".join(html_of(block, output) for block in blocks)
-        (output / "report.html").write_text(_PAGE.format(body=body, style=_STYLE), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output: {output} cannot be written: {error.strerror}; choose another folder") from None
-
-
-def markdown(block: Block) -> str:
-    match block:
-        case Heading(text, level):
-            return f"{'#' * level} {text}"
-        case Text(text):
-            return text
-        case Picture(name, title, _):
-            return f"![{title}]({name})"
-        case Table(columns, lines):
-            rows = [columns, ("---",) * len(columns), *lines]
-            return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def html_of(block: Block, folder: Path) -> str:
-    """Pictures from `folder`, as data within the page."""
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{html.escape(text)}</h{level}>"
-        case Text(text):
-            return f"<p>{html.escape(text)}</p>"
-        case Picture(name, title, _):
-            data = base64.b64encode((folder / name).read_bytes()).decode()
-            return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-        case Table(columns, lines):
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in columns)
-            body = "\n".join(_html_line(line) for line in lines)
-            return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
-
-
-def _html_line(line: tuple[str, ...]) -> str:
-    cells = (f'<td class="n">{html.escape(c)}</td>' if _is_number(c) else f"<td>{html.escape(c)}</td>" for c in line)
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.removesuffix(" %").replace(",", ""))
-    except ValueError:
-        return False
-    return True
+def _bars_of(ax: Axes, rows: list[StoredRow]) -> None:
+    spread = [[row["p50"] - row["p20"] for row in rows], [row["p80"] - row["p50"] for row in rows]]
+    colours = [BASELINE if row["case"] == row["baseline"] else OURS for row in rows]
+    faces = ["none" if row["settings"].get("predicted") else c for row, c in zip(rows, colours, strict=True)]
+    places, error_style = range(len(rows)), {"ecolor": INK, "capsize": 2}
+    ax.barh(
+        places, [row["p50"] for row in rows], 0.7, color=faces, edgecolor=colours, xerr=spread, error_kw=error_style
+    )
+    for place, row in enumerate(rows):
+        text = f"  {short(row['p50'])} {row['unit']}   {cells(row)[COLUMNS.index('ratio')]}"
+        ax.text(row["p80"], place, text, va="center", fontsize=9)
+    effort = "" if rows[0]["effort"] == "full" else f" ({rows[0]['effort']})"
+    ax.set_title(f"{rows[0]['stage']}, {rows[0]['unit']}{effort}", loc="left", fontsize=11)
+    ax.set_yticks(places, [row["case"] for row in rows], fontsize=9)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.3 * max(row["p80"] for row in rows) or 1)  # room for the annotation of the longest bar
+    ax.tick_params(axis="x", labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>crossbatch benchmarks</title><style>{style}</style></head>
-<body><main>
-{body}
-</main></body></html>
-"""
-_STYLE = """
+<title>crossbatch benchmarks</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 }
 main { max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2; margin: 2.2rem 0 .6rem } h1 { margin-top: 0 }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
-th { border-bottom: 2px solid #888; white-space: nowrap }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+th { border-bottom: 2px solid #888 } td[style] { font-variant-numeric: tabular-nums; white-space: nowrap }
+</style></head><body><main>
+BODY</main></body></html>
 """

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks import flops
-from benchmarks.harness import Row
+from benchmarks.rows import Row
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
 
 

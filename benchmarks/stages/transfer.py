@@ -1,6 +1,7 @@
-"""A batch of views on its way into the network: as uint8, normalised where the network is, or as fp32 from the workers.
+"""Measures how a batch of views gets into the network: as uint8, normalised on its device, beside fp32 from the workers.
 
 On a GPU the baseline is the copy alone: workers normalise beforehand, and pin. Without one there is only the normalisation.
+uint8 is a quarter of the bytes, which is why the loader hands it over.
 """
 
 from collections.abc import Iterator
@@ -8,12 +9,15 @@ from collections.abc import Iterator
 import torch
 from torchvision.transforms.functional import normalize as torchvision_normalize
 
-from benchmarks.harness import Effort, Row, compare
+from benchmarks.measure import compare
+from benchmarks.rows import Row
+from benchmarks.stages import Effort
 from crossbatch.data import normalize
 from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
 
 
 def run(effort: Effort) -> Iterator[Row]:
+    """Yield a row for uint8 and one for fp32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = effort.pick(16, 256, 256)
     views = torch.randint(0, 256, (2 * count, 224, 224, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")

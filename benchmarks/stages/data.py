@@ -1,22 +1,24 @@
-"""Files -> batches of two 224 px views, with every core: what can be trained on per second, and whether memory stays flat.
+"""Measures the loader, files -> batches of two 224 px views, beside torchvision's ImageFolder and DataLoader.
 
-The baseline is torchvision's ImageFolder and DataLoader with as many worker processes (benchmarks/plain.py). Times are ms for a
-batch while nothing trains, an average over 20 of them. Memory: resident size of this process and its workers, at three points
-of one long run.
+Both have as many worker processes as there are cores (plain_data.py is the baseline). It says how many images per second can be
+trained on, and whether memory stays flat. Times are ms for a batch while nothing trains, an average over up to 20 of them.
+Memory is the resident size of this process and its workers, at three points of one long run.
 """
 
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Effort, Row, summarise
-from benchmarks.plain import plain_loader, write_jpegs
+from benchmarks.measure import summarise
+from benchmarks.rows import Row
+from benchmarks.stages import Effort
+from benchmarks.stages.plain_data import plain_loader, write_jpegs
 from crossbatch.data import BACKENDS, TrainLoader, open_source
 from crossbatch.data.augment.backends import has_dali
 from crossbatch.engine.config import usable_cores
@@ -26,6 +28,7 @@ BASELINE = "torchvision's ImageFolder and DataLoader"
 
 
 def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
+    """Yield the time of each backend, on the images in `images` or on generated ones, then its memory."""
     with tempfile.TemporaryDirectory() as temporary:
         root = images or Path(temporary)
         if images is None:
@@ -39,7 +42,7 @@ def _speed(root: Path, effort: Effort, folder: str) -> list[Row]:
     settings = {"workers": workers, "batch": batch, "size": SIZE, "folder": folder}
     starts: dict[str, Callable[[], Iterator]] = {BASELINE: lambda: iter(plain_loader(root, SIZE, batch, workers))}
     for backend in backends():
-        starts[f"ours, {backend}"] = lambda backend=backend: _endless(_loader(root, batch, workers, backend))
+        starts[f"ours, {backend}"] = partial(_ours, root, batch, workers, backend)
     times: dict[str, list[float]] = {name: [] for name in starts}
     for _ in range(effort.pick(1, 1, 3)):  # one loader at a time: two would take the cores from each other
         for name, start in starts.items():
@@ -48,7 +51,7 @@ def _speed(root: Path, effort: Effort, folder: str) -> list[Row]:
 
 
 def _ms_per_batch(batches: Iterator, count: int) -> float:
-    """Of `count` batches, after enough others that none of them was made while nobody waited."""
+    """Time `count` batches, after so many others that none of them was made before the clock started."""
     for _ in range(count // 2):
         next(batches)
     start = time.perf_counter()
@@ -76,21 +79,15 @@ def _memory(effort: Effort) -> Iterator[Row]:
 
 
 def backends() -> list[str]:
-    """Those that are installed."""
+    """Return the names of the backends that are installed."""
     return [name for name in BACKENDS if name != "dali" or has_dali()]
 
 
-def _loader(root: Path, batch: int, workers: int, backend: str) -> TrainLoader:
+def _ours(root: Path, batch: int, workers: int, backend: str) -> Iterator:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = open_source(root, "train")
-    return TrainLoader(
-        source,
-        batch_size=batch,
-        image_size=SIZE,
-        workers=workers,
-        backend=backend,
-        device=device,
-    )
+    loader = TrainLoader(source, batch_size=batch, image_size=SIZE, workers=workers, backend=backend, device=device)
+    return _endless(loader)
 
 
 def _endless(loader: TrainLoader) -> Generator[Any, None, None]:
@@ -102,17 +99,8 @@ def _endless(loader: TrainLoader) -> Generator[Any, None, None]:
 
 
 def _resident_mib() -> float:
-    """Of this process and all that descend from it, by the proportional set size: shared pages count once."""
-    kib = 0.0
-    for process in _family(os.getpid()):
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        kib += next(float(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return kib / 1024
+    """Sum the proportional set sizes, where shared pages count once, of this process and all that descend from it."""
+    import psutil  # comes with DeepSpeed
 
-
-def _family(process: int) -> list[int]:
-    """Workers may be children of a forkserver, and any thread may have started one."""
-    children = [
-        int(child) for file in Path(f"/proc/{process}/task").glob("*/children") for child in file.read_text().split()
-    ]
-    return [process, *(member for child in children for member in _family(child))]
+    this = psutil.Process()
+    return sum(process.memory_full_info().pss for process in [this, *this.children(recursive=True)]) / 2**20

@@ -1,20 +1,22 @@
-"""What follows BatchFormer: projector and predictor on n images, and the loss against the keys of B.
+"""Measures what follows BatchFormer, the heads on n images and the loss against the keys of B, beside plain torch.
 
-Heads: forward and backward on both views of n images. Ours, whose norms take both views in one call, beside the same
-layers with torch's `nn.BatchNorm1d`, called once a view. Widths are those of a ResNet-50 (C 2048, hidden 4096, 256 out).
+Heads: forward and backward of projector and predictor on both views of n images. Our norms take both views in one call; the
+baseline is the same layers with torch's `nn.BatchNorm1d`, called once a view. Widths are those of a ResNet-50 (C 2048, hidden
+4096, 256 out).
 
-Loss: one term, forward and backward, n rows against B keys. Ours, in tiles, beside
-`cross_entropy(q @ keys.T / T)`. Memory is the peak of a process of its own.
+Loss: one term, forward and backward, n rows against B keys; ours in tiles, the baseline `cross_entropy(q @ keys.T / T)`. Memory
+is the peak of a process of its own.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.harness import Effort, Row, compare, over, peak_mib, peak_mib_alone
+from benchmarks.measure import compare, in_new_process, over, peak_mib
+from benchmarks.rows import Row
+from benchmarks.stages import Effort
 from crossbatch.engine.config import Device
 from crossbatch.models.cross_entropy import cross_entropy_over_keys
 from crossbatch.models.heads import build_predictor, build_projector
@@ -25,6 +27,7 @@ OURS, PLAIN = "ours", "plain torch"
 
 
 def run(effort: Effort) -> Iterator[Row]:
+    """Yield two rows, ours and plain torch's, for each size of the heads and of the loss."""
     gpu = Device.detect().type == "cuda"
     seconds = effort.pick(0.3, 1, 5)
     for n in effort.pick([16], [256, 4096] if gpu else [64], [64, 256, 1024, 4096, 16384] if gpu else [64, 256]):
@@ -44,13 +47,12 @@ def _heads(n: int, seconds: float) -> list[Row]:
     def per_view() -> torch.Tensor:
         return torch.cat([plain(view) for view in features.chunk(2)])
 
-    cases: dict[str, Callable[[], object]] = {
+    cases = {
         f"{OURS}, heads, n {n}": lambda: _backward(ours(features)),
         f"{PLAIN}, heads, n {n}": lambda: _backward(per_view()),
     }
-    return compare(
-        cases, f"{PLAIN}, heads, n {n}", {"n": n, "C": C, "hidden": HIDDEN, "D": D}, seconds, warmup=1, rounds=3
-    )
+    settings = {"n": n, "C": C, "hidden": HIDDEN, "D": D}
+    return compare(cases, f"{PLAIN}, heads, n {n}", settings, seconds, warmup=1, rounds=3)
 
 
 def _with_torchs_norm(layer: nn.Module) -> nn.Module:
@@ -66,8 +68,9 @@ def _backward(out: torch.Tensor) -> None:
 def _loss(n: int, B: int, seconds: float) -> Iterator[Row]:
     settings = {"n": n, "B": B, "D": D}
     names = {name: f"{name}, loss, n {n}, B {B}" for name in (OURS, PLAIN)}
-    yield from compare({names[name]: _term(name, n, B) for name in names}, names[PLAIN], settings, seconds, 1, 3)
-    peaks = {f"{names[name]}, memory": peak_mib_alone("benchmarks.heads", name, str(n), str(B)) for name in names}
+    cases = {names[name]: _term(name, n, B) for name in names}
+    yield from compare(cases, names[PLAIN], settings, seconds, warmup=1, rounds=3)
+    peaks = {f"{names[name]}, memory": in_new_process(_peak, name, n, B) for name in names}
     yield from over(peaks, f"{names[PLAIN]}, memory", "MiB", settings)
 
 
@@ -82,11 +85,6 @@ def _term(name: str, n: int, B: int) -> Callable[[], None]:
     return lambda: _backward(cross_entropy_over_keys(q, keys, labels, 0.2) if name == OURS else plain())
 
 
-def _peak(name: str, *size: str) -> float:
-    n, B = map(int, size)
+def _peak(name: str, n: int, B: int) -> float:
     _term(name, 4, 8)()
     return peak_mib(_term(name, n, B))
-
-
-if __name__ == "__main__":
-    print(_peak(*sys.argv[1:]))

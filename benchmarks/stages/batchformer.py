@@ -1,19 +1,21 @@
-"""The BatchFormer layer on G images of C features, one view: forward, forward and backward, and the memory of the latter.
+"""Measures the BatchFormer layer on G images of C features, one view, beside torch's `nn.TransformerEncoderLayer`.
 
-Cases: our kernels by name (see models/batchformer/dispatch.py), with dropout 0.5 but for sdpa, which has none; torch's
-`nn.TransformerEncoderLayer` with dropout 0.5, as the originals call it, and on a GPU the same compiled. Precision is what
-`precision: auto` gives. With NVIDIA's apex installed, its LayerNorm (after a sum and torch's dropout) stands beside ours.
+Cases: forward, forward and backward, and the memory of the latter, of our kernels by name (see models/batchformer/dispatch.py),
+with dropout 0.5 but for sdpa, which has none; torch's layer with dropout 0.5, as the originals call it, and on a GPU the same
+compiled. The precision is what `precision: auto` gives. With NVIDIA's apex installed, its LayerNorm (after a sum and torch's
+dropout) is measured beside ours.
 
-Memory is the peak of a process of its own for each case. On a CPU, sizes are those that take seconds.
+Memory is the peak of a process of its own for each case. On a CPU, the sizes are those that take seconds.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
-from benchmarks.harness import Effort, Row, compare, over, peak_mib, peak_mib_alone
+from benchmarks.measure import compare, in_new_process, over, peak_mib
+from benchmarks.rows import Row
+from benchmarks.stages import Effort
 from crossbatch.engine.config import Device, autocast_dtype, resolve_precision
 from crossbatch.models import autocast
 from crossbatch.models.batchformer import BatchFormer, DropoutKey, fused
@@ -28,6 +30,7 @@ BRIEF_SIZES = {"cuda": [(256, 2048), (256, 384), (4096, 2048)], "cpu": [(256, 38
 
 
 def run(effort: Effort) -> Iterator[Row]:
+    """Yield the times by size, then the memory by size."""
     device = Device.detect().type
     sizes = effort.pick([(64, 384)], BRIEF_SIZES[device], GPU_SIZES if device == "cuda" else CPU_SIZES)
     names, seconds = _names(compiled=effort is Effort.FULL), effort.pick(0.2, 0.7, 5)
@@ -46,7 +49,7 @@ def _names(compiled: bool) -> list[str]:
 
 
 def _layer(name: str, G: int, C: int) -> Callable[[], torch.Tensor]:
-    """A call of the layer, in the precision of this device; the input has a gradient."""
+    """Return a call of the layer in the precision of this device; the input has a gradient."""
     device = Device.detect()
     dtype = autocast_dtype(resolve_precision("auto", device))
     torch.manual_seed(0)
@@ -83,12 +86,12 @@ def _time(G: int, C: int, names: list[str], seconds: float) -> Iterator[Row]:
 
 def _memory(G: int, C: int, names: list[str]) -> Iterator[Row]:
     cases = {name: f"{name}, memory, G {G}, C {C}" for name in names}
-    peaks = {cases[name]: peak_mib_alone("benchmarks.batchformer", name, str(G), str(C)) for name in names}
+    peaks = {cases[name]: in_new_process(_peak, name, G, C) for name in names}
     yield from over(peaks, cases[EAGER], "MiB", _settings(G, C))
 
 
 def _norms(G: int, C: int, seconds: float) -> list[Row]:
-    """LayerNorm(x + dropout(y)) by our operator and by apex: who should do it, where apex is."""
+    """Measure LayerNorm(x + dropout(y)) by our operator beside apex's: which one to use where apex is installed."""
     try:
         from apex.normalization import FusedLayerNorm  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -104,14 +107,9 @@ def _norms(G: int, C: int, seconds: float) -> list[Row]:
     return compare(cases, f"apex FusedLayerNorm, G {G}, C {C}", _settings(G, C), seconds)
 
 
-def _peak(name: str, *size: str) -> float:
-    G, C = map(int, size)
+def _peak(name: str, G: int, C: int) -> float:
     _backward(_layer(name, 8, C))  # libraries, thread pools, handles
     forward = _layer(name, G, C)
     if name == COMPILED:
         _backward(forward)
     return peak_mib(partial(_backward, forward))
-
-
-if __name__ == "__main__":
-    print(_peak(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What a start costs before the first image: listing a million files, or reading the listing from the run's cache.
+"""Measures the start before the first image: listing a million files, or reading the cached listing, beside torchvision's.
 
 The files are empty and lie in a temporary folder (an inode each), as 1000 classes with names like ImageNet's; a shard's
 images are one pixel. "a position" is what a resumed run asks for next: the order of an epoch, and a batch in its middle.
@@ -10,12 +10,14 @@ import os
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from benchmarks.harness import Effort, Row, compare
+from benchmarks.measure import Cases, compare, over
+from benchmarks.rows import Row
+from benchmarks.stages import Effort
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources.image_folder import ImageFolder
 from crossbatch.data.sources.shard_writer import write_shards
@@ -26,6 +28,7 @@ CLASSES = 1000
 
 
 def run(effort: Effort) -> Iterator[Row]:
+    """Yield the times and the memory of class folders, then of shards."""
     images, in_shards, rounds = effort.pick((20_000, 1_000, 2), (100_000, 5_000, 3), (1_000_000, 50_000, 3))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -45,13 +48,13 @@ def _class_folders(folder: Path, images: int, rounds: int) -> Iterator[Row]:
     def resume() -> None:
         GlobalBatchSampler(0, len(ImageFolder(root, cache=cache)), 4096).batch(3, images // 4096 // 2)
 
-    sources: dict[str, Callable[[], object]] = {
+    sources: Cases = {
         "folders: torchvision's ImageFolder": lambda: TorchvisionFolder(root),
         "folders: listed": lambda: ImageFolder(root),
         "folders: from the cache": lambda: ImageFolder(root, cache=cache),
     }
     cases = {**sources, "folders: from the cache, and a position": resume}
-    yield from compare(cases, next(iter(cases)), settings, 0, 0, rounds, wall=True)
+    yield from compare(cases, next(iter(cases)), settings, 0, 1, rounds, resident=True)
     yield from _memory(sources, images, settings)
 
 
@@ -69,33 +72,34 @@ def _shards(folder: Path, images: int, rounds: int) -> Iterator[Row]:
         finally:
             (root / "index.npz").rename(index)
 
-    sources: dict[str, Callable[[], object]] = {
+    sources: Cases = {
         "shards: scanned": lambda: Shards(root),
         "shards: from the cache": lambda: Shards(root, cache=cache),
         "shards: from their index": from_index,
     }
-    yield from compare(sources, "shards: scanned", settings, 0, 0, rounds, wall=True)
+    yield from compare(sources, "shards: scanned", settings, 0, 1, rounds, resident=True)
     yield from _memory({"shards: from their index": from_index}, images, settings)
 
 
-def _memory(sources: dict[str, Callable[[], object]], images: int, settings: dict) -> Iterator[Row]:
-    """Beside the first, where there are several."""
-    first = None
+def _memory(sources: Cases, images: int, settings: dict) -> Iterator[Row]:
+    """Yield the bytes per image that each source keeps; the first is the baseline of the others."""
+    kept, most = {}, {}
     for name, make in sources.items():
+        case = f"{name}: memory"
         tracemalloc.start()
         source = make()
-        kept, most = tracemalloc.get_traced_memory()
+        kept[case], most[case] = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         del source
-        row = Row.of_one(f"{name}: memory", kept / images, "bytes/image", {**settings, "peak_mib": most / 2**20})
-        first = first or row
-        if len(sources) > 1:
-            row.baseline, row.ratio = first.case, first.p50 / row.p50
+    for row in over({case: size / images for case, size in kept.items()}, next(iter(kept)), "bytes/image", settings):
+        row.settings = {**settings, "peak_mib": most[row.case] / 2**20}
+        if len(kept) == 1:
+            row.baseline = row.ratio = None
         yield row
 
 
 def _age(*paths: Path) -> None:
-    """As if they had changed an hour ago: the listing of a folder that has just changed is not kept."""
+    """Make them look an hour old: the listing of a folder that has just changed is not cached."""
     then = time.time() - 3600
     for path in paths:
         os.utime(path, (then, then))

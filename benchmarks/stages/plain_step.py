@@ -1,33 +1,37 @@
-"""One training step of MoCo v3 + BatchFormer as one writes it from the papers with torch's own parts, on one device.
+"""Implements the baseline of a training step: MoCo v3 + BatchFormer as one writes it from the papers in plain torch.
 
 Every view passes the networks by itself; BatchFormer is `nn.TransformerEncoderLayer`, a head `nn.BatchNorm1d`; the loss is
-`cross_entropy` of a matrix of logits; LARS and the moving average are loops over parameters. Same sizes and precision as ours.
-No chunks, one process.
+`cross_entropy` of a matrix of logits; LARS and the moving average are loops over parameters. The sizes and the precision
+are ours. There are no chunks, and one process on one device.
 """
 
 import copy
 import itertools
+from dataclasses import replace
+from typing import Any
 
+import timm
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.plain import plain_backbone
 from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
-from crossbatch.engine.config import LarsConfig, ResolvedConfig, autocast_dtype
+from crossbatch.engine.config import Config, LarsConfig, ResolvedConfig, autocast_dtype
 from crossbatch.models import autocast
+from crossbatch.models.backbones import LAYOUTS
 
 EPS = 1e-5  # of weights that a step may change: hundreds of steps must end in numbers
 
 
 class PlainStep:
-    """Calls of it train on uint8 views [2, n, 3, H, W]."""
+    """Trains on uint8 views [2, n, 3, H, W] when it is called, and returns the loss."""
 
-    def __init__(self, run: ResolvedConfig, device: torch.device):
+    def __init__(self, cfg: ResolvedConfig, device: torch.device):
         torch.manual_seed(0)
-        ours = run.config.crossbatch
-        self.run, self.device, self.temperature = run, device, ours.model.temperature
-        backbone = plain_backbone(run.config)
+        ours = cfg.config.crossbatch
+        self.cfg, self.device, self.temperature = cfg, device, ours.model.temperature
+        backbone = plain_backbone(cfg.config)
         width, hidden, dim = backbone.num_features, ours.model.mlp_dim, ours.model.dim
         resnet = ours.model.arch.startswith("resnet")
         projector = _mlp([width, hidden, dim] if resnet else [width, hidden, hidden, dim], last_norm=True)
@@ -40,13 +44,13 @@ class PlainStep:
         trained = nn.ModuleList([self.encoder, self.predictor, *([self.batchformer] if self.batchformer else [])])
         self.parameters = [p for p in trained.parameters() if p.requires_grad]
         self.velocity = {p: torch.zeros_like(p) for p in self.parameters}
-        lars = isinstance(run.config.optimizer.params, LarsConfig)
+        lars = isinstance(cfg.config.optimizer.params, LarsConfig)
         self.adamw = None if lars else torch.optim.AdamW(self.parameters, lr=EPS, weight_decay=0.1)
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __call__(self, views: torch.Tensor) -> torch.Tensor:
         images = [(view.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std for view in views]
-        with autocast(self.device.type, autocast_dtype(self.run.precision)):
+        with autocast(self.device.type, autocast_dtype(self.cfg.precision)):
             queries = [self.predictor(self._project(self.encoder, view)) for view in images]
             with torch.no_grad():
                 keys = [self._project(self.average, view) for view in images]
@@ -56,16 +60,16 @@ class PlainStep:
         return loss.detach()
 
     def _project(self, encoder: nn.Sequential, view: torch.Tensor) -> torch.Tensor:
-        """[n, 3, H, W] -> [S * n, D], the original stream first."""
+        """Project one view, [n, 3, H, W] -> [S * n, D], the original stream first."""
         features = encoder[0](view)
         if self.batchformer is not None:
-            groups = features.float().view(-1, self.run.group_size or 1, features.shape[-1]).transpose(0, 1)
+            groups = features.float().view(-1, self.cfg.group_size or 1, features.shape[-1]).transpose(0, 1)
             mixed = self.batchformer(groups).transpose(0, 1).flatten(0, 1)
             features = torch.cat((features.float(), mixed))
         return encoder[1](features)
 
     def _contrast(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """The terms of all pairs of streams."""
+        """Sum the terms of all pairs of streams."""
         queries, keys = (F.normalize(x.float(), dim=1) for x in (queries, keys))
         streams = 2 if self.batchformer is not None else 1
         labels = torch.arange(len(queries) // streams, device=self.device)
@@ -82,23 +86,24 @@ class PlainStep:
             self.adamw.step()
         else:
             for p in self.parameters:
-                assert p.grad is not None
-                _lars(p, p.grad, self.velocity[p])
+                plain_lars(p, self.velocity[p], EPS, 1e-6)
         for p in self.parameters:
             p.grad = None
         for average, p in zip(self.average.parameters(), self.encoder.parameters(), strict=True):
             average.copy_(average * 0.99 + p * 0.01)
 
 
-def _lars(p: torch.Tensor, gradient: torch.Tensor, velocity: torch.Tensor) -> None:
-    """MoCo v3's formula for one parameter."""
-    one = torch.ones((), device=p.device)
+@torch.no_grad()
+def plain_lars(p: torch.Tensor, velocity: torch.Tensor, lr: float, weight_decay: float) -> None:
+    """Update one parameter by MoCo v3's formula; biases and norms neither adapt nor decay."""
+    gradient = p.grad
+    assert gradient is not None
     if p.ndim > 1:
-        gradient = gradient + 1e-6 * p
-        p_norm, norm = p.norm(), gradient.norm()
+        gradient = gradient.add(p, alpha=weight_decay)
+        p_norm, norm, one = p.norm(), gradient.norm(), torch.ones((), device=p.device)
         gradient = gradient * torch.where(p_norm > 0, torch.where(norm > 0, 0.001 * p_norm / norm, one), one)
     velocity.mul_(0.9).add_(gradient)
-    p.add_(velocity, alpha=-EPS)
+    p.add_(velocity, alpha=-lr)
 
 
 def _mlp(widths: list[int], last_norm: bool) -> nn.Sequential:
@@ -110,3 +115,22 @@ def _mlp(widths: list[int], last_norm: bool) -> nn.Sequential:
         elif last_norm:
             layers.append(nn.BatchNorm1d(after, affine=False))
     return nn.Sequential(*layers)
+
+
+def plain_backbone(config: Config) -> Any:
+    """Return torchvision's or timm's network of the sizes in `config`, [n, 3, H, W] -> [n, its attribute num_features].
+
+    torchvision's ResNets have one width (and one stem), so `backbone_args` and `stem` must be left alone there.
+    """
+    model, size = config.crossbatch.model, config.crossbatch.data.image_size
+    if model.arch in LAYOUTS:
+        layout = replace(LAYOUTS[model.arch], **model.backbone_args)
+        sizes = {name: value for name, value in vars(layout).items() if name != "conv_stem"}
+        transformer: Any = timm.models.VisionTransformer(img_size=size, num_classes=0, global_pool="token", **sizes)
+        transformer.pos_embed.requires_grad_(False)
+        transformer.patch_embed.requires_grad_(not model.stop_grad_conv1)
+        return transformer
+    assert not model.backbone_args and model.stem == "imagenet", model
+    network: Any = torchvision.models.get_model(model.arch)
+    network.num_features, network.fc = network.fc.in_features, nn.Identity()
+    return network

@@ -1,7 +1,10 @@
-"""JPEG bytes in memory -> RGB pixels: PIL, as everybody, and DALI, with equally many threads. A call decodes a batch."""
+"""Measures decoding, JPEG bytes in memory -> RGB pixels, by DALI beside PIL, which a torchvision loader uses.
+
+Both have equally many threads; a call decodes a batch. Decoding bounds what a loader can feed, so it is measured alone.
+"""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Effort, Row, compare
-from benchmarks.plain import write_jpegs
+from benchmarks.measure import compare
+from benchmarks.rows import Row
+from benchmarks.stages import Effort
+from benchmarks.stages.plain_data import write_jpegs
 from crossbatch.data import open_source
 from crossbatch.data.augment.backends import has_dali
 from crossbatch.data.decode import decode
 
 
 def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
+    """Yield a row for each decoder, of the images in `images` or of generated ones."""
     with tempfile.TemporaryDirectory() as temporary:
         root = images or Path(temporary)
         if images is None:
@@ -31,10 +37,11 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
             cases[f"DALI, {device}, {threads} threads"] = _dali(files, device, threads)
     settings = {"images": len(files), "bytes": sum(map(len, files)), "folder": "given" if images else "generated"}
     seconds, rounds = effort.pick(1, 5, 15), effort.pick(2, 5, 5)
-    yield from compare(cases, baseline, settings, seconds, warmup=1, rounds=rounds, wall=True)
+    yield from compare(cases, baseline, settings, seconds, warmup=1, rounds=rounds, resident=True)
 
 
-def _dali(files: list[bytes], device: str, threads: int):
+def _dali(files: list[bytes], device: str, threads: int) -> Callable[[], None]:
+    """Return a call that decodes all files in one DALI batch; "mixed" is its name for decoding on the GPU."""
     from crossbatch.data.augment.dali import dali
 
     @dali.pipeline_def

@@ -1,11 +1,12 @@
-"""Decoded images -> two views each, on one core (the Triton kernels of colours and blur: on the GPU, and without a ratio).
+"""Measures augmentation, decoded images -> two views each on one core, beside torchvision's transforms on PIL images.
 
-The baseline is the same recipe with torchvision's transforms on PIL images. It ends in normalised fp32, ours in uint8,
-which the training device normalises: `python -m benchmarks transfer`.
+Both apply MoCo v3's augmentations. The baseline ends in normalised fp32, ours in uint8, which the training device normalises:
+`python -m benchmarks transfer`. Where there is a GPU, our Triton kernels for colours and blur run there, without a ratio: they
+neither crop nor resize.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.harness import Effort, Row, compare
-from benchmarks.plain import TwoViews, write_jpegs
+from benchmarks.measure import compare
+from benchmarks.rows import Row
+from benchmarks.stages import Effort
+from benchmarks.stages.plain_data import TwoViews, write_jpegs
 from crossbatch.data import draw_parameters, moco_v3_augmentations, open_source
 from crossbatch.data.augment import opencv as opencv_backend
 from crossbatch.data.augment import pil as torchvision_backend
@@ -24,6 +27,7 @@ TRITON = "colours and blur in Triton"
 
 
 def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
+    """Yield a row for each implementation, of the images in `images` or of generated ones."""
     count, recipes = effort.pick(8, 64, 64), moco_v3_augmentations(SIZE)
     with tempfile.TemporaryDirectory() as temporary:
         root = images or Path(temporary)
@@ -47,7 +51,7 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
         settings = {"images": len(indices), "size": SIZE, "folder": "given" if images else "generated"}
         seconds, rounds = effort.pick(1, 5, 20), effort.pick(2, 3, 5)
         for row in compare(cases, "torchvision's transforms", settings, seconds, warmup=1, rounds=rounds):
-            if row.case == TRITON:  # neither crops nor resizes
+            if row.case == TRITON:
                 row.baseline = row.ratio = None
             yield row
     finally:
@@ -55,7 +59,8 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
         cv2.setNumThreads(threads[1])
 
 
-def _triton(pixels: list[np.ndarray], indices: np.ndarray):
+def _triton(pixels: list[np.ndarray], indices: np.ndarray) -> Callable[[], None]:
+    """Return a call of the Triton kernels on crops of noise, with the parameters that the images would get."""
     from crossbatch.data.augment.triton_colours import colour_view
 
     crops = torch.randint(0, 256, (len(pixels), SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")

@@ -1,4 +1,6 @@
-"""What ranks tell each other in a step, on two CPU processes with gloo; and the norms on this machine's device without ranks.
+"""Measures what ranks exchange in a step, norms and keys, beside one message for each view and stream.
+
+Two CPU processes are joined by gloo; the norms are measured on this machine's device without other ranks, too.
 
 Norms: forward and backward of the 53 norms of a ResNet-50, on few and small images, where the fixed cost of a call counts. Ours
 take both views in one call and send one message each way. The baseline takes one view a call, as torch's norms are used: on one
@@ -14,7 +16,6 @@ import json
 import os
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.harness import Effort, Row, compare, summarise
+from benchmarks.measure import Cases, compare, host_ms, summarise, take_turns
+from benchmarks.rows import Row
+from benchmarks.stages import Effort
 from crossbatch.engine.config import Device
 from crossbatch.engine.runtime.distributed import GroupCollective, process_group, world_from_environment
 from crossbatch.models.norm import ViewBatchNorm
@@ -36,6 +39,7 @@ OURS, PER_VIEW = "both views in a call", "one view a call"
 
 
 def run(effort: Effort) -> Iterator[Row]:
+    """Yield the norms of one process, then norms and keys on two."""
     keys = effort.pick([64], [256], [64, 256])
     yield from _norms_of_one_process(effort.pick(0.5, 2, 10))
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +54,7 @@ def _norms_of_one_process(seconds: float) -> list[Row]:
     device = Device.detect().type
     x, ours, plain = _images(device), _norms(2).to(device), nn.ModuleList(map(nn.BatchNorm2d, WIDTHS)).to(device)
     names = f"norms, 1 process, {OURS}", f"norms, 1 process, {PER_VIEW} (nn.BatchNorm2d)"
-    cases: dict[str, Callable[[], object]] = {
+    cases = {
         names[0]: partial(_forward_backward, ours, x, 1),
         names[1]: partial(_forward_backward, plain, x, VIEWS),
     }
@@ -59,14 +63,14 @@ def _norms_of_one_process(seconds: float) -> list[Row]:
 
 
 def _measure(keys: list[int], rounds: int, answers: str) -> None:
-    """On every rank. Rounds are counted, not timed: the ranks must agree on them."""
+    """Measure on every rank. Rounds are counted, not timed: the ranks must agree on them."""
     collective = GroupCollective()
     ours, per_view = _norms(VIEWS), _norms(1)
     for norm in (*ours, *per_view):
         assert isinstance(norm, ViewBatchNorm)
         norm.collective = collective
     x = _images("cpu")
-    studies: dict[str, dict[str, Callable[[], object]]] = {
+    studies: dict[str, Cases] = {
         "norms": {
             f"norms, {RANKS} ranks, {OURS}": partial(_forward_backward, ours, x, 1),
             f"norms, {RANKS} ranks, {PER_VIEW} (as nn.SyncBatchNorm)": partial(_forward_backward, per_view, x, VIEWS),
@@ -78,22 +82,18 @@ def _measure(keys: list[int], rounds: int, answers: str) -> None:
             f"keys, {RANKS} ranks, n {n}, one gather": partial(collective.all_gather, held),
             f"keys, {RANKS} ranks, n {n}, one for each view and stream": partial(_gather_each, held),
         }
-    times = {what: _in_turn(cases, rounds * (1 if what == "norms" else 10)) for what, cases in studies.items()}
+    times = {}
+    for what, cases in studies.items():
+        samples = take_turns(cases, 0, 2 + rounds * (1 if what == "norms" else 10), _from_a_barrier)
+        times[what] = {name: values[2:] for name, values in samples.items()}  # the first two warm up
     if dist.get_rank() == 0:
         Path(answers).write_text(json.dumps(times))
 
 
-def _in_turn(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of this rank; all start a call together."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds + 2):
-        for name, call in cases.items():
-            dist.barrier()
-            start = time.perf_counter()
-            call()
-            if number >= 2:  # the first two warm up
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
+def _from_a_barrier(call: Callable[[], object]) -> float:
+    """Return the milliseconds of this rank; all ranks start the call together."""
+    dist.barrier()
+    return host_ms(call)
 
 
 def _norms(num_views: int) -> nn.ModuleList:
@@ -101,20 +101,20 @@ def _norms(num_views: int) -> nn.ModuleList:
 
 
 def _images(device: str) -> dict[int, torch.Tensor]:
-    """By number of channels, both views of a few small images."""
+    """Return both views of a few small images, by number of channels."""
     shape = VIEWS * IMAGES, SIDE, SIDE
     return {c: torch.randn(shape[0], c, *shape[1:], device=device, requires_grad=True) for c in set(WIDTHS)}
 
 
 def _forward_backward(norms: nn.ModuleList, images: dict[int, torch.Tensor], calls: int) -> None:
-    """Each norm on its own input, in `calls` calls of a view or of both."""
+    """Run each norm on its own input, in `calls` calls of a view or of both."""
     for width, norm in zip(WIDTHS, norms, strict=True):
         for part in images[width].chunk(calls):
             norm(part).sum().backward()
 
 
 def _gather_each(held: torch.Tensor) -> list[torch.Tensor]:
-    """With a list of tensors for each and a copy of them into one."""
+    """Gather each view and stream into a list of tensors, and copy these into one."""
     everyone = []
     for keys in held.flatten(0, 1):
         parts = [torch.empty_like(keys) for _ in range(RANKS)]
@@ -124,13 +124,11 @@ def _gather_each(held: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _on_ranks(function: Callable[..., None], *arguments: object) -> None:
-    """Calls it on `RANKS` processes that are joined by gloo, each on one core."""
+    """Call `function` on `RANKS` processes that are joined by gloo, each on one core. Raises what a rank raises."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _rank, (port, function, arguments), nprocs=RANKS, start_method="spawn"
-    )  # raises what a rank raised
+    torch.multiprocessing.start_processes(_rank, (port, function, arguments), nprocs=RANKS, start_method="spawn")
 
 
 def _rank(rank: int, port: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:

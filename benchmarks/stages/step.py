@@ -1,27 +1,27 @@
-"""One training step of bs4096.json: beside a plain one, in chunks, part by part, and the memory that chunks save.
+"""Measures a training step of bs4096.json, in one piece and in chunks, beside a plain one (plain_step.py).
 
-Time: the same images in 1 and in 8 chunks, and with checkpointed activations; the baseline is `plain_step`. The cases take
-turns. A step of more than one chunk runs the online backbone forward twice: 9.75 units of compute for 8 chunks (a backward pass
-counts two) where one chunk has 8. On a GPU the recipe with the 256 images that a rank has of 16, or as many as fit; on a CPU
-its ResNet-50 with 64 images (half an hour, 16 GB) and a small ViT.
+Time: the same images in 1 and in 8 chunks, and with checkpointed activations. A step of more than one chunk runs the online
+backbone forward twice: 9.75 units of compute for 8 chunks (a backward pass counts two) where one chunk has 8. On a GPU the
+recipe with the 256 images that a rank has of 16, or as many as fit; on a CPU its ResNet-50 with 64 images (half an hour, 16 GB)
+and a small ViT.
 
 Parts: the spans of the real step (crossbatch.engine.runtime.timing), in steps of their own after the others; "other" is what
 the spans leave out.
 
-Memory: a process of its own for each case. On a CPU what the first step adds to resident memory, at B, 2B and 4B images; on a
-GPU the peak of the allocator with model and optimizer.
+Memory, which chunks save: a process of its own for each case. On a CPU what the first step adds to resident memory, at B, 2B
+and 4B images; on a GPU the peak of the allocator with model and optimizer.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import numpy as np
 import torch
 
-from benchmarks import flops, recipe
-from benchmarks.harness import Effort, Row, clocks, compare, over, peak_mib, peak_mib_alone
-from benchmarks.plain_step import PlainStep
+from benchmarks import flops
+from benchmarks.measure import clocks, compare, in_new_process, over, peak_mib
+from benchmarks.rows import Row
+from benchmarks.stages import Effort, recipe
+from benchmarks.stages.plain_step import PlainStep
 from crossbatch.engine.config import Device, ResolvedConfig
 from crossbatch.engine.runtime.distributed import process_group, world_from_environment
 from crossbatch.engine.runtime.timing import WHOLE, StepTimer
@@ -57,6 +57,7 @@ WEIGHED_QUICKLY = {"ResNet-18 of width 16, 32 px": ([256], 32)}
 
 
 def run(effort: Effort) -> Iterator[Row]:
+    """Yield the memory of steps, their times, and the times of their parts."""
     device_type = Device.detect().type
     if device_type == "cuda":
         images = _images_that_fit()
@@ -77,7 +78,10 @@ def run(effort: Effort) -> Iterator[Row]:
 
 
 def _images_that_fit() -> int:
-    """256, or less on a small GPU: one chunk of a ResNet-50 keeps 83.5 MiB of an image, and four models lie beside it."""
+    """Return 256, or less on a small GPU.
+
+    One chunk of a ResNet-50 keeps 83.5 MiB of an image, and four models lie beside it.
+    """
     images = 256
     while images > 32 and images * 2**27 > torch.cuda.mem_get_info()[0]:
         images //= 2
@@ -116,21 +120,20 @@ def _time(backbone: str, batch: int, effort: Effort, device: torch.device) -> It
 
 
 def _parts(name: str, steps: list[dict[str, float]], settings: dict) -> list[Row]:
-    """One row a part. `share` is that of the sum: sums over the same steps, so the shares of all parts add up to one."""
+    """Return a row for each part; `share` is its part of the sum over the same steps, so all shares add up to one."""
     total, now = sum(taken[WHOLE] for taken in steps), clocks()
     rows = []
     for part in steps[0]:
         values = [taken[part] for taken in steps]
         facts = {**settings, "part": part, "of": name, "share": sum(values) / total}
-        percentiles = (float(p) for p in np.percentile(values, (20, 50, 80)))
-        rows.append(Row(f"{name}: {part}", *percentiles, n=len(steps), settings=facts, clocks=now))
+        rows.append(Row.of_samples(f"{name}: {part}", values, settings=facts, clocks=now))
     return rows
 
 
 def _memory(backbone: str, images: int, chunk: int) -> Iterator[Row]:
     names = {f"{backbone}, memory, {images} images, chunks of {chunk}": chunk}
     names[f"{backbone}, memory, {images} images, 1 chunk"] = images
-    peaks = {name: peak_mib_alone("benchmarks.step", backbone, str(images), str(c)) for name, c in names.items()}
+    peaks = {name: in_new_process(_peak, backbone, images, c) for name, c in names.items()}
     settings = _settings(backbone, _config(backbone, images, images, False))
     for row in over(peaks, list(names)[1], "MiB", settings):
         row.settings = _settings(backbone, _config(backbone, images, names[row.case], False))
@@ -159,21 +162,17 @@ def _config(backbone: str, batch: int, chunk: int, checkpointed: bool) -> Resolv
     return recipe.load("bs4096", overrides)
 
 
-def _settings(backbone: str, run: ResolvedConfig) -> dict:
-    sizes = {"images": run.local_batch, "chunk": run.chunk, "precision": run.precision}
-    return recipe.settings("bs4096", BACKBONES[backbone], run, backbone=backbone, **sizes)
+def _settings(backbone: str, cfg: ResolvedConfig) -> dict:
+    sizes = {"images": cfg.local_batch, "chunk": cfg.chunk, "precision": cfg.precision}
+    return recipe.settings("bs4096", BACKBONES[backbone], cfg, backbone=backbone, **sizes)
 
 
-def _views(run: ResolvedConfig) -> torch.Tensor:
-    """As the loader hands them over."""
-    size = run.config.crossbatch.data.image_size
-    views = torch.randint(0, 256, (2, run.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-    return views.pin_memory() if run.device.type == "cuda" else views
+def _views(cfg: ResolvedConfig) -> torch.Tensor:
+    """Return uint8 views [2, n, 3, H, W] as the loader hands them over."""
+    size = cfg.config.crossbatch.data.image_size
+    views = torch.randint(0, 256, (2, cfg.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    return views.pin_memory() if cfg.device.type == "cuda" else views
 
 
-def _step(config: ResolvedConfig, device: torch.device) -> TrainStep:
-    return TrainStep(recipe.build(config, device), config, device, steps_per_epoch=1000, chunk=config.chunk)
-
-
-if __name__ == "__main__":
-    print(_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+def _step(cfg: ResolvedConfig, device: torch.device) -> TrainStep:
+    return TrainStep(recipe.build(cfg, device), cfg, device, steps_per_epoch=1000, chunk=cfg.chunk)

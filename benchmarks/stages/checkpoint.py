@@ -1,20 +1,21 @@
-"""Saving the state of bs4096.json (ResNet-50 + BatchFormer with LARS) on one rank: how long training waits, and the save takes.
+"""Measures saving the state of bs4096.json on one rank: how long training waits and how long the save takes, beside torch.save.
 
-Cases: what training waits for an asynchronous and for a synchronous save; the whole time of an asynchronous one; torch.save of
-the same tensors with fsync, as one would do it by hand; reading and checking a checkpoint. Then what a save that is under way
-costs whoever computes meanwhile: matrix products for about as long as it takes. Files go to the system's temporary folder.
+The state is that of ResNet-50 + BatchFormer with LARS. Cases: what training waits for an asynchronous and for a synchronous
+save; the whole time of an asynchronous one; torch.save of the same tensors with fsync, as one would do it by hand; reading and
+checking a checkpoint. Then what a save that is under way costs whoever computes meanwhile: matrix products for about as long as
+it takes. Files go to the system's temporary folder.
 """
 
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from benchmarks import recipe
-from benchmarks.harness import Effort, Row, summarise
+from benchmarks.measure import host_ms, summarise
+from benchmarks.rows import Row
+from benchmarks.stages import Effort, recipe
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint.resume import resume
 from crossbatch.engine.checkpoint.schedule import Snapshot
@@ -26,15 +27,16 @@ SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_di
 
 
 def run(effort: Effort) -> Iterator[Row]:
+    """Yield the rows of saving and reading, then those of who computes meanwhile."""
     overrides = effort.pick(SMALL, [], [])
-    run = recipe.load("bs4096", overrides)
-    config = {**to_dict(run.config), "world_size": 1}
+    cfg = recipe.load("bs4096", overrides)
+    config = {**to_dict(cfg.config), "world_size": 1}
     with (
-        process_group(world_from_environment(), run.device.type, threads=torch.get_num_threads()) as device,
+        process_group(world_from_environment(), cfg.device.type, threads=torch.get_num_threads()) as device,
         tempfile.TemporaryDirectory() as folder,
     ):
-        times, size = _times(recipe.build(run, device), config, Path(folder), device, rounds=effort.pick(2, 1, 7))
-    facts = recipe.settings("bs4096", overrides, run, gigabytes=size / 1e9)
+        times, size = _times(recipe.build(cfg, device), config, Path(folder), device, rounds=effort.pick(2, 1, 7))
+    facts = recipe.settings("bs4096", overrides, cfg, gigabytes=size / 1e9)
     waits = {name: values for name, values in times.items() if "product" not in name}
     products = {name: values for name, values in times.items() if "product" in name}
     yield from summarise(waits, "synchronous: training waits", facts)
@@ -44,7 +46,10 @@ def run(effort: Effort) -> Iterator[Row]:
 def _times(
     backend: Backend, config: dict, folder: Path, device: torch.device, rounds: int
 ) -> tuple[dict[str, list[float]], int]:
-    """Milliseconds by case, and the bytes of a checkpoint. The first save, which allocates host memory, does not count."""
+    """Return milliseconds by case, and the bytes of a checkpoint.
+
+    The first save, which allocates host memory, does not count.
+    """
     saver = checkpoint.AsyncCheckpointWriter(folder / "checkpoints", checkpoint.Keep(1), "0")
     matrix = torch.randn(512, 512, device=device)
     names = ("asynchronous: training waits", "asynchronous: until it is safe", "synchronous: training waits")
@@ -54,20 +59,20 @@ def _times(
     for step in range(0, 4 * (rounds + 1), 4):
         asynchronous, until_safe, synchronous, by_hand, read, product, product_meanwhile = times.values()
         snapshots = [_snapshot(backend, config, step + i) for i in range(3)]
-        by_hand.append(_timed(lambda snapshots=snapshots: _save_by_hand(snapshots[0], folder / "by hand")))
-        synchronous.append(_timed(lambda snapshots=snapshots: saver.save(*snapshots[0], wait=True)))
-        asynchronous.append(_timed(lambda snapshots=snapshots: saver.save(*snapshots[1])))
+        by_hand.append(host_ms(lambda snapshots=snapshots: _save_by_hand(snapshots[0], folder / "by hand")))
+        synchronous.append(host_ms(lambda snapshots=snapshots: saver.save(*snapshots[0], wait=True)))
+        asynchronous.append(host_ms(lambda snapshots=snapshots: saver.save(*snapshots[1])))
         saver.wait()
         outcome = saver.finished()
         assert outcome is not None and outcome.error is None, outcome
         until_safe.append(1000 * outcome.seconds)
         size = outcome.num_bytes
         candidates = checkpoint.candidates(folder, "auto")
-        read.append(_timed(lambda candidates=candidates: resume(candidates, backend, config, 1)))
-        product += [_timed(lambda: _product(matrix)) for _ in range(10)]
+        read.append(host_ms(lambda candidates=candidates: resume(candidates, backend, config, 1)))
+        product += [host_ms(lambda: _product(matrix)) for _ in range(10)]
         saver.save(*snapshots[2])
         while saver.busy:
-            product_meanwhile.append(_timed(lambda: _product(matrix)))
+            product_meanwhile.append(host_ms(lambda: _product(matrix)))
         saver.finished()
         if step == 0:
             for values in times.values():
@@ -92,9 +97,3 @@ def _product(matrix: torch.Tensor) -> None:
     torch.mm(matrix, matrix)
     if matrix.is_cuda:
         torch.cuda.synchronize()
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - start)

@@ -1,0 +1,37 @@
+"""Builds a recipe of ds_configs/ as the stages measure it: on one rank of this machine."""
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
+from crossbatch.engine.runtime.distributed import GroupCollective
+from crossbatch.engine.sharding import Backend
+from crossbatch.engine.tasks.build import build_backend, build_model
+
+FOLDER = Path(__file__).parents[2] / "ds_configs"
+
+
+def load(name: str, overrides: Iterable[str] = ()) -> ResolvedConfig:
+    """Return ds_configs/<name>.json resolved for one rank; sharded by FSDP2 where DeepSpeed is not installed."""
+    overrides = list(overrides)
+    if importlib.util.find_spec("deepspeed") is None:
+        overrides.append("crossbatch.sharding=fsdp")
+    return resolve(load_config(FOLDER / f"{name}.json", overrides), 1, Device.detect())
+
+
+def settings(name: str, overrides: Iterable[str], cfg: ResolvedConfig, **more: Any) -> dict[str, Any]:
+    """Return for a row what was asked for, and the configuration that it resolved to."""
+    asked = {"recipe": name, "overrides": list(overrides), "device": cfg.device.type}
+    return {**asked, **more, "config": to_dict(cfg.config)}
+
+
+def build(cfg: ResolvedConfig, device: torch.device) -> Backend:
+    """Return the sharded model of `cfg` from seed 0; inside a process group."""
+    torch.manual_seed(0)
+    model = build_model(cfg).to(device)
+    model.set_collective(GroupCollective())
+    return build_backend(model, cfg)
