@@ -1,4 +1,4 @@
-"""sources.py and image_folder.py: what is opened, and what is said when it cannot be."""
+"""open.py and image_folder.py: what is opened, and what is said when it cannot be."""
 
 import os
 import pickle

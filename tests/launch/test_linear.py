@@ -203,7 +203,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tiny_ru
         assert "Traceback" not in error and not (tmp_path / "out/probe.pt").exists()
         return error
 
-    assert "there are only 64 training images" in refused()
+    assert "train_batch_size: `num_images` (=64) is smaller than `global_batch` (=1024)" in refused()
     assert "holds a resnet18, but vit_base" in refused(*SHORT, "-a", "vit_base")
     assert "no such file or folder" in refused(*SHORT, "--pretrained", tmp_path / "absent")
     assert "crossbatch.data.crop_min: given 0.2 with crossbatch.linear.cache" in refused(
