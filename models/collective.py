@@ -1,7 +1,7 @@
-"""How a model talks to the other ranks.
+"""The three collective operations that a model needs.
 
-The few places that need it hold a `Collective`: one process, where every operation is the identity. `GroupCollective` calls
-torch.distributed instead. Shapes: W = world size.
+The few places that talk to other ranks hold a `Collective`: one process, where every operation is the identity.
+`GroupCollective` calls torch.distributed instead. Shapes: W = world size.
 """
 
 import torch
@@ -89,7 +89,7 @@ class GroupCollective(Collective):
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """[...] -> [W, ...]; the gradient of a rank's slice is the sum over the ranks of the gradients that they found for it."""
+    """Stack [...] -> [W, ...]; a rank gets the sum of the gradients that all ranks found for its slice."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, collective: Collective) -> Tensor:

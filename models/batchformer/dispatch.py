@@ -1,4 +1,4 @@
-"""Which kernel computes what lies between the linear layers, and why no other.
+"""The choice of the kernel that computes what lies between the linear layers, and the reasons against the others.
 
     fused      Triton passes on a GPU (from V100 on: no `tl.dot`), torch operators in blocks of a cache on a CPU; scores in
                tiles

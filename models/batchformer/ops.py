@@ -30,13 +30,7 @@ def _passes(tensor: Tensor) -> ModuleType:
 
 @custom_op("crossbatch::batchformer_attention", mutates_args=())
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seeds: Tensor,
-    probability: float,
-    first_row: int,
-    first_column: int,
+    q: Tensor, k: Tensor, v: Tensor, seeds: Tensor, probability: float, first_row: int, first_column: int
 ) -> tuple[Tensor, Tensor]:
     """Return [S, H, Q, D] and the rows' log-sum-exp of the scaled scores, fp32 [S, H, Q]."""
     mask = Mask(seeds, probability, first_row, first_column)
