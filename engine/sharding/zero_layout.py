@@ -159,7 +159,6 @@ def _refuse_unknown_engine(engine: Any, layout: ZeroLayout) -> None:
             "mixture-of-experts layers: ranks hold different parameters": getattr(engine, "has_moe_layers", False),
             "offload_optimizer to NVMe; use cpu": getattr(layout._optimizer, "swap_optimizer", False),
             "ZenFlow: it steps with its own optimizer": bool(getattr(engine, "zenflow", False)),
-            "master weights in lower precision than fp32": any(flat.dtype != torch.float32 for flat in layout.flats()),
         }
     else:
         reasons = {"fp16 or bf16 at stage 0; use stage 1": not isinstance(layout.stepping, torch.optim.Optimizer)}
