@@ -45,7 +45,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which elements of the tensors that LARS steps on belong to which parameter.
+    """Says which elements of the tensors that LARS steps on belong to which parameter.
 
     Args:
         segments: for every tensor; elements outside of all segments are left alone.
@@ -95,7 +95,7 @@ class Layout:
 
 
 class Work(NamedTuple):
-    """One segment of a parameter, with flat views of equal length."""
+    """Holds one segment of a parameter as flat views of equal length."""
 
     number: int
     copies: int
@@ -105,7 +105,7 @@ class Work(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The second half of all variants. With c = gains[number]:
+    """Holds the coefficients of the second pass, which covers all variants. With c = gains[number]:
 
     v = momentum v + c (g + decay w)
     w = w + step v - c late_decay w
@@ -119,7 +119,7 @@ class Update(NamedTuple):
 
 
 class LARS(torch.optim.Optimizer):
-    """LARS for plain torch, DDP and FSDP2 (`fully_shard`); with DeepSpeed ZeRO, call `lars_for_zero(engine)` once.
+    """Implements LARS for plain torch, DDP and FSDP2 (`fully_shard`); with DeepSpeed ZeRO, call `lars_for_zero(engine)` once.
 
     Which parameters adapt (have a trust ratio and weight decay) follows from their shape when they are given: those with two
     or more dimensions do, biases and norms do not. So `LARS(model.parameters(), lr=0.1, weight_decay=1e-6)` is right. A group
@@ -198,7 +198,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient; returns what `closure` returned.
+        """Update every parameter that has a gradient, and return what `closure` returned.
 
         Raises:
             RuntimeError: if `param_groups` hold tensors that were not given, as DeepSpeed ZeRO's flat partitions are.
@@ -264,6 +264,7 @@ def original_shape(parameter: Tensor) -> torch.Size:
 
 
 def _adapting_update(group: dict[str, Any], sums: Tensor) -> Update:
+    """Return the update with trust ratio and weight decay."""
     inside, step = _rates(group)
     late, decay = group["decay_after_momentum"], group["weight_decay"]
     gains = _trust_ratios(group, sums) * inside
@@ -271,7 +272,7 @@ def _adapting_update(group: dict[str, Any], sums: Tensor) -> Update:
 
 
 def _plain_update(group: dict[str, Any], sums: Tensor) -> Update:
-    """SGD with momentum and without decay, for biases and norms."""
+    """Return the update of biases and norms: SGD with momentum, without decay."""
     inside, step = _rates(group)
     return Update(group["momentum"], torch.full_like(sums[0], inside), 0.0, step, 0.0)
 
@@ -311,7 +312,7 @@ def _check_values(group: dict[str, Any]) -> None:
 
 
 def _check_not_flattened(parameter: Tensor) -> None:
-    """FSDP1 makes 1-D tensors of its parameters, with and without use_orig_params, so that nothing would adapt."""
+    """Refuse parameters of FSDP1: they are 1-D, with and without use_orig_params, so that nothing would adapt."""
     if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
         raise ValueError(
             "LARS: FullyShardedDataParallel (FSDP1) has flattened the parameters, and their shapes decide which of them adapt; "

@@ -11,7 +11,7 @@ from crossbatch.models import ShardableModel
 
 @dataclass(frozen=True)
 class FlatSlice:
-    """A run of a flattened tensor: `local`, a 1-D view of this rank's memory, is full.flatten()[start:][: local.numel()]."""
+    """Holds a run of a flattened tensor: `local`, a 1-D view of memory, is full.flatten()[start:][: local.numel()]."""
 
     start: int
     local: torch.Tensor
@@ -19,7 +19,7 @@ class FlatSlice:
 
 @dataclass(frozen=True)
 class LocalShards:
-    """This rank's part of one tensor of `shape`; `replicated` if every rank holds all of it."""
+    """Holds this rank's part of a tensor of `shape`; `replicated` tells whether every rank holds all of it."""
 
     shape: torch.Size
     pieces: list[FlatSlice]
@@ -32,7 +32,7 @@ class LocalShards:
 
 
 class Backend(ABC):
-    """A sharded network with its optimizer."""
+    """Owns a sharded network and its optimizer."""
 
     model: ShardableModel
     optimizer: Any  # has param_groups, as torch.optim.Optimizer

@@ -1,8 +1,8 @@
-"""FSDP2. Stage 0 replicates (a shard dimension of one), 1 and 2 keep parameters gathered until the backward pass, 3 reshards
-them after every forward.
+"""The backend of FSDP2.
 
-The online and the momentum encoder are wrapped in the same places, so their shards are cut alike and the momentum update
-needs no communication.
+Stage 0 replicates (a shard dimension of one), stages 1 and 2 keep parameters gathered until the backward pass, and stage 3
+reshards them after every forward pass. The online and the momentum encoder are wrapped in the same places, so their shards
+are cut alike and the momentum update needs no communication.
 """
 
 import math
@@ -24,7 +24,7 @@ from crossbatch.models import ShardableModel
 
 
 class FsdpBackend(Backend):
-    """The sharding backend of FSDP2.
+    """Shards a model with FSDP2 (`fully_shard`).
 
     Args:
         model: on its device, equal on all ranks.

@@ -23,7 +23,7 @@ from crossbatch.models import ShardableModel
 
 
 class ZeroBackend(Backend):
-    """The sharding backend of DeepSpeed.
+    """Shards a model with DeepSpeed ZeRO.
 
     Args:
         model: on its device, equal on all ranks.

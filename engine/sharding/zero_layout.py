@@ -24,7 +24,7 @@ Engine = TypeVar("Engine")
 
 
 class ZeroSlice(NamedTuple):
-    """Elements of a parameter on this rank: flat[flat_start:][:numel] is parameter.flatten()[start:][:numel]."""
+    """Locates elements of a parameter on this rank: flat[flat_start:][:numel] is parameter.flatten()[start:][:numel]."""
 
     flat: Tensor  # what the optimizer steps on
     flat_start: int
@@ -33,15 +33,15 @@ class ZeroSlice(NamedTuple):
 
 
 class ZeroLayout:
-    """The cut of `parameters`, all of those that the engine trains.
+    """Says where the elements of the trained parameters lie in what the engine's optimizer steps on.
 
     Args:
         engine: what `deepspeed.initialize` returned.
-        parameters: of the model that was given to it, the same on all ranks. Every rank must call this.
+        parameters: those of its model that are trained, in the same order on all ranks. Every rank must call this.
 
     Attributes:
-        stage: of ZeRO.
-        stepping: the optimizer of torch inside DeepSpeed's.
+        stage: the ZeRO stage.
+        stepping: the torch optimizer inside DeepSpeed's.
         replicated: whether this rank holds all elements of all parameters.
 
     Raises:
@@ -60,7 +60,10 @@ class ZeroLayout:
     def flats(self) -> list[Tensor]:
         """Return the flat tensors of stages 1 to 3 that the optimizer steps on."""
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-        return next(getattr(self._optimizer, name) for name in names if hasattr(self._optimizer, name))
+        for name in names:
+            if hasattr(self._optimizer, name):
+                return getattr(self._optimizer, name)
+        raise AttributeError(f"{type(self._optimizer).__name__} has none of {names}")
 
     def slices(self, parameter: Any) -> Iterator[ZeroSlice]:
         """Yield what this rank's optimizer steps on of a trained parameter, which is one run at most."""
@@ -114,7 +117,7 @@ class ZeroLayout:
         want = [float(original_shape(parameter).numel()) for parameter in parameters]
         try:
             held = [float(sum(_checked(run).numel for run in self.slices(parameter))) for parameter in parameters]
-        except (AttributeError, LookupError, TypeError, ValueError, StopIteration):
+        except (AttributeError, LookupError, TypeError, ValueError):
             held = [float("nan")] * len(want)  # also on the ranks that find nothing wrong
         found = torch.tensor(held, dtype=torch.float64)
         if (found if self.stage == 0 else self.all_reduce(found)).tolist() != want:
@@ -125,14 +128,14 @@ class ZeroLayout:
 
 
 def lars_for_zero(engine: Engine) -> Engine:
-    """Tell the LARS inside an engine of DeepSpeed which parameters its flat partitions hold; returns the engine.
+    """Tell the LARS inside an engine of DeepSpeed which parameters its flat partitions hold, and return the engine.
 
     ```
     optimizer = LARS(model.parameters(), lr=0.1, weight_decay=1e-6)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     lars_for_zero(engine)
     ```
-    Every rank must call this, once; calling it again changes nothing. It covers ZeRO stages 0 to 3 in fp32, stages 1 to 3 in
+    Every rank must call this once; calling it again changes nothing. It covers ZeRO stages 0 to 3 in fp32, stages 1 to 3 in
     bf16 and fp16 (where DeepSpeed keeps fp32 copies), and `offload_optimizer` to "cpu". DeepSpeed wants
     `"zero_allow_untested_optimizer": true` and, with `offload_optimizer`, `"zero_force_ds_cpu_optimizer": false`.
 
@@ -159,7 +162,6 @@ def _refuse_unknown_engine(engine: Any, layout: ZeroLayout) -> None:
             "mixture-of-experts layers: ranks hold different parameters": getattr(engine, "has_moe_layers", False),
             "offload_optimizer to NVMe; use cpu": getattr(layout._optimizer, "swap_optimizer", False),
             "ZenFlow: it steps with its own optimizer": bool(getattr(engine, "zenflow", False)),
-            "master weights in lower precision than fp32": any(flat.dtype != torch.float32 for flat in layout.flats()),
         }
     else:
         reasons = {"fp16 or bf16 at stage 0; use stage 1": not isinstance(layout.stepping, torch.optim.Optimizer)}

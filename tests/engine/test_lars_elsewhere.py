@@ -109,7 +109,7 @@ def initialize(stage: int, zero: dict | None = None, optimizer: Any = LARS, **co
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile for a minute
     model = network()
-    options = OPTIONS if optimizer is LARS else {"lr": 0.1}
+    options: Any = OPTIONS if optimizer is LARS else {"lr": 0.1}
     config = {
         "train_batch_size": BATCH,
         "gradient_clipping": 0.0,
@@ -226,10 +226,6 @@ def refused() -> list[str]:
     with pytest.raises(ValueError, match="lars_for_zero") as error:
         lars_for_zero(engine)
     messages.append(str(error.value))
-    engine = initialize(1, bf16={"enabled": True, "bf16_master_weights_and_grads": True})
-    with pytest.raises(RuntimeError) as error:
-        lars_for_zero(engine)
-    messages.append(str(error.value))
     with pytest.raises(RuntimeError) as error:
         initialize(0, bf16={"enabled": True})
     messages.append(str(error.value))
@@ -245,9 +241,8 @@ def refused() -> list[str]:
 def test_what_lars_for_zero_refuses(pools):
     import deepspeed
 
-    for sgd, low_precision, stage_0, tables in pools(2).run(refused):
+    for sgd, stage_0, tables in pools(2).run(refused):
         assert "is SGD" in sgd
-        assert "lower precision than fp32" in low_precision
         assert "stage to 1" in stage_0
         assert f"DeepSpeed {deepspeed.__version__} cuts parameters" in tables
 
