@@ -28,7 +28,7 @@ class PlainStep:
         ours = run.config.crossbatch
         self.run, self.device, self.temperature = run, device, ours.model.temperature
         backbone = plain_backbone(run.config)
-        width, hidden, dim = backbone.num_features, ours.model.mlp_dim, ours.model.dim
+        width, hidden, dim = backbone.num_features, ours.model.mlp_dim, ours.model.projection_dim
         resnet = ours.model.arch.startswith("resnet")
         projector = _mlp([width, hidden, dim] if resnet else [width, hidden, hidden, dim], last_norm=True)
         self.encoder = nn.Sequential(backbone, projector).to(device)

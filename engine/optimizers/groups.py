@@ -50,7 +50,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config | FinetuneConfi
             momentum=params.momentum,
             trust_coefficient=params.trust_coefficient,
             eps=params.eps,
-            clip=params.clip,
+            clip=params.clip_trust_ratio,
             decay_after_momentum=params.decay_after_momentum,
         )
     return torch.optim.AdamW(groups, lr=0.0, betas=params.betas, eps=params.eps, fused=True)

@@ -22,7 +22,7 @@ def build_model(run: ResolvedConfig) -> MoCo:
             stop_grad_conv1=ours.model.stop_grad_conv1,
             backbone_args=dict(ours.model.backbone_args),
             checkpoint_activations=ours.model.checkpoint_activations,
-            dim=ours.model.dim,
+            dim=ours.model.projection_dim,
             mlp_dim=ours.model.mlp_dim,
             temperature=ours.model.temperature,
             add_bf=ours.batchformer.add_bf,
