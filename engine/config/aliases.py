@@ -23,19 +23,12 @@ def current_path(path: str) -> str:
 
 def current_value(path: str, value: Any) -> Any:
     """Return what a value given under `path`, which may be an alias, is for its key. Raises InputError."""
-    return loss_of_add_bf(value) if path == "crossbatch.batchformer.add_bf" else value
-
-
-def loss_of_add_bf(add_bf: Any) -> str:
-    """Return the name of the loss that BatchFormer's released code chooses with `--add_bf`. Raises InputError."""
-    if type(add_bf) is not int:
-        raise InputError(
-            f"crossbatch.batchformer.add_bf: given {add_bf!r}; allowed: a whole number; or set crossbatch.batchformer.loss"
-        )
-    if add_bf <= 0:
-        return "none"
+    if path != "crossbatch.batchformer.add_bf":
+        return value
+    if type(value) is not int:
+        raise InputError(f"{path}: given {value!r}; allowed: a whole number; or set crossbatch.batchformer.loss")
     names = {number: name for name, number in ADD_BF_OF_LOSS.items()} | {34: "sum"}
-    return names.get(add_bf, "joint")
+    return names.get(max(value, 0), "joint")
 
 
 def rename(raw: dict[str, Any]) -> dict[str, str]:

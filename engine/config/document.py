@@ -32,8 +32,9 @@ def all_tables() -> str:
 
 def _tables(schema: type[Section], known: type[Section] | None = None) -> list[str]:
     """Return one table for each section of `schema` that is not a section of `known`, too."""
+    resumable = resumable_keys(schema) if schema is not KnnConfig else ()  # k-NN starts from the beginning
     left_out = {section for _, _, section in sections(known)} if known else set()
-    return [_table(*at, resumable_keys(schema)) for at in sections(schema) if at[2] not in left_out]
+    return [_table(*at, resumable) for at in sections(schema) if at[2] not in left_out]
 
 
 def _table(at: str, kind: str, section: type[Section], resumable: tuple[str, ...]) -> str:

@@ -74,18 +74,10 @@ class FinetuneConfig(schema.DeepSpeedConfig):
 
 
 @dataclass(frozen=True)
-class ResolvedFinetune(Resolved):
+class ResolvedFinetune(Resolved[FinetuneSection, FinetuneOptimizerConfig]):
     """A configuration of fine-tuning without "auto", and the numbers that follow from it."""
 
     config: FinetuneConfig
-
-    @property
-    def crossbatch(self) -> FinetuneSection:
-        return self.config.crossbatch
-
-    @property
-    def optimizer(self) -> FinetuneOptimizerConfig:
-        return self.config.optimizer
 
 
 def resolve_finetune(

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -29,8 +29,12 @@ class Device:
         return Device("cuda", torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name())
 
 
+Crossbatch = TypeVar("Crossbatch")
+Optimizer = TypeVar("Optimizer")
+
+
 @dataclass(frozen=True)
-class Resolved:
+class Resolved(Generic[Crossbatch, Optimizer]):
     """A configuration without "auto", and the numbers that follow from it for any kind of training."""
 
     config: Any
@@ -46,12 +50,12 @@ class Resolved:
     choices: tuple[str, ...]  # what "auto" became, and why, for the log
 
     @property
-    def crossbatch(self) -> Any:
+    def crossbatch(self) -> Crossbatch:
         """Return the section `crossbatch` of the configuration."""
         return self.config.crossbatch
 
     @property
-    def optimizer(self) -> Any:
+    def optimizer(self) -> Optimizer:
         """Return the section `optimizer` of the configuration."""
         return self.config.optimizer
 
@@ -68,24 +72,16 @@ class Resolved:
     @property
     def lr_peak(self) -> float:
         """Return the learning rate after warm-up, which is linear in the global batch (Goyal et al. 2017)."""
-        params = self.optimizer.params
+        params = self.config.optimizer.params
         return params.base_lr * self.train_batch_size / params.reference_batch
 
 
 @dataclass(frozen=True)
-class ResolvedConfig(Resolved):
+class ResolvedConfig(Resolved[CrossbatchConfig, OptimizerConfig]):
     """A configuration of pretraining without "auto", and the numbers that follow from it."""
 
     config: Config
     group_size: int | None  # None without BatchFormer
-
-    @property
-    def crossbatch(self) -> CrossbatchConfig:
-        return self.config.crossbatch
-
-    @property
-    def optimizer(self) -> OptimizerConfig:
-        return self.config.optimizer
 
     @property
     def chance_loss(self) -> float:

@@ -243,6 +243,7 @@ class ZeroConfig(Section):
 class DeepSpeedConfig(Section):
     """The keys outside of `crossbatch` that pretraining and fine-tuning share."""
 
+    train_batch_size: AtLeastTwo = key(4096, "images of one optimizer step over all ranks: the contrastive batch")
     train_micro_batch_size_per_gpu: Count | Auto = key("auto", "chunk: images that the backbone sees at once")
     gradient_clipping: NotNegative = key(0.0, "largest global norm of the gradients; 0: no clipping")
     zero_optimization: ZeroConfig = key(ZeroConfig, "how state is sharded", resumable=True)
@@ -251,7 +252,6 @@ class DeepSpeedConfig(Section):
 class Config(DeepSpeedConfig):
     """The keys of `launch/pretrain.py`."""
 
-    train_batch_size: AtLeastTwo = key(4096, "images of one optimizer step over all ranks: the contrastive batch")
     optimizer: OptimizerConfig = key(OptimizerConfig, "LARS or AdamW")
     crossbatch: CrossbatchConfig = key(CrossbatchConfig, "everything that DeepSpeed has no key for")
 
