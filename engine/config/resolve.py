@@ -10,6 +10,7 @@ from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config.load import to_dict
 from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig, ZeroConfig
+from crossbatch.engine.config.user_input import user_input
 from crossbatch.models.loss import chance_loss
 
 
@@ -111,7 +112,8 @@ def resolve_training(config: Any, world_size: int, device: Device, local_world_s
     chunk = local_batch if chunk == "auto" else min(chunk, local_batch)
     workers, threads = share_cores(config.crossbatch.data.workers, device, local_world_size)
     precision, why_precision = choose_precision(config.crossbatch.precision, device)
-    backend, why_backend = choose_backend(config.crossbatch.data.backend, device.type)
+    with user_input("crossbatch.data.backend"):
+        backend, why_backend = choose_backend(config.crossbatch.data.backend, device.type)
     data = config.crossbatch.data.model_copy(update={"workers": workers, "backend": backend})
     crossbatch = config.crossbatch.model_copy(update={"precision": precision, "data": data})
     return Resolved(

@@ -16,11 +16,12 @@ import torch
 from crossbatch import InputError
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
-from crossbatch.engine.checkpoint.changes import differences
+from crossbatch.engine.checkpoint.changes import differences, fixed_values
 from crossbatch.engine.checkpoint.pieces import SavePieces, shares
 from crossbatch.engine.checkpoint.store import read_manifest
 from crossbatch.engine.config import Config, FinetuneConfig, load_config, resumable_keys, to_dict
 from crossbatch.engine.config.evaluation import LinearConfig
+from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import RunLog
 from crossbatch.engine.sharding import FlatSlice, LocalShards
 
@@ -341,6 +342,23 @@ def test_a_checkpoint_from_before_the_keys_were_renamed_resumes():
     ]
     checkpoint.check_allowed(["optimizer.params.lr", "crossbatch.batchformer.add_bf"])
     assert differences(old, changed, ["optimizer.params.lr", "crossbatch.batchformer.add_bf"]) == []
+
+
+def test_a_probe_from_before_the_keys_were_renamed_resumes():
+    identity = {
+        "train_batch_size": 1024,
+        "optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": 0.9, "weight_decay": 0.0}},
+        "crossbatch.schedule": {"epochs": 90},
+        "crossbatch.linear": {"norm": False, "cache": False},
+        "crossbatch.seed": 0,
+        "crossbatch.precision": "fp32",
+        "crossbatch.data.crop_min": 0.08,
+        "crossbatch.data.image_size": "auto",
+    }
+    now = to_dict(load_config(None, ["crossbatch.data.workers=3", "crossbatch.model.arch=resnet50"], LinearConfig))
+    assert fixed_values(nest(identity), LinearConfig) == fixed_values(now, LinearConfig)
+    now["optimizer"]["params"]["base_lr"] = 1.0
+    assert fixed_values(nest(identity), LinearConfig) != fixed_values(now, LinearConfig)
 
 
 def test_chunks_change_what_the_norms_of_a_resnet_see():

@@ -189,15 +189,16 @@ def test_a_resolved_configuration_reads_like_a_recipe():
 
 
 def test_wrong_arguments_become_wrong_keys_once():
-    def failing(error: Exception, **keys: str) -> str:
-        with pytest.raises(InputError) as raised, user_input("crossbatch.model", **keys):
+    def failing(error: Exception, key: str = "crossbatch.data.path", **keys: str) -> str:
+        with pytest.raises(InputError) as raised, user_input(key, **keys):
             raise error
         return str(raised.value)
 
-    assert failing(ValueError("arch is 'x'")) == "crossbatch.model: arch is 'x'"
-    assert failing(ValueError("kernel is 'x'"), kernel="crossbatch.batchformer.kernel").startswith(
-        "crossbatch.batchformer.k"
-    )
+    assert failing(ValueError("/images: no train/")) == "crossbatch.data.path: /images: no train/"
+    assert failing(PermissionError("no access to x"), "--data") == "--data: no access to x; make it readable"
+    assert failing(ValueError("arch is 'x'"), "crossbatch.model.") == "crossbatch.model.arch is 'x'"
+    image_size = failing(ValueError("image_size is 3"), "crossbatch.model.", image_size="crossbatch.data.image_size")
+    assert image_size == "crossbatch.data.image_size is 3"
     assert failing(InputError("seed: given -1")) == "seed: given -1"
     with pytest.raises(TypeError), user_input("crossbatch.model"):
         raise TypeError("a bug")
