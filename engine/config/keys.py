@@ -47,17 +47,19 @@ def sections(schema: type[Section], path: str = "", kind: str = "") -> Iterator[
             yield from sections(option, join(path, name), option.KIND if len(inner) > 1 else "")
 
 
+def fields(schema: type[Section]) -> dict[str, FieldInfo]:
+    """Return {path: declaration} of every key and section inside `schema`, with those of all optimizers."""
+    return {join(path, name): field for path, _, at in sections(schema) for name, field in at.model_fields.items()}
+
+
 def key_paths(schema: type[Section]) -> list[str]:
-    """Return the path of every key of `schema`, such as "crossbatch.data.path", with those of all optimizers."""
-    fields = ((join(path, name), field) for path, _, at in sections(schema) for name, field in at.model_fields.items())
-    return list(dict.fromkeys(path for path, field in fields if not inner_sections(field)))
+    """Return the path of every key of `schema`, such as "crossbatch.data.path", without those of sections."""
+    return [path for path, field in fields(schema).items() if not inner_sections(field)]
 
 
 def resumable_keys(schema: type[Section]) -> tuple[str, ...]:
     """Return the paths of the keys and sections of `schema` that a resumed run may change."""
-    fields = ((join(path, name), field) for path, _, at in sections(schema) for name, field in at.model_fields.items())
-    flags = {path: typing.cast(dict[str, Any], field.json_schema_extra)["resumable"] for path, field in fields}
-    return tuple(path for path, resumable in flags.items() if resumable)
+    return tuple(path for path, field in fields(schema).items() if field.json_schema_extra == {"resumable": True})
 
 
 def covers(key: str, path: str) -> bool:

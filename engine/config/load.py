@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from crossbatch import InputError
 from crossbatch.engine.config.aliases import ALIASES, contradiction, current_path, current_value, rename
-from crossbatch.engine.config.keys import Section, describe_allowed, inner_sections, join, key_paths
+from crossbatch.engine.config.keys import Section, describe_allowed, fields, inner_sections, join
 from crossbatch.engine.config.schema import REFUSED_DEEPSPEED_KEYS, Config
 
 Schema = TypeVar("Schema", bound=Section)
@@ -103,7 +103,7 @@ def _apply(overrides: Iterable[str], raw: dict[str, Any], aliases: dict[str, str
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise InputError(f"--set {override}: {parent} is a value, not a section")
-        if spelt.setdefault(path, given) != given and section[name] != value:
+        if spelt.setdefault(path, given) != given and section.get(name, value) != value:
             raise contradiction(given, value, spelt[path], section[name])
         section[name] = value
         aliases.pop(path, None)
@@ -127,26 +127,26 @@ def _explain(location: tuple[str | int, ...], raw: Any, schema: type[Section], a
     for name in map(str, location):
         if not inner or not isinstance(given, dict):
             break  # the rest of `location` is inside a value, or tells alternatives of its type apart
-        fields = inner[0].model_fields
-        if name not in fields:
-            return _unknown(name, path, list(fields), schema)
-        inner, allowed = inner_sections(fields[name]), describe_allowed(fields[name])
+        keys, at = inner[0].model_fields, join(path, name)
+        if name not in keys:
+            return f"{aliases.get(at, at)}: {_unknown(name, path, list(keys), schema)}"
+        inner, allowed = inner_sections(keys[name]), describe_allowed(keys[name])
         if len(inner) > 1:
-            inner = [option for option in inner if given.get("type", fields["type"].default) == option.KIND]
-        path, given = join(path, name), given[name]
+            inner = [option for option in inner if given.get("type", keys["type"].default) == option.KIND]
+        path, given = at, given[name]
     spelt = f"{aliases[path]} (the former name of {path})" if path in aliases else path or "the recipe"
     return f"{spelt}: given {given!r}; allowed: {allowed}"
 
 
 def _unknown(name: str, section: str, valid: list[str], schema: type[Section]) -> str:
+    """Return what is wrong with the key `name` in `section`, which has the `valid` ones."""
     if not section and name in REFUSED_DEEPSPEED_KEYS:
-        return f"{name}: a DeepSpeed key that crossbatch does not take; {REFUSED_DEEPSPEED_KEYS[name]}"
-    at, keys = join(section, name), key_paths(schema)
-    if at in keys:
-        return f"{at}: no such key for this type; allowed here: {', '.join(valid)}"
-    everywhere = list(dict.fromkeys(path for key in keys for path in (key.rpartition(".")[0], key)))
+        return f"a DeepSpeed key that crossbatch does not take; {REFUSED_DEEPSPEED_KEYS[name]}"
+    at, everywhere = join(section, name), list(fields(schema))
+    if at in everywhere:
+        return f"no such key for this type; allowed here: {', '.join(valid)}"
+    everywhere += [alias for alias in ALIASES if current_path(alias) in everywhere]
     near = [path for path in everywhere if path.rpartition(".")[2] == name]
     near = near or [join(section, match) for match in difflib.get_close_matches(name, valid, n=1)]
     near = near or difflib.get_close_matches(at, everywhere, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(valid)}"
-    return f"{at}: no such key; {hint}"
+    return "no such key; " + (f"did you mean {current_path(near[0])}?" if near else f"allowed here: {', '.join(valid)}")

@@ -40,6 +40,8 @@ def write(folder: Path, text: str) -> Path:
         ('{"train_batch_sise": 8}', ["train_batch_sise", "did you mean train_batch_size?"]),
         ('{"crossbatch": {"modle": {}}}', ["crossbatch.modle", "crossbatch.model"]),
         ('{"crossbatch": {"schedule": {"epoch": 5}}}', ["crossbatch.schedule.epoch", "crossbatch.schedule.epochs"]),
+        ('{"lr": 0.1}', ["lr: no such key", "did you mean optimizer.params.base_lr?"]),
+        ('{"batchformer": {}}', ["batchformer", "did you mean crossbatch.batchformer?"]),
         ('{"crossbatch": {"epochs": 5}}', ["crossbatch.epochs", "did you mean crossbatch.schedule.epochs?"]),
         ('{"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}}', ["optimizer.params.momentum", "no such key"]),
         ('{"zero_optimization": {"stag": 1}}', ["zero_optimization.stag", "zero_optimization.stage"]),
@@ -155,6 +157,8 @@ def test_two_names_of_a_key_must_not_contradict_each_other(tmp_path):
     for load in (lambda: load_config(write(tmp_path, json.dumps(both))), lambda: load_config(None, overrides)):
         with pytest.raises(InputError, match=r"add_bf: means 'sum', but \S+loss, .* means 'mean'; .*remove \S+add_bf$"):
             load()
+    replaced = ["crossbatch.model.dim=8", "crossbatch.model={}", "crossbatch.model.projection_dim=4"]
+    assert load_config(None, replaced).crossbatch.model.projection_dim == 4
     recipe = write(tmp_path, '{"crossbatch": {"batchformer": {"loss": "sum"}}}')
     assert load_config(recipe, ["crossbatch.batchformer.add_bf=0"]).crossbatch.batchformer.loss == "none"
 
@@ -168,6 +172,8 @@ def test_errors_name_the_key_as_it_was_written(tmp_path):
             InputError, match=r"^crossbatch\.model\.dim \(the former name of \S+projection_dim\): given 0"
         ):
             load()
+    with pytest.raises(InputError, match=r"^crossbatch\.model\.dim: no such key"):
+        load_config(None, ["crossbatch.model.dim=8"], FinetuneConfig)
     with pytest.raises(InputError, match=r"add_bf: given 'sum'; allowed: a whole number"):
         load_config(None, ["crossbatch.batchformer.add_bf=sum"])
 
