@@ -26,6 +26,7 @@ setup(
         "torchvision>=0.25",  # ResNets, image functions
         "timm>=1.0.21",  # vision transformers
         "deepspeed>=0.19",  # ZeRO and the launcher
+        "pydantic>=2.7",  # checks recipes, with its annotated-types; DeepSpeed brings both, too
         "numpy>=1.26",  # data order and augmentation parameters
         "scipy>=1.11",  # .mat files of Flowers-102
         "pillow>=10.0",  # decoding where DALI is absent, and of whatever is no ordinary JPEG

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.config.evaluation import FrozenModelConfig
+from crossbatch.engine.nested import flatten
 
 METRICS = "metrics.jsonl"  # in the run directory
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
@@ -112,7 +113,7 @@ class RunLog(Log):
     def record(self, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and every number of it as a TensorBoard scalar."""
         self._on_disk("metrics.jsonl", lambda: self.lines.append(json.dumps(values)))
-        numbers = {name: value for name, value in _flat(values) if isinstance(value, (int, float))}
+        numbers = {name: value for name, value in flatten(values, "/").items() if isinstance(value, (int, float))}
         for name in ("step", "epoch", "images_seen"):
             numbers.pop(name)
         self.scalars({name if "/" in name else f"run/{name}": value for name, value in numbers.items()}, values["step"])
@@ -241,13 +242,6 @@ def _step_of(line: str) -> int:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return 2**62  # a line cut off by a crash is dropped
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
-    for name, value in values.items():
-        rows += _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else [(prefix + name, value)]
-    return rows
 
 
 def _status(values: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule, Snapshot
 from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.datasets import stop_on_lost_images
+from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import SCORES, Log, RunLog, StepClock
 from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main, shared_token
 from crossbatch.engine.runtime.nonfinite import NonFiniteSteps
@@ -295,7 +296,7 @@ class Trainer(ABC):
             self._save()
             raise RunStopped(
                 f"{self.nonfinite.in_a_row} steps in a row were not finite ({whose}); step {self.step}, before them, is saved; "
-                f"lower optimizer.params.lr, lengthen crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
+                f"lower optimizer.params.base_lr, raise crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
             )
 
     # --- what is told --------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ class Trainer(ABC):
             "skipped_steps": progress.step - progress.updates,
             **self.clock.reading(self.run.config.train_batch_size),
             **({"stage_ms": stages} if stages else {}),
-            **_sections({name: value if math.isfinite(value) else None for name, value in mean.items()}),
+            **nest({name: value if math.isfinite(value) else None for name, value in mean.items()}, "/"),
             "skipped_images": self.skipped_before + round(skipped_mean * self.world.size),
         }
 
@@ -409,12 +410,3 @@ class Trainer(ABC):
         """As resolved, for who wants to repeat the run."""
         config = {**to_dict(self.run.config), "world_size": self.world.size}
         return {**config, "train_micro_batch_size_per_gpu": self.chunk}
-
-
-def _sections(values: dict[str, float | None]) -> dict[str, Any]:
-    """{"a": 1, "b/c": 2} -> {"a": 1, "b": {"c": 2}}."""
-    nested: dict[str, Any] = {}
-    for path, value in values.items():
-        section, _, name = path.rpartition("/")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    return nested

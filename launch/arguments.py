@@ -1,6 +1,7 @@
-"""Flags shared by the launchers, and the originals' flags as aliases of configuration keys."""
+"""Flags that the commands share, and the flags of the released code of MoCo v3 and BatchFormer as aliases of keys."""
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable
@@ -9,10 +10,10 @@ from typing import Any
 
 from crossbatch import InputError
 
-# flag names, key path, type (None: a switch that sets true)
+# The names of a flag, the path of the key that it sets, and its type; None is a switch that sets true.
 Alias = tuple[tuple[str, ...], str, Callable[[str], Any] | None]
 
-# Of pretraining.
+# The aliases of pretraining.
 ALIASES: list[Alias] = [
     (("-a", "--arch"), "crossbatch.model.arch", str),
     (("-b", "--batch-size"), "train_batch_size", int),
@@ -21,10 +22,10 @@ ALIASES: list[Alias] = [
     (("--epochs",), "crossbatch.schedule.epochs", int),
     (("--warmup-epochs",), "crossbatch.schedule.warmup_epochs", float),
     (("--optimizer",), "optimizer.type", str),
-    (("--lr", "--learning-rate"), "optimizer.params.lr", float),
+    (("--lr", "--learning-rate"), "optimizer.params.base_lr", float),
     (("--wd", "--weight-decay"), "optimizer.params.weight_decay", float),
     (("--momentum",), "optimizer.params.momentum", float),
-    (("--moco-dim",), "crossbatch.model.dim", int),
+    (("--moco-dim",), "crossbatch.model.projection_dim", int),
     (("--moco-mlp-dim",), "crossbatch.model.mlp_dim", int),
     (("--moco-t",), "crossbatch.model.temperature", float),
     (("--stop-grad-conv1",), "crossbatch.model.stop_grad_conv1", None),
@@ -36,10 +37,21 @@ ALIASES: list[Alias] = [
 ]
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that takes flags only as they are spelt in its help, and shows the description with its line breaks.
+
+    argparse takes any unambiguous beginning of a flag, so that a flag that is added later can break a command that ran.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings}
+        super().__init__(*arguments, **settings)
+
+
 def add_config_flags(
     parser: argparse.ArgumentParser, aliases: list[Alias] = ALIASES, title: str = "the originals' flags"
 ) -> None:
-    """--deepspeed_config, --set and the aliases; `overrides` turns them into key=value pairs."""
+    """Add --deepspeed_config, --set, --data and the aliases; `overrides` turns them into key=value pairs."""
     parser.add_argument("--deepspeed_config", metavar="F", help="recipe, e.g. ds_configs/bs4096.json")
     parser.add_argument(
         "--set", metavar="path=value", action="append", default=[], help="override a key; repeatable, applied last"
@@ -58,7 +70,7 @@ def add_config_flags(
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Of whatever trains step by step."""
+    """Add the flags of a command that trains step by step: --out, --steps, --resume, --allow-change."""
     parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default runs/<recipe>-<time>)")
     parser.add_argument(
         "--steps", metavar="N", type=positive, help="stop at optimizer step N, counted from the start of the run"
@@ -72,41 +84,38 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A type for argparse."""
+    """Read a whole number of at least 1, as a type for argparse."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"given {text}; allowed: >= 1")
     return int(text)
 
 
 def resume(text: str) -> str:
-    """A type for argparse: the originals' way to say none is ''."""
+    """Read the value of --resume, as a type for argparse; the released code of MoCo v3 writes '' for none."""
     return text or "none"
 
 
 def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> list[str]:
-    """What the flags say as key=value pairs: data, aliases, then --set in its order."""
+    """Return what the flags say as key=value pairs: data, aliases, then --set in its order."""
     pairs = []
     data = arguments.data or arguments.data_positional
     if data:
-        pairs.append(f"crossbatch.data.path={data}")
-    for _, path, _ in aliases:
+        pairs.append(f"crossbatch.data.path={json.dumps(data)}")
+    for _, path, kind in aliases:
         value = getattr(arguments, path)
         if value is not None:
-            pairs.append(f"{path}={_optimizer_name(value) if path == 'optimizer.type' else value}")
+            value = {"lars": "LARS", "adamw": "AdamW"}.get(value, value) if path == "optimizer.type" else value
+            pairs.append(f"{path}={json.dumps(value) if kind is str else value}")
     return pairs + arguments.set
 
 
-def _optimizer_name(value: str) -> str:
-    return {"lars": "LARS", "adamw": "AdamW"}.get(value, value)
-
-
 def default_out(recipe: str | None, name: str) -> Path:
-    """For who gives no --out."""
+    """Return the folder that a command writes to without --out; `name` stands in for the recipe's."""
     return Path("runs") / f"{Path(recipe).stem if recipe else name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def writable_folder(path: Path) -> Path:
-    """`path` if it can be created and written, decided before any data is opened."""
+    """Return `path` if it can be created and written; checked before any data is opened. Raises InputError."""
     existing = path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -22,13 +22,13 @@ from crossbatch.engine.config.evaluation import ExportConfig
 from crossbatch.engine.datasets import input_errors
 from crossbatch.engine.pretrained.formats import FORMATS
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch.arguments import add_config_flags, overrides, writable_folder
+from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides, writable_folder
 
 _NAMED = 10  # broken images named
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_shards(commands)
     add_import(commands)

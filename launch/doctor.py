@@ -3,7 +3,6 @@
 python launch/doctor.py
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import platform
@@ -14,11 +13,12 @@ from rich.table import Table
 
 from crossbatch.data import choose_backend
 from crossbatch.engine.config import Device, choose_precision, usable_cores
+from crossbatch.launch.arguments import ArgumentParser
 from crossbatch.models.batchformer import dispatch
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    ArgumentParser(description=__doc__).parse_args()
     console = Console()
     for title, rows in (("found", found()), ("stages", stages(Device.detect()))):
         table = Table(title=title, title_justify="left", show_header=False)

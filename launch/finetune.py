@@ -9,7 +9,7 @@ import argparse
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch.arguments import Alias, add_config_flags, add_run_flags, overrides
+from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, add_run_flags, overrides
 
 ALIASES: list[Alias] = [
     (("-a", "--arch", "--model"), "crossbatch.model.arch", str),
@@ -18,7 +18,7 @@ ALIASES: list[Alias] = [
     (("--input-size",), "crossbatch.data.image_size", int),
     (("--epochs",), "crossbatch.schedule.epochs", int),
     (("--warmup-epochs",), "crossbatch.schedule.warmup_epochs", float),
-    (("--lr",), "optimizer.params.lr", float),
+    (("--lr",), "optimizer.params.base_lr", float),
     (("--weight-decay",), "optimizer.params.weight_decay", float),
     (("--clip-grad",), "gradient_clipping", float),
     (("--drop-path",), "crossbatch.finetune.drop_path", float),
@@ -32,7 +32,7 @@ ALIASES: list[Alias] = [
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_config_flags(parser, ALIASES, "DeiT's flags, as aliases of configuration keys")
     add_run_flags(parser)
     return parser.parse_args()

@@ -13,7 +13,7 @@ from crossbatch.engine.config.evaluation import KnnConfig
 from crossbatch.engine.config.resolve import share_cores
 from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch.arguments import Alias, add_config_flags, default_out, overrides, writable_folder
+from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, default_out, overrides, writable_folder
 
 ALIASES: list[Alias] = [
     (("--checkpoint", "--pretrained"), "crossbatch.model.checkpoint", str),
@@ -25,7 +25,7 @@ ALIASES: list[Alias] = [
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_config_flags(parser, ALIASES, "flags")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where results go (default runs/knn-<time>)")
     return parser.parse_args()

@@ -15,7 +15,15 @@ from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch.arguments import Alias, add_config_flags, default_out, overrides, resume, writable_folder
+from crossbatch.launch.arguments import (
+    Alias,
+    ArgumentParser,
+    add_config_flags,
+    default_out,
+    overrides,
+    resume,
+    writable_folder,
+)
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 
@@ -36,7 +44,7 @@ ALIASES: list[Alias] = [
     (("-j", "--workers"), "crossbatch.data.workers", int),
     (("-p", "--print-freq"), "crossbatch.log.every_steps", int),
     (("--epochs",), "crossbatch.schedule.epochs", int),
-    (("--lr", "--learning-rate"), "optimizer.params.lr", number_or_list),
+    (("--lr", "--learning-rate"), "optimizer.params.base_lr", number_or_list),
     (("--wd", "--weight-decay"), "optimizer.params.weight_decay", float),
     (("--momentum",), "optimizer.params.momentum", float),
     (("--cache",), "crossbatch.linear.cache", None),
@@ -45,7 +53,7 @@ ALIASES: list[Alias] = [
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_config_flags(parser, ALIASES, "flags")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where results go (default runs/linear-<time>)")
     parser.add_argument(

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from crossbatch import InputError
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch.arguments import add_config_flags, overrides
+from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides
 
 if TYPE_CHECKING:
     from benchmarks.scaling.planning import Answer
@@ -27,7 +27,7 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_config_flags(parser)
     machines = parser.add_argument_group("machines")
     machines.add_argument("--gpus", metavar="N", type=int, required=True, help="of all nodes together")

@@ -18,12 +18,12 @@ from crossbatch.engine.datasets import input_errors
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.tasks.build import describe
-from crossbatch.launch.arguments import add_config_flags, add_run_flags, overrides, positive
+from crossbatch.launch.arguments import ArgumentParser, add_config_flags, add_run_flags, overrides, positive
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, asked_world_size, launched
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_config_flags(parser)
     add_run_flags(parser)
     add_legacy_launch_flags(parser)

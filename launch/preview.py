@@ -15,12 +15,13 @@ from crossbatch.data import BACKENDS, TrainLoader, moco_v3_augmentations, open_s
 from crossbatch.data.augment.backends import has_dali
 from crossbatch.engine.datasets import input_errors, stop_on_lost_images
 from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.launch.arguments import ArgumentParser
 
 _GAP, _HEADER = 4, 16  # pixels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="a folder, shards, cifar10://DIR, shapes://DIR, ..."
     )

@@ -94,7 +94,7 @@ def _heads_flops(model: MoCo, run: ResolvedConfig) -> float:
     rows = NUM_VIEWS * run.local_batch
     queries, keys = _weights(model.online.projector) + _weights(model.predictor), _weights(model.momentum.projector)
     heads = 2 * rows * streams * (TRAINING_UNITS * queries + keys)
-    dim = run.config.crossbatch.model.dim
+    dim = run.config.crossbatch.model.projection_dim
     loss = 2 * 2 * NUM_TERMS[model.batchformer_loss] * run.local_batch * run.config.train_batch_size * dim
     if model.batchformer is None or run.group_size is None:
         return float(heads + loss)

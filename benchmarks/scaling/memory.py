@@ -88,7 +88,7 @@ def batch_wide_kept(model: MoCo, run: ResolvedConfig) -> float:
     rows, width = NUM_VIEWS * run.local_batch, model.online.backbone.num_features
     heads = torch.nn.Sequential(model.online.projector, model.predictor)
     row = kept(heads, torch.empty(1, width, device="meta"), run.precision)
-    dim = run.config.crossbatch.model.dim
+    dim = run.config.crossbatch.model.projection_dim
     loss = (
         (rows * streams + NUM_TERMS[model.batchformer_loss] * run.local_batch) * dim * _FP32
     )  # queries, and their gradients
@@ -111,7 +111,7 @@ def _batchformer_kept(model: MoCo, run: ResolvedConfig, rows: int) -> float:
 
 def _keys(model: MoCo, run: ResolvedConfig) -> float:
     streams = (1 if model.batchformer is None else 2) + (model.batchformer_loss == "mean_with_self")
-    keys = NUM_VIEWS * streams * run.config.train_batch_size * run.config.crossbatch.model.dim
+    keys = NUM_VIEWS * streams * run.config.train_batch_size * run.config.crossbatch.model.projection_dim
     return (2 if run.world_size > 1 else 1) * keys * _FP32 + _LOGITS
 
 

@@ -1,7 +1,7 @@
 """What is asked of a plan: a recipe, and machines. And how the recipe would be cut into chunks there."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,7 +53,8 @@ class Question:
                 f"{run.local_batch} images a rank; take more or larger GPUs, or lower train_batch_size"
             )
         chunk = even_chunk(run.local_batch, fitting)
-        run = resolve(replace(config, train_micro_batch_size_per_gpu=chunk), at.gpus, device, at.gpus_per_node)
+        config = config.model_copy(update={"train_micro_batch_size_per_gpu": chunk})
+        run = resolve(config, at.gpus, device, at.gpus_per_node)
         return run, model, f"as crossbatch.engine.runtime.chunk_size would choose: {MARGIN:g} of the memory"
 
 

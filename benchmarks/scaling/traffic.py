@@ -94,7 +94,7 @@ def batch_messages(model: MoCo, run: ResolvedConfig) -> Iterator[Message]:
     ours, images = run.config.crossbatch, NUM_VIEWS * run.local_batch * run.world_size
     streams = 1 if model.batchformer is None else 2
     streams += model.batchformer_loss == "mean_with_self"
-    yield Message("keys", "all-gather", images * streams * ours.model.dim * FP32)
+    yield Message("keys", "all-gather", images * streams * ours.model.projection_dim * FP32)
     if run.group_size is not None and run.group_size > run.local_batch:
         size = images * model.online.backbone.num_features * FP32
         yield from [Message("groups", "all-gather", size)] * 2

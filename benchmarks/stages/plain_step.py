@@ -32,7 +32,7 @@ class PlainStep:
         ours = cfg.config.crossbatch
         self.cfg, self.device, self.temperature = cfg, device, ours.model.temperature
         backbone = plain_backbone(cfg.config)
-        width, hidden, dim = backbone.num_features, ours.model.mlp_dim, ours.model.dim
+        width, hidden, dim = backbone.num_features, ours.model.mlp_dim, ours.model.projection_dim
         resnet = ours.model.arch.startswith("resnet")
         projector = _mlp([width, hidden, dim] if resnet else [width, hidden, hidden, dim], last_norm=True)
         self.encoder = nn.Sequential(backbone, projector).to(device)

@@ -1,75 +1,54 @@
-"""JSON -> a checked dataclass: duplicate, unknown and misspelt keys stop the run, each with the nearest valid key.
+"""JSON -> a checked configuration: duplicate, unknown and misspelt keys stop the run, each with the nearest valid key.
 
 DeepSpeed ignores top-level keys that it does not know, so a typo there trains with a default and nobody notices.
 """
 
-import dataclasses
 import difflib
 import json
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, overload
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from crossbatch import InputError
-from crossbatch.engine.config.schema import OPTIMIZERS, REFUSED_DEEPSPEED_KEYS, Config, OptimizerConfig
+from crossbatch.engine.config.aliases import ALIASES, contradiction, current_path, current_value, rename
+from crossbatch.engine.config.keys import Section, describe_allowed, fields, inner_sections, join
+from crossbatch.engine.config.schema import REFUSED_DEEPSPEED_KEYS, Config
 
-Schema = TypeVar("Schema")
+Schema = TypeVar("Schema", bound=Section)
 
 
-@overload
-def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config: ...
-@overload
-def load_config(path: str | Path | None, overrides: Iterable[str], schema: type[Schema]) -> Schema: ...
-def load_config(path: str | Path | None, overrides: Iterable[str] = (), schema: type = Config) -> Any:
-    """Reads a recipe and applies `a.b.c=value` overrides (values are JSON, or plain text where they are not).
+def load_config(
+    path: str | Path | None,
+    overrides: Iterable[str] = (),
+    schema: type[Schema] = Config,  # pyright: ignore[reportArgumentType]
+) -> Schema:
+    """Read a recipe and apply `a.b.c=value` overrides (values are JSON, or plain text where they are not).
 
     Args:
         path: the recipe; None means all defaults.
         overrides: in order, later ones win.
-        schema: the dataclass that says which keys there are: of pretraining, or of an evaluation.
+        schema: the section that says which keys there are: `Config` of pretraining, or that of another command.
 
     Raises:
         InputError: for anything that is not a valid configuration.
     """
     raw = {} if path is None else _read_json(Path(path))
-    for override in overrides:
-        _override(raw, override)
-    return parse_config(raw, schema)
+    aliases = rename(raw)
+    _apply(overrides, raw, aliases)
+    return _checked(raw, schema, aliases)
 
 
-@overload
-def parse_config(raw: Mapping[str, Any]) -> Config: ...
-@overload
-def parse_config(raw: Mapping[str, Any], schema: type[Schema]) -> Schema: ...
-def parse_config(raw: Mapping[str, Any], schema: type = Config) -> Any:
-    """A plain dict (as `to_dict` makes it) -> `schema`."""
-    return _section(schema, raw, "", schema)
+def parse_config(raw: Mapping[str, Any], schema: type[Schema] = Config) -> Schema:  # pyright: ignore[reportArgumentType]
+    """Return the configuration that a plain dict holds, as `to_dict` makes it. Raises InputError."""
+    copy = json.loads(json.dumps(raw))
+    return _checked(copy, schema, rename(copy))
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """`Config` -> a plain JSON-able dict, without the DeepSpeed keys that were not given."""
-    raw = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            raw[item.name] = to_dict(value)
-        elif value is not None or item.name == "path":
-            raw[item.name] = dict(value) if isinstance(value, Mapping) else value
-    return raw
-
-
-def key_paths(section: type = Config, prefix: str = "") -> list[str]:
-    """Every valid key path, optimizer parameters of all types included."""
-    paths = []
-    for name, hint in typing.get_type_hints(section).items():
-        for option in options_of(hint):
-            if dataclasses.is_dataclass(option):
-                paths += key_paths(typing.cast(type, option), f"{prefix}{name}.")
-        if not any(dataclasses.is_dataclass(option) for option in options_of(hint)):
-            paths.append(prefix + name)
-    return list(dict.fromkeys(paths))
+def to_dict(config: Section) -> dict[str, Any]:
+    """Return a configuration as a plain dict for JSON, without the keys that are none."""
+    return config.model_dump(mode="json", exclude_none=True)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -80,153 +59,94 @@ class _Pairs(list):
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    where = f"--deepspeed_config {path}"
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
     except FileNotFoundError:
         near = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
         hint = f"; there are {', '.join(near)}" if near else ""
-        raise InputError(f"--deepspeed_config {path}: no such file{hint}") from None
+        raise InputError(f"{where}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--deepspeed_config {path}: cannot be read: {error}") from None
+        raise InputError(f"{where}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"--deepspeed_config {path}: line {error.lineno}: not JSON: {error.msg}") from None
+        raise InputError(f"{where}: line {error.lineno}: not JSON: {error.msg}") from None
     if not isinstance(pairs, _Pairs):
-        raise InputError(f"--deepspeed_config {path}: holds a {type(pairs).__name__}; allowed: one JSON object")
+        raise InputError(f"{where}: holds a {type(pairs).__name__}; allowed: one JSON object")
     return _unique(pairs, "", path)
 
 
-def _unique(pairs: _Pairs, prefix: str, path: Path) -> dict[str, Any]:
+def _unique(pairs: _Pairs, section: str, path: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
+        at = join(section, name)
         if name in result:
-            raise InputError(f"{prefix}{name}: given twice in {path}; allowed: once; remove one of the two")
-        result[name] = _unique(value, f"{prefix}{name}.", path) if isinstance(value, _Pairs) else value
+            raise InputError(f"{at}: given twice in {path}; allowed: once; remove one of the two")
+        result[name] = _unique(value, at, path) if isinstance(value, _Pairs) else value
     return result
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise InputError(f"--set {override}: allowed: path=value, as in --set crossbatch.schedule.epochs=300")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, name = path.split(".")
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            raise InputError(f"--set {override}: {parent} is a value, not a section")
-    raw[name] = value
+def _apply(overrides: Iterable[str], raw: dict[str, Any], aliases: dict[str, str]) -> None:
+    """Write overrides into `raw`, and how their keys were spelt into `aliases`."""
+    spelt: dict[str, str] = {}
+    for override in overrides:
+        given, separator, text = override.partition("=")
+        if not separator or not given:
+            raise InputError(f"--set {override}: allowed: path=value, as in --set crossbatch.schedule.epochs=300")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        path, value = current_path(given), current_value(given, value)
+        *parents, name = path.split(".")
+        section = raw
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise InputError(f"--set {override}: {parent} is a value, not a section")
+        if spelt.setdefault(path, given) != given and section.get(name, value) != value:
+            raise contradiction(given, value, spelt[path], section[name])
+        section[name] = value
+        aliases.pop(path, None)
+        aliases |= {path: given} if given in ALIASES else {}
+    aliases |= rename(raw)  # those in a section that an override gave as a whole
 
 
 # --- checking ------------------------------------------------------------------------------------------------------
 
 
-def _section(section: type, raw: Any, prefix: str, schema: type) -> Any:
-    if not isinstance(raw, Mapping):
-        raise InputError(f"{prefix[:-1] or 'the recipe'}: given {raw!r}; allowed: a JSON object")
-    hints = typing.get_type_hints(section)
-    for name in raw:
-        if name not in hints:
-            raise InputError(_unknown(name, prefix, list(hints), schema))
-    if section is OptimizerConfig:
-        hints["params"] = _optimizer_params(raw, prefix)
-    values = {
-        item.name: _value(raw[item.name], hints[item.name], prefix + item.name, item.metadata, schema)
-        for item in dataclasses.fields(section)
-        if item.name in raw
-    }
-    if section is OptimizerConfig and "params" not in values:
-        values["params"] = hints["params"]()
-    return section(**values)
+def _checked(raw: dict[str, Any], schema: type[Schema], aliases: Mapping[str, str]) -> Schema:
+    try:
+        return schema.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise InputError(_explain(error.errors()[0]["loc"], raw, schema, aliases)) from None
 
 
-def _optimizer_params(raw: Mapping[str, Any], prefix: str) -> type:
-    name = raw.get("type", "LARS")
-    if name not in OPTIMIZERS:
-        raise InputError(f"{prefix}type: given {name!r}; allowed: {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name]
+def _explain(location: tuple[str | int, ...], raw: Any, schema: type[Section], aliases: Mapping[str, str]) -> str:
+    """Return the message for the key or value at `location`, where pydantic found the recipe at fault."""
+    path, given, allowed, inner = "", raw, "a JSON object", [schema]
+    for name in map(str, location):
+        if not inner or not isinstance(given, dict):
+            break  # the rest of `location` is inside a value, or tells alternatives of its type apart
+        keys, at = inner[0].model_fields, join(path, name)
+        if name not in keys:
+            return f"{aliases.get(at, at)}: {_unknown(name, path, list(keys), schema)}"
+        inner, allowed = inner_sections(keys[name]), describe_allowed(keys[name])
+        if len(inner) > 1:
+            inner = [option for option in inner if given.get("type", keys["type"].default) == option.KIND]
+        path, given = at, given[name]
+    spelt = f"{aliases[path]} (the former name of {path})" if path in aliases else path or "the recipe"
+    return f"{spelt}: given {given!r}; allowed: {allowed}"
 
 
-def _unknown(name: str, prefix: str, valid: list[str], schema: type) -> str:
-    if not prefix and name in REFUSED_DEEPSPEED_KEYS:
-        return f"{name}: a DeepSpeed key that crossbatch does not take; {REFUSED_DEEPSPEED_KEYS[name]}"
-    everywhere = key_paths(schema)
-    elsewhere = [path for path in everywhere if path.rpartition(".")[2] == name or path.endswith(f".{name}")]
-    near = elsewhere[:1] or [prefix + match for match in difflib.get_close_matches(name, valid, n=1)]
-    near = near or difflib.get_close_matches(prefix + name, everywhere, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(valid)}"
-    return f"{prefix}{name}: no such key; {hint}"
-
-
-def options_of(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a type hint: `int | Literal["auto"]` -> (int, Literal["auto"])."""
-    return get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _value(value: Any, hint: Any, path: str, bounds: Mapping[str, Any], schema: type) -> Any:
-    options = options_of(hint)
-    if len(options) == 1 and dataclasses.is_dataclass(hint):
-        return _section(typing.cast(type, hint), value, f"{path}.", schema)
-    for option in options:
-        fits, converted = _fits(value, option)
-        if fits:
-            if isinstance(converted, tuple):
-                return tuple(_in_bounds(item, path, bounds) for item in converted)
-            return _in_bounds(converted, path, bounds)
-    raise InputError(f"{path}: given {value!r}; allowed: {describe_allowed(options, bounds)}")
-
-
-def _fits(value: Any, option: Any) -> tuple[bool, Any]:
-    if get_origin(option) is Literal:
-        return (not isinstance(value, bool) and value in get_args(option)), value
-    if get_origin(option) is tuple:
-        kind, *rest = get_args(option)
-        if rest == [...]:
-            some = isinstance(value, (list, tuple)) and len(value) > 0 and all(_fits(v, kind)[0] for v in value)
-            return some, tuple(value) if some else value
-        length = len(get_args(option))
-        numbers = isinstance(value, (list, tuple)) and len(value) == length and all(_fits(v, float)[0] for v in value)
-        return numbers, tuple(float(v) for v in value) if numbers else value
-    if option is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool), value
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if option is type(None):
-        return value is None, value
-    kind = get_origin(option) or option
-    return isinstance(value, kind), value
-
-
-def _in_bounds(value: Any, path: str, bounds: Mapping[str, Any]) -> Any:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        low, high, above = bounds["low"], bounds["high"], bounds["above"]
-        inside = value == value and abs(value) != float("inf")
-        inside = inside and (low is None or value >= low) and (high is None or value <= high)
-        if not inside or (above is not None and value <= above):
-            raise InputError(f"{path}: given {value!r}; allowed: {_range(bounds)}")
-    return value
-
-
-def _range(bounds: Mapping[str, Any]) -> str:
-    signs = {"low": ">=", "above": ">", "high": "<="}
-    return (
-        " and ".join(f"{sign} {bounds[name]:g}" for name, sign in signs.items() if bounds[name] is not None) or "finite"
-    )
-
-
-def describe_allowed(options: tuple[Any, ...], bounds: Mapping[str, Any]) -> str:
-    """The allowed values in words."""
-    words = []
-    for option in options:
-        if get_origin(option) is Literal:
-            words += [json.dumps(choice) for choice in get_args(option)]
-        elif get_origin(option) is tuple:
-            length = "" if get_args(option)[-1] is ... else f"{len(get_args(option))} "
-            words.append(f"a list of {length}numbers")
-        elif option is not type(None):
-            names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-            words.append(names.get(option, "a JSON object"))
-    text = " or ".join(words)
-    return text if _range(bounds) == "finite" else f"{text} ({_range(bounds)})"
+def _unknown(name: str, section: str, valid: list[str], schema: type[Section]) -> str:
+    """Return what is wrong with the key `name` in `section`, which has the `valid` ones."""
+    if not section and name in REFUSED_DEEPSPEED_KEYS:
+        return f"a DeepSpeed key that crossbatch does not take; {REFUSED_DEEPSPEED_KEYS[name]}"
+    at, everywhere = join(section, name), list(fields(schema))
+    if at in everywhere:
+        return f"no such key for this type; allowed here: {', '.join(valid)}"
+    everywhere += [alias for alias in ALIASES if current_path(alias) in everywhere]
+    near = [path for path in everywhere if path.rpartition(".")[2] == name]
+    near = near or [join(section, match) for match in difflib.get_close_matches(name, valid, n=1)]
+    near = near or difflib.get_close_matches(at, everywhere, n=1)
+    return "no such key; " + (f"did you mean {current_path(near[0])}?" if near else f"allowed here: {', '.join(valid)}")

@@ -1,34 +1,40 @@
-""" "auto" -> numbers: what a configuration means for a world size and a device, or why it cannot run there."""
+"""Resolve a configuration for a world size and a device: "auto" becomes numbers, or an error says why it cannot run there."""
 
 import os
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from crossbatch import InputError
 from crossbatch.data import choose_backend
-from crossbatch.engine.config.schema import Config, LarsConfig
-from crossbatch.models.loss import chance_loss, loss_from_add_bf
+from crossbatch.engine.config.load import to_dict
+from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig, ZeroConfig
+from crossbatch.models.loss import chance_loss
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a configuration needs to know of the hardware: `type` is "cuda" or "cpu"."""
+    """The hardware of a rank, as far as a configuration depends on it."""
 
-    type: str
+    type: str  # "cuda" or "cpu"
     has_bf16: bool = True
     name: str = "CPU"
 
     @staticmethod
     def detect() -> "Device":
+        """Return the device that torch finds."""
         if not torch.cuda.is_available():
             return Device("cpu")
         return Device("cuda", torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name())
 
 
+Crossbatch = TypeVar("Crossbatch")
+Optimizer = TypeVar("Optimizer")
+
+
 @dataclass(frozen=True)
-class Resolved:
+class Resolved(Generic[Crossbatch, Optimizer]):
     """A configuration without "auto", and the numbers that follow from it for any kind of training."""
 
     config: Any
@@ -43,28 +49,53 @@ class Resolved:
     threads: int  # that compute, on a CPU
     choices: tuple[str, ...]  # what "auto" became, and why, for the log
 
+    @property
+    def crossbatch(self) -> Crossbatch:
+        """Return the section `crossbatch` of the configuration."""
+        return self.config.crossbatch
 
-@dataclass(frozen=True)
-class ResolvedConfig(Resolved):
-    """Of pretraining."""
+    @property
+    def optimizer(self) -> Optimizer:
+        """Return the section `optimizer` of the configuration."""
+        return self.config.optimizer
 
-    config: Config
-    group_size: int | None
+    @property
+    def zero_optimization(self) -> ZeroConfig:
+        """Return the section `zero_optimization` of the configuration."""
+        return self.config.zero_optimization
+
+    @property
+    def train_batch_size(self) -> int:
+        """Return the images of one optimizer step over all ranks."""
+        return self.config.train_batch_size
 
     @property
     def lr_peak(self) -> float:
-        """Learning rate after warm-up: linear in the global batch (Goyal et al. 2017)."""
-        return self.config.optimizer.params.lr * self.config.train_batch_size / 256
+        """Return the learning rate after warm-up, which is linear in the global batch (Goyal et al. 2017)."""
+        params = self.config.optimizer.params
+        return params.base_lr * self.train_batch_size / params.reference_batch
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(Resolved[CrossbatchConfig, OptimizerConfig]):
+    """A configuration of pretraining without "auto", and the numbers that follow from it."""
+
+    config: Config
+    group_size: int | None  # None without BatchFormer
 
     @property
     def chance_loss(self) -> float:
-        ours = self.config.crossbatch
-        kind = loss_from_add_bf(ours.batchformer.add_bf)
-        return chance_loss(kind, ours.model.temperature, self.config.train_batch_size)
+        """Return the loss of a network for which all keys look alike."""
+        loss, temperature = self.crossbatch.batchformer.loss, self.crossbatch.model.temperature
+        return chance_loss(loss, temperature, self.train_batch_size)
 
 
 def resolve(config: Config, world_size: int, device: Device, local_world_size: int = 1) -> ResolvedConfig:
-    """Raises InputError where the configuration cannot run on `world_size` ranks of `device`."""
+    """Replace every "auto" of a configuration of pretraining.
+
+    Raises:
+        InputError: if the configuration cannot run on `world_size` ranks of `device`.
+    """
     check_training(config, world_size)
     _check_lars(config)
     _check_cuda_graph(config, world_size, device)
@@ -73,21 +104,19 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
 
 
 def resolve_training(config: Any, world_size: int, device: Device, local_world_size: int) -> Resolved:
-    """What every kind of training resolves alike."""
+    """Replace what pretraining, fine-tuning and the linear probe have in common: batch, cores, precision, data backend."""
     local_batch = config.train_batch_size // world_size
     chunk = config.train_micro_batch_size_per_gpu
     auto_chunk = chunk == "auto"
     chunk = local_batch if chunk == "auto" else min(chunk, local_batch)
     workers, threads = share_cores(config.crossbatch.data.workers, device, local_world_size)
     precision, why_precision = choose_precision(config.crossbatch.precision, device)
-    try:
+    with user_input("crossbatch.data.backend"):
         backend, why_backend = choose_backend(config.crossbatch.data.backend, device.type)
-    except ValueError as error:
-        raise InputError(f"crossbatch.data.backend: {error}") from None
-    data = replace(config.crossbatch.data, workers=workers, backend=backend)
-    ours = replace(config.crossbatch, precision=precision, data=data)
+    data = config.crossbatch.data.model_copy(update={"workers": workers, "backend": backend})
+    crossbatch = config.crossbatch.model_copy(update={"precision": precision, "data": data})
     return Resolved(
-        config=replace(config, crossbatch=ours, train_micro_batch_size_per_gpu=chunk),
+        config=config.model_copy(update={"crossbatch": crossbatch, "train_micro_batch_size_per_gpu": chunk}),
         world_size=world_size,
         device=device,
         local_batch=local_batch,
@@ -102,12 +131,12 @@ def resolve_training(config: Any, world_size: int, device: Device, local_world_s
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on: fewer than there are under Slurm, or in a container with a cpuset."""
+    """Return how many CPU cores this process may run on; Slurm and containers may grant fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share_cores(workers: int | str, device: Device, local_world_size: int) -> tuple[int, int]:
-    """Loader workers and compute threads of a rank; `workers` may be "auto"."""
+    """Return the loader workers and compute threads of a rank; `workers` may be "auto"."""
     cores = usable_cores() // local_world_size
     if not isinstance(workers, int):
         # Where the CPU computes too, that takes far longer than loading.
@@ -118,23 +147,22 @@ def share_cores(workers: int | str, device: Device, local_world_size: int) -> tu
 
 
 def check_training(config: Any, world_size: int) -> None:
-    """Batch, ranks, schedule and sharding of any kind of training."""
-    ours, zero = config.crossbatch, config.zero_optimization
+    """Check batch, ranks, schedule and sharding of pretraining or fine-tuning. Raises InputError."""
+    schedule, zero = config.crossbatch.schedule, config.zero_optimization
     batch = config.train_batch_size
     if batch % world_size:
         near = max(batch // world_size, 1) * world_size
         raise InputError(
             f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple; set it to {near}"
         )
-    if ours.schedule.warmup_epochs >= ours.schedule.epochs:
+    if schedule.warmup_epochs >= schedule.epochs:
         raise InputError(
-            f"crossbatch.schedule.warmup_epochs: given {ours.schedule.warmup_epochs:g} of {ours.schedule.epochs} epochs; "
+            f"crossbatch.schedule.warmup_epochs: given {schedule.warmup_epochs:g} of {schedule.epochs} epochs; "
             f"allowed: less than crossbatch.schedule.epochs; lower it"
         )
     offloads = zero.offload_optimizer.device != "none"
-    if ours.sharding == "fsdp":
-        given = [name for name in vars(zero) if name not in ("stage", "offload_optimizer")]
-        given = [name for name in given if getattr(zero, name) is not None]
+    if config.crossbatch.sharding == "fsdp":
+        given = [name for name in to_dict(zero) if name not in ("stage", "offload_optimizer")]
         if offloads or given:
             name = "offload_optimizer.device" if offloads else given[0]
             raise InputError(
@@ -151,7 +179,7 @@ def check_training(config: Any, world_size: int) -> None:
 def _check_lars(config: Config) -> None:
     params = config.optimizer.params
     if isinstance(params, LarsConfig):
-        for name, variant in (("clip", "larc"), ("decay_after_momentum", "mlperf")):
+        for name, variant in (("clip_trust_ratio", "larc"), ("decay_after_momentum", "mlperf")):
             if getattr(params, name) and params.variant != variant:
                 raise InputError(
                     f"optimizer.params.{name}: given true with optimizer.params.variant {params.variant}; allowed: false; "
@@ -160,7 +188,7 @@ def _check_lars(config: Config) -> None:
 
 
 def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:
-    """Of what a graph cannot replay: other devices' work, collectives, parameters that move."""
+    """Refuse what a CUDA graph cannot replay: a CPU's work, collectives, parameters that move."""
     obstacles = {
         f"on a {device.name}": device.type != "cuda",
         f"with {world_size} ranks": world_size > 1,
@@ -175,7 +203,7 @@ def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:
 
 
 def _group_size(config: Config, local_batch: int) -> int | None:
-    if loss_from_add_bf(config.crossbatch.batchformer.add_bf) == "none":
+    if config.crossbatch.batchformer.loss == "none":
         return None
     batch = config.train_batch_size
     size = min(config.crossbatch.batchformer.group_size, batch)
@@ -190,7 +218,7 @@ def _group_size(config: Config, local_batch: int) -> int | None:
 
 
 def choose_precision(given: str, device: Device) -> tuple[str, str]:
-    """The precision for `crossbatch.precision` on this device, and why. Raises InputError for bf16 where there is none."""
+    """Return the precision for `crossbatch.precision` on this device, and why. Raises InputError for bf16 without support."""
     if given == "bf16" and not device.has_bf16:
         raise InputError(f"crossbatch.precision: given bf16; {device.name} has none; allowed: auto, fp16, fp32")
     if given != "auto":
@@ -201,10 +229,10 @@ def choose_precision(given: str, device: Device) -> tuple[str, str]:
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What forward passes compute in; None: in that of the parameters, fp32."""
+    """Return the dtype of autocast in forward passes; None means no autocast, in the parameters' fp32."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 def resolve_precision(given: str, device: Device) -> str:
-    """`choose_precision` without the reason."""
+    """Return the precision for `crossbatch.precision` on this device. Raises InputError as `choose_precision` does."""
     return choose_precision(given, device)[0]

@@ -1,217 +1,258 @@
-"""Every configuration key, once: type, default, allowed range and one line of meaning.
+"""Every key of pretraining, once: type, default, allowed range, meaning, and whether a resumed run may change it.
 
 A recipe is a DeepSpeed JSON. Keys that DeepSpeed has keep DeepSpeed's names and stand at the top level; ours stand in one
-section, "crossbatch". Defaults are the originals', so an empty recipe is vanilla MoCo v3.
+section, "crossbatch". Defaults are those of MoCo v3's released code, so an empty recipe is MoCo v3 without BatchFormer.
 ds_configs/README.md shows the same list to users; a test holds the two together.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-Auto = Literal["auto"]
+from annotated_types import Ge, Gt, Le
+from pydantic import BeforeValidator, ValidationInfo, field_validator
+
+from crossbatch.engine.config.keys import Auto, Section, key
+
+Count = Annotated[int, Ge(1)]
+CountOrZero = Annotated[int, Ge(0)]
+AtLeastTwo = Annotated[int, Ge(2)]
+Pixels = Annotated[int, Ge(8)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+PositiveFraction = Annotated[float, Gt(0), Le(1)]
+Beta = Annotated[float, Ge(0), Le(1 - 1e-6)]
+Backend = Literal["auto", "dali", "opencv", "torchvision"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Sharding = Literal["zero", "fsdp"]
+Stem = Literal["imagenet", "small"]
+Loss = Literal["none", "sum", "mean", "mean_with_self", "joint"]
+
+# Meanings of keys that several commands have.
+PATH = "folder with train/, val/ or test/; or cifar10://, cifar100://, flowers://, pets://, synthetic://, shapes://"
+BACKEND = "library that decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
+BASE_LR = "learning rate after warm-up: base_lr * train_batch_size / reference_batch"
+REFERENCE_BATCH = "number of images that base_lr is given for"
+
+# BatchFormer's losses by the number that its released code gives them with --add_bf; any other number above 0 is joint.
+ADD_BF_OF_LOSS: dict[Loss, int] = {"none": 0, "sum": 1, "mean": 36, "mean_with_self": 37, "joint": 2}
 
 
-def key(default: Any, meaning: str, *, low: float | None = None, high: float | None = None, above: float | None = None):
-    """A dataclass field with its meaning and its bounds: low <= value <= high, or above < value."""
-    bounds = {"meaning": meaning, "low": low, "high": high, "above": above}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=bounds)
-    return field(default=default, metadata=bounds)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     arch: str = key("resnet50", "backbone: resnet18/34/50/101, vit_small, vit_base, vit_conv_small, vit_conv_base")
-    stem: Literal["imagenet", "small"] = key(
-        "imagenet", "first layers of a ResNet; small (3x3, no pooling) for <= 64 px"
-    )
-    dim: int = key(256, "width of the contrasted vectors", low=2)
-    mlp_dim: int = key(4096, "hidden width of projector and predictor", low=2)
-    temperature: float = key(1.0, "divides the cosine similarities", above=0.0)
+    stem: Stem = key("imagenet", "first layers of a ResNet; small: 3x3 without pooling, for images up to 64 pixels")
+    projection_dim: AtLeastTwo = key(256, "width of the vectors that are contrasted")
+    mlp_dim: AtLeastTwo = key(4096, "hidden width of the projector and the predictor")
+    temperature: Positive = key(1.0, "divisor of the cosine similarities")
     stop_grad_conv1: bool = key(False, "freeze the patch projection of a ViT at its initialisation")
     checkpoint_activations: bool = key(
-        False, "run the blocks of the backbone once more in the backward pass instead of keeping their activations"
+        False,
+        "recompute the backbone's blocks in the backward pass instead of keeping their activations",
+        resumable=True,
     )
     cuda_graph: bool = key(
-        False, "replay BatchFormer and heads as a CUDA graph, for small batches; one GPU, sharding zero below stage 3"
+        False, "replay BatchFormer and heads as a CUDA graph; one GPU, sharding zero below stage 3", resumable=True
     )
     backbone_args: Mapping[str, Any] = key(
-        dict,
-        "keyword arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)",
+        dict, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
     )
 
 
-@dataclass(frozen=True)
-class BatchFormerConfig:
-    add_bf: int = key(0, "0 off; 1 or 34 sum of 8 loss terms; 36 their sum / 4; 37 with two more, / 5; other > 0 joint")
-    group_size: int = key(
-        256, "images that attend to each other, runs of the global batch (at most train_batch_size)", low=1
+class BatchFormerConfig(Section):
+    loss: Loss = key(
+        "none",
+        "none: no BatchFormer; sum: 8 terms; mean: sum / 4; mean_with_self: 10 terms / 5; joint: streams as one batch",
     )
+    group_size: Count = key(256, "images that attend to each other, consecutive in the global batch; cut to the batch")
     mode: Literal["trained", "released", "ema"] = key(
         "trained", "trained with the model; released: frozen at its initialisation; ema: the keys use a moving average"
     )
-    dropout: float = key(0.5, "dropout of the BatchFormer layer", low=0.0, high=0.95)
+    dropout: Annotated[float, Ge(0), Le(0.95)] = key(0.5, "dropout probability of the BatchFormer layer")
     kernel: Literal["auto", "fused", "sdpa", "reference"] = key(
-        "auto", "who computes it (launch/doctor.py says which can run); sdpa only at dropout 0"
+        "auto", "implementation (launch/doctor.py says which can run); sdpa only without dropout", resumable=True
     )
-    lr_scale: float = key(1.0, "learning rate of BatchFormer relative to the rest", above=0.0)
+    lr_scale: Positive = key(1.0, "learning rate of BatchFormer, as a factor of the others' rate")
+
+    @property
+    def add_bf(self) -> int:
+        """Return the number that BatchFormer's released code gives to `loss`."""
+        return ADD_BF_OF_LOSS[self.loss]
 
 
-@dataclass(frozen=True)
-class MomentumConfig:
-    base: float = key(0.99, "momentum of the moving-average encoder at the start", low=0.0, high=1.0)
+class MomentumConfig(Section):
+    base: Fraction = key(0.99, "momentum of the moving-average encoder at the start")
     cosine: bool = key(False, "raise the momentum to 1 along a half cosine")
 
 
-@dataclass(frozen=True)
-class ScheduleConfig:
-    epochs: int = key(100, "epochs to train", low=1)
-    warmup_epochs: float = key(10, "epochs of linear warm-up from 0", low=0.0)
+class ScheduleConfig(Section):
+    epochs: Count = key(100, "epochs to train")
+    warmup_epochs: NotNegative = key(10.0, "epochs over which the learning rate rises linearly from 0")
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    path: str | None = key(
-        None,
-        "folder with train/ and, for k-NN, val/ or test/; or cifar10://, cifar100://, flowers://, pets://, synthetic://, shapes://",
+class ImageConfig(Section):
+    """The keys of training images, for all commands that train."""
+
+    # A resumed run needs as many images, which is checked, but not at the same path.
+    path: str | None = key(None, PATH, resumable=True)
+    backend: Backend = key("auto", BACKEND)
+    crop_min: PositiveFraction = key(0.08, "smallest crop, as a fraction of the image's area")
+    workers: CountOrZero | Auto = key(
+        "auto", "loader processes (with DALI: threads) of a rank; 0 loads in the process that trains", resumable=True
     )
-    backend: Literal["auto", "dali", "opencv", "torchvision"] = key(
-        "auto", "who decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
-    )
-    crop_min: float = key(0.08, "smallest crop as a share of the image's area", above=0.0, high=1.0)
-    image_size: int = key(224, "side of a view in pixels", low=8)
-    workers: int | Auto = key(
-        "auto", "loader processes (with DALI: threads) of a rank; 0 loads in the training process", low=0
-    )
-    max_skipped_fraction: float = key(0.001, "share of broken images above which the run stops", low=0.0, high=1.0)
-    shuffle_window: int = key(
-        0, "images shuffled among each other, at least a batch, for tar shards on a network disk; 0 all", low=0
+    max_skipped_fraction: Fraction = key(0.001, "fraction of broken images above which the run stops", resumable=True)
+
+
+class DataConfig(ImageConfig):
+    image_size: Pixels = key(224, "side of a view in pixels")
+    shuffle_window: CountOrZero = key(
+        0, "images shuffled among each other, at least a batch, for tar shards on a network disk; 0: all"
     )
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    knn_every_epochs: int = key(1, "k-NN monitor every so many epochs, at step 0 and at the end; 0 off", low=0)
-    knn_k: int = key(20, "neighbours that vote", low=1)
-    knn_images: int = key(50_000, "at most so many training images as the bank, evenly spread", low=1)
+class EvaluateConfig(Section):
+    knn_every_epochs: CountOrZero = key(1, "epochs between two k-NN evaluations, also at step 0 and the end; 0: never")
+    knn_k: Count = key(20, "neighbours that vote")
+    knn_bank_size: Count = key(50_000, "largest number of training images to search for neighbours, evenly spread")
 
 
-@dataclass(frozen=True)
-class LogConfig:
-    every_steps: int = key(10, "optimizer steps between two lines of metrics.jsonl", low=1)
+class LogConfig(Section):
+    every_steps: Count = key(10, "optimizer steps between two lines of metrics.jsonl")
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    every_steps: int | Auto = key("auto", "optimizer steps between two checkpoints; auto = once an epoch", low=1)
-    keep: int = key(2, "newest checkpoints kept", low=1)
-    keep_every_steps: int = key(0, "those of multiples of so many steps are kept for good; 0 none", low=0)
-    asynchronous: bool = key(True, "train on while a checkpoint is written, from a copy in host memory")
+class CheckpointConfig(Section):
+    every_steps: Count | Auto = key("auto", "optimizer steps between two checkpoints; auto: once an epoch")
+    keep: Count = key(2, "number of newest checkpoints that are kept")
+    keep_every_steps: CountOrZero = key(0, "checkpoints at multiples of this many steps are kept for good; 0: none")
+    asynchronous: bool = key(True, "continue training while a checkpoint is written from a copy in host memory")
 
 
-@dataclass(frozen=True)
-class WatchConfig:
-    timeout_s: float = key(600.0, "seconds that a rank may keep the others waiting before the run stops", above=0.0)
-    max_nonfinite_steps: int = key(
-        30, "steps in a row without finite gradients before the run stops (a loss scale of 2^16 falls to 2^-14)", low=1
+class WatchConfig(Section):
+    timeout_s: Positive = key(600.0, "seconds that a rank may keep the others waiting before the run stops")
+    # A loss scale of 2^16 falls to 2^-14 in 30 steps.
+    max_nonfinite_steps: Count = key(30, "consecutive steps without finite gradients before the run stops")
+    spike_sigmas: NotNegative = key(6.0, "warn of a loss this many standard deviations above its recent mean; 0: never")
+    collapse_std: NotNegative = key(0.05, "warn when the metric feature_std falls below this; 0: never")
+
+
+class TrainingConfig(Section):
+    """The keys of `crossbatch` that pretraining and fine-tuning share."""
+
+    log: LogConfig = key(LogConfig, "metrics.jsonl and TensorBoard", resumable=True)
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "what is kept", resumable=True)
+    watch: WatchConfig = key(WatchConfig, "when a run stops itself or warns", resumable=True)
+    sharding: Sharding = key("zero", "zero: DeepSpeed; fsdp: FSDP2; both read zero_optimization.stage", resumable=True)
+    precision: Precision = key(
+        "auto", "autocast of the forward pass; auto: bf16 or, on older GPUs, fp16; fp32 on a CPU"
     )
-    spike_sigmas: float = key(6.0, "warn of a loss so many standard deviations above its recent mean; 0 off", low=0.0)
-    collapse_std: float = key(0.05, "warn when feature_std falls below; 0 off", low=0.0)
+    deterministic: bool = key(
+        False,
+        "use algorithms that give the same bits again on a GPU, so that a resumed run is exact; slower",
+        resumable=True,
+    )
+    seed: CountOrZero = key(0, "seed of initial weights, data order, augmentation and all other randomness")
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """Return factors of the learning rate by prefix of the parameters' names; see `optimizers.parameter_groups`."""
+        return {}
 
 
-@dataclass(frozen=True)
-class CrossbatchConfig:
+class CrossbatchConfig(TrainingConfig):
     model: ModelConfig = key(ModelConfig, "the network")
     batchformer: BatchFormerConfig = key(BatchFormerConfig, "attention over the batch")
     momentum: MomentumConfig = key(MomentumConfig, "the moving-average encoder")
     schedule: ScheduleConfig = key(ScheduleConfig, "epochs and warm-up")
     data: DataConfig = key(DataConfig, "images")
-    evaluate: EvaluateConfig = key(EvaluateConfig, "monitor")
-    log: LogConfig = key(LogConfig, "metrics.jsonl and TensorBoard")
-    checkpoint: CheckpointConfig = key(CheckpointConfig, "what is kept")
-    watch: WatchConfig = key(WatchConfig, "when a run stops itself or warns")
-    sharding: Literal["zero", "fsdp"] = key(
-        "zero", "zero (DeepSpeed) or fsdp (FSDP2); both read zero_optimization.stage"
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = key(
-        "auto", "autocast of the forward pass; auto: bf16 where the GPU has it, fp16 before, fp32 on a CPU"
-    )
-    deterministic: bool = key(
-        False, "on a GPU only algorithms that give the same bits again, so that a resumed run is the same one; slower"
-    )
-    seed: int = key(0, "of weights, data order, augmentation and dropout", low=0)
+    evaluate: EvaluateConfig = key(EvaluateConfig, "the k-NN monitor", resumable=True)
 
     @property
     def lr_scales(self) -> dict[str, float]:
-        """By prefix of a parameter's name; see `optimizers.parameter_groups`."""
         return {"batchformer.": self.batchformer.lr_scale}
 
 
-@dataclass(frozen=True)
-class LarsConfig:
-    lr: float = key(0.6, "per 256 images: peak = lr * train_batch_size / 256", above=0.0)
-    momentum: float = key(0.9, "of the velocity", above=0.0, high=1.0)
-    weight_decay: float = key(1e-6, "on parameters with two or more dimensions", low=0.0)
-    trust_coefficient: float = key(0.001, "scale of the layer-wise rate", above=0.0)
+class LarsConfig(Section):
+    KIND: ClassVar = "LARS"
+    base_lr: Positive = key(0.6, BASE_LR)
+    reference_batch: Count = key(256, REFERENCE_BATCH)
+    momentum: PositiveFraction = key(0.9, "momentum of the velocity")
+    weight_decay: NotNegative = key(1e-6, "weight decay of parameters with two or more dimensions")
+    trust_coefficient: Positive = key(0.001, "factor of the layer-wise rate")
     variant: Literal["moco-v3", "larc", "mlperf"] = key(
-        "moco-v3", "whose formula (engine/optimizers/lars.py): MoCo v3's, apex LARC's, or that of the MLPerf reference"
+        "moco-v3",
+        "formula (engine/optimizers/lars.py): MoCo v3's, that of apex's LARC, or that of the MLPerf reference",
     )
-    eps: float = key(1e-8, "added to the gradient's norm; larc and mlperf only", low=0.0)
-    clip: bool = key(False, "lr becomes a ceiling of the layer-wise rate; larc only")
-    decay_after_momentum: bool = key(False, "keep weight decay out of the velocity; mlperf only")
+    eps: NotNegative = key(1e-8, "added to the gradient's norm; for larc and mlperf")
+    clip_trust_ratio: bool = key(False, "make the learning rate the upper limit of the layer-wise rate; for larc")
+    decay_after_momentum: bool = key(False, "keep weight decay out of the velocity; for mlperf")
 
 
-@dataclass(frozen=True)
-class AdamWConfig:
-    lr: float = key(1.5e-4, "per 256 images: peak = lr * train_batch_size / 256", above=0.0)
-    betas: tuple[float, float] = key((0.9, 0.999), "decay of the two moments", low=0.0, high=1 - 1e-6)
-    eps: float = key(1e-8, "added to the denominator", above=0.0)
-    weight_decay: float = key(0.1, "decoupled", low=0.0)
-    decay_1d: bool = key(True, "decay biases, norms and the class token too, as the originals do")
+class AdamWConfig(Section):
+    KIND: ClassVar = "AdamW"
+    base_lr: Positive = key(1.5e-4, BASE_LR)
+    reference_batch: Count = key(256, REFERENCE_BATCH)
+    betas: tuple[Beta, Beta] = key((0.9, 0.999), "decay rates of the two moments")
+    eps: Positive = key(1e-8, "added to the denominator")
+    weight_decay: NotNegative = key(0.1, "decoupled weight decay")
+    decay_1d: bool = key(True, "decay biases, norms and the class token, too, as MoCo v3's released code does")
 
 
-OPTIMIZERS: dict[str, type] = {"LARS": LarsConfig, "AdamW": AdamWConfig}
+class OptimizerConfig(Section):
+    type: Literal["LARS", "AdamW"] = key("LARS", "optimizer; LARS for ResNets, AdamW for ViTs")
+    params: LarsConfig | AdamWConfig = key(dict, "parameters of the chosen type", validate_default=True)
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _of_type(cls, params: Any, info: ValidationInfo) -> Any:
+        kinds = {kind.KIND: kind for kind in (LarsConfig, AdamWConfig)}
+        if not isinstance(params, dict) or info.data.get("type") not in kinds:
+            return params
+        return kinds[info.data["type"]].model_validate_json(json.dumps(params))
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    type: Literal["LARS", "AdamW"] = key("LARS", "LARS for ResNets, AdamW for ViTs")
-    params: LarsConfig | AdamWConfig = key(LarsConfig, "of the chosen type")
+class OffloadConfig(Section):
+    device: Literal["none", "cpu"] = key("none", "cpu: keep the optimizer's state and take its steps in host memory")
+    pin_memory: bool = key(True, "use page-locked host memory, for faster copies")
 
 
-@dataclass(frozen=True)
-class OffloadConfig:
-    device: Literal["none", "cpu"] = key("none", "where the optimizer's state lives and its step runs")
-    pin_memory: bool = key(True, "page-locked memory, for faster copies")
+def _no_bool(value: Any) -> Any:
+    """Refuse true, which counts as 1 in a Literal of numbers."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")
+    return value
 
 
-@dataclass(frozen=True)
-class ZeroConfig:
-    """`stage` serves both shardings; the others are DeepSpeed's, forwarded where given, refused with FSDP2."""
+class ZeroConfig(Section):
+    """`stage` serves both shardings; DeepSpeed gets the others where they are given, and FSDP2 refuses them."""
 
-    stage: Literal[0, 1, 2, 3] = key(0, "0 replicate; 1 shard the optimizer; 2 and gradients; 3 and parameters")
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = key(
+        0, "0: replicate everything; 1: shard the optimizer's state; 2: also the gradients; 3: also the parameters"
+    )
     overlap_comm: bool | None = key(None, "reduce gradients while the backward pass runs")
     contiguous_gradients: bool | None = key(None, "copy gradients into one buffer as they are produced")
-    reduce_scatter: bool | None = key(None, "reduce-scatter instead of all-reduce")
-    reduce_bucket_size: int | None = key(None, "elements reduced at once", low=1)
-    allgather_bucket_size: int | None = key(None, "elements gathered at once", low=1)
-    sub_group_size: int | None = key(None, "elements per optimizer sub-group of stage 3", low=1)
-    stage3_prefetch_bucket_size: int | None = key(None, "elements gathered ahead", low=0)
-    stage3_max_live_parameters: int | None = key(None, "elements gathered at a time", low=0)
-    stage3_max_reuse_distance: int | None = key(
-        None, "keep a parameter that is needed again within so many elements", low=0
-    )
-    offload_optimizer: OffloadConfig = key(OffloadConfig, "fp32 copies and optimizer in host memory, stages 1 to 3")
+    reduce_scatter: bool | None = key(None, "use reduce-scatter instead of all-reduce")
+    reduce_bucket_size: Count | None = key(None, "elements reduced at once")
+    allgather_bucket_size: Count | None = key(None, "elements gathered at once")
+    sub_group_size: Count | None = key(None, "elements in a sub-group of the optimizer in stage 3")
+    stage3_prefetch_bucket_size: CountOrZero | None = key(None, "elements gathered ahead in stage 3")
+    stage3_max_live_parameters: CountOrZero | None = key(None, "elements that are gathered at any time in stage 3")
+    stage3_max_reuse_distance: CountOrZero | None = key(None, "keep what is needed again within this many elements")
+    offload_optimizer: OffloadConfig = key(OffloadConfig, "fp32 copies and optimizer in host memory, for stages 1 to 3")
 
 
-@dataclass(frozen=True)
-class Config:
-    train_batch_size: int = key(4096, "images of one optimizer step over all ranks: the contrastive batch", low=2)
-    train_micro_batch_size_per_gpu: int | Auto = key("auto", "chunk: images that the backbone sees at once", low=1)
-    gradient_clipping: float = key(0.0, "largest global gradient norm; 0 off", low=0.0)
+class DeepSpeedConfig(Section):
+    """The keys outside of `crossbatch` that pretraining and fine-tuning share."""
+
+    train_batch_size: AtLeastTwo = key(4096, "images of one optimizer step over all ranks: the contrastive batch")
+    train_micro_batch_size_per_gpu: Count | Auto = key("auto", "chunk: images that the backbone sees at once")
+    gradient_clipping: NotNegative = key(0.0, "largest global norm of the gradients; 0: no clipping")
+    zero_optimization: ZeroConfig = key(ZeroConfig, "how state is sharded", resumable=True)
+
+
+class Config(DeepSpeedConfig):
+    """The keys of `launch/pretrain.py`."""
+
     optimizer: OptimizerConfig = key(OptimizerConfig, "LARS or AdamW")
-    zero_optimization: ZeroConfig = key(ZeroConfig, "how state is sharded")
     crossbatch: CrossbatchConfig = key(CrossbatchConfig, "everything that DeepSpeed has no key for")
 
 

@@ -111,7 +111,7 @@ class KnnMonitor:
         self.reading = EvalLoaderConfig(size, min(256, max(run.chunk, 32)), run.workers, device)
         self.train, self.evaluation = train, evaluation
         self.collective = GroupCollective()
-        bank = min(len(train), self.settings.knn_images)
+        bank = min(len(train), self.settings.knn_bank_size)
         self.bank_indices = np.arange(bank) * len(train) // bank
 
     def top1(self, backend: Backend) -> float:

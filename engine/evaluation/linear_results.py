@@ -14,6 +14,7 @@ import torch
 
 from crossbatch import InputError, RunStopped
 from crossbatch.data import GlobalBatchSampler, Source
+from crossbatch.engine.checkpoint.changes import fixed_values
 from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.config.evaluation import LinearConfig, TrainImagesConfig
 from crossbatch.engine.config.finetune import FinetuneDataConfig
@@ -24,6 +25,7 @@ from crossbatch.engine.evaluation.batches import Augmented, Cached
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered
 from crossbatch.engine.evaluation.frozen import FrozenBackbone, load_configured
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
+from crossbatch.engine.nested import nest
 from crossbatch.engine.pretrained.files import read_torch, write_torch
 from crossbatch.engine.pretrained.load import PROBE, PROBE_FILE
 from crossbatch.engine.run_log import Log, RunLog, StepClock, command, print_summary
@@ -32,9 +34,6 @@ from crossbatch.models.backbones import family
 
 AUTO_LR = {"resnet": 0.1, "vit": 3.0}  # the originals'
 ON_TEST = "best epoch and best rate are selected on the evaluation images themselves"
-# What makes another probe of it; the rest says how the same numbers are computed.
-IDENTITY = ("train_batch_size", "optimizer", "crossbatch.schedule", "crossbatch.linear", "crossbatch.seed",
-            "crossbatch.precision", "crossbatch.data.crop_min", "crossbatch.data.image_size")  # fmt: skip
 
 
 class LinearEvaluation:
@@ -69,7 +68,7 @@ class LinearEvaluation:
         self.probe = LinearProbe(
             self.frozen.num_features,
             len(self.names),
-            [lr * batch / 256 for lr in self.lrs],
+            [lr * batch / params.reference_batch for lr in self.lrs],
             momentum=params.momentum,
             weight_decay=params.weight_decay,
             norm=self.ours.linear.norm,
@@ -172,14 +171,11 @@ class LinearEvaluation:
     # --- resuming --------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        config = to_dict(self.config)
-        found = {}
-        for path in IDENTITY:
-            value = config
-            for name in path.split("."):
-                value = value[name]
-            found[path] = value
-        return _plain({**found, "images": self.order.num_images, "classes": len(self.names)})
+        """Return what makes this probe the one that it is, by key path."""
+        return {**fixed_values(to_dict(self.config), LinearConfig), **self._data_counts()}
+
+    def _data_counts(self) -> dict[str, int]:
+        return {"images": self.order.num_images, "classes": len(self.names)}
 
     def _save(self, log: Log, last: bool) -> None:
         """A full disk is told, and is the end only after the last epoch; all ranks come to the same."""
@@ -214,10 +210,13 @@ class LinearEvaluation:
         content = read_torch(file)
         if not isinstance(content, dict) or content.get("kind") != PROBE:
             raise InputError(f"--resume {file}: is no linear probe; allowed: auto, none, an --out of launch/linear.py")
+        before = dict(content["identity"])
+        counts = {name: before.pop(name, None) for name in self._data_counts()}
+        before = {**fixed_values(nest(before), LinearConfig), **counts}
         changed = [
-            f"{name}: was {content['identity'].get(name)}, is {value}"
+            f"{name}: was {before.get(name)}, is {value}"
             for name, value in self._identity().items()
-            if content["identity"].get(name) != value
+            if before.get(name) != value
         ]
         if content["backbone"] != self.frozen.fingerprint:
             changed.append("the weights of the backbone: were others")
@@ -235,7 +234,7 @@ class LinearEvaluation:
         diverged = self.probe.diverged()
         if all(diverged):
             raise RunStopped(
-                "every classifier diverged; lower optimizer.params.lr, or set crossbatch.linear.norm to true"
+                "every classifier diverged; lower optimizer.params.base_lr, or set crossbatch.linear.norm to true"
             )
         best = self._best()
         curves = {lr: [epoch["top1"][i] for epoch in self.history] for i, lr in enumerate(self.lrs)}
@@ -325,7 +324,7 @@ def _check(config: LinearConfig) -> None:
 
 
 def _learning_rates(config: LinearConfig, arch: str) -> tuple[float, ...]:
-    given = config.optimizer.params.lr
+    given = config.optimizer.params.base_lr
     if given == "auto":
         return (AUTO_LR[family(arch)],)
     return tuple(dict.fromkeys(given)) if isinstance(given, tuple) else (given,)
@@ -334,10 +333,3 @@ def _learning_rates(config: LinearConfig, arch: str) -> tuple[float, ...]:
 def _number(value: float) -> float | None:
     """JSON has no infinity."""
     return value if np.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as they come back from a file."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -185,7 +185,8 @@ def _check_model(file: Path, theirs: dict[str, Any], model: MoCo, run: ResolvedC
     if missing or unexpected or wrong:
         raise InputError(
             f"{file}: is of another model: {len(missing)} missing {missing[:2]}, {len(unexpected)} unexpected "
-            f"{unexpected[:2]}, {len(wrong)} of another shape {wrong[:2]}; check crossbatch.model (dim, mlp_dim, backbone_args)"
+            f"{unexpected[:2]}, {len(wrong)} of another shape {wrong[:2]}; check crossbatch.model "
+            f"(projection_dim, mlp_dim, backbone_args)"
         )
 
 

@@ -96,7 +96,7 @@ def batch_wide_bytes(model: MoCo, run: ResolvedConfig) -> float:
     state = sum(p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())
     streams = NUM_VIEWS * (2 if model.batchformer is not None else 1)
     heads = streams * run.local_batch * 6 * max(ours.model.mlp_dim, model.online.backbone.num_features)
-    keys = 3 * streams * run.config.train_batch_size * ours.model.dim
+    keys = 3 * streams * run.config.train_batch_size * ours.model.projection_dim
     return 4.0 * (state + heads + keys) + loader_bytes(run)
 
 

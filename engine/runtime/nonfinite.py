@@ -97,5 +97,5 @@ class LossMonitor:
             return None
         return (
             f"feature_std fell to {feature_std:.3g}: the features of different images become equal (collapse); lower "
-            f"optimizer.params.lr or raise crossbatch.momentum.base"
+            f"optimizer.params.base_lr or raise crossbatch.momentum.base"
         )

@@ -10,7 +10,7 @@ from crossbatch import InputError
 from crossbatch.engine.config import AdamWConfig, Config, FinetuneConfig, LarsConfig, Resolved, ResolvedConfig
 from crossbatch.engine.optimizers import LARS, split_parameters
 from crossbatch.engine.sharding import Backend
-from crossbatch.models import MoCo, ShardableModel, loss_from_add_bf
+from crossbatch.models import MoCo, ShardableModel
 
 # Parameters of a ViT that are added to every image alike, as biases are, whatever their shape.
 POSITIONS = ("*cls_token", "*pos_embed")
@@ -31,10 +31,10 @@ def build_model(run: ResolvedConfig) -> MoCo:
             stop_grad_conv1=ours.model.stop_grad_conv1,
             backbone_args=dict(ours.model.backbone_args),
             checkpoint_activations=ours.model.checkpoint_activations,
-            projection_dim=ours.model.dim,
+            projection_dim=ours.model.projection_dim,
             mlp_dim=ours.model.mlp_dim,
             temperature=ours.model.temperature,
-            batchformer_loss=loss_from_add_bf(ours.batchformer.add_bf),
+            batchformer_loss=ours.batchformer.loss,
             group_size=run.group_size or 1,
             dropout=ours.batchformer.dropout,
             batchformer_mode=ours.batchformer.mode,
@@ -84,7 +84,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config | FinetuneConfi
             trust_coefficient=params.trust_coefficient,
             variant=params.variant,
             eps=params.eps,
-            clip_trust_ratio=params.clip,
+            clip_trust_ratio=params.clip_trust_ratio,
             decay_after_momentum=params.decay_after_momentum,
         )
     return torch.optim.AdamW(groups, lr=0.0, betas=params.betas, eps=params.eps, fused=True)

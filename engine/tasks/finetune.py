@@ -82,7 +82,7 @@ class FinetuneStep:
         set_learning_rate(self.backend.optimizer, lr)
         grad_norm = self.backend.step(progress.loss_scale)
         if progress.finished(grad_norm, self.run.precision):
-            self.backend.update_momentum(self.ours.finetune.average)
+            self.backend.update_momentum(self.ours.finetune.ema_decay)
             self.model.average_buffers()
         return StepResult(torch.stack(losses).sum(), grad_norm, {"lr": lr})
 
@@ -163,7 +163,7 @@ class FinetuneTask(Trainer):
         backbone, settings = self._pretrained().backbone, self.ours.finetune
         classes = len(self.source.class_names)
         try:
-            model = Classifier(backbone, classes, settings.drop_path, settings.average > 0).to(self.device)
+            model = Classifier(backbone, classes, settings.drop_path, settings.ema_decay > 0).to(self.device)
         except ValueError as error:
             raise InputError(f"crossbatch.finetune.{error}") from None
         model.set_collective(GroupCollective())
@@ -189,7 +189,7 @@ class FinetuneTask(Trainer):
         """Top-1 over the evaluation images, each counted once; of the moving average, too, where there is one."""
         backend = self.train_step.backend
         networks = {"top1": "logits", "average_top1": "average_logits"}
-        if not self.ours.finetune.average:
+        if not self.ours.finetune.ema_decay:
             del networks["average_top1"]
         backend.model.eval()
         found = {name: self._predictions(part) for name, part in networks.items()}
@@ -247,11 +247,10 @@ class FinetuneTask(Trainer):
 
 def _with_network(run: ResolvedFinetune, pretrained: Pretrained) -> ResolvedFinetune:
     """The configuration says what the network is, as that of pretraining does."""
-    ours = run.config.crossbatch
-    model = replace(
-        ours.model, arch=pretrained.arch, stem=pretrained.stem, backbone_args=dict(pretrained.backbone_args)
-    )
-    return replace(run, config=replace(run.config, crossbatch=replace(ours, model=model)))
+    network = {"arch": pretrained.arch, "stem": pretrained.stem, "backbone_args": dict(pretrained.backbone_args)}
+    model = run.crossbatch.model.model_copy(update=network)
+    crossbatch = run.crossbatch.model_copy(update={"model": model})
+    return replace(run, config=run.config.model_copy(update={"crossbatch": crossbatch}))
 
 
 def crop_and_flip(image_size: int, crop_min: float) -> ViewAugmentation:

@@ -1,5 +1,6 @@
 """What is found, what is refused, what is passed over, and what a crash leaves (exact resume is in test_equivalence.py)."""
 
+import copy
 import io
 import json
 import os
@@ -15,10 +16,12 @@ import torch
 from crossbatch import InputError
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
-from crossbatch.engine.checkpoint.changes import FREE, differences
+from crossbatch.engine.checkpoint.changes import differences, fixed_values
 from crossbatch.engine.checkpoint.pieces import SavePieces, shares
 from crossbatch.engine.checkpoint.store import read_manifest
-from crossbatch.engine.config import FinetuneConfig, load_config, to_dict
+from crossbatch.engine.config import Config, FinetuneConfig, load_config, resumable_keys, to_dict
+from crossbatch.engine.config.evaluation import LinearConfig
+from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import RunLog
 from crossbatch.engine.sharding import FlatSlice, LocalShards
 
@@ -283,7 +286,7 @@ def config(*overrides: str, world_size: int = 2, chunk: int = 8) -> dict:
     ("change", "word"),
     [
         ("crossbatch.seed=1", "crossbatch.seed: was 0, is 1"),
-        ("optimizer.params.lr=0.3", "optimizer.params.lr: was 0.6, is 0.3"),
+        ("optimizer.params.lr=0.3", "optimizer.params.base_lr: was 0.6, is 0.3"),
         ("optimizer.type=AdamW", "optimizer.type: was 'LARS', is 'AdamW'"),
         ("crossbatch.schedule.epochs=200", "crossbatch.schedule.epochs"),
         ("crossbatch.batchformer.group_size=16", "crossbatch.batchformer.group_size"),
@@ -305,10 +308,57 @@ def test_what_only_says_how_it_is_computed_may_change():
     assert differences(config(), config(world_size=1, chunk=16)) == []  # the norms see all 16 images either way
 
 
-def test_everything_that_may_change_is_a_key():
-    of_finetuning = {"crossbatch.model.checkpoint"}
-    checkpoint.check_allowed(set(FREE) - of_finetuning)
-    checkpoint.check_allowed(of_finetuning, FinetuneConfig)
+@pytest.mark.parametrize("schema", [Config, FinetuneConfig, LinearConfig])
+def test_what_may_change_is_declared_with_the_key(schema):
+    data = {f"crossbatch.data.{name}" for name in ("path", "workers", "max_skipped_fraction")}
+    start = set() if schema is Config else {"crossbatch.model.checkpoint"}
+    training = {"zero_optimization", "crossbatch.sharding", "crossbatch.evaluate", "crossbatch.checkpoint"}
+    training |= {"crossbatch.watch", "crossbatch.deterministic"}
+    pretraining = {
+        "crossbatch.model.checkpoint_activations",
+        "crossbatch.model.cuda_graph",
+        "crossbatch.batchformer.kernel",
+    }
+    probe = {"train_micro_batch_size_per_gpu", "crossbatch.model", "crossbatch.data.backend"}
+    want = {Config: training | pretraining, FinetuneConfig: training, LinearConfig: probe}
+    assert set(resumable_keys(schema)) == {"crossbatch.log"} | data | start | want[schema]
+    checkpoint.check_allowed(resumable_keys(schema), schema)
+
+
+def test_a_checkpoint_from_before_the_keys_were_renamed_resumes():
+    now = config("crossbatch.batchformer.loss=sum")
+    old = copy.deepcopy(now)
+    old["optimizer"]["params"]["lr"] = old["optimizer"]["params"].pop("base_lr")
+    old["optimizer"]["params"]["clip"] = old["optimizer"]["params"].pop("clip_trust_ratio")
+    del old["optimizer"]["params"]["reference_batch"]
+    old["crossbatch"]["model"]["dim"] = old["crossbatch"]["model"].pop("projection_dim")
+    old["crossbatch"]["evaluate"]["knn_images"] = old["crossbatch"]["evaluate"].pop("knn_bank_size")
+    old["crossbatch"]["batchformer"]["add_bf"] = {"sum": 34}[old["crossbatch"]["batchformer"].pop("loss")]
+    assert differences(old, now) == []
+    changed = config("crossbatch.batchformer.loss=joint", "optimizer.params.lr=0.3")
+    assert differences(old, changed) == [
+        "crossbatch.batchformer.loss: was 'sum', is 'joint'",
+        "optimizer.params.base_lr: was 0.6, is 0.3",
+    ]
+    checkpoint.check_allowed(["optimizer.params.lr", "crossbatch.batchformer.add_bf"])
+    assert differences(old, changed, ["optimizer.params.lr", "crossbatch.batchformer.add_bf"]) == []
+
+
+def test_a_probe_from_before_the_keys_were_renamed_resumes():
+    identity = {
+        "train_batch_size": 1024,
+        "optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": 0.9, "weight_decay": 0.0}},
+        "crossbatch.schedule": {"epochs": 90},
+        "crossbatch.linear": {"norm": False, "cache": False},
+        "crossbatch.seed": 0,
+        "crossbatch.precision": "fp32",
+        "crossbatch.data.crop_min": 0.08,
+        "crossbatch.data.image_size": "auto",
+    }
+    now = to_dict(load_config(None, ["crossbatch.data.workers=3", "crossbatch.model.arch=resnet50"], LinearConfig))
+    assert fixed_values(nest(identity), LinearConfig) == fixed_values(now, LinearConfig)
+    now["optimizer"]["params"]["base_lr"] = 1.0
+    assert fixed_values(nest(identity), LinearConfig) != fixed_values(now, LinearConfig)
 
 
 def test_chunks_change_what_the_norms_of_a_resnet_see():

@@ -1,5 +1,6 @@
 """The configuration surface: what is refused, with which words; what "auto" becomes; that the documentation is complete."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -17,9 +18,11 @@ from crossbatch.engine.config import (
     resolve,
     resolve_finetune,
     to_dict,
+    user_input,
 )
 from crossbatch.engine.config.document import all_tables
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
+from crossbatch.engine.nested import flatten, nest
 
 RECIPES = sorted(Path("ds_configs").glob("*.json"))
 CPU = Device("cpu")
@@ -37,12 +40,14 @@ def write(folder: Path, text: str) -> Path:
         ('{"train_batch_sise": 8}', ["train_batch_sise", "did you mean train_batch_size?"]),
         ('{"crossbatch": {"modle": {}}}', ["crossbatch.modle", "crossbatch.model"]),
         ('{"crossbatch": {"schedule": {"epoch": 5}}}', ["crossbatch.schedule.epoch", "crossbatch.schedule.epochs"]),
+        ('{"lr": 0.1}', ["lr: no such key", "did you mean optimizer.params.base_lr?"]),
+        ('{"batchformer": {}}', ["batchformer", "did you mean crossbatch.batchformer?"]),
         ('{"crossbatch": {"epochs": 5}}', ["crossbatch.epochs", "did you mean crossbatch.schedule.epochs?"]),
         ('{"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}}', ["optimizer.params.momentum", "no such key"]),
         ('{"zero_optimization": {"stag": 1}}', ["zero_optimization.stag", "zero_optimization.stage"]),
         ('{"zero_optimization": {"stage": 4}}', ["zero_optimization.stage", "given 4", "0 or 1 or 2 or 3"]),
         ('{"zero_optimization": {"stage": true}}', ["zero_optimization.stage", "given True"]),
-        ('{"optimizer": {"type": "SGD"}}', ["optimizer.type", "'SGD'", "LARS, AdamW"]),
+        ('{"optimizer": {"type": "SGD"}}', ["optimizer.type", "'SGD'", '"LARS" or "AdamW"']),
         (
             '{"optimizer": {"params": {"variant": "lamb"}}}',
             ["optimizer.params.variant", "'lamb'", '"moco-v3" or "larc"'],
@@ -69,6 +74,11 @@ def test_bad_recipes_are_refused_with_the_remedy(tmp_path, text, words):
         assert word in str(error.value)
 
 
+def test_a_key_of_another_optimizer_is_not_recommended():
+    with pytest.raises(InputError, match=r"momentum: no such key for this type; allowed here: base_lr, .*, decay_1d$"):
+        load_config(None, ["optimizer.type=AdamW", "optimizer.params.momentum=0.9"])
+
+
 def test_a_missing_recipe_lists_its_neighbours(tmp_path):
     write(tmp_path, "{}")
     with pytest.raises(InputError, match=r"no such file; there are .*recipe\.json"):
@@ -85,6 +95,119 @@ def test_overrides_apply_in_order_and_read_json_or_text():
     config = load_config(None, ["train_batch_size=8", "crossbatch.model.arch=vit_small", "train_batch_size=16"])
     assert (config.train_batch_size, config.crossbatch.model.arch) == (16, "vit_small")
     assert load_config(None, ["crossbatch.momentum.cosine=true"]).crossbatch.momentum.cosine is True
+
+
+# --- former names --------------------------------------------------------------------------------------------------
+
+DESIGN = """
+{"train_batch_size": 4096, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.0,
+ "optimizer": {"type": "LARS", "params": {"lr": 0.6, "momentum": 0.9, "weight_decay": 1e-6}},
+ "zero_optimization": {"stage": 1},
+ "crossbatch": {"model": {"arch": "resnet50"}, "batchformer": {"add_bf": 1, "group_size": 256},
+                "momentum": {"base": 0.99, "cosine": true}, "schedule": {"epochs": 100, "warmup_epochs": 10},
+                "data": {"path": "...", "backend": "auto", "crop_min": 0.2}, "sharding": "zero", "precision": "auto"}}
+"""
+FORMER = [
+    ("optimizer.params.lr", "optimizer.params.base_lr", 0.3, Config),
+    ("crossbatch.model.dim", "crossbatch.model.projection_dim", 64, Config),
+    ("crossbatch.evaluate.knn_images", "crossbatch.evaluate.knn_bank_size", 500, Config),
+    ("optimizer.params.clip", "optimizer.params.clip_trust_ratio", True, Config),
+    ("crossbatch.finetune.average", "crossbatch.finetune.ema_decay", 0.9, FinetuneConfig),
+    ("optimizer.params.lr", "optimizer.params.base_lr", 3e-3, FinetuneConfig),
+    ("optimizer.params.lr", "optimizer.params.base_lr", (0.1, 1.0), LinearConfig),
+]
+
+
+def at(config, path: str):
+    return functools.reduce(getattr, path.split("."), config)
+
+
+def test_the_first_recipe_of_the_design_is_bs4096(tmp_path):
+    ours = load_config("ds_configs/bs4096.json", ["crossbatch.data.path=..."])
+    assert load_config(write(tmp_path, DESIGN)) == ours
+    assert resolve(ours, 16, CPU).lr_peak == 0.6 * 4096 / 256
+
+
+@pytest.mark.parametrize(("former", "path", "value", "schema"), FORMER)
+def test_a_former_name_means_its_key_wherever_it_is_written(tmp_path, former, path, value, schema):
+    text, recipe = json.dumps(value), write(tmp_path, json.dumps(nest({former: value})))
+    for config in (load_config(recipe, [], schema), load_config(None, [f"{former}={text}"], schema)):
+        assert at(config, path) == value
+        assert config == parse_config(nest({former: value}), schema) == load_config(None, [f"{path}={text}"], schema)
+    section, _, name = former.rpartition(".")
+    assert at(load_config(None, [f"{section}={json.dumps({name: value})}"], schema), path) == value
+    assert former not in flatten(to_dict(config)) and path in flatten(to_dict(config))
+
+
+ADD_BF = {-1: "none", 0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self", 2: "joint", 33: "joint"}
+
+
+@pytest.mark.parametrize(("add_bf", "loss"), ADD_BF.items())
+def test_add_bf_is_another_name_of_the_loss(add_bf, loss):
+    config = load_config(None, [f"crossbatch.batchformer.add_bf={add_bf}"])
+    assert config.crossbatch.batchformer.loss == loss
+    assert ADD_BF[config.crossbatch.batchformer.add_bf] == loss  # what the released code calls it, or the like of it
+
+
+def test_two_names_of_a_key_must_not_contradict_each_other(tmp_path):
+    both = {"crossbatch": {"batchformer": {"add_bf": 34, "loss": "sum"}}}
+    assert parse_config(both).crossbatch.batchformer.loss == "sum"
+    both["crossbatch"]["batchformer"]["loss"] = "mean"
+    overrides = ["crossbatch.batchformer.loss=mean", "crossbatch.batchformer.add_bf=34"]
+    for load in (lambda: load_config(write(tmp_path, json.dumps(both))), lambda: load_config(None, overrides)):
+        with pytest.raises(InputError, match=r"add_bf: means 'sum', but \S+loss, .* means 'mean'; .*remove \S+add_bf$"):
+            load()
+    replaced = ["crossbatch.model.dim=8", "crossbatch.model={}", "crossbatch.model.projection_dim=4"]
+    assert load_config(None, replaced).crossbatch.model.projection_dim == 4
+    recipe = write(tmp_path, '{"crossbatch": {"batchformer": {"loss": "sum"}}}')
+    assert load_config(recipe, ["crossbatch.batchformer.add_bf=0"]).crossbatch.batchformer.loss == "none"
+
+
+def test_errors_name_the_key_as_it_was_written(tmp_path):
+    for load in (
+        lambda: load_config(None, ["crossbatch.model.dim=0"]),
+        lambda: load_config(write(tmp_path, '{"crossbatch": {"model": {"dim": 0}}}')),
+    ):
+        with pytest.raises(
+            InputError, match=r"^crossbatch\.model\.dim \(the former name of \S+projection_dim\): given 0"
+        ):
+            load()
+    with pytest.raises(InputError, match=r"^crossbatch\.model\.dim: no such key"):
+        load_config(None, ["crossbatch.model.dim=8"], FinetuneConfig)
+    with pytest.raises(InputError, match=r"add_bf: given 'sum'; allowed: a whole number"):
+        load_config(None, ["crossbatch.batchformer.add_bf=sum"])
+
+
+def test_the_peak_follows_the_reference_batch():
+    sizes = ["train_batch_size=1024", "optimizer.params.base_lr=0.5"]
+    assert resolve(load_config(None, sizes), 1, CPU).lr_peak == 2.0
+    assert resolve(load_config(None, [*sizes, "optimizer.params.reference_batch=1024"]), 1, CPU).lr_peak == 0.5
+    assert resolve_finetune(load_config(None, sizes, FinetuneConfig), 1, CPU).lr_peak == 1.0
+
+
+# --- meanings ------------------------------------------------------------------------------------------------------
+
+
+def test_a_resolved_configuration_reads_like_a_recipe():
+    cfg = resolve(load_config(None, ["zero_optimization.stage=2"]), 2, CPU)
+    assert cfg.crossbatch is cfg.config.crossbatch and cfg.optimizer is cfg.config.optimizer
+    assert (cfg.train_batch_size, cfg.zero_optimization.stage) == (4096, 2)
+
+
+def test_wrong_arguments_become_wrong_keys_once():
+    def failing(error: Exception, key: str = "crossbatch.data.path", **keys: str) -> str:
+        with pytest.raises(InputError) as raised, user_input(key, **keys):
+            raise error
+        return str(raised.value)
+
+    assert failing(ValueError("/images: no train/")) == "crossbatch.data.path: /images: no train/"
+    assert failing(PermissionError("no access to x"), "--data") == "--data: no access to x; make it readable"
+    assert failing(ValueError("arch is 'x'"), "crossbatch.model.") == "crossbatch.model.arch is 'x'"
+    image_size = failing(ValueError("image_size is 3"), "crossbatch.model.", image_size="crossbatch.data.image_size")
+    assert image_size == "crossbatch.data.image_size is 3"
+    assert failing(InputError("seed: given -1")) == "seed: given -1"
+    with pytest.raises(TypeError), user_input("crossbatch.model"):
+        raise TypeError("a bug")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -109,7 +232,12 @@ def test_the_table_for_users_is_that_of_the_schema():
     ("overrides", "world", "device", "words"),
     [
         (["train_batch_size=100"], 16, CPU, ["train_batch_size", "100 for 16 ranks", "set it to 96"]),
-        (["optimizer.params.clip=true"], 1, CPU, ["optimizer.params.clip", "moco-v3", "set the variant to larc"]),
+        (
+            ["optimizer.params.clip_trust_ratio=true"],
+            1,
+            CPU,
+            ["clip_trust_ratio", "moco-v3", "set the variant to larc"],
+        ),
         (["optimizer.params.decay_after_momentum=true"], 1, CPU, ["decay_after_momentum", "set the variant to mlperf"]),
         (
             ["crossbatch.sharding=fsdp", "zero_optimization.overlap_comm=true"],
@@ -124,7 +252,7 @@ def test_the_table_for_users_is_that_of_the_schema():
             ["crossbatch.precision", "V100", "fp32"],
         ),
         (
-            ["crossbatch.batchformer.add_bf=1", "crossbatch.batchformer.group_size=100"],
+            ["crossbatch.batchformer.loss=sum", "crossbatch.batchformer.group_size=100"],
             1,
             CPU,
             ["crossbatch.batchformer.group_size", "given 100", "set it to 128"],
@@ -155,7 +283,7 @@ def test_precision_auto_follows_the_device():
 
 
 def test_group_size_is_cut_to_the_batch_and_may_span_ranks():
-    config = load_config(None, ["crossbatch.batchformer.add_bf=1", "train_batch_size=64"])
+    config = load_config(None, ["crossbatch.batchformer.loss=sum", "train_batch_size=64"])
     assert resolve(config, 1, CPU).group_size == 64
     assert resolve(config, 4, CPU).group_size == 64
     assert resolve(load_config(None), 1, CPU).group_size is None

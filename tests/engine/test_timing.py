@@ -32,7 +32,7 @@ ALWAYS = {
 
 def profiled(sharding: str, stage: int, chunk: int, steps: int) -> dict:
     """On the rank: losses with and without a timer, what it measured, and what a span does outside of a step."""
-    from benchmarks.recipe import build
+    from benchmarks.stages.recipe import build
     from crossbatch.engine.config import Device, load_config, resolve
     from crossbatch.engine.runtime.timing import StepTimer
     from crossbatch.engine.step import TrainStep

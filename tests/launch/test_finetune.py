@@ -55,7 +55,7 @@ def test_the_recipes_are_the_published_settings():
         config = load_config(f"ds_configs/finetune_{name}.json", [], FinetuneConfig)
         settings, params = config.crossbatch.finetune, config.optimizer.params
         found = (params.weight_decay, settings.drop_path, settings.mixup, settings.cutmix, settings.random_erasing)
-        assert found == numbers and (config.train_batch_size, params.lr) == (128, 3e-4), name
+        assert found == numbers and (config.train_batch_size, params.base_lr) == (128, 3e-4), name
         assert (config.crossbatch.schedule.epochs, config.crossbatch.schedule.warmup_epochs) == (100, 3)
         assert (config.crossbatch.data.crop_min, config.crossbatch.data.image_size) == (0.05, 224)
         assert settings.label_smoothing == 0.1

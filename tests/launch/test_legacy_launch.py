@@ -81,7 +81,7 @@ def test_the_pretraining_command_line_on_two_nodes(pretrained):
     config = json.loads((out / "config.json").read_text())
     assert (config["world_size"], config["train_batch_size"]) == (2, 16)
     ours = config["crossbatch"]
-    assert (ours["model"]["arch"], ours["batchformer"]["add_bf"], ours["data"]["crop_min"]) == ("resnet50", 1, 0.2)
+    assert (ours["model"]["arch"], ours["batchformer"]["loss"], ours["data"]["crop_min"]) == ("resnet50", "sum", 0.2)
     assert ours["momentum"]["cosine"] is True
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     assert len(losses) == 2

@@ -210,7 +210,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tiny_ru
         *SHORT, "--cache", "--set=crossbatch.data.crop_min=0.2"
     )
     assert "argument --lr/--learning-rate: invalid number_or_list value: 'fast'" in refused("--lr", "fast")
-    assert "optimizer.params.lr: given -1" in refused("--lr=-1")
+    assert "optimizer.params.base_lr: given -1" in refused("--lr=-1")
     assert "optimizer.type: given 'LARS'" in refused("--set=optimizer.type=LARS")
     assert "is no linear probe" in refused(*SHORT, "--resume", wrong_file(tmp_path))
     (tmp_path / "out/results.json").write_text('{"command": "knn"}')
@@ -225,7 +225,7 @@ def wrong_file(folder: Path) -> Path:
 def test_a_rate_that_is_too_high_stops_with_3_or_is_named(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     arguments = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, *SHORT, "--cache", "--wd", "1e6"]
     assert call(monkeypatch, *arguments, "--lr", "1e6", "--out", tmp_path / "one") == 3
-    assert "lower optimizer.params.lr" in capsys.readouterr().err
+    assert "lower optimizer.params.base_lr" in capsys.readouterr().err
     assert call(monkeypatch, *arguments, "--lr", "[1e6, 1e-9]", "--out", tmp_path / "two") == 0
     results = results_of(tmp_path / "two")
     assert [one["diverged"] for one in results["by_lr"]] == [True, False] and results["lr"] == 1e-9

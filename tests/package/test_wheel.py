@@ -68,6 +68,7 @@ def test_wheel_has_types_and_everything_of_the_checkout(installed, tmp_path):
     ],
 )
 def test_importing_a_name_loads_what_it_needs(installed, tmp_path, name, unwanted):
-    code = f"import sys, torch; before = set(sys.modules); import crossbatch; crossbatch.{name}; print(*set(sys.modules) - before)"
+    code = "import sys, torch; before = set(sys.modules); import crossbatch; "
+    code += f"crossbatch.{name}; print(*set(sys.modules) - before)"
     loaded = {module.split(".")[0] for module in run(installed, tmp_path, "-c", code).split()}
     assert loaded & set(unwanted.split()) == set()
