@@ -1,23 +1,23 @@
-"""Learning rate and encoder momentum as functions of the fractional epoch as MoCo v3 released them (Chen et al. 2021).
+"""Learning rate and encoder momentum as functions of the fractional epoch, as in MoCo v3 (Chen et al., 2021).
 
-Pure functions of the step, so a resumed run needs no scheduler state.
+They depend on the step alone, so a resumed run needs no scheduler state.
 """
 
 import math
 
 
 def learning_rate(epoch: float, peak: float, epochs: float, warmup_epochs: float) -> float:
-    """Linear from exactly 0 to `peak` over the warm-up, then half a cosine to 0 at `epochs`."""
+    """Return the learning rate: linear from exactly 0 to `peak` over the warm-up, then half a cosine to 0 at `epochs`."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
 def finetuning_rate(epoch: float, peak: float, epochs: float, warmup_epochs: float, deit_compat: bool) -> float:
-    """Linear from 1e-6 to `peak`, then half a cosine to 1e-5.
+    """Return the learning rate of fine-tuning: linear from 1e-6 to `peak`, then half a cosine to 1e-5.
 
-    With `deit_compat`, as DeiT's training runs: a rate per whole epoch, set after it for the next one, so that the first two
-    have the first rate; and the cosine starts with the warm-up, below whose end it is never seen.
+    With `deit_compat` it follows DeiT's training: one rate per whole epoch, set after an epoch for the next one, so the first
+    two epochs share the first rate; and the cosine counts from epoch 0, but shows only after the warm-up.
     """
     start, end = 1e-6, 1e-5
     first = warmup_epochs
@@ -29,5 +29,5 @@ def finetuning_rate(epoch: float, peak: float, epochs: float, warmup_epochs: flo
 
 
 def encoder_momentum(epoch: float, base: float, epochs: float, cosine: bool) -> float:
-    """Constant, or from `base` to 1 along half a cosine without warm-up."""
+    """Return the momentum of the moving average: constant, or from `base` to 1 along half a cosine, without warm-up."""
     return 1 - 0.5 * (1 + math.cos(math.pi * epoch / epochs)) * (1 - base) if cosine else base
