@@ -12,24 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rows import Row
-from benchmarks.scaling.catalogue import GPUS
+from crossbatch.engine.planning.catalogue import CARDS, GPUS
 
 UNKNOWN = "unknown"
-# CUDA's names, to the letter, of cards whose peaks the catalogue has. Relatives differ: an H100 PCIe has 0.76 of an H100's.
-CARDS = {
-    "Tesla V100-SXM2-16GB": "v100-16g",
-    "Tesla V100-SXM2-32GB": "v100-32g",
-    "Tesla T4": "t4",
-    "NVIDIA A10": "a10",
-    "NVIDIA A100-SXM4-40GB": "a100-40g",
-    "NVIDIA A100-SXM4-80GB": "a100-80g",
-    "NVIDIA H100 80GB HBM3": "h100-80g",
-    "NVIDIA H200": "h200",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA GeForce RTX 3090": "rtx3090",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "NVIDIA RTX A6000": "a6000",
-}
 
 
 def count(call: Callable[[], Any]) -> int:

@@ -1,11 +1,5 @@
-"""How training scales: predicted, checked against published runs, and measured.
+"""How training scales: `engine.planning` checked against published runs, and a step measured on real ranks.
 
-catalogue       GPUs and links, with sources
-activations     what autograd keeps, from shapes       memory       what a step needs, part by part
-compute         FLOPs, roofline                        traffic      every collective of a step (fsdp: those of FSDP2)
-communication   how long a collective takes            stragglers   what waiting for each other costs
-calibration     the fitted constants, and their error on published runs (published)
-prediction      one step, stage by stage               (launch/plan.py asks this)
-study           runs a step on 1, 2, 4, ... ranks (rank), and counts its collectives (counting)
-command         python -m benchmarks scaling ...
+published*.csv  runs on one and many GPUs, with sources        calibration  fits the constants to them, and back-tests
+study           runs a step on 1, 2, 4, ... ranks (rank)       __main__     python -m benchmarks scaling ...
 """

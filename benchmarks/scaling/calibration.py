@@ -1,74 +1,111 @@
-"""The few constants of the model, fitted to published runs, and how well they predict the runs that they were not fitted to.
+"""The few constants of the model, fitted to published runs, and how well they predict runs that they were not fitted to.
 
 A step of b images on each of N GPUs, g of them in a node:
 
     T = fixed + c b + contention b (g - 1) + wait(N) + exposed communication
 
-    fixed         what a step takes however few its images: weights, gradients, the optimizer. One number, for a V100, and
-                  less where the memory is faster
-    c             what an image takes; from the run that is known, or from the roofline (compute.py)
-    contention    what every further GPU of a node costs each image: cores, memory and power of a host, shared. One number for
-                  a framework with its loader
-    wait          stragglers.py; the share of time that a rank is interrupted is one number for frameworks that compile or
-                  capture their step, one for those in which Python drives it
-    communication nothing fitted: bandwidths and latencies of the catalogue (communication.py)
+    fixed         what a step takes however few its images. One number, for a V100, less where the memory is faster
+    c             what an image takes; from the smaller run, or from the roofline (engine/planning/compute.py)
+    contention    what every further GPU of a node costs each image; one number for a framework with its loader
+    wait          stragglers; the share of time that a rank is interrupted is one number for frameworks that compile or capture
+                  their step ("graph"), one for those in which Python drives it ("eager")
+    communication nothing fitted: bandwidths and latencies of the catalogue
+
+published.csv: training images/s of one code on the same GPUs, a known smaller run and a wanted larger one. MLPerf's are medians
+over the logs of a submission. SwAV (2x224 + 6x96 px) runs 53 norms once for each crop size and one more; apex's and torch 1.4's
+took five collectives each (NVIDIA/apex #980). `norms_over`: ranks that share a norm's statistics, 0 if each keeps its own.
+Not in it, because what they need is not published: pytorch #39358 (synchronised norms "2x", no sizes), mosaicml/composer #1391
+(no step time), MoCo v3, Fast-MoCo, Barlow Twins and others (one size each).
+
+published_one_gpu.csv: supervised training, 224 px; none in TF32, which our runs never ask for (the roofline has it 1.4 times
+too fast). `score_heads`: heads of a ViT whose attention kept its scores (before PyTorch 2).
 
 Leave one out: every row is predicted with constants fitted to all others.
 """
 
+import csv
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks.scaling.catalogue import GPUS, Gpu, find_gpu, machines
-from benchmarks.scaling.communication import Layout, seconds
-from benchmarks.scaling.compute import Efficiency, work_of_arch
-from benchmarks.scaling.published import ROWS, SINGLE, Row, Run, Single
-from benchmarks.scaling.stragglers import wait_ms
+from crossbatch.engine.planning.catalogue import find_gpu, machines
+from crossbatch.engine.planning.communication import collective_ms, wait_ms
+from crossbatch.engine.planning.compute import Efficiency, work_of
+from crossbatch.engine.planning.prediction import BACKWARD, Constants
 
-BUCKETS = (
-    20  # that gradients travel in while the backward pass runs: MLPerf's setting, and DDP's 25 MB make about as many
-)
-BACKWARD = 2 / 3  # of the computation
+BUCKETS = 20  # that gradients travel in during the backward pass: MLPerf's setting; DDP's 25 MB make about as many
 # Where fits start, and where what no row speaks about stays.
 START_FIXED_MS, START_CONTENTION_MS, START_SHARE = 4.0, 0.007, {"graph": 0.003, "eager": 0.03}
-# Ranks of a CPU: gloo between processes of one machine (assumed).
-LOOPBACK = {"inside": 2.0, "between": 2.0, "hop_us": (30.0, 30.0), "network_us": (30.0, 30.0)}
 _PULL = 0.01  # of the start, beside the rows' errors, in natural logarithms
+_FOLDER = Path(__file__).parent
+
+R = TypeVar("R", "Row", "Single")
 
 
 @dataclass(frozen=True)
-class Constants:
-    fixed_ms: float  # on a V100
-    contention_ms: dict[str, float]  # by stack, for an image and a further GPU
-    share: dict[str, float]  # by noise
+class Run:
+    """A published training run."""
 
-    def fixed_on(self, gpu: Gpu) -> float:
-        """ms: weights, gradients and velocities are read and written once a step, so it goes with the bandwidth."""
-        return self.fixed_ms * GPUS["v100-32g"].bandwidth / gpu.bandwidth
+    gpus: int
+    nodes: int
+    batch: int  # images of a GPU
+    images_per_s: float
+    norms_over: int = 0  # ranks that share the statistics of a norm; 0: norms are not synchronised
 
-    def with_stack(self, name: str, stack: str, noise: str) -> "Constants":
-        """And another, which is as those two."""
-        contention = {**self.contention_ms, name: self.contention_ms[stack]}
-        return Constants(self.fixed_ms, contention, {**self.share, name: self.share[noise]})
+    @property
+    def step_ms(self) -> float:
+        return 1000 * self.gpus * self.batch / self.images_per_s
 
-    def table(self) -> list[tuple[str, str, str]]:
-        """(name, value, meaning)."""
-        return [
-            ("fixed", f"{self.fixed_ms:.1f} ms", "of a step, however few its images, on a V100; goes with bandwidth"),
-            *(
-                (f"contention, {name}", f"{1000 * value:.1f} us", "of an image, for every further GPU of a node")
-                for name, value in self.contention_ms.items()
-            ),
-            *(
-                (f"interrupted, {name}", f"{100 * value:.1f} %", "of a rank's time, in pauses of 3 ms")
-                for name, value in self.share.items()
-            ),
-        ]
+
+@dataclass(frozen=True)
+class Row:
+    """A published pair of runs: the smaller is known, the larger is wanted."""
+
+    name: str
+    stack: str  # whose contention within a node
+    noise: str  # "graph" or "eager"
+    gpu: str
+    network: str | None  # None: that of the catalogue
+    known: Run
+    wanted: Run
+    gradient_mb: float
+    calls: int  # collectives of the norms in a step
+    source: str
+
+    @property
+    def publication(self) -> str:
+        return self.name.split()[0]
+
+    @property
+    def synchronisations(self) -> int:
+        """Points of a step where ranks wait for each other: two for each synchronised norm, of five collectives each."""
+        return 2 * self.calls // 5 or 1
+
+    @property
+    def images_per_s(self) -> float:
+        return self.wanted.images_per_s
+
+
+@dataclass(frozen=True)
+class Single:
+    """A published run on one GPU."""
+
+    arch: str
+    gpu: str
+    precision: str
+    score_heads: int
+    images_per_s: float
+    source: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch}, {self.gpu}, {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -83,135 +120,130 @@ class Tested:
     source: str
 
 
-def predict(row: Row, constants: Constants) -> float:
-    """Images/s of the wanted run, from the known one."""
+@dataclass(frozen=True)
+class Fit:
+    """Constants of every framework in the rows."""
+
+    fixed_ms: float  # on a V100
+    contention_ms: dict[str, float]  # by stack
+    share: dict[str, float]  # by noise
+
+    def of(self, stack: str, noise: str, efficiency: Efficiency) -> Constants:
+        return Constants(self.fixed_ms, self.contention_ms[stack], self.share[noise], efficiency)
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    with (_FOLDER / name).open(newline="", encoding="utf-8") as file:
+        return [{key: _number(value) for key, value in line.items()} for line in csv.DictReader(file)]
+
+
+def _number(text: str) -> Any:
+    return float(text) if "." in text and text.replace(".", "").isdigit() else int(text) if text.isdigit() else text
+
+
+def _row(line: dict[str, Any]) -> Row:
+    fields = ("gpus", "nodes", "batch", "images_per_s", "norms_over")
+    line["known"], line["wanted"] = (Run(*(line.pop(before + name) for name in fields)) for before in ("known_", ""))
+    return Row(**line)
+
+
+ROWS = [_row(line) for line in _read("published.csv")]
+SINGLE = [Single(**line) for line in _read("published_one_gpu.csv")]
+
+
+def predict(row: Row, fit: Fit) -> float:
+    """Predict images/s of the wanted run from the known one."""
     known, wanted = row.known, row.wanted
-    fixed = 0.0 if row.gpu == "cpu" else constants.fixed_on(find_gpu(row.gpu))
+    constants = fit.of(row.stack, row.noise, Efficiency(1, 1))
+    fixed = constants.fixed_on(find_gpu(row.gpu))
     work = known.step_ms - fixed - _beside(row, known, known.step_ms, constants)
-    again = work * wanted.batch / known.batch
-    step = fixed + again + _beside(row, wanted, known.step_ms * wanted.batch / known.batch, constants)
+    larger = wanted.batch / known.batch
+    step = fixed + work * larger + _beside(row, wanted, known.step_ms * larger, constants)
     return 1000 * wanted.gpus * wanted.batch / step
 
 
 def _beside(row: Row, run: Run, step_ms: float, constants: Constants) -> float:
     """ms of a step that are neither fixed nor computation; `step_ms` is about what the step takes."""
-    contention = constants.contention_ms[row.stack] * run.batch * (run.gpus // run.nodes - 1)
-    share = constants.share[row.noise]
+    contention = constants.contention_ms * run.batch * (run.gpus // run.nodes - 1)
     # Gradients travel in buckets during the backward pass: exposed is the last, or what does not fit beside the pass.
-    bucket = _collective_ms(row.gpu, run.gpus, run.nodes, row.network, "all-reduce", row.gradient_bytes / BUCKETS)
+    bucket = _collective_ms(row.gpu, run.gpus, run.nodes, row.network, "all-reduce", 1e6 * row.gradient_mb / BUCKETS)
     exposed = max(bucket, BUCKETS * bucket - BACKWARD * step_ms)
     if not run.norms_over:
-        return contention + wait_ms(run.gpus, 1, step_ms, share) + exposed
+        return contention + exposed + wait_ms(run.gpus, 1, step_ms, constants.share)
     nodes = 1 if run.norms_over <= run.gpus // run.nodes else run.nodes
     tiny = row.calls * _collective_ms(row.gpu, run.norms_over, nodes, row.network, "all-gather", 0.0)
-    return contention + wait_ms(run.norms_over, row.synchronisations, step_ms, share) + tiny + exposed
+    return contention + exposed + tiny + wait_ms(run.norms_over, row.synchronisations, step_ms, constants.share)
 
 
 @functools.cache
 def _collective_ms(gpu: str, gpus: int, nodes: int, network: str | None, kind: str, size: float) -> float:
-    if gpu == "cpu":
-        return 1000 * seconds(kind, size, Layout(gpus, nodes, **LOOPBACK))
-    return 1000 * seconds(kind, size, Layout.of(machines(gpu, gpus, nodes, network)))
+    return collective_ms(kind, size, machines(gpu, gpus, nodes, network))
 
 
-def fit(rows: Sequence[Row] = tuple(ROWS), start: Constants | None = None) -> Constants:
-    """Least squares of the logarithms of predicted over published, large errors counting less."""
-    stacks = list(dict.fromkeys(row.stack for row in [*ROWS, *rows]))
-    noises = list(dict.fromkeys(row.noise for row in [*ROWS, *rows]))
+def fit(rows: Sequence[Row] = tuple(ROWS), start: Fit | None = None) -> Fit:
+    """Fit by least squares of the logarithms of predicted over published, large errors counting less."""
+    stacks, noises = (list(dict.fromkeys(getattr(row, name) for row in ROWS)) for name in ("stack", "noise"))
+    default = Fit(START_FIXED_MS, dict.fromkeys(stacks, START_CONTENTION_MS), START_SHARE)
 
-    def constants(x: np.ndarray) -> Constants:
-        values = np.exp(x).tolist()
-        contention = dict(zip(stacks, values[1 : 1 + len(stacks)], strict=True))
-        return Constants(values[0], contention, dict(zip(noises, values[1 + len(stacks) :], strict=True)))
-
-    def vector(of: Constants | None) -> np.ndarray:
-        if of is None:
-            shares = [START_SHARE.get(noise, START_SHARE["eager"]) for noise in noises]
-            return np.log([START_FIXED_MS, *(_start_contention(rows, stack) for stack in stacks), *shares])
+    def vector(of: Fit) -> np.ndarray:
         return np.log([of.fixed_ms, *(of.contention_ms[s] for s in stacks), *(of.share[n] for n in noises)])
 
-    default = vector(None)
+    def unpacked(x: np.ndarray) -> Fit:
+        fixed_ms, *values = np.exp(x).tolist()
+        return Fit(fixed_ms, dict(zip(stacks, values)), dict(zip(noises, values[len(stacks) :])))  # noqa: B905
 
     def errors(x: np.ndarray) -> list[float]:
-        now = constants(x)
-        return [math.log(predict(row, now) / row.wanted.images_per_s) for row in rows] + list(_PULL * (x - default))
+        now = unpacked(x)
+        return [math.log(predict(row, now) / row.images_per_s) for row in rows] + list(_PULL * (x - vector(default)))
 
-    found = least_squares(errors, vector(start), loss="soft_l1", f_scale=0.05, diff_step=1e-3, xtol=1e-4, ftol=1e-6)
-    return constants(found.x)
-
-
-def _start_contention(rows: Sequence[Row], stack: str) -> float:
-    """On a CPU, whose cores ranks share, a further rank costs an image as much as the first does."""
-    times = [row.known.step_ms / row.known.batch for row in rows if row.stack == stack and row.gpu == "cpu"]
-    return times[0] if times else START_CONTENTION_MS
+    begin = vector(start or default)
+    return unpacked(least_squares(errors, begin, loss="soft_l1", f_scale=0.05, diff_step=1e-3, xtol=1e-4, ftol=1e-6).x)
 
 
-def leave_one_out(rows: Sequence[Row] = tuple(ROWS), wanted: Sequence[Row] | None = None) -> list[Tested]:
-    """Of `wanted`, all by default."""
-    return _leave_out(rows, {row: row.name for row in wanted or rows})
-
-
-def leave_publication_out(rows: Sequence[Row] = tuple(ROWS)) -> list[Tested]:
-    """Harder: constants that have not seen any row of the same publication, nor its framework, if nobody else has it."""
-    return _leave_out(rows, {row: row.publication for row in rows})
-
-
-def _leave_out(rows: Sequence[Row], wanted: dict[Row, str]) -> list[Tested]:
-    """Each row by constants fitted to the rows whose name and publication are not its key."""
-    everything = fit(rows)
-    without = {
-        key: fit([row for row in rows if key not in (row.name, row.publication)], everything)
-        for key in set(wanted.values())
-    }
-    tested = []
-    for row, key in wanted.items():
-        published = row.wanted.images_per_s
-        predicted, fitted = predict(row, without[key]), predict(row, everything)
-        errors = predicted / published - 1, fitted / published - 1
-        tested.append(Tested(row.name, published, predicted, *errors, row.source))
-    return tested
-
-
-def single_images_per_s(row: Single, efficiency: Efficiency) -> float:
-    """Supervised training on one GPU, by the roofline."""
-    work = work_of_arch(row.arch, 224, row.precision)
-    if row.score_heads:
-        work = replace(work, kept=work.kept + _scores_kept(row.score_heads))
+def predict_single(row: Single, efficiency: Efficiency) -> float:
+    """Predict images/s of supervised training on one GPU, by the roofline."""
+    work = work_of(row.arch, 224, row.precision)
+    # Scores of 12 blocks on 197 tokens: probabilities in fp32, as softmax gives them, and in fp16, as the product takes them.
+    work = replace(work, kept=work.kept + 12 * row.score_heads * 197**2 * 6.0)
     return 1 / work.seconds(find_gpu(row.gpu), row.precision, efficiency)[0]
 
 
-def _scores_kept(heads: int, blocks: int = 12, tokens: int = 197) -> float:
-    """Bytes: probabilities in fp32, as softmax gives them under autocast, and in fp16, as the product takes them."""
-    return blocks * heads * tokens**2 * 6.0
-
-
-def fit_efficiency(rows: Sequence[Single] = tuple(SINGLE)) -> Efficiency:
+def fit_efficiency(rows: Sequence[Single] = tuple(SINGLE), start: Efficiency | None = None) -> Efficiency:
     def errors(x: np.ndarray) -> list[float]:
-        efficiency = Efficiency(*np.exp(x).tolist())
-        return [math.log(single_images_per_s(row, efficiency) / row.images_per_s) for row in rows]
+        return [math.log(predict_single(row, Efficiency(*np.exp(x))) / row.images_per_s) for row in rows]
 
-    found = least_squares(errors, np.log([0.5, 20.0]), loss="soft_l1", f_scale=0.05, diff_step=1e-3)
-    return Efficiency(*np.exp(found.x).tolist())
+    begin = np.log([0.5, 20.0] if start is None else [start.of_peak, start.moves])
+    return Efficiency(*np.exp(least_squares(errors, begin, loss="soft_l1", f_scale=0.05, diff_step=1e-3).x).tolist())
 
 
-def leave_one_out_single(rows: Sequence[Single] = tuple(SINGLE)) -> list[Tested]:
-    everything, tested = fit_efficiency(rows), []
-    for i, row in enumerate(rows):
-        without = fit_efficiency([*rows[:i], *rows[i + 1 :]])
-        predicted, fitted = single_images_per_s(row, without), single_images_per_s(row, everything)
-        name = f"{row.arch}, {row.gpu}, {row.precision}"
-        errors = (predicted / row.images_per_s - 1, fitted / row.images_per_s - 1)
-        tested.append(Tested(name, row.images_per_s, predicted, *errors, row.source))
+def leave_one_out() -> list[Tested]:
+    return _leave_out(ROWS, fit, predict, lambda row: row.name)
+
+
+def leave_publication_out() -> list[Tested]:
+    """Harder: constants that have not seen any row of the same publication, nor its framework, if nobody else has it."""
+    return _leave_out(ROWS, fit, predict, lambda row: row.publication)
+
+
+def leave_one_out_single() -> list[Tested]:
+    return _leave_out(SINGLE, fit_efficiency, predict_single, lambda row: row.name)
+
+
+def _leave_out(
+    rows: list[R], fit: Callable[..., Any], predict: Callable[[R, Any], float], key: Callable[[R], str]
+) -> list[Tested]:
+    """Predict each row by constants fitted to the rows with another key."""
+    everything = fit(rows)
+    without = {name: fit([row for row in rows if key(row) != name], everything) for name in {key(row) for row in rows}}
+    tested = []
+    for row in rows:
+        rate, fitted = predict(row, without[key(row)]), predict(row, everything)
+        errors = rate / row.images_per_s - 1, fitted / row.images_per_s - 1
+        tested.append(Tested(row.name, row.images_per_s, rate, *errors, row.source))
     return tested
 
 
-@functools.cache
-def calibrated() -> tuple[Constants, Efficiency]:
-    """Fitted to everything published."""
-    return fit(), fit_efficiency()
-
-
 def typical(tested: Sequence[Tested]) -> tuple[float, float]:
-    """Median and largest absolute error."""
+    """Return the median and the largest absolute error."""
     errors = np.abs([row.error for row in tested])
     return float(np.median(errors)), float(errors.max())

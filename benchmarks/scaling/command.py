@@ -2,7 +2,6 @@
                                                  runs a step on so many ranks of this machine
 python -m benchmarks scaling efficiency PATH     what such runs, of any launcher, came to
 python -m benchmarks scaling backtest [--json]   predicts published runs with constants fitted to the others
-python -m benchmarks scaling fit [--rows PATH]   the constants, and their error on published and measured rows
 
 PATH is a file or a folder of rows. On many nodes: see benchmarks/scaling/rank.py.
 """
@@ -17,26 +16,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import machine_of, read
+from benchmarks.rows import machine_of, read
 from benchmarks.scaling import calibration, study
 from benchmarks.scaling.calibration import Tested
-from benchmarks.scaling.published import ROWS
-from crossbatch import InputError
+from benchmarks.scaling.rank import add_flags
 
 WIDTH = 120
 LIMIT = 0.25  # beyond this error, a row is called missed
 
 
 def main(arguments: list[str]) -> None:
-    commands = {"backtest": backtest, "fit": fit, "efficiency": efficiency}
+    commands = {"backtest": backtest, "efficiency": efficiency}
     if arguments and arguments[0] in commands:
         commands[arguments[0]](arguments[1:])
     else:
         measure(arguments)
 
 
-def console() -> Console:
-    shown = Console(highlight=False)
+def _console() -> Console:
+    shown = Console(highlight=False, markup=False)
     shown.width = shown.width if shown.is_terminal else WIDTH
     return shown
 
@@ -46,26 +44,13 @@ def measure(arguments: list[str]) -> None:
         "python -m benchmarks scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", metavar="N", type=int, nargs="+", required=True, help="sizes, such as 1 2 4")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--weak", dest="mode", action="store_const", const="weak", help="train_batch_size is that of a rank (default)"
-    )
-    mode.add_argument("--strong", dest="mode", action="store_const", const="strong", help="train_batch_size is shared")
-    parser.add_argument("--recipe", metavar="F", default="ds_configs/bs4096.json", help="default %(default)s")
-    parser.add_argument("--set", metavar="path=value", action="append", default=[], help="override a key; repeatable")
-    parser.add_argument("--steps", metavar="N", type=int, default=10, help="for the clock (default %(default)s)")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/scaling"), help="default %(default)s")
-    given = parser.parse_args(arguments)
-    if given.steps < 1:
-        raise InputError(f"--steps: given {given.steps}; allowed: >= 1")
-    if not Path(given.recipe).exists():
-        raise InputError(f"--recipe: no such file: {given.recipe}")
+    given = add_flags(parser).parse_args(arguments)
     overrides = [*(study.ON_GPUS if torch.cuda.is_available() else study.SMALL), *given.set]
-    shown = console()
-    shown.print(f"{given.recipe} with {' '.join(overrides)}", markup=False)
-    rows = study.run_study(given.ranks, given.recipe, overrides, given.mode or "weak", given.steps, given.out)
+    shown = _console()
+    shown.print(f"{given.recipe} with {' '.join(overrides)}")
+    rows = study.run_study(given.ranks, overrides, given)
     shown.print(study.efficiency_table(read(given.out / "scaling.jsonl")))
-    shown.print(f"{machine_of(rows[0])}; rows in {given.out / 'scaling.jsonl'}", markup=False)
+    shown.print(f"{machine_of(rows[0])}; rows in {given.out / 'scaling.jsonl'}")
 
 
 def efficiency(arguments: list[str]) -> None:
@@ -74,8 +59,10 @@ def efficiency(arguments: list[str]) -> None:
     parser.add_argument("--machine", metavar="NAME", help="of several: the number or a part of the name of one")
     given = parser.parse_args(arguments)
     results = read(given.path).of_machine(given.machine)
-    console().print(study.efficiency_table(results))
-    _print_notes(results.notes)
+    shown = _console()
+    shown.print(study.efficiency_table(results))
+    for note in results.notes:
+        shown.print(note)
 
 
 def backtest(arguments: list[str]) -> None:
@@ -88,96 +75,42 @@ def backtest(arguments: list[str]) -> None:
         lists = {"scaling": tested, "scaling_by_publication": harder, "one_gpu": single}
         print(json.dumps({name: [vars(row) for row in rows] for name, rows in lists.items()}))
         return
-    linear = [row.known.images_per_s / row.known.gpus * row.wanted.gpus / row.wanted.images_per_s - 1 for row in ROWS]
-    sources = list(dict.fromkeys(row.source for row in [*tested, *single]))
-    shown = console()
+    rows, sources = calibration.ROWS, list(dict.fromkeys(row.source for row in [*tested, *single]))
+    linear = [row.known.images_per_s / row.known.gpus * row.wanted.gpus / row.images_per_s - 1 for row in rows]
+    shown = _console()
     title = "Published runs on many GPUs, images/s, each predicted by constants fitted to all others"
-    beside = {"by publ.": [row.error for row in harder], "linear": linear}
-    shown.print(_tested_table(title, tested, beside, sources))
-    several = [row for row, of in zip(tested, ROWS, strict=True) if of.wanted.nodes > 1]
-    shown.print(_summary("this run left out of the fit", tested))
-    shown.print(_summary("the same, runs on several nodes only", several))
-    shown.print(_summary("all runs of its publication left out of the fit (by publ.)", harder))
-    errors = np.abs(linear)
-    shown.print(
-        f"linear scaling instead: median error {100 * np.median(errors):.1f} %, worst {100 * errors.max():.1f} %"
-    )
-    _print_missed(shown, tested)
-    shown.print()
+    shown.print(_table(title, tested, {"by publ.": [row.error for row in harder], "linear": linear}, sources))
+    several = [row for row, of in zip(tested, rows, strict=True) if of.wanted.nodes > 1]
+    shown.print(_summary("this run left out of the fit", [row.error for row in tested]))
+    shown.print(_summary("the same, runs on several nodes only", [row.error for row in several]))
+    shown.print(_summary("all runs of its publication left out (by publ.)", [row.error for row in harder]))
+    shown.print(_summary("linear scaling instead", linear))
     title = "Supervised training on one GPU, images/s, by the roofline, each predicted by factors fitted to all others"
-    shown.print(_tested_table(title, single, {}, sources))
-    shown.print(_summary("this run left out of the fit", single))
-    _print_missed(shown, single)
-    shown.print()
+    shown.print(_table(title, single, {}, sources))
+    shown.print(_summary("this run left out of the fit", [row.error for row in single]))
+    for row in [*tested, *single]:
+        if abs(row.error) > LIMIT:
+            shown.print(f"missed by more than {100 * LIMIT:.0f} %: {row.name}")
+    shown.print(f"fitted to all: {calibration.fit()}, {calibration.fit_efficiency()}")
     for number, source in enumerate(sources, 1):
-        shown.print(f"[{number}] {source}", markup=False, soft_wrap=True)
+        shown.print(f"[{number}] {source}", soft_wrap=True)
 
 
-def fit(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks scaling fit")
-    parser.add_argument("--rows", metavar="PATH", type=Path, help="measured rows, fitted beside the published ones")
-    parser.add_argument("--machine", metavar="NAME", help="of several: the number or a part of the name of one")
-    given = parser.parse_args(arguments)
-    results = None if given.rows is None else read(given.rows).of_machine(given.machine)
-    mine = [] if results is None else study.measured_rows(results.rows)
-    if results is not None and not mine:
-        raise InputError(
-            f"--rows: {given.rows} holds no study of two sizes; measure with `python -m benchmarks scaling`"
-        )
-    constants, efficiency = calibration.fit([*ROWS, *mine]), calibration.fit_efficiency()
-    shown = console()
-    table = Table(
-        "constant", "value", "meaning", title=f"Fitted to {len(ROWS)} published and {len(mine)} measured rows"
-    )
-    for line in constants.table():
-        table.add_row(*line)
-    table.add_row(
-        "share of the peak", f"{100 * efficiency.of_peak:.0f} %", "that training reaches where arithmetic limits it"
-    )
-    table.add_row("moves", f"{efficiency.moves:.1f}", "of each byte kept for the backward pass, forward and backward")
-    shown.print(table)
-    rows = [*ROWS, *mine]
-    errors = np.abs([calibration.predict(row, constants) / row.wanted.images_per_s - 1 for row in rows])
-    shown.print(
-        f"its own error on these rows: median {100 * np.median(errors):.1f} %, worst {100 * errors.max():.1f} %"
-    )
-    for row in mine:
-        rate = calibration.predict(row, constants)
-        error = rate / row.wanted.images_per_s - 1
-        shown.print(
-            f"{row.name}: {rate:.1f} of {row.wanted.images_per_s:.1f} images/s, {100 * error:+.1f} %", markup=False
-        )
-    if results is not None:
-        _print_notes(results.notes)
-
-
-def _tested_table(
+def _table(
     title: str, tested: Sequence[Tested], beside: Mapping[str, Sequence[float]], sources: Sequence[str]
 ) -> Table:
-    columns = ("run", "published", "predicted", "error", "fitted", *beside, "source")
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(
+        "run", "published", "predicted", "error", "fitted", *beside, "source", title=title, title_justify="left"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for i, row in enumerate(tested):
         errors = [row.error, row.error_fitted, *(values[i] for values in beside.values())]
         rates = (f"{row.published:,.0f}", f"{row.predicted:,.0f}")
-        table.add_row(
-            row.name, *rates, *(f"{100 * error:+.1f} %" for error in errors), str(1 + sources.index(row.source))
-        )
+        table.add_row(row.name, *rates, *(f"{100 * e:+.1f} %" for e in errors), str(1 + sources.index(row.source)))
     return table
 
 
-def _summary(name: str, tested: Sequence[Tested]) -> str:
-    median, worst = calibration.typical(tested)
-    return f"{name}, {len(tested)}: median error {100 * median:.1f} %, worst {100 * worst:.1f} %"
-
-
-def _print_missed(shown: Console, tested: Sequence[Tested]) -> None:
-    for row in tested:
-        if abs(row.error) > LIMIT:
-            shown.print(f"missed by more than {100 * LIMIT:.0f} %: {row.name}", markup=False)
-
-
-def _print_notes(notes: Sequence[str]) -> None:
-    for note in notes:
-        console().print(note, markup=False)
+def _summary(name: str, errors: Sequence[float]) -> str:
+    size = 100 * np.abs(errors)
+    return f"{name}, {len(errors)}: median error {np.median(size):.1f} %, worst {size.max():.1f} %"

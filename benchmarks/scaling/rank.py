@@ -10,6 +10,7 @@ images are made up on the spot, so nothing waits for data.
 """
 
 import argparse
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,58 +19,107 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import Row, append, clocks
-from benchmarks.scaling.counting import Counting
-from benchmarks.scaling.traffic import step_traffic
+from benchmarks.measure import append, clocks
+from benchmarks.rows import Row
 from crossbatch import InputError
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
+from crossbatch.engine.planning.catalogue import CARDS, machines
+from crossbatch.engine.planning.prediction import estimate
+from crossbatch.engine.planning.traffic import Message, Traffic, step_traffic, totals
 from crossbatch.engine.runtime.distributed import GroupCollective, World, process_group, world_from_environment
-from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.sketch import sketch
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model
 
 WARM_UP = 3  # steps; DeepSpeed's stage 3 learns in the first two
+KINDS = {
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "broadcast_": "broadcast",
+}
+
+
+class Counting(TorchDispatchMode):
+    """Within it, `traffic` counts the collectives that really happen: our own, DeepSpeed's and FSDP2's, whoever calls them.
+
+    All pass torch's dispatcher as operators `c10d::...`, where the tensors can be weighed. A group of one rank sends nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traffic: Traffic = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it will call operators on its local tensors
+        namespace, _, name = str(func).partition(".")
+        if namespace == "c10d" and dist.get_world_size() > 1:
+            name = name.split(".")[0]
+            self.traffic[Message("counted", KINDS.get(name, name), whole_bytes(args))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def whole_bytes(args: tuple) -> int:
+    """Return the bytes of the larger side, output or input; of a list of tensors, all of them."""
+    sides = [[leaf for leaf in tree_leaves(arg) if isinstance(leaf, torch.Tensor)] for arg in args]
+    return max((sum(t.nbytes for t in side) for side in sides), default=0)
 
 
 def main() -> None:
-    given = arguments().parse_args()
-    if given.steps < 1:
-        raise InputError(f"--steps: given {given.steps}; allowed: >= 1")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = add_flags(parser).parse_args()
     world, device = world_from_environment(), Device.detect()
     config = load_config(given.recipe, given.set)
-    batch = config.train_batch_size * (world.size if given.mode == "weak" else 1)
-    config = load_config(given.recipe, [*given.set, f"train_batch_size={batch}"])
-    run = resolve(config, world.size, device, world.local_size)
-    with process_group(world, device.type, threads=run.threads) as torch_device:
-        times, calls = measure(run, torch_device, given.steps)
+    batch = config.train_batch_size * (1 if given.strong else world.size)
+    cfg = resolve(
+        load_config(given.recipe, [*given.set, f"train_batch_size={batch}"]), world.size, device, world.local_size
+    )
+    with process_group(world, device.type, threads=cfg.threads) as torch_device:
+        times, traffic = measure(cfg, torch_device, given.steps)
         if world.is_main:
-            row = row_of(run, world, given, times, calls)
-            append(given.out / "scaling.jsonl", "scaling", [row])
-            print(f"{row.case}: {row.p50:.1f} images/s, {sum(calls.values())} collectives a step", flush=True)
+            rows = rows_of(cfg, world, given, times, traffic)
+            append(given.out / "scaling.jsonl", "scaling", rows)
+            print(f"{rows[0].case}: {rows[0].p50:.1f} images/s, {traffic.total()} collectives a step", flush=True)
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what a rank and `python -m benchmarks scaling` both take."""
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--weak", action="store_true", help="train_batch_size is that of a rank (default)")
+    mode.add_argument("--strong", action="store_true", help="train_batch_size is shared")
     parser.add_argument("--recipe", metavar="F", default="ds_configs/bs4096.json", help="default %(default)s")
     parser.add_argument("--set", metavar="path=value", action="append", default=[], help="override a key; repeatable")
-    parser.add_argument(
-        "--mode", choices=("weak", "strong"), default="weak", help="weak: train_batch_size is that of one rank"
-    )
-    parser.add_argument("--steps", metavar="N", type=int, default=10, help="for the clock (default %(default)s)")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="adds a row to DIR/scaling.jsonl")
+    parser.add_argument("--steps", metavar="N", type=_positive, default=10, help="for the clock (default %(default)s)")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/scaling"), help="default %(default)s")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     return parser
 
 
-def measure(run: ResolvedConfig, device: torch.device, steps: int) -> tuple[list[float], Counter[tuple[str, int]]]:
-    """Seconds of `steps` steps, and the collectives of one."""
+def _positive(text: str) -> int:
+    """A type for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"given {text}; allowed: >= 1")
+    return int(text)
+
+
+def measure(cfg: ResolvedConfig, device: torch.device, steps: int) -> tuple[list[float], Traffic]:
+    """Time `steps` steps, in seconds, and count the collectives of one."""
     torch.manual_seed(0)
-    model = build_model(run).to(device)
+    model = build_model(cfg).to(device)
     model.set_collective(GroupCollective())
-    step = TrainStep(build_backend(model, run), run, device, steps_per_epoch=1000, chunk=run.chunk)
-    size = run.config.crossbatch.data.image_size
-    views = torch.randint(0, 256, (2, run.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    step = TrainStep(build_backend(model, cfg), cfg, device, steps_per_epoch=1000, chunk=cfg.chunk)
+    size = cfg.config.crossbatch.data.image_size
+    views = torch.randint(0, 256, (2, cfg.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
     views = views.pin_memory() if device.type == "cuda" else views  # as the loader hands them over
     for _ in range(WARM_UP):
         step(views)
@@ -82,7 +132,7 @@ def measure(run: ResolvedConfig, device: torch.device, steps: int) -> tuple[list
         times.append(time.perf_counter() - start)
     with Counting() as counting:
         step(views)
-    return times, counting.calls
+    return times, counting.traffic
 
 
 def _wait(device: torch.device) -> None:
@@ -92,34 +142,40 @@ def _wait(device: torch.device) -> None:
         dist.barrier()
 
 
-def row_of(
-    run: ResolvedConfig, world: World, given: argparse.Namespace, times: list[float], calls: Counter[tuple[str, int]]
-) -> Row:
-    with torch.device("meta"):
-        traffic = step_traffic(build_model(run), run)
-    rates = [run.config.train_batch_size / seconds for seconds in times]
-    p20, p50, p80 = (float(p) for p in np.percentile(rates, (20, 50, 80)))
-    by_kind: dict[str, dict[str, int]] = {}
-    for (kind, size), number in calls.items():
-        kind_of = by_kind.setdefault(kind, {"calls": 0, "bytes": 0})
-        kind_of["calls"] += number
-        kind_of["bytes"] += number * size
-    settings: dict[str, Any] = {
+def rows_of(
+    cfg: ResolvedConfig, world: World, given: argparse.Namespace, times: list[float], traffic: Traffic
+) -> list[Row]:
+    """Make the measured row and, on GPUs of the catalogue, one of what was predicted; the model says nothing about CPUs."""
+    sketched, nodes = sketch(cfg), world.size // world.local_size
+    p20, p50, p80 = (float(p) for p in np.percentile([cfg.config.train_batch_size / s for s in times], (20, 50, 80)))
+    mode = "strong" if given.strong else "weak"
+    asked: dict[str, Any] = {
         "recipe": Path(given.recipe).name,  # the configuration is below; where the file lay is nobody's business
         "overrides": given.set,
-        "mode": given.mode,
+        "mode": mode,
         "ranks": world.size,
-        "nodes": world.size // world.local_size,
+        "nodes": nodes,
         "threads": torch.get_num_threads(),
         "predicted": False,
-        "step_ms": 1000 * run.config.train_batch_size / p50,
-        "collectives": by_kind,
-        "collectives_as_predicted": traffic.by_kind() == calls,
-        "config": to_dict(run.config),
     }
-    case = f"{Path(given.recipe).stem}, {given.mode}, {world.size} rank{'s' if world.size > 1 else ''}"
-    return Row(case, p20, p50, p80, len(rates), "images/s", settings=settings, clocks=clocks())
+    found: dict[str, Any] = {
+        "step_ms": 1000 * cfg.config.train_batch_size / p50,
+        "collectives": totals(traffic, by="kind"),
+        "collectives_predicted": totals(step_traffic(sketched.model, cfg), by="kind"),
+        "config": to_dict(cfg.config),
+    }
+    case = f"{Path(given.recipe).stem}, {mode}, {world.size} rank{'s' if world.size > 1 else ''}"
+    rows = [Row(case, p20, p50, p80, len(times), "images/s", settings=asked | found, clocks=clocks())]
+    if cfg.device.name in CARDS:
+        rate = estimate(sketched, cfg, machines(CARDS[cfg.device.name], world.size, nodes)).images_per_s
+        rows.append(Row.of_one(f"{case}, predicted", rate, "images/s", asked | {"predicted": True}))
+    return rows
 
 
 if __name__ == "__main__":
-    run_main(main)
+    try:
+        main()
+    except InputError as error:
+        if world_from_environment().is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

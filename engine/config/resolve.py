@@ -10,6 +10,7 @@ from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config.load import to_dict
 from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig, ZeroConfig
+from crossbatch.engine.config.user_input import user_input
 from crossbatch.models.loss import chance_loss
 
 

@@ -2,18 +2,20 @@
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.harness import append
-from benchmarks.results import read
+from benchmarks.measure import append
+from benchmarks.rows import read
 from benchmarks.scaling import command, study
-from benchmarks.scaling.rank import measure, row_of
+from benchmarks.scaling.rank import measure, rows_of, whole_bytes
 from crossbatch import InputError
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.planning.plan import Question, plan
+from crossbatch.engine.runtime.distributed import World, world_from_environment
 
 TINY = [
     "train_batch_size=8",
@@ -27,31 +29,31 @@ TINY = [
 ]
 
 
-def row_on_this_rank(mode: str):
+def rows_on_this_rank():
     world = world_from_environment()
-    batch = 8 * (world.size if mode == "weak" else 1)
-    run = resolve(
-        load_config("ds_configs/bs4096.json", [*TINY, f"train_batch_size={batch}"]), world.size, Device("cpu")
-    )
-    times, calls = measure(run, torch.device("cpu"), 2)
-    given = argparse.Namespace(recipe="ds_configs/bs4096.json", set=TINY, mode=mode)
-    return row_of(run, world, given, times, calls)
+    run = resolve(load_config("ds_configs/bs4096.json", TINY), world.size, Device("cpu"))
+    times, traffic = measure(run, torch.device("cpu"), 2)
+    given = argparse.Namespace(recipe="ds_configs/bs4096.json", set=TINY, strong=True)
+    return rows_of(run, world, given, times, traffic)
 
 
 def test_rows_of_real_ranks(pools, tmp_path, capsys):
     for ranks in (1, 2):
-        append(tmp_path / "scaling.jsonl", "scaling", [pools(ranks).run(row_on_this_rank, "strong")[0]])
+        append(tmp_path / "scaling.jsonl", "scaling", pools(ranks).run(rows_on_this_rank)[0])
     one, two = read(tmp_path).rows
     for row, ranks in ((one, 1), (two, 2)):
         facts = row["settings"]
         assert (facts["ranks"], facts["mode"], facts["predicted"]) == (ranks, "strong", False)
         assert row["unit"] == "images/s" and row["p50"] == pytest.approx(8000 / facts["step_ms"], rel=1e-6)
-        assert facts["collectives_as_predicted"]
+        assert facts["collectives"].keys() == facts["collectives_predicted"].keys()
+        for kind, counted in facts["collectives"].items():
+            assert counted["bytes"] == pytest.approx(facts["collectives_predicted"][kind]["bytes"], rel=0.02)
         assert facts["config"]["train_batch_size"] == 8
     assert one["settings"]["collectives"] == {} and two["settings"]["collectives"]["all-reduce"]["calls"] > 10
     command.main(["efficiency", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "100 %" in said and "as predicted" in said and "NOT" not in said
+    calls = sum(kind["calls"] for kind in two["settings"]["collectives"].values())
+    assert "100 %" in said and f"{calls}, " in said and "collectives" in said
 
 
 def written(folder: Path, rates: dict[int, float], gpu: str | None = None, mode: str = "weak") -> Path:
@@ -67,7 +69,6 @@ def written(folder: Path, rates: dict[int, float], gpu: str | None = None, mode:
             "predicted": False,
             "step_ms": 1000 * 32 * ranks / rate,
             "collectives": {} if ranks == 1 else {"all-reduce": {"calls": 100, "bytes": 10**7}},
-            "collectives_as_predicted": True,
             "config": {"train_batch_size": 32 * ranks},
         }
         machine = {"cpu": "a CPU", "cores": 4, "threads": 1, "gpus": [gpu] * ranks if gpu else []}
@@ -78,36 +79,17 @@ def written(folder: Path, rates: dict[int, float], gpu: str | None = None, mode:
     return path
 
 
-def test_other_sizes_predict_a_size(tmp_path):
-    """Ranks that share cores: each further rank costs as much as the first."""
-    rows = read(written(tmp_path, {1: 100.0, 2: 98.0, 4: 95.0})).rows
-    found = study.predictions(rows)
-    assert [row.wanted.gpus for row, *_ in found] == [2, 4]
-    for row, rate, why in found:
-        assert rate == pytest.approx(row.wanted.images_per_s, rel=0.15)
-        assert why == "fitted to 1 other sizes"
-
-
-def test_one_size_more_is_too_few_on_a_cpu(tmp_path):
-    assert study.predictions(read(written(tmp_path, {1: 100.0, 2: 98.0})).rows) == []
-
-
-def test_gpus_are_predicted_by_published_runs(tmp_path):
-    rows = read(written(tmp_path, {1: 400.0, 8: 2600.0}, "Tesla V100-SXM2-32GB")).rows
-    ((row, rate, why),) = study.predictions(rows)
-    assert why == "published runs" and 0.5 * 3200 < rate < 3200 and row.known.gpus == 1
-
-
-def test_a_card_that_the_catalogue_lacks(tmp_path):
-    rows = read(written(tmp_path, {1: 400.0, 2: 700.0}, "NVIDIA Unheard-of")).rows
-    with pytest.raises(InputError, match=r"Unheard-of, which the catalogue lacks"):
-        study.predictions(rows)
-
-
-def test_fit_to_measured_rows_prints_its_error(tmp_path, capsys):
-    command.main(["fit", "--rows", str(written(tmp_path, {1: 100.0, 2: 98.0, 4: 95.0}))])
-    said = capsys.readouterr().out
-    assert "contention, measured" in said and "bs4096, weak, 1 -> 4 ranks" in said and "its own error" in said
+@pytest.mark.parametrize(("card", "known"), [("Tesla V100-SXM2-32GB", True), ("NVIDIA Unheard-of", False)])
+def test_gpus_of_the_catalogue_are_predicted_as_a_plan_would(card, known):
+    overrides = ["train_batch_size=512", "train_micro_batch_size_per_gpu=256"]
+    run = resolve(load_config("ds_configs/bs4096.json", overrides), 2, Device("cuda", False, card))
+    given = argparse.Namespace(recipe="ds_configs/bs4096.json", set=overrides, strong=True)
+    rows = rows_of(run, World(0, 2, 0, 2), given, [1.5, 1.6], Counter())
+    assert [row.settings["predicted"] for row in rows] == [False, True][: 1 + known]
+    if known:
+        assert rows[1].p50 == pytest.approx(
+            plan(Question(given.recipe, tuple(overrides), "v100-32g", 2)).images_per_s[1]
+        )
 
 
 def test_rows_that_cannot_be_read(tmp_path, capsys):
@@ -120,10 +102,7 @@ def test_rows_that_cannot_be_read(tmp_path, capsys):
     with pytest.raises(InputError, match="a row of version 99"):
         command.main(["efficiency", str(path)])
     with pytest.raises(InputError, match="no such file or folder"):
-        command.main(["fit", "--rows", str(tmp_path / "nowhere")])
-    path.write_text(whole.splitlines()[0])
-    with pytest.raises(InputError, match="holds no study of two sizes"):
-        command.main(["fit", "--rows", str(path)])
+        command.main(["efficiency", str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +110,6 @@ def test_rows_that_cannot_be_read(tmp_path, capsys):
     [
         (["--ranks", "-2"], "--ranks: given -2; allowed: >= 1"),
         (["--ranks", "1", "2", "2"], "each size once"),
-        (["--ranks", "2", "--steps", "0"], "--steps: given 0"),
         (["--ranks", "2", "--recipe", "nowhere.json"], "no such file: nowhere.json"),
     ],
 )
@@ -141,13 +119,19 @@ def test_studies_that_cannot_be(arguments, said, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_steps(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--ranks", "2", "--steps", "0"])
+    assert stop.value.code == 2 and "argument --steps: given 0; allowed: >= 1" in capsys.readouterr().err
+
+
 def test_what_a_failed_rank_said_is_passed_on():
     said = (
         "W1122 torchrun noise\nerror: train_batch_size: given 3 for 2 ranks; allowed: a multiple; set it to 2\nmore\n"
     )
-    failure = study._failure(2, said)
+    failure = study.failure(2, said)
     assert isinstance(failure, InputError) and str(failure).startswith("2 ranks: train_batch_size: given 3")
-    assert not isinstance(study._failure(2, "Traceback ..."), InputError)
+    assert not isinstance(study.failure(2, "Traceback ..."), InputError)
 
 
 def test_studies_are_kept_apart(tmp_path):
@@ -160,7 +144,5 @@ def test_studies_are_kept_apart(tmp_path):
 
 
 def test_lists_of_tensors_count_as_a_whole():
-    from benchmarks.scaling.counting import _whole
-
     outputs, inputs = [torch.zeros(4), torch.zeros(4)], [torch.zeros(4)]
-    assert _whole((outputs, inputs, "a group")) == 32
+    assert whole_bytes((outputs, inputs, "a group")) == 32

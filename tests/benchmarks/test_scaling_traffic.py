@@ -1,19 +1,23 @@
-"""On one, two and four ranks, every backend: the collectives of a real step are those that the model says, to the byte."""
+"""On one, two and four ranks, every backend: the collectives of a real step beside those that the model says.
+
+Ours must be among them, exactly; what DeepSpeed and FSDP2 send besides must come to the same bytes within an eighth.
+"""
 
 from collections import Counter
 
 import pytest
 import torch
 
-from benchmarks.scaling.counting import Counting
-from benchmarks.scaling.traffic import Message, step_traffic
+from benchmarks.scaling.rank import Counting
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
+from crossbatch.engine.planning.traffic import OURS, Message, of_parts, step_traffic, totals
 from crossbatch.engine.runtime.distributed import GroupCollective, world_from_environment
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model
 from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, zero
 
 BATCH = ["train_batch_size=24", "crossbatch.batchformer.group_size=12"]  # 6 images a rank of four: groups span two
+TOLERANCE, SMALL = 0.125, 256  # of bytes; gradient norms are a few numbers, whose calls differ
 CHUNKS = "train_micro_batch_size_per_gpu=3"
 
 
@@ -42,7 +46,7 @@ def counted(cases: list[list[str]]) -> list[Counter]:
             step(views)
         with Counting() as counting:
             step(views)
-        found.append(counting.calls)
+        found.append(counting.traffic)
     return found
 
 
@@ -52,7 +56,7 @@ CASES = {
         [*RESNET, *LARS, *zero(0)],
         [*VIT, *LARS, *zero(1), CHUNKS],
         [*VIT, *ADAMW, *zero(2), "crossbatch.batchformer.add_bf=37"],
-        [*VIT, *LARS, *zero(3), "zero_optimization.stage3_prefetch_bucket_size=3000"],
+        [*VIT, *LARS, *zero(3)],
         [*VIT, *LARS, *fsdp(0)],
         [*VIT, *LARS, *fsdp(3), CHUNKS],
     ],
@@ -61,7 +65,7 @@ CASES = {
 MORE = {
     2: [
         [*RESNET, *LARS, *zero(1), CHUNKS],
-        [*RESNET, *LARS, *zero(3), "crossbatch.batchformer.lr_scale=0.5", "zero_optimization.sub_group_size=4000"],
+        [*RESNET, *LARS, *zero(3), "crossbatch.batchformer.lr_scale=0.5"],
         [*RESNET, *LARS, *zero(1), "zero_optimization.reduce_bucket_size=20000"],
         [*RESNET, *LARS, *zero(1), "crossbatch.model.checkpoint_activations=true"],
         [*RESNET, *ADAMW, *fsdp(0)],
@@ -91,14 +95,18 @@ def test_counted_is_predicted(pools, ranks, cases):
     by_rank = pools(ranks).run(counted, cases)
     for number, overrides in enumerate(cases):
         traffic = predicted(overrides, ranks)
-        assert traffic.exact
+        ours = of_parts(traffic, *OURS)
+        theirs = totals(traffic - ours, by="kind")
         for calls in by_rank:
-            assert calls[number] == traffic.by_kind(), overrides
-        assert bool(traffic.by_kind()) == (ranks > 1)
-
-
-def test_stage_3_in_chunks_is_not_called_exact():
-    assert not predicted([*VIT, *LARS, *zero(3), CHUNKS], 2).exact
+            rest = Counter(calls[number])
+            for message, times in ours.items():
+                rest[message._replace(part="counted")] -= times
+            assert min(rest.values(), default=0) >= 0, (overrides, rest)
+            sent = {kind: total["bytes"] for kind, total in totals(rest, by="kind").items()}
+            for kind in {*sent, *theirs}:
+                want = theirs.get(kind, {"bytes": 0})["bytes"]
+                assert sent.get(kind, 0) == pytest.approx(want, rel=TOLERANCE, abs=SMALL), (overrides, kind)
+        assert bool(traffic) == (ranks > 1)
 
 
 def test_bs4096_on_16_gpus():
@@ -107,12 +115,13 @@ def test_bs4096_on_16_gpus():
     with torch.device("meta"):
         model = build_model(run)
     traffic = step_traffic(model, run)
-    norms = traffic.of("norms")
     # 53 norms of the backbone, two of a projector (one of them last), one of the predictor.
+    norms = of_parts(traffic, "norms")
     assert sum(calls for message, calls in norms.items() if message.kind == "all-gather") == 2 * (53 + 2) + 1
     assert sum(calls for message, calls in norms.items() if message.kind == "all-reduce") == 53 + 2 + 1
-    assert traffic.of("keys") == {Message("keys", "all-gather", 2 * 2 * 4096 * 256 * 4): 1}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert traffic.of("gradients") == {Message("gradients", "all-reduce", 4 * trained): 1}
-    gathered = sum(message.size * calls for message, calls in traffic.of("parameters").items())
-    assert 0 <= gathered - 4 * trained < 4 * 2 * 2 * 16  # two groups, each padded to two elements a rank
+    assert of_parts(traffic, "keys") == {Message("keys", "all-gather", 2 * 2 * 4096 * 256 * 4): 1}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert of_parts(traffic, "LARS") == {Message("LARS", "all-reduce", 2 * 8 * len(trained)): 1}
+    size = 4 * sum(p.numel() for p in trained)
+    assert of_parts(traffic, "gradients") == {Message("gradients", "all-reduce", size): 1}
+    assert totals(traffic)["parameters"]["bytes"] == size

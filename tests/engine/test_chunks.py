@@ -11,6 +11,7 @@ import torch
 from crossbatch import RunStopped
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.memory_model import StepMemory
 from crossbatch.engine.runtime import chunk_size as memory
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.tasks.pretrain import PretrainTask
@@ -222,12 +223,9 @@ def automatic(out: str, free: float, overrides: list[str]) -> int:
 
 def test_the_chunk_follows_the_memory_of_the_poorest_rank(tmp_path, pools):
     run = resolve(load_config(None, [*BASE, *LARGE, *VIT]), 2, Device("cpu"))
-    from crossbatch.engine.tasks.build import build_model
-
-    with torch.device("meta"):
-        model = build_model(run)
-    rest = memory.batch_wide_bytes(model, run)
-    each = memory.bytes_per_image(model.online.backbone, 16, torch.device("cpu"))
+    model = StepMemory(run)
+    each = model.at(2).without_context - model.at(1).without_context
+    rest = model.at(1).without_context - each
     assert each > 2 * 17 * 24 * 4 * 10  # views x tokens x width x bytes x ten activations at the very least
     for room in (7.5, 11.5, 40.0):
         cache = tmp_path / f"{room}.json"

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from benchmarks.scaling.planning import answer, as_dict
-from benchmarks.scaling.question import Question
+from crossbatch.engine.planning.plan import Question, as_dict
+from crossbatch.engine.planning.plan import plan as answer
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import plan
 
@@ -37,14 +37,14 @@ def test_bs4096_on_16_v100(v100s):
     """Between the only published run (Fast-MoCo, 924 images/s) and what the computation alone would allow (6,042)."""
     for found in v100s.values():
         low, rate, high = found.images_per_s
-        assert found.fits and found.run.chunk == 256 and found.run.precision == "fp16"
+        assert found.setting.fits and found.setting.cfg.chunk == 256 and found.setting.cfg.precision == "fp16"
         assert 924 < low < rate < high < 6042
         assert found.uncertainty > 0.2
-        assert found.limits[0] == "the backbone"
-        assert found.hours[0] == pytest.approx(100 * 312 * 4096 / rate / 3600)
-        backbone = found.estimate.of("backbone").ms
+        assert found.estimate.limits[0] == "the backbone"
+        assert found.hours[1] == pytest.approx(100 * 312 * 4096 / rate / 3600)
+        backbone = found.estimate.stage("backbone").ms
         assert 256 / backbone * 1000 * 16 == pytest.approx(6900, rel=0.1)  # 3/8 of 1150 a GPU, by the roofline
-    assert v100s[4].estimate.of("gradients").ms > 2 * v100s[2].estimate.of("gradients").ms
+    assert v100s[4].estimate.stage("gradients").ms > 2 * v100s[2].estimate.stage("gradients").ms
 
 
 def test_every_number_says_where_it_is_from(v100s):
@@ -60,13 +60,25 @@ def test_every_number_says_where_it_is_from(v100s):
 
 def test_one_gpu_takes_chunks_and_waits_for_nobody():
     found = answer(Question(BS4096, (), "v100-32g", 1))
-    assert found.run.chunks > 10 and found.fits
-    assert found.estimate.of("stragglers").ms == found.estimate.of("norms").ms == 0
+    assert found.setting.cfg.chunks > 10 and found.setting.fits
+    assert found.estimate.stage("stragglers").ms == found.estimate.stage("norms").ms == 0
+
+
+def test_hours_are_those_of_the_recipe():
+    found = [answer(Question(BS4096, (f"crossbatch.schedule.epochs={n}",), "v100-32g", 16, 2)) for n in (100, 300)]
+    assert found[1].hours == pytest.approx([3 * hours for hours in found[0].hours])
+
+
+def test_a_chunk_is_chosen_that_fits():
+    """The chunk and "fits" are of one model: where a run chooses, what it chooses fits."""
+    overrides = ("zero_optimization.stage=2", "zero_optimization.overlap_comm=true")  # two buckets of 2 GB each
+    found = answer(Question("ds_configs/r50_vanilla_bs4096.json", overrides, "v100-16g", 32, 4))
+    assert found.setting.fits and found.setting.cfg.chunk == 64
 
 
 def test_a_slow_feed_limits():
     found = answer(Question(BS4096, (), "h100-80g", 8, feed_per_s=1000))
-    assert found.limits[0] == "images from the loader"
+    assert found.estimate.limits[0] == "images from the loader"
     assert found.images_per_s[1] == pytest.approx(1000)
 
 
@@ -107,7 +119,7 @@ def test_a_measured_row_replaces_the_roofline(tmp_path):
     memory = row | {"case": "ResNet-50, memory, 256 images, 1 chunk", "unit": "MiB"}
     path.write_text(json.dumps(row) + "\n" + json.dumps(memory) + "\n")
     found = answer(Question(BS4096, (), "v100-32g", 16, 2, rows=path))
-    backbone = found.estimate.of("backbone")
+    backbone = found.estimate.stage("backbone")
     assert "measured (row 'ResNet-50, 1 chunk', commit abc)" in backbone.origin
     assert backbone.ms == pytest.approx(1000, rel=0.05)
     assert not any("no step of this was measured" in note for note in found.notes)

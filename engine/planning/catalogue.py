@@ -1,4 +1,4 @@
-"""What GPUs and links can do at best: the only numbers about hardware that the cost model has, each with its source.
+"""What GPUs and links can do at best: every number about hardware that a prediction uses, each with its source.
 
 A GPU's numbers are its maker's data sheet, dense (without sparsity), products of 16 bits summed in fp32. A link's bandwidth is
 the "bus bandwidth" of nccl-tests, bytes per second that each rank (within a node) or each adapter (between nodes) sends while
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bandwidth in GB/s (1e9), peaks in TFLOP/s; 0 where there is no such unit."""
+    """One kind of card: bandwidth in GB/s (1e9), dense peaks in TFLOP/s; 0 where there is no such unit."""
 
     memory_gib: float
     bandwidth: float
@@ -31,6 +31,7 @@ class Gpu:
     link: str  # inside of a node, unless the user says otherwise
     network: str  # between nodes, likewise
     source: str
+    card: str = ""  # CUDA's name for it, to the letter: an H100 PCIe has 0.76 of an H100's peaks
 
     def peak(self, precision: str) -> float:
         """FLOP/s. Products of fp32 run as TF32 where there is such a unit and the user allows it; we do not assume it."""
@@ -39,7 +40,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Link:
-    """GB/s of a rank or adapter, microseconds of a hop in a ring and in a tree."""
+    """A connection: GB/s of a rank or adapter, microseconds of a hop in a ring and in a tree."""
 
     bandwidth: float
     ring_us: float
@@ -48,19 +49,35 @@ class Link:
 
 
 GPUS = {
-    "v100-16g": Gpu(16, 900, 15.7, 0, 125, 0, "nvlink2", "edr", "NVIDIA V100 SXM2 data sheet"),
-    "v100-32g": Gpu(32, 900, 15.7, 0, 125, 0, "nvlink2", "edr", "NVIDIA V100 SXM2 data sheet"),
-    "t4": Gpu(15, 320, 8.1, 0, 65, 0, "pcie3", "25gbe", "NVIDIA T4 data sheet; 15 of 16 GB usable with ECC"),
-    "a10": Gpu(22.5, 600, 31.2, 62.5, 125, 125, "pcie4", "25gbe", "NVIDIA A10 data sheet"),
-    "a100-40g": Gpu(40, 1555, 19.5, 156, 312, 312, "nvlink3", "hdr", "NVIDIA A100 SXM data sheet"),
-    "a100-80g": Gpu(80, 2039, 19.5, 156, 312, 312, "nvlink3", "hdr", "NVIDIA A100 SXM data sheet"),
-    "h100-80g": Gpu(80, 3350, 66.9, 494.7, 989.4, 989.4, "nvlink4", "ndr", "NVIDIA H100 SXM data sheet"),
-    "h200": Gpu(141, 4800, 66.9, 494.7, 989.4, 989.4, "nvlink4", "ndr", "NVIDIA H200 SXM data sheet"),
-    "l40s": Gpu(45, 864, 91.6, 183, 362, 362, "pcie4", "100gbe", "NVIDIA L40S data sheet; 45 of 48 GB with ECC"),
-    "rtx3090": Gpu(24, 936, 35.6, 35.6, 71, 71, "pcie4", "10gbe", "NVIDIA GA102 whitepaper"),
-    "rtx4090": Gpu(24, 1008, 82.6, 82.6, 165.2, 165.2, "pcie4-no-p2p", "10gbe", "NVIDIA Ada whitepaper"),
-    "a6000": Gpu(48, 768, 38.7, 77.4, 154.8, 154.8, "pcie4", "25gbe", "NVIDIA RTX A6000 data sheet"),
+    "v100-16g": Gpu(16, 900, 15.7, 0, 125, 0, "nvlink2", "edr", "NVIDIA V100 SXM2 data sheet", "Tesla V100-SXM2-16GB"),
+    "v100-32g": Gpu(32, 900, 15.7, 0, 125, 0, "nvlink2", "edr", "NVIDIA V100 SXM2 data sheet", "Tesla V100-SXM2-32GB"),
+    "t4": Gpu(
+        15, 320, 8.1, 0, 65, 0, "pcie3", "25gbe", "NVIDIA T4 data sheet; 15 of 16 GB usable with ECC", "Tesla T4"
+    ),
+    "a10": Gpu(22.5, 600, 31.2, 62.5, 125, 125, "pcie4", "25gbe", "NVIDIA A10 data sheet", "NVIDIA A10"),
+    "a100-40g": Gpu(
+        40, 1555, 19.5, 156, 312, 312, "nvlink3", "hdr", "NVIDIA A100 SXM data sheet", "NVIDIA A100-SXM4-40GB"
+    ),
+    "a100-80g": Gpu(
+        80, 2039, 19.5, 156, 312, 312, "nvlink3", "hdr", "NVIDIA A100 SXM data sheet", "NVIDIA A100-SXM4-80GB"
+    ),
+    "h100-80g": Gpu(
+        80, 3350, 66.9, 494.7, 989.4, 989.4, "nvlink4", "ndr", "NVIDIA H100 SXM data sheet", "NVIDIA H100 80GB HBM3"
+    ),
+    "h200": Gpu(141, 4800, 66.9, 494.7, 989.4, 989.4, "nvlink4", "ndr", "NVIDIA H200 SXM data sheet", "NVIDIA H200"),
+    "l40s": Gpu(
+        45, 864, 91.6, 183, 362, 362, "pcie4", "100gbe", "NVIDIA L40S data sheet; 45 of 48 GB with ECC", "NVIDIA L40S"
+    ),
+    "rtx3090": Gpu(24, 936, 35.6, 35.6, 71, 71, "pcie4", "10gbe", "NVIDIA GA102 whitepaper", "NVIDIA GeForce RTX 3090"),
+    "rtx4090": Gpu(
+        24, 1008, 82.6, 82.6, 165.2, 165.2, "pcie4-no-p2p", "10gbe", "NVIDIA Ada whitepaper", "NVIDIA GeForce RTX 4090"
+    ),
+    "a6000": Gpu(
+        48, 768, 38.7, 77.4, 154.8, 154.8, "pcie4", "25gbe", "NVIDIA RTX A6000 data sheet", "NVIDIA RTX A6000"
+    ),
 }
+
+CARDS = {gpu.card: name for name, gpu in GPUS.items()}
 
 _NCCL = "hops: NCCL tuning.cc"
 LINKS = {
@@ -99,7 +116,7 @@ class Machines:
 
 
 def machines(gpu: str, gpus: int, nodes: int = 1, interconnect: str | None = None, link: str | None = None) -> Machines:
-    """From names: `interconnect` may carry the number of adapters of a node, as in 4xedr.
+    """Look up GPUs and links by name; `interconnect` may carry the number of adapters of a node, as in 4xedr.
 
     Raises:
         InputError: for names that are not in the tables and numbers that do not fit each other.
@@ -124,7 +141,7 @@ def machines(gpu: str, gpus: int, nodes: int = 1, interconnect: str | None = Non
 
 
 def find_gpu(name: str) -> Gpu:
-    """Of the table, or given by hand: "memory_gib=24,bandwidth=936,fp32=35.6,fp16=71"."""
+    """Look a GPU up in the table, or read one given by hand: "memory_gib=24,bandwidth=936,fp32=35.6,fp16=71"."""
     if "=" in name:
         return _by_hand(name)
     by_hand = '--gpu "memory_gib=24,bandwidth=936,fp32=35.6,fp16=71" (GB/s and TFLOP/s of its data sheet)'
@@ -132,7 +149,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def look_up(name: str, table: Mapping[str, T], flag: str, otherwise: str = "") -> T:
-    """Raises InputError with the nearest names."""
+    """Return `table[name]`, or raise InputError with the nearest names."""
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.5) or [key for key in table if key[:2] == name[:2]]
@@ -141,7 +158,7 @@ def look_up(name: str, table: Mapping[str, T], flag: str, otherwise: str = "") -
 
 
 def _by_hand(text: str) -> Gpu:
-    defaults = {"tf32": 0.0, "bf16": 0.0, "link": "pcie4", "network": "25gbe", "source": "given by hand"}
+    defaults = {"tf32": 0.0, "bf16": 0.0, "link": "pcie4", "network": "25gbe", "source": "given by hand", "card": ""}
     kinds = {item.name: item.type for item in dataclasses.fields(Gpu)}
     values: dict[str, object] = dict(defaults)
     for pair in text.split(","):

@@ -1,0 +1,183 @@
+"""A network without memory, and what a step of it keeps: shapes pass through the real modules, and autograd is asked.
+
+Nothing is modelled layer by layer, so any backbone counts, under autocast and with checkpointed blocks too. The tensors are
+those of torch's FakeTensorMode, on its "CPU": what autograd saves there is what it saves on a GPU.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossbatch.engine.config import ResolvedConfig, autocast_dtype, to_dict
+from crossbatch.engine.tasks.build import build_model
+from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
+from crossbatch.models.backbones import blocks
+from crossbatch.models.norm import ViewBatchNorm
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes kept for the backward pass: `per_image` for each image (all its views), `fixed` once."""
+
+    per_image: float
+    fixed: float
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A network without memory, and what a step of it keeps."""
+
+    model: MoCo
+    backbone: Kept
+    working: float  # bytes per image: alive at once in the momentum encoder's forward pass
+    batch_wide: float  # bytes kept behind the backbone, for the whole local batch
+    heads_flops: float  # products there, forward, without those of attention over the batch
+
+
+_sketches: dict[str, Sketch] = {}
+
+
+def sketch(cfg: ResolvedConfig) -> Sketch:
+    """Trace the network of `cfg`, once: configurations that differ in sharding or chunks share it."""
+    ours = to_dict(cfg.config.crossbatch)
+    asked = [ours["model"], ours["batchformer"], ours["data"]["image_size"], cfg.precision]
+    key = json.dumps([*asked, cfg.group_size, cfg.local_batch, cfg.world_size])
+    if key not in _sketches:
+        _sketches[key] = _sketch(cfg)
+    return _sketches[key]
+
+
+def _sketch(cfg: ResolvedConfig) -> Sketch:
+    ours, rows = cfg.config.crossbatch, NUM_VIEWS * cfg.local_batch
+    model = without_memory(lambda: build_model(cfg))
+    model.cuda_graph = False  # there is nothing to capture
+    kept = kept_by_backbone(
+        model.online.backbone, ours.data.image_size, cfg.precision, ours.model.checkpoint_activations
+    )
+    working = _working(model.momentum.backbone, ours.data.image_size, cfg.precision)
+    model.set_collective(_AnyRank(cfg.world_size))
+    with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
+        online, momentum = (torch.empty(rows, model.online.backbone.num_features) for _ in range(2))
+        behind = _saved(lambda: model.contrast(online.requires_grad_(), momentum, 0, 0).loss, model)
+    return Sketch(model, kept, working, behind, float(counter.get_total_flops()))
+
+
+def kept_by_backbone(backbone: nn.Module, image_size: int, precision: str, checkpointed: bool = False) -> Kept:
+    """Trace what a backbone keeps of both views; with `checkpointed` blocks, also one of them while it is repeated."""
+    with shapes_only(precision):
+        one, two = (_kept_of(backbone, _images(count, image_size), checkpointed) for count in (1, 2))
+    return Kept(two - one, 2 * one - two)
+
+
+def _kept_of(backbone: nn.Module, images: torch.Tensor, checkpointed: bool) -> float:
+    inputs: dict[nn.Module, torch.Tensor] = {}
+    hooks = [
+        block.register_forward_pre_hook(lambda b, args: inputs.setdefault(b, args[0])) for block in _blocks(backbone)
+    ]
+    try:
+        kept = _saved(lambda: backbone(images), backbone)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if checkpointed:
+        repeated = [_saved(lambda b=b, x=x: b(x.detach().requires_grad_()), b) - x.nbytes for b, x in inputs.items()]
+        kept += max(repeated)
+    return kept
+
+
+def _saved(call: Callable[[], Any], module: nn.Module) -> float:
+    """Count the bytes that autograd saves in `call`, every storage once, without parameters and buffers."""
+    own = {t.untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
+    found: dict[int, int] = {}
+    alive: list[Any] = []  # or a storage's address would be given out twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive.append(call())
+    return float(sum(size for storage, size in found.items() if storage not in own))
+
+
+def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
+    """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input."""
+    branch, most = [0], [0]
+
+    def leave(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        most.append(args[0].nbytes + output.nbytes + branch[-1])
+
+    layers = [layer for layer in backbone.modules() if not list(layer.children())]
+    hooks = [layer.register_forward_hook(leave) for layer in layers]
+    hooks += [b.register_forward_pre_hook(lambda _, args: branch.append(args[0].nbytes)) for b in _blocks(backbone)]
+    hooks += [b.register_forward_hook(lambda *_: branch.pop() and None) for b in _blocks(backbone)]
+    with shapes_only(precision), torch.no_grad():
+        backbone(_images(1, image_size))
+    for hook in hooks:
+        hook.remove()
+    return float(max(most))
+
+
+def _blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The residual blocks, of which a ResNet has several in a stage."""
+    return [b for stage in blocks(backbone) for b in (stage if isinstance(stage, nn.Sequential) else [stage])]
+
+
+def _images(count: int, size: int) -> torch.Tensor:
+    return torch.empty(NUM_VIEWS * count, 3, size, size).to(memory_format=torch.channels_last)
+
+
+def without_memory(build: Callable[[], Network]) -> Network:
+    """Build a network that has shapes only; it can run inside `shapes_only`."""
+    with torch.device("meta"):
+        network = build()
+    with _no_memory():
+        return network.to_empty(device="cpu")
+
+
+@contextlib.contextmanager
+def shapes_only(precision: str) -> Iterator[None]:
+    """Let networks of `without_memory` run without arithmetic, under autocast to `precision`; new tensors have no memory."""
+    with (
+        _no_memory(),
+        mock.patch.object(ViewBatchNorm, "forward", _normalise),
+        autocast("cpu", autocast_dtype(precision)),
+    ):
+        yield
+
+
+@functools.cache
+def _no_memory() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _normalise(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
+    """A norm for shapes: ours calls kernels that have no version without memory; this one keeps as much."""
+    return F.batch_norm(x, None, None, norm.weight, norm.bias, True)
+
+
+class _AnyRank(Collective):
+    """The first of `world_size` ranks, for shapes."""
+
+    def __init__(self, world_size: int):
+        self._world_size = world_size
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty(self.world_size, *tensor.shape)
