@@ -18,6 +18,7 @@ mine = slice(rank * 64 // world, (rank + 1) * 64 // world)
 own = queries[:, mine].clone().requires_grad_()
 loss = contrastive_loss(own, keys[:, mine], temperature=0.2)
 loss.backward()
+assert own.grad is not None
 mean = loss.detach()
 if world > 1:
     dist.all_reduce(mean)

@@ -213,7 +213,7 @@ def test_arguments_that_cannot_be(arguments, message):
 
 def test_parameters_that_are_elsewhere_are_not_averaged_silently():
     model = MoCo(Small(), **HEADS)
-    model.online.projector[0].weight.data = torch.empty(0)  # as ZeRO-3 leaves it  # pyright: ignore[reportIndexIssue]
+    model.online.projector.get_parameter("0.weight").data = torch.empty(0)  # as ZeRO-3 leaves it
     with pytest.raises(ValueError, match="parameters are sharded"):
         model.update_momentum(0.9)
 
