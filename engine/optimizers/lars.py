@@ -210,6 +210,7 @@ class LARS(torch.optim.Optimizer):
         groups = [group for group in self.param_groups if group["params"]]
         if not groups:
             return loss
+        self._check_known(groups)
         if self.layout is None:
             self.layout = Layout.of_parameters(self.adapts)
         work = [self._work(group, self.layout) for group in groups]
@@ -230,17 +231,22 @@ class LARS(torch.optim.Optimizer):
                 passes.update(others, _plain_update(group, sums))
         return loss
 
-    def _work(self, group: dict[str, Any], layout: Layout) -> tuple[list[Work], list[Work]]:
-        """Return what this rank holds of the group's parameters: of those that adapt, and of the others."""
-        adapting, others = [], []
-        for tensor in group["params"]:
-            if tensor not in layout.segments:
+    def _check_known(self, groups: list[dict[str, Any]]) -> None:
+        """Raise RuntimeError for tensors that were not given and that no layout explains."""
+        known = self.adapts if self.layout is None else self.layout.segments
+        for tensor in (tensor for group in groups for tensor in group["params"]):
+            if tensor not in known:
                 raise RuntimeError(
                     f"LARS: step() met a tensor of shape {list(tensor.shape)} that is not one of the parameters given to it, "
                     f"so it does not know which parameter its elements belong to. DeepSpeed ZeRO replaces parameters by flat "
                     f"partitions: call crossbatch.lars_for_zero(engine) once after deepspeed.initialize. (If this was raised "
                     f"inside deepspeed.initialize: with fp16 or bf16, set zero_optimization.stage to 1 or more.)"
                 )
+
+    def _work(self, group: dict[str, Any], layout: Layout) -> tuple[list[Work], list[Work]]:
+        """Return what this rank holds of the group's parameters: of those that adapt, and of the others."""
+        adapting, others = [], []
+        for tensor in group["params"]:
             if tensor.grad is None:
                 continue
             state = self.state[tensor]

@@ -181,28 +181,41 @@ def test_clipped_gradients_under_zero(pools, stage):
     assert_equal_to_one_process(found, losses, weights)
 
 
-@pytest.mark.parametrize(("stage", "accumulate"), [(1, "bf16"), (1, "fp32"), (2, "fp32"), (3, "bf16")])
-def test_bf16_with_master_weights(pools, stage, accumulate):
-    """Against a loop written out: gradients of the bf16 network, LARS on fp32 weights, and back."""
-    model = network().bfloat16()
+@pytest.mark.parametrize(
+    ("precision", "stage", "accumulate"),
+    [
+        ("bf16", 1, "bf16"),
+        ("bf16", 1, "fp32"),
+        ("bf16", 2, "fp32"),
+        ("bf16", 3, "bf16"),
+        ("fp16", 1, "fp16"),
+        ("fp16", 2, "fp16"),
+        ("fp16", 3, "fp16"),
+    ],
+)
+def test_half_precision_with_master_weights(pools, precision, stage, accumulate):
+    """Against a loop written out: scaled gradients of the network in half precision, LARS on fp32 weights, and back."""
+    dtype, scale = (torch.bfloat16, 1.0) if precision == "bf16" else (torch.float16, 16.0)
+    model = network().to(dtype)
     master = [nn.Parameter(p.detach().float()) for p in model.parameters()]
     optimizer, losses = LARS(master, **OPTIONS), []
     for x, y in batches():
         model.zero_grad()
-        loss = F.mse_loss(model(x.bfloat16()).float(), y)
-        loss.backward()
+        loss = F.mse_loss(model(x.to(dtype)).float(), y)
+        (scale * loss).backward()
         for weight, p in zip(master, model.parameters(), strict=True):
             assert p.grad is not None
-            weight.grad = p.grad.float()
+            weight.grad = p.grad.float() / scale
         optimizer.step()
         for weight, p in zip(master, model.parameters(), strict=True):
             p.data.copy_(weight)
         losses.append(loss.item())
-    config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": accumulate}}
+    settings = {"enabled": True} if precision == "bf16" else {"enabled": True, "loss_scale": scale}
+    config = {precision: settings, "data_types": {"grad_accum_dtype": accumulate}}
     train = functools.partial(train_zero, **config)
     ((found, _),) = pools(1).run(train, stage)
     assert found == pytest.approx(losses, rel=1e-5)
-    for found, _ in pools(2).run(train, stage):  # each rank rounds its gradient to bf16
+    for found, _ in pools(2).run(train, stage):  # each rank rounds its own gradient
         assert found == pytest.approx(losses, rel=2e-2)
 
 
@@ -216,8 +229,9 @@ def step_without_layout(stage: int, **config) -> str:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_forgetting_lars_for_zero_raises(pools, ranks, stage):
-    for message in pools(ranks).run(step_without_layout, stage):
-        assert "lars_for_zero(engine)" in message
+    for config in ({}, {"bf16": {"enabled": True}}):
+        for message in pools(ranks).run(functools.partial(step_without_layout, **config), stage):
+            assert "lars_for_zero(engine)" in message
 
 
 def refused() -> list[str]:
