@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from crossbatch.models import BatchFormer
+from crossbatch import BatchFormer
 
 
 class Network(nn.Module):
@@ -14,9 +14,8 @@ class Network(nn.Module):
         self.backbone, self.head = nn.Sequential(nn.Linear(16, 64), nn.ReLU()), nn.Linear(64, 4)
         self.mix = BatchFormer(64, group_size=32)  # here all images of the global batch attend to each other
 
-    def forward(
-        self, x, step
-    ):  # the head learns from features before and after BatchFormer, which is only for training
+    def forward(self, x, step):
+        # The head learns from the features before and after BatchFormer, which is only for training.
         features = self.backbone(x)
         return torch.cat([self.head(features), self.head(self.mix(features, seed=0, step=step))])
 

@@ -7,7 +7,7 @@ torchrun --nproc_per_node 2 examples/contrastive_loss.py   two: every image agai
 import torch
 import torch.distributed as dist
 
-from crossbatch.models import contrastive_loss, cross_entropy_over_keys
+from crossbatch import contrastive_loss, cross_entropy_over_keys
 
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 
-from crossbatch.models import convert_norms
+from crossbatch import convert_norms
 
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")

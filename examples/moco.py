@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from crossbatch.models import MoCo
+from crossbatch import MoCo
 
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")

@@ -9,7 +9,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from crossbatch.data import TrainLoader, normalize, open_source
+from crossbatch import TrainLoader, open_source
+from crossbatch.data import normalize
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+import crossbatch
 from crossbatch import InputError
 from crossbatch.engine.config.aliases import ALIASES, contradiction, current_path, current_value, rename
 from crossbatch.engine.config.keys import Section, describe_allowed, fields, inner_sections, join
@@ -58,14 +59,22 @@ class _Pairs(list):
     """A JSON object as its (key, value) pairs, so that duplicates can still be seen."""
 
 
+def recipe_file(path: Path) -> Path:
+    """Return the file that `path` names: itself, or for a bare name ("bs4096") that is no file, the recipe in the package."""
+    recipe = Path(crossbatch.__file__).parent / "ds_configs" / f"{path.name.removesuffix('.json')}.json"
+    return recipe if path.name == str(path) and not path.exists() and recipe.exists() else path
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     where = f"--deepspeed_config {path}"
+    path = recipe_file(path)
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
     except FileNotFoundError:
         near = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise InputError(f"{where}: no such file{hint}") from None
+        names = sorted(recipe.stem for recipe in (Path(crossbatch.__file__).parent / "ds_configs").glob("*.json"))
+        hint = f"there are {', '.join(near)}" if near else f"recipes of the package, by name: {', '.join(names)}"
+        raise InputError(f"{where}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:

@@ -24,6 +24,7 @@ from crossbatch.engine.config.document import all_tables
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
 from crossbatch.engine.nested import flatten, nest
 
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted(Path("ds_configs").glob("*.json"))
 CPU = Device("cpu")
 
@@ -289,18 +290,27 @@ def test_group_size_is_cut_to_the_batch_and_may_span_ranks():
     assert resolve(load_config(None), 1, CPU).group_size is None
 
 
-def readme_table() -> list[dict[str, str]]:
-    """The table "What runs where"."""
-    lines = Path("README.md").read_text().splitlines()
+def test_a_bare_name_is_a_recipe_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("bs4096") == load_config("bs4096.json") == load_config(ROOT / "ds_configs" / "bs4096.json")
+    (tmp_path / "bs4096").write_text('{"train_batch_size": 64}')
+    assert load_config("bs4096").train_batch_size == 64  # a file of that name is meant where there is one
+    with pytest.raises(InputError, match=r"no such file.*quickstart"):
+        load_config("bs4097")
+
+
+def documented_table() -> list[dict[str, str]]:
+    """Rows of the table "What agrees" of the documentation."""
+    lines = Path("docs/exactness.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| sharding | stage |"))
     table = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
     names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def test_what_runs_is_what_the_readme_says():
+def test_what_runs_is_what_the_documentation_says():
     walked = 0
-    for row in readme_table():
+    for row in documented_table():
         stages = [int(stage) for stage in row["stage"].split(",")]
         for stage, optimizer, offload, precision in itertools.product(
             stages, ("LARS", "AdamW"), ("none", "cpu"), ("fp32", "bf16", "fp16")
@@ -312,7 +322,7 @@ def test_what_runs_is_what_the_readme_says():
                 f"zero_optimization.offload_optimizer.device={offload}",
                 f"crossbatch.precision={precision}",
             ]
-            cells = [row[optimizer], row[precision]] + ([row["offload_optimizer cpu"]] if offload == "cpu" else [])
+            cells = [row[optimizer], row[precision]] + ([row["`offload_optimizer` cpu"]] if offload == "cpu" else [])
             if all(cell in ("exact", "yes") for cell in cells):
                 assert resolve(load_config(None, overrides), 2, CPU).precision == precision
             else:
