@@ -43,3 +43,15 @@ def test_python_of_the_readme_runs(tmp_path):
     assert blocks
     for block in blocks:
         run(sys.executable, "-c", block, cwd=tmp_path)
+
+
+def test_examples_in_the_documentation_are_the_files():
+    """If this fails: paste the example into the page that shows it."""
+    shown = 0
+    for page in (ROOT / "docs").glob("*.md"):
+        for name, code in re.findall(
+            r'```python title="(examples/\w+\.py)"\n(.*?)```', page.read_text(), flags=re.DOTALL
+        ):
+            assert code == (ROOT / name).read_text(), f"{page.name}: {name}"
+            shown += 1
+    assert shown > 0
