@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.config.evaluation import FrozenModelConfig
+from crossbatch.engine.runtime.atomic_files import write_atomically
 
 METRICS = "metrics.jsonl"  # in the run directory
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages

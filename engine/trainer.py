@@ -20,6 +20,7 @@ from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule, Snapshot
 from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.run_log import SCORES, Log, RunLog, StepClock
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main, shared_token
 from crossbatch.engine.runtime.nonfinite import NonFiniteSteps
 from crossbatch.engine.runtime.signals import Signals, StepSync
@@ -71,7 +72,7 @@ class Trainer(ABC):
         self.candidates = on_main(lambda: self._open_run(resume))
         resumed = self._build(self.choose_chunk())
         if world.is_main:
-            checkpoint.write_atomically(out / "config.json", json.dumps(self._config(), indent=2) + "\n")
+            write_atomically(out / "config.json", json.dumps(self._config(), indent=2) + "\n")
         self.log: Log = RunLog(out, self.step, self.stop) if world.is_main else Log()
         self.clock = StepClock()
         self.skipped = 0

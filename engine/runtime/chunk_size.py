@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 from crossbatch import InputError
-from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import World, broadcast_object
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS, MoCo, autocast

@@ -15,8 +15,9 @@ from timm.data.random_erasing import RandomErasing
 from torch.nn import functional as F
 
 from crossbatch import InputError
-from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader, ViewAugmentation, normalize
-from crossbatch.engine.checkpoint import Resumed, write_atomically
+from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader, normalize
+from crossbatch.data.augment.parameters import crop_and_flip
+from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.config import ResolvedFinetune, autocast_dtype
 from crossbatch.engine.datasets import labelled_images
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, gathered
@@ -26,6 +27,7 @@ from crossbatch.engine.evaluation.results import save_figures, write_results
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.pretrained.load import Pretrained, load_pretrained
 from crossbatch.engine.run_log import METRICS, SCORES
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.runtime.nonfinite import describe_nonfinite
 from crossbatch.engine.schedules import finetuning_rate
@@ -256,18 +258,6 @@ def _with_network(run: ResolvedFinetune, pretrained: Pretrained) -> ResolvedFine
         ours.model, arch=pretrained.arch, stem=pretrained.stem, backbone_args=dict(pretrained.backbone_args)
     )
     return replace(run, config=replace(run.config, crossbatch=replace(ours, model=model)))
-
-
-def crop_and_flip(image_size: int, crop_min: float) -> ViewAugmentation:
-    """Of supervised training: no colours."""
-    return ViewAugmentation(
-        image_size,
-        (crop_min, 1.0),
-        blur_probability=0.0,
-        solarize_probability=0.0,
-        jitter_probability=0.0,
-        grayscale_probability=0.0,
-    )
 
 
 def _mixing(run: ResolvedFinetune, num_classes: int) -> Mixup | None:

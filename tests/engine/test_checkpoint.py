@@ -20,6 +20,7 @@ from crossbatch.engine.checkpoint.pieces import SavePieces, shares
 from crossbatch.engine.checkpoint.store import read_manifest
 from crossbatch.engine.config import FinetuneConfig, load_config, to_dict
 from crossbatch.engine.run_log import RunLog
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.sharding import FlatSlice, LocalShards
 
 
@@ -264,10 +265,10 @@ def test_a_save_without_room_leaves_the_last_one_and_no_litter(tmp_path, monkeyp
 
 def test_a_crash_between_writing_and_renaming_leaves_the_old_text(tmp_path, monkeypatch):
     target = tmp_path / "latest"
-    checkpoint.write_atomically(target, "old")
+    write_atomically(target, "old")
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(target, "new")
+        write_atomically(target, "new")
     assert target.read_text() == "old"
 
 
