@@ -85,6 +85,18 @@ def commit(aside: Path, folder: Path, step: int, keep: Keep) -> None:
         _remove(old)
 
 
+def create_run_directory(out: Path) -> None:
+    """Create the run directory `out` with its checkpoints/, and delete what interrupted saves left there.
+
+    Raises InputError if that folder cannot be written.
+    """
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        clean(out / "checkpoints")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose a writable folder") from None
+
+
 def clean(folder: Path) -> None:
     """Deletes what interrupted saves left."""
     for leftover in folder.glob(".*"):

@@ -43,6 +43,11 @@ class Resolved:
     threads: int  # that compute, on a CPU
     choices: tuple[str, ...]  # what "auto" became, and why, for the log
 
+    @property
+    def crossbatch(self) -> Any:
+        """Return the section `crossbatch` of the configuration."""
+        return self.config.crossbatch
+
 
 @dataclass(frozen=True)
 class ResolvedConfig(Resolved):
