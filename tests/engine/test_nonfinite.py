@@ -108,11 +108,16 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_with_the_state
     assert losses(tmp_path) == losses(tmp_path / "want")
 
 
-def test_two_bad_steps_are_survived(tmp_path, one_rank):
-    settings = [*VIT, *LARS, "crossbatch.watch.max_nonfinite_steps=3"]
+def test_two_bad_steps_are_survived_and_rates_are_those_of_the_step(tmp_path, one_rank):
+    """A skipped step moves neither the schedule nor the average: its rate comes again, and it has no momentum."""
+    settings = [*VIT, *LARS, "crossbatch.watch.max_nonfinite_steps=3", "crossbatch.momentum.cosine=true"]
     assert one_rank.run(run, settings, str(tmp_path), 6, "auto", (), ((CONTRAST, poisoned_from(2, 2)),)) == [""]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
+    peak, updates_before = 0.05 * 12 / 256, [0, 1, 2, 2, 2, 3]  # the first of five epochs, four steps long, is warm-up
+    assert [line["lr"] for line in lines] == pytest.approx([peak * updates / 4 for updates in updates_before])
+    momenta = [1 - 0.1 * (1 + math.cos(math.pi * updates / 20)) / 2 for updates in (1, 2, 3, 4)]
+    assert [line["momentum"] for line in lines] == pytest.approx([*momenta[:2], None, None, *momenta[2:]])
 
 
 # --- alarms ------------------------------------------------------------------------------------------------------------
