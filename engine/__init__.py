@@ -12,7 +12,8 @@
     evaluation/   k-NN, the linear probe, and loading pretrained weights from anything
     telemetry     metrics.jsonl, TensorBoard, progress bar
     parts         where the time of a step goes; profile: the same of a running job, and traces
-    trainer       the loop of any run; pretraining, finetuning: what is trained in it
+    trainer       the loop of any run; train_state: what it changes; start: builds both in a run directory
+    tasks/        pretrain, finetune: what is trained
 
 A new optimizer goes into optimizers/, a new way of sharding into sharding/ as a `Backend`.
 """

@@ -1,7 +1,8 @@
-"""What a run tells: metrics.jsonl for programs, TensorBoard for curves and pictures, a progress bar and a table for a person.
+"""Reports a run: metrics.jsonl for programs, TensorBoard for curves and pictures, a progress bar and a table for a person.
 
-`Log` says nothing and stands in for the ranks other than 0; `RunLog` is rank 0's. A disk that is full or has become read-only
-does not stop it: lines of metrics wait in memory until they can be written, TensorBoard misses what was logged meanwhile.
+`RunLog` is the log of rank 0; `Log` does nothing and takes its place on the other ranks. A disk that is full or has become
+read-only does not stop training: lines of metrics wait in memory until they can be written, TensorBoard misses what was logged
+meanwhile.
 """
 
 import contextlib
@@ -17,11 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.nested import flatten
+from crossbatch.engine.runtime.atomic_files import write_atomically
 
 METRICS = "metrics.jsonl"  # in the run directory
+STOPPED = "stopped.json"  # there, too, if a signal ended the run before its last step: {"signal": ..., "step": ...}
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
 
 
@@ -39,7 +41,7 @@ def command(name: str, model: FrozenModelConfig, data: str | None, *more: str) -
 
 
 def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, console: Console | None = None) -> None:
-    """A table, and what to type next, TensorBoard on `out` included."""
+    """Print a table, and the commands to type next, with TensorBoard on `out` as the last one."""
     console = console or Console(highlight=False)
     table = Table(show_header=False)
     table.add_column()
@@ -53,7 +55,7 @@ def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, c
 
 
 class Log:
-    """Says nothing."""
+    """The log of the ranks other than 0, which does nothing; `RunLog` describes the methods."""
 
     def note(self, text: str) -> None: ...
 
@@ -65,15 +67,17 @@ class Log:
 
     def advance(self, step: int) -> None: ...
 
-    def pictures(self, tag: str, images: torch.Tensor, step: int) -> None: ...
+    def first_views(self, views: torch.Tensor) -> None: ...
 
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None: ...
+
+    def stopped(self, signal_name: str, step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class RunLog(Log):
-    """Rank 0's log of one run directory.
+    """The log of a run directory, on rank 0.
 
     Args:
         out: the run directory.
@@ -83,8 +87,9 @@ class RunLog(Log):
 
     def __init__(self, out: Path, first_step: int, last_step: int):
         self.console = Console(highlight=False)
-        self.lines = Lines(out / METRICS)
-        self.lines.drop_after(first_step)
+        self.metrics = MetricsFile(out / METRICS)
+        self.metrics.drop_after(first_step)
+        (out / STOPPED).unlink(missing_ok=True)
         self.out, self.last_step = out, last_step
         self.board, self.purge_step = None, first_step + 1 if first_step else None
         self.failing: set[str] = set()  # of metrics.jsonl, TensorBoard
@@ -104,15 +109,17 @@ class RunLog(Log):
             self.bar.start()
 
     def note(self, text: str) -> None:
+        """Print a line above the progress bar."""
         with contextlib.suppress(OSError):  # standard output may lie on the full disk, too
             self.console.print(text, soft_wrap=True, markup=False)
 
     def warn(self, text: str) -> None:
+        """Print a warning."""
         self.note(f"warning: {text}")
 
     def record(self, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and every number of it as a TensorBoard scalar."""
-        self._on_disk("metrics.jsonl", lambda: self.lines.append(json.dumps(values)))
+        """Write a line of metrics.jsonl, show every number of it in TensorBoard, and print the most important ones."""
+        self._on_disk("metrics.jsonl", lambda: self.metrics.append(json.dumps(values)))
         numbers = {name: value for name, value in flatten(values, "/").items() if isinstance(value, (int, float))}
         for name in ("step", "epoch", "images_seen"):
             numbers.pop(name)
@@ -126,7 +133,7 @@ class RunLog(Log):
             self.note(f"step {values['step']}/{self.last_step}  epoch {values['epoch']:.2f}  {status}")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """For TensorBoard only."""
+        """Show numbers in TensorBoard only, by name."""
 
         def write() -> None:
             for name, value in values.items():
@@ -135,34 +142,41 @@ class RunLog(Log):
         self._on_disk("TensorBoard", write)
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to `step` steps."""
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
 
-    def pictures(self, tag: str, images: torch.Tensor, step: int) -> None:
-        """A uint8 image [3, H, W] for TensorBoard."""
+    def first_views(self, views: torch.Tensor) -> None:
+        """Show uint8 views [v, n, 3, H, W] of the first batch in TensorBoard."""
 
         def write() -> None:
-            self._open_board().add_image(tag, images, step)
+            self._open_board().add_image("views", view_grid(views), 0)
             self._open_board().flush()
 
         self._on_disk("TensorBoard", write)
 
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None:
-        """The closing table, and what to type next."""
+        """Close the log, and print the last table and the commands to type next."""
         self.close()
         print_summary(rows, commands, self.out, self.console)
 
+    def stopped(self, signal_name: str, step: int) -> None:
+        """Leave a file that tells this run, which goes on when it is resumed, from one that is done."""
+        text = json.dumps({"signal": signal_name, "step": step}) + "\n"
+        self._on_disk(STOPPED, lambda: write_atomically(self.out / STOPPED, text))
+
     def close(self) -> None:
+        """End the progress bar and write what is left; may be called twice."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        self._on_disk("metrics.jsonl", self.lines.close)
+        self._on_disk("metrics.jsonl", self.metrics.close)
         if self.board is not None:
             self._on_disk("TensorBoard", self.board.close)
             self.board = None
 
     def _open_board(self):
-        """TensorBoard's writer; a new one if the last one failed, because it keeps failing then."""
+        """Return TensorBoard's writer; a new one if the last one failed, because it would keep failing."""
         from torch.utils.tensorboard import SummaryWriter
 
         if self.board is None:
@@ -171,7 +185,7 @@ class RunLog(Log):
         return self.board
 
     def _on_disk(self, what: str, write: Callable[[], None]) -> None:
-        """Training matters more than its log."""
+        """Call `write`, and only warn if it fails: training matters more than its log."""
         try:
             write()
             self.failing.discard(what)
@@ -183,20 +197,21 @@ class RunLog(Log):
             self.failing.add(what)
 
 
-class Lines:
-    """A file of lines. What cannot be written waits for the next line; nothing is lost by that."""
+class MetricsFile:
+    """A file of JSON lines. A line that cannot be written waits for the next one, so none is lost."""
 
     def __init__(self, path: Path):
         self.path, self._waiting = path, b""
         self._file = None
 
     def drop_after(self, step: int) -> None:
-        """Before the first `append`: removes the lines of later steps, which will come again."""
+        """Remove the lines of steps after `step`, which will come again; call it before the first `append`."""
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def append(self, line: str) -> None:
+        """Write `line` and those that are waiting. Raises OSError if that fails, and keeps them."""
         self._waiting += line.encode() + b"\n"
         if self._file is None:
             self._file = self.path.open("ab", buffering=0)
@@ -204,31 +219,38 @@ class Lines:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def close(self) -> None:
+        """Close the file; a later `append` opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 class StepClock:
-    """Wall time between two log lines, split into waiting for data and the rest; evaluation and saving are left out."""
+    """Measures the wall time between two log lines, and how much of it was spent waiting for data.
+
+    Evaluation and saving do not count: the caller restarts the clock after one, and reports the other with `paused`.
+    """
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
+        """Start measuring anew."""
         self.steps, self.wait_s, self.paused_s = 0, 0.0, 0.0
         self.start = time.perf_counter()
 
     def waited(self, since: float) -> None:
+        """Count a step whose batch was waited for from `since` (of time.perf_counter) until now."""
         self.last_wait_s = time.perf_counter() - since
         self.wait_s += self.last_wait_s
         self.steps += 1
 
     def paused(self, since: float) -> None:
+        """Leave out the time from `since` until now."""
         self.paused_s += time.perf_counter() - since
 
     def reading(self, batch: int) -> dict[str, float]:
-        """images/s of the global batch and milliseconds a step, since the last `restart`."""
+        """Return images/s for a global batch of `batch` images, and milliseconds a step, since the last `restart`."""
         step_s = (time.perf_counter() - self.start - self.paused_s) / max(self.steps, 1)
         return {
             "images_per_s": batch / step_s,
@@ -248,3 +270,11 @@ def _status(values: dict[str, Any]) -> str:
     formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s"}
     formats |= {name: f"{label} {{:.2f}} %" for name, label in SCORES.items()}
     return "  ".join(text.format(values[name]) for name, text in formats.items() if values.get(name) is not None)
+
+
+def view_grid(views: torch.Tensor, count: int = 16) -> torch.Tensor:
+    """Arrange uint8 views [v, n, 3, H, W] in a picture [3, ., .]: eight images a row, the views of an image in a column."""
+    from torchvision.utils import make_grid
+
+    rows = [row for some in zip(*(view[:count].split(8) for view in views), strict=True) for row in some]
+    return make_grid(torch.cat(rows), nrow=8, pad_value=255)

@@ -1,412 +1,259 @@
-"""The loop of a run: trains, logs, evaluates, saves, obeys signals. What is trained is in pretraining.py and finetuning.py."""
+"""The training loop: fetch a batch, agree on signals, train, log, evaluate, save, stop. What is trained is a `Task`."""
 
-import gc
-import itertools
-import json
 import math
 import signal
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from crossbatch import InputError, RunStopped
-from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader
-from crossbatch.engine import checkpoint
-from crossbatch.engine.checkpoint.schedule import CheckpointSchedule, Snapshot
-from crossbatch.engine.config import Resolved, to_dict
+from crossbatch import RunStopped
+from crossbatch.data import Batch
+from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.nested import nest
-from crossbatch.engine.run_log import SCORES, Log, RunLog, StepClock
-from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main, shared_token
-from crossbatch.engine.runtime.nonfinite import NonFiniteSteps
+from crossbatch.engine.run_log import SCORES, Log, StepClock
+from crossbatch.engine.runtime.distributed import mean_over_ranks
+from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
+from crossbatch.engine.runtime.profiling import RunProfile
 from crossbatch.engine.runtime.signals import Signals, StepSync
-from crossbatch.engine.runtime.watchdog import Watch
-from crossbatch.engine.sharding import Backend
-from crossbatch.engine.step import Progress, StepResult
+from crossbatch.engine.runtime.timing import mean_ms
+from crossbatch.engine.runtime.watchdog import Watchdog
+from crossbatch.engine.tasks.task import Task, TrainResult
+from crossbatch.engine.train_state import CHUNK_KEY, TrainState
+
+NAMED_IMAGES = 10  # broken images of a rank that the log names
 
 
-class Step(Protocol):
-    """What a subclass trains with."""
+@dataclass
+class Trainer:
+    """Trains a task on this rank, inside a process group; `build_trainer` makes one from a run directory.
 
-    backend: Backend
-    progress: Progress
-
-
-class Trainer(ABC):
-    """One run on this rank, inside a process group.
-
-    Args:
-        run: the resolved configuration.
-        world: this rank among the others.
-        device: where the model lives.
-        out: the run directory, the same on all ranks.
-        resume: "auto", "none" or a path, see `checkpoint.candidates`.
-        stop_after: optimizer step to stop at, counted from the start of the run; None trains all epochs.
-        allow_change: configuration keys that may differ from those of the checkpoint.
-        watch: is told what this rank is doing.
+    Attributes:
+        task: what is trained.
+        state: its step and progress.
+        log: prints, and writes metrics; does nothing on ranks other than 0.
+        saves: writes the checkpoints.
+        sync: lets the ranks agree between two steps.
+        loss_monitor: warns about lines of metrics.
+        out: the run directory.
+        last_step: the step at which to stop, at the latest.
+        watchdog: is told what this rank is doing.
+        profile: is told how long every step took.
     """
 
-    def __init__(
-        self,
-        run: Resolved,
-        world: World,
-        device: torch.device,
-        out: Path,
-        resume: str,
-        stop_after: int | None = None,
-        allow_change: Iterable[str] = (),
-        watch: Watch | None = None,
-    ):
-        self.run, self.world, self.device, self.out = run, world, device, out
-        self.allow_change, self.watch = tuple(allow_change), watch
-        self.ours = run.config.crossbatch
-        self.notes = list(run.choices)  # for the log, which opens last
-        self.order, self.loader = self.open_data()
-        self.steps_per_epoch = self.count_steps()
-        self.last_step = self.ours.schedule.epochs * self.steps_per_epoch
-        self.stop = min(self.last_step, stop_after) if stop_after is not None else self.last_step
-        self.candidates = on_main(lambda: self._open_run(resume))
-        resumed = self._build(self.choose_chunk())
-        if world.is_main:
-            checkpoint.write_atomically(out / "config.json", json.dumps(self._config(), indent=2) + "\n")
-        self.log: Log = RunLog(out, self.step, self.stop) if world.is_main else Log()
-        self.clock = StepClock()
-        self.skipped = 0
-        self.skipped_before = resumed.manifest.skipped_images if resumed else 0
-        self.signals, self.agreement = Signals(), StepSync(self.ours.watch.timeout_s)
-        self.saves = self._open_saves(resumed)
-        self.scores: list[tuple[int, dict[str, float]]] = []  # (step, what `evaluate` found)
-        for note in self.notes:
-            self.log.note(note)
-        if resumed:
-            for reason in resumed.passed_over:
-                self.log.warn(reason)
-            self.log.note(f"resumed {resumed.checkpoint} at step {self.step}")
-
-    # --- what a subclass knows -----------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def open_data(self) -> tuple[GlobalBatchSampler, TrainLoader]:
-        """The training images, and whatever `evaluate` needs."""
-
-    def count_steps(self) -> int:
-        """Steps of an epoch."""
-        return self.order.steps_per_epoch
-
-    def choose_chunk(self) -> int:
-        """Images that the backbone sees at once."""
-        return self.run.chunk
-
-    def remember_chunk(self) -> None:
-        """After `self.chunk` had to become smaller."""
-        return
-
-    @abstractmethod
-    def build_step(self, chunk: int) -> Step:
-        """Model, sharding backend and step, as the seed says."""
-
-    @abstractmethod
-    def train_on(self, batch: Batch) -> StepResult:
-        """One step; `values` and `describe_nonfinite` take its output."""
-
-    @abstractmethod
-    def values(self, output: Any) -> dict[str, torch.Tensor]:
-        """Scalars of this rank for a line of metrics, the "loss" first; "a/b" becomes b in a section a."""
-
-    @abstractmethod
-    def describe_nonfinite(self, output: Any) -> str:
-        """Whose fault a step that is not finite is; all ranks call it."""
-
-    @abstractmethod
-    def evaluation_due(self) -> bool:
-        """After this step."""
-
-    @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Percentages by their name in metrics.jsonl; all ranks call it."""
-
-    def stage_ms(self) -> dict[str, float]:
-        """Milliseconds a step of its parts, on this rank since the last line of metrics."""
-        return {}
-
-    def started(self, batch: Batch) -> None:
-        """Before the very first step of a run."""
-        return
-
-    def recorded(self, metrics: dict[str, Any]) -> None:
-        """After a line of metrics."""
-        return
-
-    def ended(self) -> None:
-        """After the last step."""
-        return
-
-    def next_commands(self) -> list[str]:
-        """What to type after a run that is finished."""
-        return []
-
-    # --- the run -------------------------------------------------------------------------------------------------------
+    task: Task[Any]
+    state: TrainState
+    log: Log
+    saves: CheckpointSchedule
+    sync: StepSync
+    loss_monitor: LossMonitor
+    out: Path
+    last_step: int
+    watchdog: Watchdog | None = None
+    profile: RunProfile | None = None
+    signals: Signals = field(default_factory=Signals, init=False)
+    clock: StepClock = field(default_factory=StepClock, init=False)
+    scores: list[tuple[int, dict[str, float]]] = field(default_factory=list, init=False)  # by number of steps
+    step_times: list[dict[str, float]] = field(default_factory=list, init=False)  # read since the last line of metrics
 
     @property
-    def step(self) -> int:
-        return self.train_step.progress.step
+    def num_steps(self) -> int:
+        """Return the number of steps done since the start of the run."""
+        return self.state.step.progress.step
 
     def train(self) -> None:
-        """Trains up to the last step, or until a signal asks to stop; saves at the end."""
-        started, first = time.perf_counter(), self.step
+        """Train up to the last step, or until a signal asks to stop, and save the state there.
+
+        Raises:
+            RunStopped: if training cannot go on: no more data, no memory, or too many steps in a row that are not finite.
+        """
+        start_s, first_step = time.perf_counter(), self.num_steps
         try:
             with self.signals:
-                if self.step == 0:
-                    self._record({}, self.evaluation_due())
+                if self.num_steps == 0:
+                    self._record({}, self.task.evaluation_due(0, self.last_step == 0))
                 received = self._loop()
-                if self.step > first:
+                if self.num_steps > first_step:
                     self._save()
-            self.ended()
-            self._summarise(time.perf_counter() - started, self.step - first, received)
+                if received is not None:
+                    self.log.stopped(received.name, self.num_steps)
+            commands = self.task.on_end(self.scores)
+            self._print_summary(time.perf_counter() - start_s, self.num_steps - first_step, received, commands)
             self.saves.close()
-            self.agreement.close()
+            self.sync.close()
         finally:
-            self.loader.close()
+            self.task.data.loader.close()
             self.log.close()
 
     def _loop(self) -> signal.Signals | None:
-        """Returns the signal that ended it, if one did."""
-        batches = self._batches()
+        """Train step by step; return the signal that ended it, or None at the last step."""
+        batches = self.task.data.batches(self.num_steps)
         self.clock.restart()
-        while self.step < self.stop:
-            before = time.perf_counter()
+        while self.num_steps < self.last_step:
+            before_s = time.perf_counter()
             batch, failure = self._fetch(batches)
-            self.clock.waited(before)
-            received, saving, failed_rank = self.agreement.exchange(
-                self.signals.received, self.saves.busy, failure is not None
-            )
-            if failed_rank is not None:
-                self._save()
-                if isinstance(failure, torch.OutOfMemoryError):
-                    raise RunStopped(
-                        f"out of memory while images were prepared; step {self.step} is saved; lower "
-                        f"train_micro_batch_size_per_gpu, or use crossbatch.data.backend=opencv"
-                    ) from failure
-                raise failure or RunStopped(f"rank {failed_rank} got no more data; step {self.step} is saved")
-            if received is not None:
-                return received
-            self._save_if_due(saving)
+            self.clock.waited(before_s)
+            agreed = self.sync.exchange(self.signals.received, self.saves.busy, failure is not None)
+            if agreed.failed_rank is not None:
+                self._stop_without_data(failure, agreed.failed_rank)
+            if agreed.received is not None:
+                return agreed.received
+            self._save_if_due(agreed.saving)
             assert batch is not None
-            self._skip(batch.skipped)
-            if self.step == 0:
-                self.started(batch)
-            self._at("training")
+            self._log_images(batch)
+            self._set_phase("training")
             result = self._train_on(batch)
             del batch  # before the loader makes another one of its size
-            self._skip_step(result)
-            self.log.advance(self.step)
-            evaluation = self.evaluation_due()
-            if evaluation or self.step % self.ours.log.every_steps == 0 or self.step == self.stop:
-                self._record(self._metrics(result), evaluation)
+            self._after_step(result)
         return None
 
-    def _batches(self) -> Iterator[Batch]:
-        epoch, step = divmod(self.step, self.order.steps_per_epoch)
-        yield from self.loader.epoch(epoch, step)
-        for later in itertools.count(epoch + 1):
-            yield from self.loader.epoch(later)
-
     def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
-        """The next batch, or why there is none: the other ranks must learn of it before this one leaves."""
-        self._at("waiting for data")
+        """Return the next batch, or why there is none: the other ranks must learn of it before this one leaves."""
+        self._set_phase("waiting for data")
         try:
             with stop_on_lost_images():
                 return next(batches), None
         except Exception as error:
             return None, error
 
-    def _at(self, phase: str) -> None:
-        if self.watch is not None:
-            self.watch.at(self.step, phase)
+    def _stop_without_data(self, failure: Exception | None, failed_rank: int) -> None:
+        self._save()
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise RunStopped(
+                f"out of memory while images were prepared; step {self.num_steps} is saved; lower {CHUNK_KEY}, or use "
+                f"crossbatch.data.backend=opencv"
+            ) from failure
+        raise failure or RunStopped(f"rank {failed_rank} got no more data; step {self.num_steps} is saved")
 
-    # --- a step --------------------------------------------------------------------------------------------------------
-
-    def _build(self, chunk: int) -> checkpoint.Resumed | None:
-        """Model, backend and step, as the seed or a checkpoint says."""
-        torch.manual_seed(self.ours.seed)
-        self.train_step = self.build_step(chunk)
-        self.chunk, self.fits = chunk, False
-        backend = self.train_step.backend
-        resumed = checkpoint.resume(
-            self.candidates, backend, self._config(), self.order.num_images, self.allow_change, type(self.run.config)
-        )
-        if resumed:
-            self.train_step.progress = Progress(**resumed.manifest.progress).in_precision(
-                self.run.precision, before=resumed.config["crossbatch"]["precision"]
-            )
-        self.nonfinite = NonFiniteSteps(backend.model)
-        return resumed
-
-    def _train_on(self, batch: Batch) -> StepResult:
-        """One step; if the first one of this process does not fit into memory, with smaller chunks."""
+    def _train_on(self, batch: Batch) -> TrainResult:
+        """Train on a batch; if the first step of this process does not fit into memory, with smaller chunks."""
         while True:
-            before = replace(self.train_step.progress)
-            self.nonfinite.remember()
             try:
-                result = self.train_on(batch)
-                self.nonfinite.count(math.isfinite(result.grad_norm), before)
-                self.fits = True
-                return result
+                return self.state.train_on(batch)
             except torch.OutOfMemoryError:
                 self._stop_unless_smaller_chunks_help()
             # Outside of the handler, whose traceback holds on to the memory of the step.
-            del self.train_step.backend
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.allow_change += ("train_micro_batch_size_per_gpu",)
-            self._build(self.chunk // 2)
-            self.remember_chunk()
-            self.log.note(f"out of memory: trying again with chunks of {self.chunk} images")
+            self.state.build_with_smaller_chunks()
+            self.log.note(f"out of memory: trying again with chunks of {self.state.chunk} images")
 
     def _stop_unless_smaller_chunks_help(self) -> None:
-        remedy = f"set train_micro_batch_size_per_gpu to {self.chunk // 2}" if self.chunk > 1 else "use more ranks"
-        if self.fits:
+        chunk, alone = self.state.chunk, self.task.cfg.world_size == 1
+        remedy = f"set {CHUNK_KEY} to {chunk // 2}" if chunk > 1 else "use more ranks"
+        if self.state.has_trained:
             saved = "the last checkpoint is older"
-            if self.world.size == 1:  # the others may be anywhere
-                self.train_step.backend.zero_grad()
+            if alone:  # the others may be anywhere
+                self.state.step.backend.zero_grad()
                 self._save()
                 saved = "saved"
-            raise RunStopped(
-                f"out of memory in step {self.step + 1} with chunks of {self.chunk} images; {saved}; {remedy}"
-            )
-        if self.chunk == 1 or self.world.size > 1:
-            raise RunStopped(f"out of memory in the first step with chunks of {self.chunk} images; {remedy}")
+            step = self.num_steps + 1
+            raise RunStopped(f"out of memory in step {step} with chunks of {chunk} images; {saved}; {remedy}")
+        if chunk == 1 or not alone:
+            raise RunStopped(f"out of memory in the first step with chunks of {chunk} images; {remedy}")
 
-    def _skip_step(self, result: StepResult) -> None:
-        if math.isfinite(result.grad_norm):
-            return
-        progress = self.train_step.progress
-        scale = f"; loss scale now {progress.loss_scale:g}" if self.run.precision == "fp16" else ""
-        whose = self.describe_nonfinite(result.output)
-        self.log.note(f"step {self.step} changes nothing: {whose}{scale}")
-        if self.nonfinite.in_a_row == self.ours.watch.max_nonfinite_steps:
-            assert self.nonfinite.progress_before is not None
-            self.train_step.progress = self.nonfinite.progress_before
+    def _after_step(self, result: TrainResult) -> None:
+        if self.profile is not None and self.task.timer is not None:
+            self.step_times += self.task.timer.read()
+            self.profile.stepped(self.step_times[-1], self.clock.last_wait_s)
+        if not math.isfinite(result.grad_norm):
+            self._on_nonfinite(result)
+        self.log.advance(self.num_steps)
+        is_last = self.num_steps == self.last_step
+        evaluation = self.task.evaluation_due(self.num_steps, is_last)
+        if evaluation or is_last or self.num_steps % self.task.cfg.crossbatch.log.every_steps == 0:
+            self._record(self._metrics(result), evaluation)
+
+    def _on_nonfinite(self, result: TrainResult) -> None:
+        """Log a step that was skipped; stop after too many of them in a row."""
+        cfg, skipped = self.task.cfg, self.state.nonfinite.in_a_row
+        described = describe_nonfinite(result.suspects)
+        scale = f"; loss scale now {self.state.step.progress.loss_scale:g}" if cfg.precision == "fp16" else ""
+        self.log.note(f"step {self.num_steps} skipped: {described}{scale}")
+        if skipped == cfg.crossbatch.watch.max_nonfinite_steps:
+            self.state.restore_progress()
             self._save()
             raise RunStopped(
-                f"{self.nonfinite.in_a_row} steps in a row were not finite ({whose}); step {self.step}, before them, is saved; "
-                f"lower optimizer.params.base_lr, raise crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
+                f"{skipped} steps in a row skipped: {described}; step {self.num_steps}, before them, is saved; lower "
+                f"optimizer.params.base_lr, raise crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
             )
 
-    # --- what is told --------------------------------------------------------------------------------------------------
-
-    def _skip(self, names: list[str]) -> None:
-        for name in names[: max(0, 10 - self.skipped)]:
+    def _log_images(self, batch: Batch) -> None:
+        """Log the names of broken images, and show the very first batch of a run in TensorBoard."""
+        for name in batch.skipped[: max(0, NAMED_IMAGES - self.state.num_skipped_images)]:
             self.log.note(f"skipped a broken image: {name}")
-        self.skipped += len(names)
+        if self.num_steps == 0:
+            self.log.first_views(batch.views)
 
-    def _metrics(self, result: StepResult) -> dict[str, Any]:
-        """One line of metrics: what `values` says of this very step, averaged over ranks."""
-        named = self.values(result.output)
-        skipped = torch.tensor(float(self.skipped), device=self.device)
-        values = torch.stack([*(value.float() for value in named.values()), skipped]).double()
-        *means, skipped_mean = mean_over_ranks(values).tolist()
-        mean = dict(zip(named, means, strict=True))
-        loss, progress, stages = mean.pop("loss"), self.train_step.progress, self.stage_ms()
+    def _metrics(self, result: TrainResult) -> dict[str, Any]:
+        """Return a line of metrics: values of this very step averaged over ranks, rates, times and counts."""
+        skipped = torch.tensor(float(self.state.num_skipped_images), device=self.state.device)
+        values = torch.stack([*(value.float() for value in result.metrics.values()), skipped]).double()
+        *means, skipped_per_rank = mean_over_ranks(values).tolist()
+        named = {name: _finite(mean) for name, mean in zip(result.metrics, means, strict=True)}
+        cfg, progress = self.task.cfg, self.state.step.progress
+        stages, self.step_times = self.step_times + (self.task.timer.read() if self.task.timer else []), []
         return {
-            "loss": loss if math.isfinite(loss) else None,
+            "loss": named.pop("loss"),
             **result.rates,
-            "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
-            **({"loss_scale": progress.loss_scale} if self.run.precision == "fp16" else {}),
+            "grad_norm": _finite(result.grad_norm),
+            **({"loss_scale": progress.loss_scale} if cfg.precision == "fp16" else {}),
             "skipped_steps": progress.step - progress.updates,
-            **self.clock.reading(self.run.config.train_batch_size),
-            **({"stage_ms": stages} if stages else {}),
-            **nest({name: value if math.isfinite(value) else None for name, value in mean.items()}, "/"),
-            "skipped_images": self.skipped_before + round(skipped_mean * self.world.size),
+            **self.clock.reading(cfg.train_batch_size),
+            **({"stage_ms": mean_ms(stages)} if stages else {}),
+            **nest(named, "/"),
+            "skipped_images": self.state.skipped_images(skipped_per_rank),
         }
 
     def _record(self, metrics: dict[str, Any], evaluation: bool) -> None:
+        """Log a line of metrics, if there are any, after an evaluation that is due; warn of what is odd about it."""
         if evaluation:
-            self._at("evaluating")
-            found = self.evaluate()
+            self._set_phase("evaluating")
+            found = self.task.evaluate(self.state.step)
+            self.scores.append((self.num_steps, found))
             metrics |= found
-            self.scores.append((self.step, found))
         if metrics:
-            where = {
-                "step": self.step,
-                "epoch": self.step / self.steps_per_epoch,
-                "images_seen": self.step * self.run.config.train_batch_size,
-            }
-            self.log.record({**where, **metrics})
-            self.recorded(metrics)
+            epoch, batch = self.num_steps / self.task.data.steps_per_epoch, self.task.cfg.train_batch_size
+            position = {"step": self.num_steps, "epoch": epoch, "images_seen": self.num_steps * batch}
+            self.log.record({**position, **metrics})
+        for warning in self.loss_monitor.check(metrics.get("loss"), metrics.get("feature_std")):
+            self.log.warn(f"step {self.num_steps}: {warning}")
         self.clock.restart()
 
-    def _summarise(self, seconds: float, steps: int, received: signal.Signals | None) -> None:
-        images = steps * self.run.config.train_batch_size
-        first_and_last = self.scores if len(self.scores) < 2 else [self.scores[0], self.scores[-1]]
+    def _print_summary(self, seconds: float, steps: int, received: signal.Signals | None, commands: list[str]) -> None:
+        images, total_steps = steps * self.task.cfg.train_batch_size, self.state.total_steps
         rows = [
-            ("steps", f"{self.step} of {self.last_step}"),
+            ("steps", f"{self.num_steps} of {total_steps}"),
             ("images", f"{images:,} in {seconds:.0f} s ({images / seconds:.0f} images/s, evaluation included)"),
-            *(
-                (f"{SCORES[name]} at step {step}", f"{found[name]:.2f} %")
-                for step, found in first_and_last
-                for name in found
-            ),
-            ("run directory", str(self.out)),
-            *([("stopped by", received.name)] if received else []),
         ]
-        commands = self.next_commands()
-        if self.step < self.last_step:
-            commands = [
-                f"resume with: the same command, --out {self.out}  (goes on from step {self.step} to {self.last_step})"
-            ]
+        for step, found in self.scores if len(self.scores) < 2 else (self.scores[0], self.scores[-1]):
+            rows += [(f"{SCORES[name]} at step {step}", f"{percent:.2f} %") for name, percent in found.items()]
+        rows.append(("run directory", str(self.out)))
+        if received:
+            rows.append(("stopped by", received.name))
+        if self.num_steps < total_steps:
+            goes_on = f"(goes on from step {self.num_steps} to {total_steps})"
+            commands = [f"resume with: the same command, --out {self.out}  {goes_on}"]
         self.log.summary(rows, commands)
 
-    # --- what is kept --------------------------------------------------------------------------------------------------
-
-    def _open_run(self, resume: str) -> list[Path]:
-        found = checkpoint.candidates(self.out, resume)
-        try:
-            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            checkpoint.clean(self.out / "checkpoints")
-        except OSError as error:
-            raise InputError(
-                f"--out {self.out}: cannot be written: {error.strerror}; choose a writable folder"
-            ) from None
-        return found
-
-    def _open_saves(self, resumed: checkpoint.Resumed | None) -> CheckpointSchedule:
-        settings, folder = self.ours.checkpoint, self.out / "checkpoints"
-        keep = checkpoint.Keep(settings.keep, settings.keep_every_steps)
-        saver = checkpoint.AsyncCheckpointWriter(folder, keep, shared_token(), settings.asynchronous)
-        every = self.steps_per_epoch if settings.every_steps == "auto" else settings.every_steps
-        saved = self.step if resumed and resumed.checkpoint.parent == folder else None
-        return CheckpointSchedule(saver, every, self._snapshot, self.log, saved)
-
-    def _save_if_due(self, saving: bool) -> None:
-        """`saving`: whether any rank is still busy with the last one."""
-        before = time.perf_counter()
-        self._at("saving")
-        self.saves.boundary(self.step, saving)
-        self.clock.paused(before)
+    def _save_if_due(self, any_busy: bool) -> None:
+        """Start a save if one is due; `any_busy` if a rank is still writing the last one."""
+        before_s = time.perf_counter()
+        self._set_phase("saving")
+        self.saves.boundary(self.num_steps, any_busy)
+        self.clock.paused(before_s)
 
     def _save(self) -> None:
-        self._at("saving")
-        self.saves.final(self.step)
+        self._set_phase("saving")
+        self.saves.final(self.num_steps)
 
-    def _snapshot(self) -> Snapshot:
-        skipped = torch.tensor([float(self.skipped)], device=self.device)
-        return Snapshot.of(
-            self.train_step.backend,
-            progress=asdict(self.train_step.progress),
-            config=self._config(),
-            images=self.order.num_images,
-            steps_per_epoch=self.steps_per_epoch,
-            skipped_images=self.skipped_before + round(float(mean_over_ranks(skipped)) * self.world.size),
-        )
+    def _set_phase(self, phase: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.set_phase(self.num_steps, phase)
 
-    def _config(self) -> dict[str, Any]:
-        """As resolved, for who wants to repeat the run."""
-        config = {**to_dict(self.run.config), "world_size": self.world.size}
-        return {**config, "train_micro_batch_size_per_gpu": self.chunk}
+
+def _finite(value: float) -> float | None:
+    """Return `value`, or None if it is not finite: JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained backbone on labelled images.
+"""Fine-tune a pretrained backbone on labelled images.
 
 python launch/finetune.py --deepspeed_config ds_configs/finetune_cifar10.json --checkpoint runs/vitb --data cifar10://datasets
 deepspeed --num_gpus 8 launch/finetune.py --deepspeed_config ds_configs/finetune_pets.json --checkpoint runs/vitb --data pets://DIR
@@ -42,12 +42,12 @@ def main() -> None:
     arguments = parse_arguments()
     config = load_config(arguments.deepspeed_config, overrides(arguments, ALIASES), FinetuneConfig)
     world = world_from_environment()
-    run = resolve_finetune(config, world.size, Device.detect(), world.local_size)
+    cfg = resolve_finetune(config, world.size, Device.detect(), world.local_size)
     # Late: its libraries take seconds, which wrong input should not wait for.
-    from crossbatch.engine.tasks.finetune import FinetuneTask
+    from crossbatch.engine.tasks.finetune import finetune_task
     from crossbatch.launch.training import train
 
-    train(FinetuneTask, run, world, arguments, "finetune")
+    train(finetune_task, cfg, world, arguments, "finetune")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pretrains a backbone with MoCo v3 + BatchFormer.
+"""Pretrain a backbone with MoCo v3 + BatchFormer.
 
 python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
 deepspeed --num_gpus 8 launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data /data/imagenet
@@ -8,7 +8,6 @@ python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 0 
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 from crossbatch import InputError
@@ -54,25 +53,25 @@ def main() -> None:
     config = load_config(arguments.deepspeed_config, overrides(arguments))
     if arguments.dry_run:
         ranks = arguments.world_size_hint or asked_world_size(arguments) or world_from_environment().size
-        run = resolve(config, ranks, Device.detect())
-        print(json.dumps(describe(run, steps_per_epoch(config)), indent=2))
+        cfg = resolve(config, ranks, Device.detect())
+        print(json.dumps(describe(cfg, steps_per_epoch(config)), indent=2))
         return
     if launched(arguments):
         return
     world, device = world_from_environment(), Device.detect()
-    run = resolve(config, world.size, device, world.local_size)
+    cfg = resolve(config, world.size, device, world.local_size)
     # Late: its libraries take seconds, which wrong input should not wait for.
     from crossbatch.engine.runtime.profiling import check_steps_left
-    from crossbatch.engine.tasks.pretrain import PretrainTask
+    from crossbatch.engine.tasks.pretrain import pretrain_task
     from crossbatch.launch.training import train
 
     if arguments.profile and arguments.steps is not None:  # before anything is written
         check_steps_left(arguments.profile, arguments.steps)
-    train(partial(PretrainTask, profile=arguments.profile), run, world, arguments, "pretrain")
+    train(pretrain_task, cfg, world, arguments, "pretrain", arguments.profile)
 
 
 def steps_per_epoch(config: Config) -> int | None:
-    """None where no data is named, or where it would have to be generated or downloaded first."""
+    """Return the steps of an epoch; None if no data is named, or if it would have to be generated or downloaded first."""
     path = config.crossbatch.data.path
     if path is None:
         return None

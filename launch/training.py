@@ -1,8 +1,12 @@
-"""What `pretrain.py` and `finetune.py` do once their configuration is resolved."""
+"""Trains a task from the command line, as `pretrain.py` and `finetune.py` do once their configuration is resolved."""
 
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from crossbatch import InputError
 from crossbatch.engine.checkpoint import check_allowed
@@ -14,31 +18,53 @@ from crossbatch.engine.runtime.distributed import (
     may_be_restarted,
     process_group,
 )
-from crossbatch.engine.runtime.watchdog import Watch
-from crossbatch.engine.trainer import Trainer
+from crossbatch.engine.runtime.watchdog import Watchdog
+from crossbatch.engine.start import build_trainer
+from crossbatch.engine.tasks.task import Task
 from crossbatch.launch.arguments import default_out, writable_folder
 
 
 def train(
-    trainer: Callable[..., Trainer], run: Resolved, world: World, arguments: argparse.Namespace, name: str
+    build_task: Callable[[Any, World, torch.device, Path], Task[Any]],
+    cfg: Resolved,
+    world: World,
+    arguments: argparse.Namespace,
+    name: str,
+    profile_steps: int = 0,
 ) -> None:
-    """Joins the other ranks and trains.
+    """Join the other ranks and train.
 
     Args:
+        build_task: `pretrain_task` or `finetune_task`.
+        cfg: the resolved configuration.
+        world: this rank among the others.
         arguments: of `add_run_flags` and `add_config_flags`.
         name: of the run directory if there is neither --out nor a recipe.
+        profile_steps: how many steps to profile; 0 for none.
     """
-    check_allowed(arguments.allow_change, type(run.config))
+    check_allowed(arguments.allow_change, type(cfg.config))
     if arguments.out is None and may_be_restarted():
         raise InputError(
             "--out: not given, but torchrun may restart this run, which then must find its checkpoints; name one"
         )
     out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, name))
-    timeout_s, device = run.config.crossbatch.watch.timeout_s, run.device
-    # NCCL would end a process whose peer is gone, with SIGABRT; `Watch` does, and names the peer.
+    timeout_s, device_type = cfg.crossbatch.watch.timeout_s, cfg.device.type
+    # NCCL would end a process whose peer is gone, with SIGABRT; `Watchdog` does so with a message that names the peer.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    if run.config.crossbatch.deterministic:
+    if cfg.crossbatch.deterministic:
         make_deterministic()
-    with process_group(world, device.type, run.threads, timeout_s) as torch_device, Watch(world, timeout_s) as watch:
-        out, resume, steps = broadcast_object(out), arguments.resume, arguments.steps
-        trainer(run, world, torch_device, out, resume, steps, arguments.allow_change, watch).train()
+    with process_group(world, device_type, cfg.threads, timeout_s) as device, Watchdog(world, timeout_s) as watchdog:
+        out = broadcast_object(out)
+        task = build_task(cfg, world, device, out)
+        trainer = build_trainer(
+            task,
+            world,
+            device,
+            out,
+            arguments.resume,
+            arguments.steps,
+            arguments.allow_change,
+            watchdog,
+            profile_steps,
+        )
+        trainer.train()

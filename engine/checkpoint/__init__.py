@@ -21,7 +21,7 @@ or FSDP2.
 """
 
 from crossbatch.engine.checkpoint.changes import check_allowed
-from crossbatch.engine.checkpoint.directory import Keep, candidates, clean, find, write_atomically
+from crossbatch.engine.checkpoint.directory import Keep, candidates, clean, create_run_directory, find
 from crossbatch.engine.checkpoint.pieces import local_state, random_state
 from crossbatch.engine.checkpoint.resume import Resumed, resume
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable, read, read_manifest, write
@@ -37,6 +37,7 @@ __all__ = [
     "candidates",
     "check_allowed",
     "clean",
+    "create_run_directory",
     "find",
     "local_state",
     "random_state",
@@ -44,5 +45,4 @@ __all__ = [
     "read_manifest",
     "resume",
     "write",
-    "write_atomically",
 ]

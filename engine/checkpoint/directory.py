@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crossbatch import InputError
+from crossbatch.engine.runtime.atomic_files import write_atomically
 
 MANIFEST, CONFIG = "state.json", "config.json"
 
@@ -84,20 +85,22 @@ def commit(aside: Path, folder: Path, step: int, keep: Keep) -> None:
         _remove(old)
 
 
+def create_run_directory(out: Path) -> None:
+    """Create the run directory `out` with its checkpoints/, and delete what interrupted saves left there.
+
+    Raises InputError if that folder cannot be written.
+    """
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        clean(out / "checkpoints")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose a writable folder") from None
+
+
 def clean(folder: Path) -> None:
     """Deletes what interrupted saves left."""
     for leftover in folder.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Either the old or the new content is there after a crash."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -29,6 +29,7 @@ from torch.futures import Future
 from crossbatch.engine.checkpoint import directory as folders
 from crossbatch.engine.checkpoint.directory import CONFIG, MANIFEST, Keep
 from crossbatch.engine.checkpoint.pieces import LoadPieces, SavePieces, Staged
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.sharding import LocalShards
 
 FORMAT = 2
@@ -135,9 +136,9 @@ class _Writer(dcp.FileSystemWriter):
         """On rank 0, when all have written."""
         self.manifest.files = {one_rank[-1].index.fqn: one_rank[-1].storage_data for one_rank in results}
         super().finish(metadata, [one_rank[:-1] for one_rank in results])
-        folders.write_atomically(self.aside / CONFIG, json.dumps(self.config, indent=2) + "\n")
+        write_atomically(self.aside / CONFIG, json.dumps(self.config, indent=2) + "\n")
         self.manifest.files |= {name: _describe(self.aside / name) for name in (METADATA, CONFIG)}
-        folders.write_atomically(self.aside / MANIFEST, _to_json(self.manifest))
+        write_atomically(self.aside / MANIFEST, _to_json(self.manifest))
         check_sizes(self.aside, self.manifest)
         folders.commit(self.aside, self.folder, self.manifest.step, self.keep)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from crossbatch.data import GlobalBatchSampler, Source, TrainLoader, ViewAugmentation
+from crossbatch.data import GlobalBatchSampler, Source, TrainLoader
+from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Resolved
 from crossbatch.engine.config.evaluation import TrainImagesConfig
 from crossbatch.engine.datasets import stop_on_lost_images
@@ -15,18 +16,6 @@ from crossbatch.engine.evaluation.frozen import FrozenBackbone
 from crossbatch.engine.run_log import StepClock
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
-
-
-def linear_view(image_size: int, crop_min: float) -> ViewAugmentation:
-    """RandomResizedCrop and a flip, nothing else."""
-    return ViewAugmentation(
-        image_size,
-        (crop_min, 1.0),
-        blur_probability=0.0,
-        solarize_probability=0.0,
-        jitter_probability=0.0,
-        grayscale_probability=0.0,
-    )
 
 
 class Augmented:
@@ -47,7 +36,7 @@ class Augmented:
         self.loader = TrainLoader(
             source,
             sampler=order,
-            augmentations=[linear_view(reading.image_size, data.crop_min)],
+            augmentations=[crop_and_flip(reading.image_size, data.crop_min)],
             seed=run.config.crossbatch.seed,
             workers=reading.workers,
             max_skipped_fraction=data.max_skipped_fraction,

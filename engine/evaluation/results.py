@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from crossbatch import InputError, __version__
-from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.evaluation import pictures
+from crossbatch.engine.runtime.atomic_files import write_atomically
 
 RESULTS = "results.json"
 NAMED = 10  # broken images of a rank

@@ -6,7 +6,6 @@ name first, so an existing one is replaced by a whole one or not at all.
 """
 
 import argparse
-import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ import safetensors.torch
 import torch
 
 from crossbatch import InputError
+from crossbatch.engine.runtime.atomic_files import replace_atomically
 
 
 def read_torch(file: Path) -> Any:
@@ -57,15 +57,11 @@ def write_safetensors(file: Path, tensors: dict[str, torch.Tensor], metadata: di
 
 
 def _write(file: Path, save: Callable[[Path], None], key: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.rename(file)
+        with replace_atomically(file) as temporary:
+            save(temporary)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's writer raises RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{key} {file}: cannot be written: {reason}; choose another place") from None
 

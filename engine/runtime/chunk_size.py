@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from crossbatch import InputError
-from crossbatch.engine.checkpoint import write_atomically
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.memory_model import GIB, StepMemory
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import World, broadcast_object
 
 MARGIN = 0.85  # of what is free; the rest is for fragmentation and workspaces

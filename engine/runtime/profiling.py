@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from crossbatch import InputError
-from crossbatch.engine.checkpoint import write_atomically
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.timing import WHOLE
 
 WARM_UP = 3  # steps: libraries choose algorithms, allocators grow

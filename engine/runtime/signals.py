@@ -1,7 +1,7 @@
-"""How a run is asked to stop: by SIGTERM or SIGUSR1 (preemption) or Ctrl-C, on any rank, at any moment.
+"""Stops a run after the same step on all ranks when any rank gets SIGTERM, SIGUSR1 (preemption) or Ctrl-C.
 
-A signal is only remembered; between two steps the ranks tell each other, so all stop after the same step. That is one
-all-reduce of three numbers, on the CPU, where all ranks have just met for the norm of the gradients.
+A signal is only remembered; between two steps the ranks tell each other. That is one all-reduce of three numbers on the CPU, at
+a moment when all ranks have just met for the norm of the gradients.
 """
 
 import signal
@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Signals:
-    """Within it, the first signal is remembered in `received`; a second Ctrl-C interrupts at once."""
+    """A context manager that remembers the last signal in `received`; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -38,30 +38,35 @@ class Signals:
         self.received = signal.Signals(number)
 
 
-class Boundary(NamedTuple):
+class Agreed(NamedTuple):
     """What all ranks know between two steps."""
 
-    received: signal.Signals | None  # a signal that some rank has got
+    received: signal.Signals | None  # a signal that a rank has received
     saving: bool  # whether any rank is still writing a checkpoint
     failed_rank: int | None  # a rank that cannot go on
 
 
 class StepSync:
-    """`reach` is called by all ranks, once per step."""
+    """Lets the ranks agree between two steps, in a process group of its own.
+
+    Args:
+        timeout_s: how long a rank may keep the others waiting.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self._group = cpu_group(timeout_s) if dist.get_world_size() > 1 else None
 
-    def exchange(self, received: signal.Signals | None, saving: bool, failed: bool) -> Boundary:
-        """What this rank knows -> what all know."""
+    def exchange(self, received: signal.Signals | None, saving: bool, failed: bool) -> Agreed:
+        """Tell the other ranks what this one knows, and return what all know; every rank calls it once a step."""
         flags = torch.tensor([received or 0, saving, dist.get_rank() + 1 if failed else 0], dtype=torch.int32)
         if self._group is not None:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         number, any_saving, failed_rank = flags.tolist()
-        return Boundary(
+        return Agreed(
             signal.Signals(number) if number else None, bool(any_saving), failed_rank - 1 if failed_rank else None
         )
 
     def close(self) -> None:
+        """Leave the process group, on all ranks."""
         if self._group is not None:
             dist.destroy_process_group(self._group)

@@ -1,18 +1,18 @@
-"""No rank waits for ever for another one, and all say whose fault it was.
+"""Ends a run in which a rank waits in vain for another one, and names the rank at fault on all of them.
 
-When a process dies, those that wait for it in a collective see a closed connection (gloo) or nothing at all (NCCL). So every
-rank has a thread that beats: once a second it publishes in the process group's store what its rank is doing, and reads what
-the others are doing. A rank is at fault if
+When a process dies, the ranks that wait for it in a collective see a closed connection (gloo) or nothing at all (NCCL). So
+every rank has a thread with a heartbeat: once a second it publishes in the process group's store what its rank is doing, and
+reads what the others are doing. A rank is at fault if
 
     it has said so         it raised, and told the others before it left
-    it is silent           its beats stopped: the process is gone, stopped or cut off
+    it is silent           its heartbeat stopped: the process is gone, stopped or cut off
     it is behind           it has been loading, saving, ... for longer than the timeout, and the others wait for it
 
-or nobody is: on GPUs, where no step takes minutes, ranks that all stand in the same one for longer than the timeout wait for
+or none is: on GPUs, where no step takes minutes, ranks that all stay in the same step for longer than the timeout wait for
 messages that do not come.
 
-The first to notice writes the verdict into the store. A rank whose collective failed looks for it and leaves with exit code 3;
-one that is still stuck in a collective some seconds later is ended by its thread.
+The first rank to notice writes the verdict into the store. A rank with a failed collective looks for it and leaves with exit
+code 3; the thread of a rank that is still stuck in a collective some seconds later ends its process.
 """
 
 import json
@@ -29,16 +29,16 @@ from crossbatch import InputError, RunStopped
 from crossbatch.engine.runtime.distributed import World, barrier, shared_token
 
 PHASES = ("starting", "evaluating", "saving", "waiting for data", "training")  # in the order of a step
-SILENT_BEATS = 60  # at most; counted in our own beats, so that a machine which slept as a whole accuses nobody
-PATIENCE = 6  # timeouts: evaluating all images may take longer than a step
-LOOK_S = 5.0  # for the culprit, after a collective failed
-LINGER_S = 2.0  # of rank 0, whose process keeps the store that the others read the verdict from
-LEAVE_S = 10.0  # for the main thread, after a verdict
+MAX_SILENT_BEATS = 60  # counted in our own heartbeats, so that a machine which slept as a whole accuses no rank
+OTHER_PHASES_TIMEOUTS = 6  # outside of training steps: evaluating all images takes longer than a step
+SEARCH_S = 5.0  # for the rank at fault, after a collective failed
+LINGER_S = 2.0  # before rank 0 leaves, whose process keeps the store from which the others read the verdict
+LEAVE_S = 10.0  # for the main thread to leave after a verdict, before its process is ended
 
 
 @dataclass
-class Status:
-    """What a rank last published, and for how many of our beats it has not changed."""
+class RankStatus:
+    """What a rank last published, and for how many of our heartbeats that has not changed."""
 
     count: int = -1
     at: tuple[int, int] = (-1, 0)  # (steps done, index into PHASES)
@@ -48,6 +48,8 @@ class Status:
 
 @dataclass(frozen=True)
 class Verdict:
+    """The rank at fault, and what it did."""
+
     rank: int
     what: str
 
@@ -55,31 +57,33 @@ class Verdict:
         return f"rank {self.rank} {self.what}"
 
 
-class Watch:
-    """Around a run on several ranks: `with Watch(world, timeout_s) as watch`. With one rank it does nothing.
+class Watchdog:
+    """Watches over a run on several ranks: `with Watchdog(world, timeout_s) as watchdog`. With one rank it does nothing.
+
+    A rank that leaves with an exception tells the others. An exception that another rank caused becomes a RunStopped that names
+    that rank.
 
     Args:
+        world: this rank among the others.
         timeout_s: how long a rank may keep the others waiting.
-
-    On leaving with an exception tells the others; one that another rank caused becomes a RunStopped that names it.
     """
 
     def __init__(self, world: World, timeout_s: float):
         self.world, self.timeout_s = world, timeout_s
-        self.beat_s = max(1.0, world.size / 64)  # every rank reads every rank
+        self.beat_s = max(1.0, world.size / 64)  # between heartbeats; every rank reads every rank
         self._at = (-1, 0)
-        self._ranks = [Status() for _ in range(world.size)]
+        self._ranks = [RankStatus() for _ in range(world.size)]
         self._beats = 0
         self._on_gpus = False
         self._verdict: Verdict | None = None
-        self._to_tell: Verdict | None = None
-        self._told, self._left = threading.Event(), threading.Event()
+        self._to_announce: Verdict | None = None
+        self._announced, self._stopping = threading.Event(), threading.Event()
 
-    def at(self, step: int, phase: str) -> None:
-        """This rank has done `step` steps and is now in `phase`, one of PHASES."""
+    def set_phase(self, step: int, phase: str) -> None:
+        """Say that this rank has done `step` steps and is now in `phase`, one of PHASES."""
         self._at = (step, PHASES.index(phase))
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         if self.world.size > 1:
             self._on_gpus = dist.get_backend() == "nccl"
             store = dist.distributed_c10d._get_default_store().clone()  # a connection of its own: the other may block
@@ -88,7 +92,7 @@ class Watch:
                 self._store.set("verdict", "")
             self._publish()
             barrier()
-            self._thread = threading.Thread(target=self._beat, name="watch", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -96,49 +100,49 @@ class Watch:
         if self.world.size == 1:
             return
         if error is None:
-            barrier()  # rank 0 keeps the store: nobody leaves before everybody is done
-            self._leave()
+            barrier()  # rank 0 keeps the store, so no rank leaves before all are done
+            self._stop_thread()
             return
-        if _is_of_a_collective(error):
-            verdict = self._look()
+        if _is_from_a_collective(error):
+            verdict = self._find_culprit()
             if verdict is not None:
-                self._leave()
+                self._stop_thread()
                 if self.world.is_main:
                     time.sleep(LINGER_S)
                 raise RunStopped(f"{verdict}; the last checkpoint is good: repeat the command to resume") from error
-        self._tell(Verdict(self.world.rank, f"stopped: {_first_line(error)}"))
-        self._leave()
+        self._announce(Verdict(self.world.rank, f"stopped: {_first_line(error)}"))
+        self._stop_thread()
         if self.world.is_main and not isinstance(error, InputError):
             time.sleep(LINGER_S)
 
     # --- the main thread -------------------------------------------------------------------------------------------
 
-    def _look(self) -> Verdict | None:
-        """Who is to describe_nonfinite for a collective that failed; the beating thread knows or will."""
-        first, end = self._beats, time.monotonic() + LOOK_S + self.beat_s
+    def _find_culprit(self) -> Verdict | None:
+        """Return who is at fault for a collective that failed, as soon as the thread knows; None if nobody is found."""
+        first, end = self._beats, time.monotonic() + SEARCH_S + self.beat_s
         while self._verdict is None and time.monotonic() < end:
             time.sleep(0.1)
             suspect = self._suspect(silent_beats=3, still_beats=max(3, int(self.timeout_s / self.beat_s / 2)))
             if suspect is not None:
-                self._tell(suspect)
+                self._announce(suspect)
         if self._verdict is None and self._beats == first:
-            self._tell(Verdict(0, "does not answer (its process or its host is gone)"))
+            self._announce(Verdict(0, "does not answer (its process or its host is gone)"))
         return self._verdict
 
-    def _tell(self, verdict: Verdict) -> None:
-        self._to_tell = verdict
-        self._told.wait(2 * self.beat_s)
+    def _announce(self, verdict: Verdict) -> None:
+        self._to_announce = verdict
+        self._announced.wait(2 * self.beat_s)
         self._verdict = self._verdict or verdict
 
-    def _leave(self) -> None:
-        self._left.set()
+    def _stop_thread(self) -> None:
+        self._stopping.set()
         self._thread.join(2 * self.beat_s)
 
-    # --- the beating thread ----------------------------------------------------------------------------------------
+    # --- the thread with the heartbeat ----------------------------------------------------------------------------------------
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         gone = 0
-        while not self._left.wait(self.beat_s):
+        while not self._stopping.wait(self.beat_s):
             try:
                 self._exchange()
                 gone = 0
@@ -147,8 +151,8 @@ class Watch:
                 if gone == 3:
                     self._verdict = self._verdict or Verdict(0, "is gone (it kept the store)")
             self._beats += 1
-            if self._verdict is not None and not self._told.is_set():
-                self._told.set()
+            if self._verdict is not None and not self._announced.is_set():
+                self._announced.set()
                 threading.Thread(target=self._end_if_stuck, daemon=True).start()
 
     def _exchange(self) -> None:
@@ -159,7 +163,11 @@ class Watch:
             _update(rank, json.loads(published))
         if not verdict:
             patience = int(self.timeout_s / self.beat_s)
-            mine = self._to_tell or self._suspect(min(patience, SILENT_BEATS), patience) or self._all_stuck(patience)
+            mine = (
+                self._to_announce
+                or self._suspect(min(patience, MAX_SILENT_BEATS), patience)
+                or self._all_stuck(patience)
+            )
             if mine is not None:
                 verdict = self._store.compare_set("verdict", "", json.dumps([mine.rank, mine.what]))
         if verdict:
@@ -169,7 +177,7 @@ class Watch:
         self._store.set(str(self.world.rank), json.dumps([self._beats, *self._at]))
 
     def _suspect(self, silent_beats: int, still_beats: int) -> Verdict | None:
-        """The rank that is silent, or that all others have been waiting for."""
+        """Return the rank that is silent, or that all others have been waiting for, if there is one."""
         others = [(number, rank) for number, rank in enumerate(self._ranks) if number != self.world.rank]
         number, rank = max(others, key=lambda other: other[1].silent_beats)
         if rank.silent_beats >= silent_beats:
@@ -185,10 +193,10 @@ class Watch:
         return None
 
     def _all_stuck(self, still_beats: int) -> Verdict | None:
-        """Of NCCL only: gloo's collectives fail by themselves, and a step on CPUs may take as long as it likes."""
+        """Return a verdict if all GPUs wait in the same step. Not on CPUs: gloo fails by itself, and steps may be long."""
         step, phase = self._ranks[0].at
         still = min(rank.still_beats for rank in self._ranks)
-        enough = still_beats if PHASES[phase] == "training" else PATIENCE * still_beats
+        enough = still_beats if PHASES[phase] == "training" else OTHER_PHASES_TIMEOUTS * still_beats
         if not self._on_gpus or still < enough or len({rank.at for rank in self._ranks}) > 1:
             return None
         seconds = still * self.beat_s
@@ -197,21 +205,22 @@ class Watch:
         )
 
     def _end_if_stuck(self) -> None:
-        """The main thread may wait in a collective that nothing ends, as NCCL's."""
-        if not self._left.wait(LEAVE_S):
+        """End this process if its main thread does not leave: it may wait in a collective that nothing ends, such as NCCL's."""
+        if not self._stopping.wait(LEAVE_S):
             print(f"stopped (rank {self.world.rank}): {self._verdict}\n", end="", file=sys.stderr, flush=True)
             os._exit(3)
 
 
-def _update(rank: Status, published: list[int]) -> None:
+def _update(rank: RankStatus, published: list[int]) -> None:
+    """Compare what a rank has published, [count of heartbeats, steps done, phase], with what is known of it."""
     count, *at = published
     rank.silent_beats = rank.silent_beats + 1 if count == rank.count else 0
     rank.still_beats = rank.still_beats + 1 if tuple(at) == rank.at else 0
     rank.count, rank.at = count, (at[0], at[1])
 
 
-def _is_of_a_collective(error: BaseException) -> bool:
-    """gloo raises plain RuntimeErrors that name its source file."""
+def _is_from_a_collective(error: BaseException) -> bool:
+    """Return whether a collective raised `error`; gloo raises plain RuntimeErrors that name its source file."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(library in str(error) for library in ("gloo", "NCCL"))
     )

@@ -1,129 +1,137 @@
-"""Pretraining: MoCo v3 + BatchFormer on two views of every image, watched by k-NN."""
+"""Pretraining: MoCo v3 + BatchFormer on two views of every image, with a k-NN score of the features along the way."""
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid
 
-from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader, moco_v3_augmentations
+from crossbatch.data import Batch, GlobalBatchSampler, Source, TrainLoader, moco_v3_augmentations
+from crossbatch.engine.checkpoint import Resumed, create_run_directory
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.datasets import input_errors, training_images
 from crossbatch.engine.evaluation.knn import KnnMonitor
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
-from crossbatch.engine.runtime.distributed import GroupCollective
-from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
-from crossbatch.engine.runtime.profiling import RunProfile, check_steps_left
-from crossbatch.engine.runtime.timing import StepTimer, mean_ms
-from crossbatch.engine.step import StepResult, TrainStep
+from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
+from crossbatch.engine.runtime.timing import StepTimer
+from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model
-from crossbatch.engine.trainer import Trainer
-from crossbatch.models import MoCoOutput
+from crossbatch.engine.tasks.task import TrainData, TrainResult
+from crossbatch.models import MoCo
 
 CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_gpu: "auto"` came to
 
 
-class PretrainTask(Trainer):
-    """A `Trainer` of MoCo v3; `profile`: steps to look into, see `engine.profile`, 0 for none."""
+@dataclass
+class PretrainTask:
+    """A `Task` of MoCo v3; `pretrain_task` builds it.
 
-    run: ResolvedConfig
-    train_step: TrainStep
+    Attributes:
+        knn: scores the features; None if the configuration or the images allow no score.
+        has_labels: whether there are labelled images for the evaluation commands.
+        chunk_note: what the log says of an automatic chunk.
+        timer: measures the parts of the steps, from the first `build_step` on.
+    """
 
-    def __init__(self, *arguments: Any, profile: int = 0, **more: Any):
-        super().__init__(*arguments, **more)
-        self.taken: list[dict[str, float]] = []  # parts of the steps since the last line of metrics, as far as read
-        self.profile = None
-        if profile:
-            check_steps_left(profile, self.stop - self.step)
-            batch, folder = self.run.config.train_batch_size, self.out / "profile"
-            self.profile = RunProfile(folder, profile, self.world.rank, batch, self.log.note)
-
-    def open_data(self) -> tuple[GlobalBatchSampler, TrainLoader]:
-        data = self.ours.data
-        source, evaluation = training_images(data.path, self.out / "data_index")
-        batch, seed = self.run.config.train_batch_size, self.ours.seed
-        with input_errors("train_batch_size"):
-            order = GlobalBatchSampler(seed, len(source), batch, self.world.size, self.world.rank, data.shuffle_window)
-        self.alarms = LossMonitor(self.ours.watch)
-        self.monitor, self.has_labels = None, evaluation is not None
-        if self.ours.evaluate.knn_every_epochs and evaluation is not None:
-            self.monitor = KnnMonitor(self.run, source, evaluation, self.device)
-        loader = TrainLoader(
-            source,
-            sampler=order,
-            augmentations=moco_v3_augmentations(data.image_size, data.crop_min),
-            seed=seed,
-            workers=self.run.workers,
-            max_skipped_fraction=data.max_skipped_fraction,
-            backend=data.backend,
-            device=self.device,
-        )
-        return order, loader
-
-    def choose_chunk(self) -> int:
-        if not self.run.auto_chunk:
-            return self.run.chunk
-        cache = self.out / CHUNK
-        chunk, why = automatic_chunk(self.run, self.world, self.device, cache)
-        if chunk < self.run.local_batch:
-            self.notes.append(why)
-        return chunk
-
-    def remember_chunk(self) -> None:
-        remember(self.out / CHUNK, self.run, self.chunk)
+    cfg: ResolvedConfig
+    device: torch.device
+    out: Path
+    data: TrainData
+    knn: KnnMonitor | None
+    has_labels: bool
+    chunk_note: str | None
+    timer: StepTimer | None = None
 
     def build_step(self, chunk: int) -> TrainStep:
-        model = build_model(self.run).to(self.device)
+        """Build the network with random weights; a chunk smaller than configured is remembered for the run's continuation."""
+        model = build_model(self.cfg).to(self.device)
         model.set_collective(GroupCollective())
-        if model.batchformer is not None:
-            self.notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
+        if chunk < self.cfg.chunk:
+            remember(self.out / CHUNK, self.cfg, chunk)
         self.timer = StepTimer(self.device)
-        backend = build_backend(model, self.run)
-        return TrainStep(backend, self.run, self.device, self.order.steps_per_epoch, chunk, self.timer)
+        backend = build_backend(model, self.cfg)
+        return TrainStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.timer)
 
-    def started(self, batch: Batch) -> None:
-        self.log.pictures("views", view_pairs(batch.views), 0)
+    def on_start(self, step: TrainStep, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
+        """Return what was chosen automatically: the chunk, and the kernel of BatchFormer."""
+        model = step.backend.model
+        assert isinstance(model, MoCo)
+        notes = [self.chunk_note] if self.chunk_note else []
+        if model.batchformer is not None:
+            notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
+        return notes
 
-    def train_on(self, batch: Batch) -> StepResult[MoCoOutput]:
-        result = self.train_step(batch.views)
-        if self.profile is not None:
-            self.taken += self.timer.read()
-            self.profile.stepped(self.taken[-1], self.clock.last_wait_s)
-        return result
+    def train_on(self, step: TrainStep, batch: Batch) -> TrainResult:
+        """Train on two views of every image."""
+        result = step(batch.views)
+        output, terms = result.output, result.output.terms.items()
+        return TrainResult(
+            metrics={"loss": output.loss, **output.signals, **{f"loss_terms/{name}": term for name, term in terms}},
+            rates=result.rates,
+            grad_norm=result.grad_norm,
+            suspects={
+                "features": output.signals["feature_std"],
+                "loss": output.loss,
+                **{f"loss term {name}": term for name, term in terms},
+            },
+        )
 
-    def stage_ms(self) -> dict[str, float]:
-        steps, self.taken = self.taken + self.timer.read(), []
-        return mean_ms(steps)
+    def evaluation_due(self, num_steps: int, is_last: bool) -> bool:
+        """Return whether the features are scored: before the first step, every some epochs, and at the end."""
+        every_steps = self.cfg.crossbatch.evaluate.knn_every_epochs * self.data.steps_per_epoch
+        return self.knn is not None and (is_last or num_steps % every_steps == 0)
 
-    def values(self, output: MoCoOutput) -> dict[str, torch.Tensor]:
-        terms = {f"loss_terms/{name}": term for name, term in output.terms.items()}
-        return {"loss": output.loss, **output.signals, **terms}
+    def evaluate(self, step: TrainStep) -> dict[str, float]:
+        """Return the top-1 accuracy of k-NN on the features, in percent."""
+        assert self.knn is not None
+        return {"knn_top1": self.knn.top1(step.backend)}
 
-    def describe_nonfinite(self, output: MoCoOutput) -> str:
-        terms = {f"loss term {name}": term for name, term in output.terms.items()}
-        return describe_nonfinite({"the features": output.signals["feature_std"], "the loss": output.loss, **terms})
-
-    def evaluation_due(self) -> bool:
-        if self.monitor is None:
-            return False
-        return self.step == self.stop or self.step % (self.ours.evaluate.knn_every_epochs * self.steps_per_epoch) == 0
-
-    def evaluate(self) -> dict[str, float]:
-        assert self.monitor is not None
-        return {"knn_top1": self.monitor.top1(self.train_step.backend)}
-
-    def next_commands(self) -> list[str]:
-        frozen = FrozenModelConfig(checkpoint=str(self.out))
-        return [command("linear", frozen, self.ours.data.path)] if self.has_labels else []
-
-    def recorded(self, metrics: dict) -> None:
-        if metrics.get("loss") is not None and metrics["feature_std"] is not None:
-            for alarm in self.alarms.check(metrics["loss"], metrics["feature_std"]):
-                self.log.warn(f"step {self.step}: {alarm}")
+    def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
+        """Return the command of a linear probe."""
+        backbone = FrozenModelConfig(checkpoint=str(self.out))
+        return [command("linear", backbone, self.cfg.crossbatch.data.path)] if self.has_labels else []
 
 
-def view_pairs(views: torch.Tensor, count: int = 16) -> torch.Tensor:
-    """uint8 views [2, n, 3, H, W] -> one picture [3, ., .]; view 1 above its view 2, eight images a row."""
-    pairs = [row for some in zip(*(view[:count].split(8) for view in views), strict=True) for row in some]
-    return make_grid(torch.cat(pairs), nrow=8, pad_value=255)
+def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: Path) -> PretrainTask:
+    """Open the images and find a chunk that fits into memory; all ranks of a process group call it.
+
+    Args:
+        cfg: the resolved configuration.
+        world: this rank among the others.
+        device: where the model will live.
+        out: the run directory, which keeps an index of the images and the chunk.
+
+    Raises:
+        InputError: if the images cannot be used, or not even one of them fits into memory.
+    """
+    source, evaluation = training_images(cfg.crossbatch.data.path, out / "data_index")
+    data = _open_data(cfg, source, world, device)
+    knn = None
+    if cfg.crossbatch.evaluate.knn_every_epochs and evaluation is not None:
+        knn = KnnMonitor(cfg, source, evaluation, device)
+    chunk, chunk_note = cfg.chunk, None
+    if cfg.auto_chunk:
+        on_main(lambda: create_run_directory(out))
+        chunk, why = automatic_chunk(cfg, world, device, out / CHUNK)
+        chunk_note = why if chunk < cfg.local_batch else None
+    cfg = replace(cfg, chunk=chunk, chunks=-(-cfg.local_batch // chunk))
+    return PretrainTask(cfg, device, out, data, knn, evaluation is not None, chunk_note)
+
+
+def _open_data(cfg: ResolvedConfig, source: Source, world: World, device: torch.device) -> TrainData:
+    data, seed, batch = cfg.crossbatch.data, cfg.crossbatch.seed, cfg.train_batch_size
+    with input_errors("train_batch_size"):
+        sampler = GlobalBatchSampler(seed, len(source), batch, world.size, world.rank, data.shuffle_window)
+    loader = TrainLoader(
+        source,
+        sampler=sampler,
+        augmentations=moco_v3_augmentations(data.image_size, data.crop_min),
+        seed=seed,
+        workers=cfg.workers,
+        max_skipped_fraction=data.max_skipped_fraction,
+        backend=data.backend,
+        device=device,
+    )
+    return TrainData(sampler, loader, sampler.steps_per_epoch)

@@ -23,6 +23,7 @@ from crossbatch.engine.config import Config, FinetuneConfig, load_config, resuma
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import RunLog
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.sharding import FlatSlice, LocalShards
 
 
@@ -267,10 +268,10 @@ def test_a_save_without_room_leaves_the_last_one_and_no_litter(tmp_path, monkeyp
 
 def test_a_crash_between_writing_and_renaming_leaves_the_old_text(tmp_path, monkeypatch):
     target = tmp_path / "latest"
-    checkpoint.write_atomically(target, "old")
+    write_atomically(target, "old")
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(target, "new")
+        write_atomically(target, "new")
     assert target.read_text() == "old"
 
 
@@ -399,7 +400,7 @@ def test_metrics_after_the_checkpoint_and_torn_lines_are_dropped_on_resume(tmp_p
 def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
     log = RunLog(tmp_path, first_step=0, last_step=10)
     log.record(line(1))
-    real = log.lines._file
+    real = log.metrics._file
     assert real is not None
 
     class Full:
@@ -410,10 +411,10 @@ def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
                 raise OSError(28, "No space left on device")
             return real.write(data[: len(data) - 39])
 
-    log.lines._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
+    log.metrics._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
     log.record(line(2))
     log.record(line(3))
-    log.lines._file = real
+    log.metrics._file = real
     log.record(line(4))
     log.close()
     assert [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

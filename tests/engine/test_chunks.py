@@ -14,7 +14,6 @@ from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.memory_model import StepMemory
 from crossbatch.engine.runtime import chunk_size as memory
 from crossbatch.engine.runtime.distributed import world_from_environment
-from crossbatch.engine.tasks.pretrain import PretrainTask
 from crossbatch.models import Collective, MoCo
 from crossbatch.models.norm import synchronize_norms
 from tests.engine.test_equivalence import (
@@ -27,6 +26,7 @@ from tests.engine.test_equivalence import (
     losses,
     name_of,
     parameters,
+    pretrainer,
     slow_unless,
     train,
     zero,
@@ -145,19 +145,19 @@ def step_of_resnet(overrides: list[str], out: str, alone: bool) -> tuple[float, 
     """One step on this rank: the global loss and the gradient-updated parameters."""
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *LARGE, *RESNET, *ADAMW, *overrides]), world.size, Device("cpu"))
-    trainer = PretrainTask(run, world, torch.device("cpu"), Path(out), "none", 2)
+    trainer = pretrainer(run, out, "none", 2)
     if alone:
-        model = trainer.train_step.backend.model
+        model = trainer.state.step.backend.model
         assert isinstance(model, MoCo)
         for encoder in (model.online, model.momentum):
             synchronize_norms(encoder.backbone, Collective())
-    batches = trainer._batches()
-    trainer.train_step(next(batches).views)  # at rate 0
-    loss = trainer.train_step(next(batches).views).output.loss
-    trainer.loader.close()
+    batches = trainer.task.data.batches(0)
+    trainer.state.step(next(batches).views)  # at rate 0
+    loss = trainer.state.step(next(batches).views).output.loss
+    trainer.task.data.loader.close()
     torch.distributed.all_reduce(loss)
     return float(loss) / world.size, {
-        n: p.detach().clone() for n, p in trainer.train_step.backend.model.named_parameters()
+        n: p.detach().clone() for n, p in trainer.state.step.backend.model.named_parameters()
     }
 
 
@@ -175,7 +175,6 @@ def run_with_little_memory(out: str, chunk: int, rows: int, until_call: int) -> 
     """A run whose backbone runs out of memory above `rows` rows, and always from call `until_call` on; why it stopped."""
     from crossbatch.models import MoCo
 
-    world = world_from_environment()
     run = resolve(
         load_config(None, [*BASE, *LARGE, *VIT, *ADAMW, f"train_micro_batch_size_per_gpu={chunk}"]), 1, Device("cpu")
     )
@@ -189,7 +188,7 @@ def run_with_little_memory(out: str, chunk: int, rows: int, until_call: int) -> 
 
     with mock.patch.object(MoCo, "embed", greedy):
         try:
-            PretrainTask(run, world, torch.device("cpu"), Path(out), "auto", 3).train()
+            pretrainer(run, out, "auto", 3).train()
         except RunStopped as stopped:
             return str(stopped)
     return ""

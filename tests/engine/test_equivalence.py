@@ -68,15 +68,21 @@ def name_of(case) -> str:
     return "".join(part.split("=")[1] for part in case).replace("none", "")
 
 
-def train(overrides: list[str], out: str, steps: int) -> None:
-    """One run on this rank of a pool."""
+def pretrainer(cfg, out: str, *arguments, **more):
+    """The trainer of a run on this rank of a pool; further arguments are those of `build_trainer`."""
     import torch
 
-    from crossbatch.engine.tasks.pretrain import PretrainTask
+    from crossbatch.engine.start import build_trainer
+    from crossbatch.engine.tasks.pretrain import pretrain_task
 
-    world = world_from_environment()
-    run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
-    PretrainTask(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
+    where = world_from_environment(), torch.device("cpu"), Path(out)
+    return build_trainer(pretrain_task(cfg, *where), *where, *arguments, **more)
+
+
+def train(overrides: list[str], out: str, steps: int) -> None:
+    """One run on this rank of a pool."""
+    cfg = resolve(load_config(None, [*BASE, *overrides]), world_from_environment().size, Device("cpu"))
+    pretrainer(cfg, out, "auto", steps).train()
 
 
 def losses(out) -> list[float]:
@@ -191,18 +197,13 @@ def test_a_checkpoint_fits_another_world_and_backend(tmp_path, pools, optimizer)
 
 def buffers_of(overrides: list[str], out: str) -> list:
     """Trains three steps on this rank; its batch norms' buffers."""
-    import torch
-
-    from crossbatch.engine.tasks.pretrain import PretrainTask
-
-    world = world_from_environment()
-    run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
+    cfg = resolve(load_config(None, [*BASE, *overrides]), world_from_environment().size, Device("cpu"))
     with mock.patch("crossbatch.engine.step.INITIAL_LOSS_SCALE", 2.0**6):  # a step that overflows changes nothing
-        trainer = PretrainTask(run, world, torch.device("cpu"), Path(out), "auto", 3)
+        trainer = pretrainer(cfg, out, "auto", 3)
     trainer.train()
     assert all(math.isfinite(loss) for loss in losses(out))
     return [
-        (name, str(buffer.dtype), buffer.tolist()) for name, buffer in trainer.train_step.backend.model.named_buffers()
+        (name, str(buffer.dtype), buffer.tolist()) for name, buffer in trainer.state.step.backend.model.named_buffers()
     ]
 
 

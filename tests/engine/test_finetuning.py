@@ -43,12 +43,14 @@ RANDOM = [
 
 def finetune(overrides: list[str], out: str, steps: int | None = None) -> str:
     """One run on this rank of a pool; returns the message of wrong input."""
-    from crossbatch.engine.tasks.finetune import FinetuneTask
+    from crossbatch.engine.start import build_trainer
+    from crossbatch.engine.tasks.finetune import finetune_task
 
     world = world_from_environment()
     try:
-        run = resolve_finetune(load_config(None, [*BASE, *overrides], FinetuneConfig), world.size, Device("cpu"))
-        FinetuneTask(run, world, torch.device("cpu"), Path(out), "auto", steps).train()
+        cfg = resolve_finetune(load_config(None, [*BASE, *overrides], FinetuneConfig), world.size, Device("cpu"))
+        where = world, torch.device("cpu"), Path(out)
+        build_trainer(finetune_task(cfg, *where), *where, "auto", steps).train()
     except InputError as error:
         return str(error)
     return ""
@@ -219,7 +221,7 @@ def test_the_average_follows_and_drop_path_grows():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([], "crossbatch.model.checkpoint: not given; name what to start from with --checkpoint"),
+        ([], "crossbatch.model.checkpoint: not given; allowed: a run directory"),
         (["crossbatch.model.checkpoint=/nowhere"], "--checkpoint /nowhere"),
         (["crossbatch.data.repeats=5"], "crossbatch.data.repeats: given 5 for 12 images a rank; allowed: a divisor"),
         (["train_batch_size=11"], "mixing needs an even number"),

@@ -9,10 +9,11 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from crossbatch.data import GlobalBatchSampler, TrainLoader, open_source, prepare
+from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
-from crossbatch.engine.evaluation.batches import Augmented, Cached, linear_view
+from crossbatch.engine.evaluation.batches import Augmented, Cached
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract
 from crossbatch.engine.evaluation.frozen import FrozenBackbone
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
@@ -186,7 +187,7 @@ def test_training_images_are_cropped_and_flipped_and_nothing_else(shapes):
     order = GlobalBatchSampler(0, len(source), 8)
     views = {}
     for backend in ("torchvision", "opencv"):
-        loader = TrainLoader(source, sampler=order, augmentations=[linear_view(32, 0.08)], backend=backend)
+        loader = TrainLoader(source, sampler=order, augmentations=[crop_and_flip(32, 0.08)], backend=backend)
         batch = next(loader.epoch(0))
         views[backend] = batch.views[0].float()
         assert batch.views.shape == (1, 8, 3, 32, 32)

@@ -14,7 +14,7 @@ from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, WatchConfig, load_config, resolve
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.nonfinite import LossMonitor
-from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, zero
+from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, pretrainer, zero
 
 EVERY_2 = ["crossbatch.checkpoint.every_steps=2"]
 
@@ -26,10 +26,6 @@ def run(
 
     `patches` are (target, factory of a replacement).
     """
-    import torch
-
-    from crossbatch.engine.tasks.pretrain import PretrainTask
-
     world = world_from_environment()
     settings = resolve(load_config(None, [*BASE, *EVERY_2, *overrides]), world.size, Device("cpu"))
     told: list[str] = []
@@ -38,7 +34,7 @@ def run(
         for target, factory in patches:
             stack.enter_context(mock.patch(target, factory()))
         try:
-            PretrainTask(settings, world, torch.device("cpu"), Path(out), resume, steps, allow).train()
+            pretrainer(settings, out, resume, steps, allow).train()
         except (InputError, RunStopped) as stopped:
             return f"{type(stopped).__name__}: {stopped}"
         finally:
@@ -96,8 +92,9 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_with_the_state
     settings = [*model, *LARS, *backend, "crossbatch.watch.max_nonfinite_steps=3"]
     stopped = pools(2).run(run, settings, str(tmp_path), 12, "auto", (), ((CONTRAST, poisoned_from(5)),))
     for message in stopped:
-        assert message.startswith("RunStopped: 3 steps in a row were not finite")
-        assert "(the features, the loss, loss term q1o_k2o and " in message and "of rank 1 are not finite" in message
+        assert message.startswith(
+            "RunStopped: 3 steps in a row skipped: non-finite on rank 1: features, loss, loss term q1o_k2o "
+        )
         assert "step 5, before them, is saved" in message
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text  # which are not JSON
@@ -111,11 +108,16 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_with_the_state
     assert losses(tmp_path) == losses(tmp_path / "want")
 
 
-def test_two_bad_steps_are_survived(tmp_path, one_rank):
-    settings = [*VIT, *LARS, "crossbatch.watch.max_nonfinite_steps=3"]
+def test_two_bad_steps_are_survived_and_rates_are_those_of_the_step(tmp_path, one_rank):
+    """A skipped step moves neither the schedule nor the average: its rate comes again, and it has no momentum."""
+    settings = [*VIT, *LARS, "crossbatch.watch.max_nonfinite_steps=3", "crossbatch.momentum.cosine=true"]
     assert one_rank.run(run, settings, str(tmp_path), 6, "auto", (), ((CONTRAST, poisoned_from(2, 2)),)) == [""]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
+    peak, updates_before = 0.05 * 12 / 256, [0, 1, 2, 2, 2, 3]  # the first of five epochs, four steps long, is warm-up
+    assert [line["lr"] for line in lines] == pytest.approx([peak * updates / 4 for updates in updates_before])
+    momenta = [1 - 0.1 * (1 + math.cos(math.pi * updates / 20)) / 2 for updates in (1, 2, 3, 4)]
+    assert [line["momentum"] for line in lines] == pytest.approx([*momenta[:2], None, None, *momenta[2:]])
 
 
 # --- alarms ------------------------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def test_a_jump_of_the_loss_is_told():
     quiet = [5 + 0.01 * (step % 3) for step in range(40)]
     assert [alarms.check(loss, 0.5) for loss in quiet] == [[]] * 40
     (text,) = alarms.check(6.0, 0.5)
-    assert text.startswith("the loss jumped to 6, ")
+    assert text.startswith("loss jumped to 6, ")
     assert alarms.check(5.0, 0.5) == []
     assert LossMonitor(WatchConfig(spike_sigmas=0)).check(1e9, 0.5) == []
 
@@ -142,14 +144,14 @@ def test_collapse_is_told_once():
 
 
 def no_data_on_rank_1_at_step_3():
-    """For Trainer._batches."""
-    from crossbatch.engine.trainer import Trainer
+    """For TrainData.batches."""
+    from crossbatch.engine.tasks.task import TrainData
 
-    batches = Trainer._batches
+    batches = TrainData.batches
 
-    def failing(trainer):
-        for number, batch in enumerate(batches(trainer)):
-            if number == 3 and trainer.world.rank == 1:
+    def failing(data, first_step):
+        for number, batch in enumerate(batches(data, first_step)):
+            if number == 3 and world_from_environment().rank == 1:
                 raise RunStopped("data: 16 images in a row were broken")
             yield batch
 
@@ -157,7 +159,7 @@ def no_data_on_rank_1_at_step_3():
 
 
 def test_a_rank_without_data_lets_all_save_before_it_stops(tmp_path, pools):
-    patches = (("crossbatch.engine.trainer.Trainer._batches", no_data_on_rank_1_at_step_3),)
+    patches = (("crossbatch.engine.tasks.task.TrainData.batches", no_data_on_rank_1_at_step_3),)
     stopped = pools(2).run(run, [*VIT, *LARS, *zero(1)], str(tmp_path), 8, "auto", (), patches)
     assert stopped == [
         "RunStopped: rank 1 got no more data; step 3 is saved",

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -14,17 +13,15 @@ from crossbatch import InputError
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.profiling import steps_needed, table
-from tests.engine.test_equivalence import BASE, LARS, RESNET, losses, zero
+from tests.engine.test_equivalence import BASE, LARS, RESNET, losses, pretrainer, zero
 
 SLOW_S = 0.1
 
 
 def profiled(out: str, steps: int, profile: int, slow: bool = False) -> str:
     """One run on this rank of a pool, in two chunks; `slow`: its images take SLOW_S a batch."""
-    import torch
 
     from crossbatch.data import TrainLoader
-    from crossbatch.engine.tasks.pretrain import PretrainTask
 
     world = world_from_environment()
     overrides = [*RESNET, *LARS, *zero(1), f"train_micro_batch_size_per_gpu={6 // world.size}"]
@@ -37,8 +34,7 @@ def profiled(out: str, steps: int, profile: int, slow: bool = False) -> str:
 
     with mock.patch.object(TrainLoader, "_batch", late if slow else prompt):
         try:
-            device = torch.device("cpu")
-            PretrainTask(run, world, device, Path(out), "none", steps, profile=profile).train()
+            pretrainer(run, out, "none", steps, profile_steps=profile).train()
         except InputError as error:
             return str(error)
     return ""

@@ -6,7 +6,6 @@ import json
 import math
 import weakref
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,14 +14,14 @@ import torch
 from crossbatch.data import normalize
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.optimizers import set_learning_rate
-from crossbatch.engine.runtime.distributed import GroupCollective, world_from_environment
+from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.schedules import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend, LocalShards
 from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
 from crossbatch.engine.tasks.build import build_model, build_optimizer, parameter_groups
 from crossbatch.models import MoCo
-from tests.engine.test_equivalence import BASE, LARS, RESNET, VIT, zero
+from tests.engine.test_equivalence import BASE, LARS, RESNET, VIT, pretrainer, zero
 
 STEPS_PER_EPOCH = 2
 
@@ -158,13 +157,11 @@ def test_deepspeed_leaves_the_precision_alone(tmp_path, one_rank, stage):
 def lowered_under_deepspeed(out: str, stage: int) -> None:
     import deepspeed.runtime.torch_autocast  # noqa: F401
 
-    from crossbatch.engine.tasks.pretrain import PretrainTask
-
     precise = [*BASE, *RESNET, *LARS, *zero(stage), "crossbatch.precision=bf16"]
     run = resolve(load_config(None, precise), 1, Device("cpu"))
     seen, asked = [], torch.is_autocast_enabled
-    trainer = PretrainTask(run, world_from_environment(), torch.device("cpu"), Path(out), "none", 1)
-    backbone = trainer.train_step.backend.model.chunked_module
+    trainer = pretrainer(run, out, "none", 1)
+    backbone = trainer.state.step.backend.model.chunked_module
     backbone.layer1.register_forward_hook(lambda *call: seen.append(call[-1].dtype))  # pyright: ignore
     # Without an argument it answers for CUDA; as if this CPU were that.
     with mock.patch("torch.is_autocast_enabled", lambda device_type="cpu": asked(device_type)):
@@ -229,8 +226,6 @@ def test_a_step_returns_the_rates_that_it_used(run):
 
 def recorded_rates(out: str) -> list[list[float | None]]:
     """Rates that a run in fp16 used on this rank; its first steps overflow."""
-    from crossbatch.engine.tasks.pretrain import PretrainTask
-
     used: list[list[float | None]] = []
     update = Backend.update_momentum
 
@@ -247,7 +242,7 @@ def recorded_rates(out: str) -> list[list[float | None]]:
         mock.patch("crossbatch.engine.step.set_learning_rate", set_rate),
         mock.patch.object(Backend, "update_momentum", spy),
     ):
-        PretrainTask(cfg, world_from_environment(), torch.device("cpu"), Path(out), "none", 8).train()
+        pretrainer(cfg, out, "none", 8).train()
     return used
 
 

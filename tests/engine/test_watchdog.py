@@ -6,27 +6,29 @@ import pytest
 
 from crossbatch import RunStopped
 from crossbatch.engine.runtime.distributed import World, world_from_environment
-from crossbatch.engine.runtime.watchdog import PHASES, Status, Watch, _update
+from crossbatch.engine.runtime.watchdog import PHASES, RankStatus, Watchdog, _update
 
 DATA, TRAINING = PHASES.index("waiting for data"), PHASES.index("training")
 
 
-def suspect_among(*ranks: Status) -> str | None:
+def suspect_among(*ranks: RankStatus) -> str | None:
     """Seen from rank 0, with a timeout of 30 beats and 10 for silence."""
-    watch = Watch(World(0, len(ranks), 0, 1), 30)
-    watch._ranks = list(ranks)
-    suspect = watch._suspect(silent_beats=10, still_beats=30)
+    watchdog = Watchdog(World(0, len(ranks), 0, 1), 30)
+    watchdog._ranks = list(ranks)
+    suspect = watchdog._suspect(silent_beats=10, still_beats=30)
     return None if suspect is None else str(suspect)
 
 
 def test_a_silent_rank_is_named():
-    found = suspect_among(Status(5, (3, TRAINING)), Status(9, (3, TRAINING)), Status(9, (3, TRAINING), silent_beats=12))
+    found = suspect_among(
+        RankStatus(5, (3, TRAINING)), RankStatus(9, (3, TRAINING)), RankStatus(9, (3, TRAINING), silent_beats=12)
+    )
     assert found == "rank 2 is gone or does not answer (12 s without a sign)"
 
 
 def test_the_one_that_the_others_wait_for_is_named():
-    waiting = Status(5, (3, TRAINING), still_beats=31)
-    slow = Status(5, (3, DATA), still_beats=35)
+    waiting = RankStatus(5, (3, TRAINING), still_beats=31)
+    slow = RankStatus(5, (3, DATA), still_beats=35)
     assert suspect_among(waiting, slow, waiting) == (
         "rank 1 keeps the others waiting: waiting for data after step 3 for 35 s"
     )
@@ -34,29 +36,29 @@ def test_the_one_that_the_others_wait_for_is_named():
 
 
 def test_nobody_is_to_blame_while_time_is_left_or_all_do_the_same():
-    waiting, slow = Status(5, (3, TRAINING), still_beats=12), Status(5, (3, DATA), still_beats=35)
+    waiting, slow = RankStatus(5, (3, TRAINING), still_beats=12), RankStatus(5, (3, DATA), still_beats=35)
     assert suspect_among(waiting, slow) is None
-    stuck = Status(5, (3, TRAINING), still_beats=500)  # a long step
+    stuck = RankStatus(5, (3, TRAINING), still_beats=500)  # a long step
     assert suspect_among(stuck, stuck) is None
 
 
 def test_all_gpus_in_one_step_wait_for_messages_that_do_not_come():
-    watch = Watch(World(0, 2, 0, 1), 30)
-    watch._ranks = [Status(5, (3, TRAINING), still_beats=31), Status(5, (3, TRAINING), still_beats=40)]
-    assert watch._all_stuck(30) is None  # on CPUs: a long step
-    watch._on_gpus = True
-    assert str(watch._all_stuck(30)) == (
+    watchdog = Watchdog(World(0, 2, 0, 1), 30)
+    watchdog._ranks = [RankStatus(5, (3, TRAINING), still_beats=31), RankStatus(5, (3, TRAINING), still_beats=40)]
+    assert watchdog._all_stuck(30) is None  # on CPUs: a long step
+    watchdog._on_gpus = True
+    assert str(watchdog._all_stuck(30)) == (
         "rank 0 and all others stand still: training after step 3 for 31 s; look at the network"
     )
-    assert watch._all_stuck(32) is None
-    watch._ranks[1].at = (3, DATA)
-    assert watch._all_stuck(30) is None
-    watch._ranks[0].at = (3, DATA)
-    assert watch._all_stuck(30) is None and watch._all_stuck(5) is not None
+    assert watchdog._all_stuck(32) is None
+    watchdog._ranks[1].at = (3, DATA)
+    assert watchdog._all_stuck(30) is None
+    watchdog._ranks[0].at = (3, DATA)
+    assert watchdog._all_stuck(30) is None and watchdog._all_stuck(5) is not None
 
 
 def test_beats_count_only_while_nothing_changes():
-    rank = Status()
+    rank = RankStatus()
     for count, at in ((1, DATA), (2, DATA), (2, DATA), (2, TRAINING)):
         _update(rank, [count, 7, at])
     assert (rank.silent_beats, rank.still_beats) == (2, 0)
@@ -66,8 +68,8 @@ def one_rank_stops(seconds: float) -> str:
     """Rank 1 leaves with a message while rank 0 waits for it in a collective that fails."""
     world = world_from_environment()
     try:
-        with Watch(world, 30) as watch:
-            watch.at(3, "training")
+        with Watchdog(world, 30) as watchdog:
+            watchdog.set_phase(3, "training")
             if world.rank == 1:
                 raise RunStopped("16 broken images in a row")
             time.sleep(seconds)

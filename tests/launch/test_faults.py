@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, starved and misled: what is left, and what resuming makes of it."""
 
 import importlib.util
+import json
 import os
 import random
 import shutil
@@ -37,6 +38,7 @@ def finish(nursery: Nursery, out: Path, settings: list[str], ranks: int, steps: 
     """Runs or resumes, to the end."""
     job = nursery.start(out / "logs", ranks, *flags(out, *settings), f"--steps={steps}")
     assert job.wait() == [0] * ranks, job.output()
+    assert not (out / "stopped.json").exists()
     return job
 
 
@@ -143,6 +145,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path, nursery, 
     assert checkpoint.candidates(tmp_path, "auto")[0].name == f"step-{last:08d}"
     assert f"resume with: the same command, --out {tmp_path}" in job.output(0).replace("\n", "")
     assert number.name in job.output(0)
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"signal": number.name, "step": last}
 
 
 @pytest.mark.slow

@@ -80,6 +80,7 @@ def test_a_run_learns_and_writes_results(monkeypatch, capsys, tmp_path, weights)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     scores = {line["step"]: line["top1"] for line in lines if "top1" in line}
     assert list(scores) == [8, 16, 24, 32] and results["top1"] == scores[32] and results["step"] == 32
+    assert json.loads((tmp_path / "run/started_from.json").read_text())["loaded"] == results["loaded"]
     assert results["best_top1"] == max(scores.values()) and scores[results["best_step"]] == results["best_top1"]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2  # colours tell the classes apart
     assert results["best_top1"] > 50

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from crossbatch.data import prepare
+from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.evaluation import linear_results
-from crossbatch.engine.evaluation.batches import linear_view
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import finetune, linear
@@ -57,7 +57,7 @@ def test_the_defaults_are_the_originals():
     assert linear_results._learning_rates(config, "resnet50") == (0.1,)
     assert linear_results._learning_rates(config, "vit_base") == (3.0,)
     assert linear.number_or_list(".1") == "0.1" and linear.number_or_list("[0.1, 1]") == "[0.1, 1]"
-    view = linear_view(224, config.crossbatch.data.crop_min)
+    view = crop_and_flip(224, config.crossbatch.data.crop_min)
     assert (view.crop_scale, view.crop_ratio, view.flip_probability) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     chances = (view.jitter_probability, view.grayscale_probability, view.blur_probability, view.solarize_probability)
     assert chances == (0, 0, 0, 0)

@@ -1,0 +1,107 @@
+"""Builds the trainer of a task in a run directory, from its newest checkpoint or from the start."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossbatch.engine import checkpoint
+from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Keep, Resumed
+from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
+from crossbatch.engine.run_log import Log, RunLog
+from crossbatch.engine.runtime.atomic_files import write_atomically
+from crossbatch.engine.runtime.distributed import World, on_main, shared_token
+from crossbatch.engine.runtime.nonfinite import LossMonitor
+from crossbatch.engine.runtime.profiling import RunProfile, check_steps_left
+from crossbatch.engine.runtime.signals import StepSync
+from crossbatch.engine.runtime.watchdog import Watchdog
+from crossbatch.engine.tasks.task import Task
+from crossbatch.engine.train_state import TrainState
+from crossbatch.engine.trainer import Trainer
+
+
+def build_trainer(
+    task: Task[Any],
+    world: World,
+    device: torch.device,
+    out: Path,
+    resume: str = "auto",
+    stop_after: int | None = None,
+    allow_change: Iterable[str] = (),
+    watchdog: Watchdog | None = None,
+    profile_steps: int = 0,
+) -> Trainer:
+    """Return a trainer of `task` that goes on from a checkpoint, or starts; all ranks of a process group call it.
+
+    The order matters: the step comes before the log, which drops the lines of steps that are repeated.
+
+    Args:
+        task: what is trained.
+        world: this rank among the others.
+        device: where the model lives.
+        out: the run directory, the same on all ranks.
+        resume: "auto", "none" or a path, see `checkpoint.candidates`.
+        stop_after: optimizer step to stop at, counted from the start of the run; None trains all epochs.
+        allow_change: configuration keys that may differ from those of the checkpoint.
+        watchdog: is told what this rank is doing.
+        profile_steps: how many steps to profile, see `engine.runtime.profiling`; 0 for none.
+
+    Raises:
+        InputError: if the run directory cannot be written, or if the run may not continue from what is in it.
+    """
+    cfg = task.cfg
+    state = TrainState(task, device, on_main(lambda: _open_run_directory(out, resume)), allow_change)
+    resumed = state.build(cfg.chunk)
+    notes = [*cfg.choices, *task.on_start(state.step, resumed, state.allow_change)]
+    first_step = state.step.progress.step
+    last_step = state.total_steps if stop_after is None else min(state.total_steps, stop_after)
+    if profile_steps:
+        check_steps_left(profile_steps, last_step - first_step)
+    log: Log = Log()
+    if world.is_main:
+        write_atomically(out / "config.json", json.dumps(state.config(), indent=2) + "\n")
+        log = RunLog(out, first_step, last_step)
+    _log_start(log, notes, resumed)
+    return Trainer(
+        task,
+        state,
+        log,
+        saves=_open_saves(state, log, out, resumed),
+        sync=StepSync(cfg.crossbatch.watch.timeout_s),
+        loss_monitor=LossMonitor(cfg.crossbatch.watch),
+        out=out,
+        last_step=last_step,
+        watchdog=watchdog,
+        profile=_open_profile(profile_steps, cfg.train_batch_size, world, out, log),
+    )
+
+
+def _open_run_directory(out: Path, resume: str) -> list[Path]:
+    """Return the checkpoints to continue from, after creating the run directory."""
+    candidates = checkpoint.candidates(out, resume)
+    checkpoint.create_run_directory(out)
+    return candidates
+
+
+def _log_start(log: Log, notes: list[str], resumed: Resumed | None) -> None:
+    for note in notes:
+        log.note(note)
+    if resumed:
+        for reason in resumed.passed_over:
+            log.warn(reason)
+        log.note(f"resumed {resumed.checkpoint} at step {resumed.manifest.step}")
+
+
+def _open_saves(state: TrainState, log: Log, out: Path, resumed: Resumed | None) -> CheckpointSchedule:
+    settings, folder = state.task.cfg.crossbatch.checkpoint, out / "checkpoints"
+    keep = Keep(settings.keep, settings.keep_every_steps)
+    writer = AsyncCheckpointWriter(folder, keep, shared_token(), settings.asynchronous)
+    every_steps = state.task.data.steps_per_epoch if settings.every_steps == "auto" else settings.every_steps
+    saved_step = resumed.manifest.step if resumed and resumed.checkpoint.parent == folder else None
+    return CheckpointSchedule(writer, every_steps, state.snapshot, log, saved_step)
+
+
+def _open_profile(steps: int, batch: int, world: World, out: Path, log: Log) -> RunProfile | None:
+    return RunProfile(out / "profile", steps, world.rank, batch, log.note) if steps else None
