@@ -1,19 +1,18 @@
-"""The engine: everything between a model on one device and a run on many.
+"""The engine: everything between a model on one device and a run on many ranks.
 
-    config/       what a recipe says, checked and resolved
-    distributed   processes, ranks, collectives; the only reader of the environment
-    images        those of a run, the same on all ranks
-    build, step   configuration -> model; one optimizer step, cut at the features
-    optimizers/   LARS and AdamW, meaning the same under every sharding
-    sharding/     DeepSpeed ZeRO and FSDP2 behind one interface
-    checkpoint/   any world size and backend, written in the background; saves: when, and what is said about it
-    legacy        the originals' files; export: a backbone for timm, DeiT, torchvision; weights: reading and writing such files
-    signals       being asked to stop; watch: ranks that are gone; faults: numbers that are not finite
-    evaluation/   k-NN, the linear probe, and loading pretrained weights from anything
-    telemetry     metrics.jsonl, TensorBoard, progress bar
-    parts         where the time of a step goes; profile: the same of a running job, and traces
-    trainer       the loop of any run; train_state: what it changes; start: builds both in a run directory
-    tasks/        pretrain, finetune: what is trained
+    config/         every configuration key, read from a recipe, checked, and resolved for a device and a world size
+    chunked         the cut step for any backbone and loss; step: the optimizer step of MoCo v3, built on it
+    optimizers/     LARS and parameter groups, which know no configuration
+    sharding/       DeepSpeed ZeRO and FSDP2 behind one interface; zero_layout: who holds what in a DeepSpeed engine
+    tasks/          what is trained: pretrain, finetune; build: models, optimizers and backends of a configuration
+    trainer         the loop; train_state: what it changes; start: builds both in a run directory
+    datasets        the images of a run, the same on all ranks
+    checkpoint/     written in the background, loaded at any world size, stage and backend
+    pretrained/     weights from and to MoCo v3, DeiT, timm, torchvision and safetensors
+    evaluation/     k-NN, the linear probe, their results and pictures
+    planning/       does a recipe fit, how long does it take, what limits it; memory_model and sketch: what a step keeps
+    runtime/        ranks, watchdog, signals, non-finite steps, chunk size, timing, files, exit codes
+    run_log         metrics.jsonl, TensorBoard, progress bar; schedules: learning rate and momentum
 
-A new optimizer goes into optimizers/, a new way of sharding into sharding/ as a `Backend`.
+A new optimizer goes into optimizers/, a new way of sharding into sharding/ as a `Backend`, a new kind of training into tasks/.
 """

@@ -39,7 +39,7 @@ class PlainStep:
         self.average = copy.deepcopy(self.encoder).requires_grad_(False)
         self.predictor = _mlp([dim, hidden, dim], last_norm=not resnet).to(device)
         self.batchformer = None
-        if ours.batchformer.add_bf:
+        if ours.batchformer.loss != "none":
             self.batchformer = nn.TransformerEncoderLayer(width, 4, width, dropout=ours.batchformer.dropout).to(device)
         trained = nn.ModuleList([self.encoder, self.predictor, *([self.batchformer] if self.batchformer else [])])
         self.parameters = [p for p in trained.parameters() if p.requires_grad]

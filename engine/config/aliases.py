@@ -3,7 +3,7 @@
 from typing import Any
 
 from crossbatch import InputError
-from crossbatch.engine.config.schema import ADD_BF_OF_LOSS
+from crossbatch.models.loss import loss_from_add_bf
 
 # The path of an alias -> the name of its key, which stands in the same section.
 ALIASES = {
@@ -27,8 +27,7 @@ def current_value(path: str, value: Any) -> Any:
         return value
     if type(value) is not int:
         raise InputError(f"{path}: given {value!r}; allowed: a whole number; or set crossbatch.batchformer.loss")
-    names = {number: name for name, number in ADD_BF_OF_LOSS.items()} | {34: "sum"}
-    return names.get(max(value, 0), "joint")
+    return loss_from_add_bf(value)
 
 
 def rename(raw: dict[str, Any]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator, ValidationInfo, field_validator
 
 from crossbatch.engine.config.keys import Auto, Section, key
+from crossbatch.models.loss import BatchFormerLoss
 
 Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
@@ -27,16 +28,12 @@ Backend = Literal["auto", "dali", "opencv", "torchvision"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Sharding = Literal["zero", "fsdp"]
 Stem = Literal["imagenet", "small"]
-Loss = Literal["none", "sum", "mean", "mean_with_self", "joint"]
 
 # Meanings of keys that several commands have.
 PATH = "folder with train/, val/ or test/; or cifar10://, cifar100://, flowers://, pets://, synthetic://, shapes://"
 BACKEND = "library that decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
 BASE_LR = "learning rate after warm-up: base_lr * train_batch_size / reference_batch"
 REFERENCE_BATCH = "number of images that base_lr is given for"
-
-# BatchFormer's losses by the number that its released code gives them with --add_bf; any other number above 0 is joint.
-ADD_BF_OF_LOSS: dict[Loss, int] = {"none": 0, "sum": 1, "mean": 36, "mean_with_self": 37, "joint": 2}
 
 
 class ModelConfig(Section):
@@ -60,7 +57,7 @@ class ModelConfig(Section):
 
 
 class BatchFormerConfig(Section):
-    loss: Loss = key(
+    loss: BatchFormerLoss = key(
         "none",
         "none: no BatchFormer; sum: 8 terms; mean: sum / 4; mean_with_self: 10 terms / 5; joint: streams as one batch",
     )
@@ -73,11 +70,6 @@ class BatchFormerConfig(Section):
         "auto", "implementation (launch/doctor.py says which can run); sdpa only without dropout", resumable=True
     )
     lr_scale: Positive = key(1.0, "learning rate of BatchFormer, as a factor of the others' rate")
-
-    @property
-    def add_bf(self) -> int:
-        """Return the number that BatchFormer's released code gives to `loss`."""
-        return ADD_BF_OF_LOSS[self.loss]
 
 
 class MomentumConfig(Section):

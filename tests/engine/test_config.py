@@ -147,7 +147,6 @@ ADD_BF = {-1: "none", 0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with
 def test_add_bf_is_another_name_of_the_loss(add_bf, loss):
     config = load_config(None, [f"crossbatch.batchformer.add_bf={add_bf}"])
     assert config.crossbatch.batchformer.loss == loss
-    assert ADD_BF[config.crossbatch.batchformer.add_bf] == loss  # what the released code calls it, or the like of it
 
 
 def test_two_names_of_a_key_must_not_contradict_each_other(tmp_path):
