@@ -1,8 +1,8 @@
-"""Saves while training goes on.
+"""Saving a checkpoint while training goes on.
 
-Training stops only while this rank's runs are copied into host memory that is kept for the purpose (pinned and by the GPU's
-copy engine where there is one). A thread then writes them, with a gloo group of its own, so that its messages never mix with
-training's. One save is under way at a time: on a disk that is slower than the saves come, the next one is put off.
+Training stops only while this rank's slices are copied into host memory that is kept for the purpose (on a GPU: pinned, and
+filled by the copy engine). A thread then writes them. It has a gloo group of its own, so that its messages never mix with
+those of training. Only one save is under way at a time; on a slow disk the next one waits.
 """
 
 import threading
@@ -14,26 +14,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from crossbatch.engine.checkpoint.directory import Keep
-from crossbatch.engine.checkpoint.pieces import shares
-from crossbatch.engine.checkpoint.store import Manifest, write
+from crossbatch.engine.checkpoint.manifest import Manifest
+from crossbatch.engine.checkpoint.slices import Slices, shares
+from crossbatch.engine.checkpoint.writing import WriteFailed, write
 from crossbatch.engine.runtime.distributed import cpu_group
 from crossbatch.engine.sharding import LocalShards
 
-PATIENCE_S = 86400  # with a rank whose disk is slow; one that has died is noticed at once
+PATIENCE_S = 86400  # for a rank with a slow disk; a rank that has died is noticed at once
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save. `error` is None if it is safely there, the same on all ranks."""
+    """Tells how a save ended. `error` is the same on all ranks, and None if the checkpoint is safely on disk."""
 
     step: int
     error: str | None
     num_bytes: int
-    seconds: float  # until it was there
-    stalled_s: float  # that training waited
+    seconds: float  # from the call until it was on disk
+    stalled_s: float  # for which training waited
 
 
 class AsyncCheckpointWriter:
@@ -42,7 +42,7 @@ class AsyncCheckpointWriter:
     Args:
         folder: `checkpoints/` of the run.
         keep: what stays there.
-        token: as for `store.write`.
+        token: see `writing.write`.
         asynchronous: whether training goes on while a checkpoint is written.
     """
 
@@ -61,11 +61,14 @@ class AsyncCheckpointWriter:
     def save(
         self, held: Mapping[str, LocalShards], manifest: Manifest, config: dict[str, Any], wait: bool = False
     ) -> None:
-        """Starts a save; `finished` tells how it ended. With `wait`, or without `asynchronous`, returns when it has."""
+        """Start a save. With `wait`, or if the writer is not `asynchronous`, return only when it has ended.
+
+        `finished` tells how it ended.
+        """
         self.wait()
         start = time.perf_counter()
-        runs = shares(held, dist.get_rank(), dist.get_world_size())
-        copied = self._copy(runs)
+        slices = shares(held, dist.get_rank(), dist.get_world_size())
+        copied = self._copy(slices)
         stalled_s = time.perf_counter() - start
 
         def work() -> None:
@@ -75,56 +78,49 @@ class AsyncCheckpointWriter:
                     torch.cuda.set_device(copied.device)  # a new thread is on GPU 0, and would take memory there
                     copied.synchronize()
                 write(self.folder, self._host, manifest, config, self.keep, self._group, self.token)
-            except (CheckpointException, Exception) as raised:
-                error = _in_words(raised)
+            except WriteFailed as raised:
+                error = str(raised)
+            except Exception as raised:
+                error = f"{type(raised).__name__}: {raised}"
             seconds = time.perf_counter() - start
             stalled = seconds if wait or not self.asynchronous else stalled_s
             self._outcome = Outcome(manifest.step, error, manifest.num_bytes, seconds, stalled)
 
-        # A daemon: a rank that has to leave does not wait for a write that the others have left.
+        # A daemon, so that a rank that has to leave does not wait for a write that the others have left.
         self._thread = threading.Thread(target=work, name=f"checkpoint of step {manifest.step}", daemon=True)
         self._thread.start()
         if wait or not self.asynchronous:
             self.wait()
 
     def finished(self) -> Outcome | None:
-        """How the last save ended: once, and only when it has."""
+        """Return how the last save ended, once; None while it is under way and afterwards."""
         if self.busy:
             return None
         outcome, self._outcome = self._outcome, None
         return outcome
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Return when nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def close(self) -> None:
-        """After the last save, on all ranks."""
+        """Leave the group of the writers; every rank calls it after the last save."""
         self.wait()
         dist.destroy_process_group(self._group)
 
-    def _copy(self, runs: Mapping[tuple[str, int], torch.Tensor]) -> torch.cuda.Event | None:
-        """`runs` into host memory. What comes back tells when the copy engine is done."""
-        on_gpu = any(run.is_cuda for run in runs.values())
-        if self._host.keys() != runs.keys():
+    def _copy(self, slices: Slices) -> torch.cuda.Event | None:
+        """Copy `slices` into host memory, and return the event of the GPU that tells when that is done."""
+        on_gpu = any(values.is_cuda for values in slices.values())
+        if self._host.keys() != slices.keys():
             self._host = {
-                key: torch.empty(run.shape, dtype=run.dtype, pin_memory=on_gpu and run.is_cuda)
-                for key, run in runs.items()
+                key: torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+                for key, values in slices.items()
             }
-        torch._foreach_copy_([self._host[key] for key in runs], list(runs.values()), non_blocking=True)
+        torch._foreach_copy_([self._host[key] for key in slices], list(slices.values()), non_blocking=True)
         if not on_gpu:
             return None
         copied = torch.cuda.Event()
         copied.record()
         return copied
-
-
-def _in_words(error: BaseException) -> str:
-    """One line, with the rank where DCP knows it."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(
-            f"rank {rank}: {type(raised).__name__}: {raised}" for rank, (raised, _) in error.failures.items()
-        )
-    return f"{type(error).__name__}: {error}"
