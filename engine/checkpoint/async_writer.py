@@ -40,14 +40,14 @@ class AsyncCheckpointWriter:
     """Writes the checkpoints of one run; every rank must make the same calls.
 
     Args:
-        folder: `checkpoints/` of the run.
+        directory: `checkpoints/` of the run.
         keep: what stays there.
         token: see `writing.write`.
         asynchronous: whether training goes on while a checkpoint is written.
     """
 
-    def __init__(self, folder: Path, keep: Keep, token: str, asynchronous: bool = True):
-        self.folder, self.keep, self.token, self.asynchronous = folder, keep, token, asynchronous
+    def __init__(self, directory: Path, keep: Keep, token: str, asynchronous: bool = True):
+        self.directory, self.keep, self.token, self.asynchronous = directory, keep, token, asynchronous
         self._group = cpu_group(PATIENCE_S)
         self._host: dict[tuple[str, int], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -77,7 +77,7 @@ class AsyncCheckpointWriter:
                 if copied is not None:
                     torch.cuda.set_device(copied.device)  # a new thread is on GPU 0, and would take memory there
                     copied.synchronize()
-                write(self.folder, self._host, manifest, config, self.keep, self._group, self.token)
+                write(self.directory, self._host, manifest, config, self.keep, self._group, self.token)
             except WriteFailed as raised:
                 error = str(raised)
             except Exception as raised:

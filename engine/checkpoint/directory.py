@@ -77,22 +77,22 @@ def find(path: Path, key: str) -> Path:
     return found[0]
 
 
-def commit(aside: Path, folder: Path, step: int, keep: Keep) -> None:
-    """Give the finished checkpoint `aside` its name in `folder`, move `latest`, and drop checkpoints that are not kept."""
-    target = folder / name_of(step)
+def commit(aside: Path, directory: Path, step: int, keep: Keep) -> None:
+    """Give the finished checkpoint `aside` its name in `directory`, move `latest`, and drop checkpoints that are not kept."""
+    target = directory / name_of(step)
     _sync(aside)
     if target.exists():  # from an earlier attempt that was not resumed from
         _remove(target)
     aside.rename(target)
-    _sync(folder)
-    write_atomically(folder / "latest", target.name + "\n")
-    for old in _dropped(folder, step, keep):
+    _sync(directory)
+    write_atomically(directory / "latest", target.name + "\n")
+    for old in _dropped(directory, step, keep):
         _remove(old)
 
 
-def clean(folder: Path) -> None:
+def clean(directory: Path) -> None:
     """Delete what interrupted saves left."""
-    for leftover in folder.glob(".*"):
+    for leftover in directory.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -106,17 +106,17 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    steps = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+def _newest_first(directory: Path) -> list[Path]:
+    steps = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(steps, key=step_of, reverse=True)
 
 
-def _dropped(folder: Path, step: int, keep: Keep) -> list[Path]:
+def _dropped(directory: Path, step: int, keep: Keep) -> list[Path]:
     """Return the checkpoints to drop after the save of `step`.
 
     Later ones are among them: they belong to a history that this run was resumed from before.
     """
-    everything = _newest_first(folder)
+    everything = _newest_first(directory)
     older = [path for path in everything if step_of(path) <= step]
     marked = [path for path in older if keep.every_steps and step_of(path) % keep.every_steps == 0]
     kept = [*older[: keep.newest], *marked]
@@ -131,9 +131,9 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(directory: Path) -> None:
+    """Make renames in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

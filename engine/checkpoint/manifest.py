@@ -74,7 +74,7 @@ def check_sizes(checkpoint: Path, manifest: Manifest) -> None:
         try:
             size = (checkpoint / name).stat().st_size
         except OSError as error:
-            raise Unreadable(f"incomplete: {name}: {error.strerror}; do all ranks see the same folder?") from None
+            raise Unreadable(f"incomplete: {name}: {error.strerror}; do all ranks see the same directory?") from None
         if size != described["bytes"]:
             raise Unreadable(f"damaged: {name} has {size} bytes instead of {described['bytes']}")
 

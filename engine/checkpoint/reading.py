@@ -44,7 +44,7 @@ def read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Return whole tensors of a checkpoint, for one process; needs no process group.
 
     Args:
-        checkpoint: the folder of one checkpoint.
+        checkpoint: the directory of one checkpoint.
         prefix: the beginning of the names of the tensors that are wanted ("parameters.", "buffers.", "optimizer.mu.").
             It is cut off from the names that are returned.
 

@@ -31,7 +31,7 @@ class WriteFailed(Exception):
 
 
 def write(
-    folder: Path,
+    directory: Path,
     staged: Slices,
     manifest: Manifest,
     config: dict[str, Any],
@@ -39,14 +39,14 @@ def write(
     group: dist.ProcessGroup | None = None,
     token: str = "0",
 ) -> None:
-    """Write `folder`/step-N; every rank of `group` calls it. If it fails on one rank, it fails on all and leaves nothing.
+    """Write `directory`/step-N; every rank of `group` calls it. If it fails on one rank, it fails on all and leaves nothing.
 
     Args:
-        folder: `checkpoints/` of the run.
+        directory: `checkpoints/` of the run.
         staged: this rank's slices, in host memory.
         manifest: `files` is filled in on rank 0.
         config: the resolved configuration, with `world_size`.
-        keep: which checkpoints stay in `folder`.
+        keep: which checkpoints stay in `directory`.
         group: a gloo group; None for one process.
         token: a text, the same on all ranks, that tells the files of this attempt from those of an interrupted one.
 
@@ -54,14 +54,14 @@ def write(
         WriteFailed: if a rank cannot write.
         RuntimeError: if a rank has gone.
     """
-    aside = folder / f".{name_of(manifest.step)}.{token}.tmp"
+    aside = directory / f".{name_of(manifest.step)}.{token}.tmp"
     rank = 0 if group is None else dist.get_rank(group)
     name = f"rank-{rank:05d}.safetensors"
 
     def finish() -> None:
         if rank == 0:
             manifest.files = dict(files)
-            _finish(aside, folder, manifest, config, keep)
+            _finish(aside, directory, manifest, config, keep)
 
     try:
         files = _on_all_ranks(lambda: (name, _write_slices(aside / name, staged)), group)
@@ -95,14 +95,14 @@ def _write_slices(file: Path, staged: Slices) -> dict[str, int]:
     return {"bytes": size, "crc32": crc}
 
 
-def _finish(aside: Path, folder: Path, manifest: Manifest, config: dict[str, Any], keep: Keep) -> None:
+def _finish(aside: Path, directory: Path, manifest: Manifest, config: dict[str, Any], keep: Keep) -> None:
     """Complete the checkpoint that all ranks have written, look at it as a reader would, and give it its name."""
     write_atomically(aside / CONFIG, json.dumps(config, indent=2) + "\n")
     manifest.files[CONFIG] = describe(aside / CONFIG)
     write_atomically(aside / MANIFEST, manifest.to_json())
     check_sizes(aside, manifest)
     read_index(aside, manifest)
-    commit(aside, folder, manifest.step, keep)
+    commit(aside, directory, manifest.step, keep)
 
 
 def _on_all_ranks(work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
