@@ -1,7 +1,7 @@
 """What a run may change in its configuration when it is resumed.
 
 Keys that the schema declares `resumable` may change: they say only how the same numbers are computed, watched or kept. Any
-other change, from the seed to the length of the schedule, makes another run, and has to be accepted with --allow-change.
+other change, from the seed to the length of the schedule, makes another run and has to be accepted with --allow-change.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,8 +31,8 @@ def fixed_values(config: Mapping[str, Any], schema: type, allowed: Iterable[str]
     """Return {key path: value} of all keys that a resumed run must keep.
 
     Args:
-        config: a configuration as a plain dict. A key that it lacks, because it is newer than the checkpoint, has its default.
-        schema: the section that says which keys there are, and which of them are resumable.
+        config: a configuration as a plain dict. A key that it lacks has its default: it is newer than the checkpoint.
+        schema: the class that declares the keys and says which of them are resumable.
         allowed: further keys and sections to leave out.
     """
     known = {name: value for name, value in config.items() if name != "world_size"}
@@ -42,28 +42,28 @@ def fixed_values(config: Mapping[str, Any], schema: type, allowed: Iterable[str]
 
 
 def differences(
-    saved: dict[str, Any], ours: dict[str, Any], allowed: Iterable[str] = (), schema: type = Config
+    saved: dict[str, Any], config: dict[str, Any], allowed: Iterable[str] = (), schema: type = Config
 ) -> list[str]:
     """Return "key: was A, is B" for each key that changes the run and is neither resumable nor allowed.
 
-    Both are resolved configurations as a checkpoint's `config.json` holds them, with `world_size`. A saved "auto", as an
-    imported checkpoint has it, is left to the run that goes on.
+    Both are resolved configurations with `world_size`: `saved` as a checkpoint's `config.json` holds it, `config` of the run
+    that goes on. A saved "auto", as imported checkpoints have it, leaves the choice to that run.
     """
     allowed = list(allowed)
-    before, now = fixed_values(saved, schema, allowed), fixed_values(ours, schema, allowed)
+    before, now = fixed_values(saved, schema, allowed), fixed_values(config, schema, allowed)
     changed = [
         f"{path}: was {before.get(path)!r}, is {now.get(path)!r}"
         for path in sorted(before.keys() | now.keys())
         if before.get(path) not in ("auto", now.get(path)) and path != CHUNK
     ]
-    norms_saw, norms_see = _norm_batches(saved), _norm_batches(ours)
+    norms_saw, norms_see = _norm_batches(saved), _norm_batches(config)
     if norms_saw not in (None, norms_see) and CHUNK in now:
         changed.append(f"{CHUNK}: the norms of a ResNet saw {norms_saw}, and would see {norms_see}")
     return changed
 
 
 def _norm_batches(config: dict[str, Any]) -> str | None:
-    """Name the images that the norms of the backbone take their statistics over; all of them are the same on any ranks."""
+    """Describe the images over which the norms of the backbone take their statistics; None if that is not decided yet."""
     world_size, chunk = config["world_size"], config[CHUNK]
     if chunk == "auto":
         return None

@@ -1,8 +1,8 @@
-"""The folder `checkpoints/`: what lies there, and in which order files are touched.
+"""The directory `checkpoints/`: which checkpoints are in it, and in which order files are touched.
 
-A checkpoint is written under a name that starts with a dot, synced, renamed, and only then is `latest` moved and an older one
-dropped, which is renamed to a dotted name before its files are deleted. So whatever has a plain name is complete, unless
-somebody else touched it, and a crash between any two operations leaves the newest complete one in place.
+A checkpoint is written under a name that starts with a dot, synced, and renamed. Only then does `latest` move, and an older
+checkpoint goes: it is renamed to a dotted name before its files are deleted. So whatever has a plain name is complete, unless
+somebody else touched it, and a crash between any two operations leaves the newest complete checkpoint in place.
 """
 
 import os
@@ -18,26 +18,32 @@ MANIFEST, CONFIG = "state.json", "config.json"
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the newest `newest`, and those whose step `every_steps` divides (0: none)."""
+    """Says which checkpoints stay: the newest `newest`, and every one at a multiple of `every_steps` (0: none of these)."""
 
     newest: int
     every_steps: int = 0
 
 
 def name_of(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
     return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint from its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def candidates(out: Path, resume: str) -> list[Path]:
-    """The checkpoints that `--resume` means, in the order in which to try them; empty for a run that starts anew.
+    """Return the checkpoints to resume from, in the order in which to try them; none for a run that starts anew.
 
-    "auto" means those of `out`, newest first, "none" none, and a path a run or a single checkpoint.
+    Args:
+        out: the run directory.
+        resume: the value of `--resume`: "auto" for the checkpoints of `out`, newest first; "none"; or the path of another run
+            directory or of a single checkpoint.
 
-    Raises InputError when there is none in what was named, or when "none" would overwrite a run.
+    Raises:
+        InputError: if there is no checkpoint at the path, or if "none" would overwrite a run.
     """
     if resume == "none":
         if (out / "metrics.jsonl").exists():
@@ -60,7 +66,7 @@ def candidates(out: Path, resume: str) -> list[Path]:
 
 
 def find(path: Path, key: str) -> Path:
-    """The newest checkpoint of a run directory, or the one that `path` is. Raises InputError, naming `key`."""
+    """Return the newest checkpoint of a run directory, or `path` if it is one itself. Raises InputError that names `key`."""
     if (path / MANIFEST).is_file():
         return path
     found = _newest_first(path / "checkpoints")
@@ -72,16 +78,16 @@ def find(path: Path, key: str) -> Path:
     return found[0]
 
 
-def commit(aside: Path, folder: Path, step: int, keep: Keep) -> None:
-    """Gives the finished checkpoint `aside` its name in `folder`, moves `latest`, and drops what is not to be kept."""
-    target = folder / name_of(step)
+def commit(aside: Path, directory: Path, step: int, keep: Keep) -> None:
+    """Give the finished checkpoint `aside` its name in `directory`, move `latest`, and drop checkpoints that are not kept."""
+    target = directory / name_of(step)
     _sync(aside)
-    if target.exists():  # of an earlier attempt at this step, which was not resumed from
+    if target.exists():  # from an earlier attempt that was not resumed from
         _remove(target)
     aside.rename(target)
-    _sync(folder)
-    write_atomically(folder / "latest", target.name + "\n")
-    for old in _dropped(folder, step, keep):
+    _sync(directory)
+    write_atomically(directory / "latest", target.name + "\n")
+    for old in _dropped(directory, step, keep):
         _remove(old)
 
 
@@ -97,20 +103,23 @@ def create_run_directory(out: Path) -> None:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose a writable folder") from None
 
 
-def clean(folder: Path) -> None:
-    """Deletes what interrupted saves left."""
-    for leftover in folder.glob(".*"):
+def clean(directory: Path) -> None:
+    """Delete what interrupted saves left."""
+    for leftover in directory.glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    steps = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+def _newest_first(directory: Path) -> list[Path]:
+    steps = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(steps, key=step_of, reverse=True)
 
 
-def _dropped(folder: Path, step: int, keep: Keep) -> list[Path]:
-    """Beside what `keep` does not cover: later ones, which belong to a run that was resumed from before them."""
-    everything = _newest_first(folder)
+def _dropped(directory: Path, step: int, keep: Keep) -> list[Path]:
+    """Return the checkpoints to drop after the save of `step`.
+
+    Later ones are among them: they belong to a history that this run was resumed from before.
+    """
+    everything = _newest_first(directory)
     older = [path for path in everything if step_of(path) <= step]
     marked = [path for path in older if keep.every_steps and step_of(path) % keep.every_steps == 0]
     kept = [*older[: keep.newest], *marked]
@@ -118,16 +127,16 @@ def _dropped(folder: Path, step: int, keep: Keep) -> list[Path]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """A half-deleted checkpoint must not look like one."""
+    """Delete a checkpoint under another name, so that a half-deleted one does not look complete."""
     away = checkpoint.with_name(f".{checkpoint.name}.removed")
     shutil.rmtree(away, ignore_errors=True)
     checkpoint.rename(away)
     shutil.rmtree(away, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    """Makes renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(directory: Path) -> None:
+    """Make renames in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

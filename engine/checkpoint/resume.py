@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it may."""
+"""Choosing the checkpoint that a run continues from, and filling the backend from it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from crossbatch import InputError
-from crossbatch.engine.checkpoint import store
 from crossbatch.engine.checkpoint.changes import differences
 from crossbatch.engine.checkpoint.directory import CONFIG
-from crossbatch.engine.checkpoint.pieces import local_state, random_state
-from crossbatch.engine.checkpoint.store import Manifest, Unreadable
+from crossbatch.engine.checkpoint.manifest import Manifest, Unreadable, check_contents, read_manifest
+from crossbatch.engine.checkpoint.reading import fill
+from crossbatch.engine.checkpoint.slices import local_state, random_state
 from crossbatch.engine.config import Config
 from crossbatch.engine.runtime.distributed import on_every_rank
 from crossbatch.engine.sharding import Backend, LocalShards
@@ -21,12 +21,12 @@ from crossbatch.engine.sharding import Backend, LocalShards
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint that a run continues from, and what of a newer one had to be passed over."""
+    """Names the checkpoint that a run continues from, and the newer ones that had to be passed over."""
 
     checkpoint: Path
     manifest: Manifest
-    config: dict[str, Any]  # of the run as it was saved, resolved
-    passed_over: list[str]
+    config: dict[str, Any]  # the resolved configuration that was saved
+    passed_over: list[str]  # one line for each, with the reason
 
 
 def resume(
@@ -37,18 +37,18 @@ def resume(
     allowed: Iterable[str] = (),
     schema: type = Config,
 ) -> Resumed | None:
-    """Fills `backend` from the first of `candidates` that can be read; every rank must call it.
-
-    None without candidates: the run starts anew.
+    """Fill `backend` from the first of `candidates` that can be read; every rank must call it.
 
     Args:
-        config: of this run, resolved, with `world_size`.
-        images: in the training set.
+        candidates: checkpoints in the order in which to try them. Without any, the run starts anew and None is returned.
+        backend: the sharded network and its optimizer.
+        config: the resolved configuration of this run, with `world_size`.
+        images: the number of images in the training set.
         allowed: keys that may differ (--allow-change).
-        schema: of `config`.
+        schema: the class of `config`.
 
     Raises:
-        InputError: if there are candidates but none can be read; or if the first readable one is of another run.
+        InputError: if there are candidates but none can be read, or if the first readable one belongs to another run.
     """
     passed_over: list[str] = []
     for checkpoint in candidates:
@@ -58,7 +58,9 @@ def resume(
             _check_same_run(checkpoint, manifest, saved, config, images, allowed, schema)
             held = local_state(backend)
             _check_same_tensors(checkpoint, manifest, held)
-            _, errors = on_every_rank(lambda checkpoint=checkpoint, held=held: store.fill(checkpoint, held), Unreadable)
+            _, errors = on_every_rank(
+                lambda checkpoint=checkpoint, manifest=manifest, held=held: fill(checkpoint, manifest, held), Unreadable
+            )
             if not errors:
                 backend.sync_master_weights(manifest.progress["updates"])
                 _restore_random_state(checkpoint, manifest)
@@ -72,19 +74,20 @@ def resume(
 
 
 def _restore_random_state(checkpoint: Path, manifest: Manifest) -> None:
-    """On as many ranks as wrote it."""
+    """Restore the random generators of this rank, if as many ranks wrote the checkpoint."""
     states = random_state()
     if any(manifest.shapes.get(name) != list(state.shape) for name, state in states.items()):
         return
-    store.fill(checkpoint, states)
+    fill(checkpoint, manifest, states)
     torch.set_rng_state(states["random.cpu"].pieces[0].local)
     if "random.cuda" in states:
         torch.cuda.set_rng_state(states["random.cuda"].pieces[0].local)
 
 
 def _open(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
-    manifest, config = store.read_manifest(checkpoint)
-    store.check_contents(checkpoint, manifest, dist.get_rank(), dist.get_world_size())
+    """Return manifest and configuration; the ranks divide the files of the checkpoint and check them."""
+    manifest, config = read_manifest(checkpoint)
+    check_contents(checkpoint, manifest, dist.get_rank(), dist.get_world_size())
     return manifest, config
 
 
@@ -114,7 +117,7 @@ def _check_same_tensors(checkpoint: Path, manifest: Manifest, held: dict[str, Lo
     wrong = sorted(name for name in held.keys() & theirs.keys() if list(held[name].shape) != theirs[name])
     if missing or unexpected or wrong:
         raise InputError(
-            f"--resume {checkpoint}: is of another model or optimizer ({len(missing)} missing {missing[:2]}, "
+            f"--resume {checkpoint}: it belongs to another model or optimizer ({len(missing)} missing {missing[:2]}, "
             f"{len(unexpected)} unexpected {unexpected[:2]}, {len(wrong)} of another shape {wrong[:2]}); "
             f"resume with the configuration in {checkpoint / CONFIG}"
         )

@@ -200,12 +200,12 @@ def test_a_run_whose_checkpoints_are_deleted_goes_on_and_saves_again(tmp_path, o
 
 
 def slow_disk():
-    """For store.write: a save takes longer than the steps until the next."""
+    """For writing.write: a save takes longer than the steps until the next."""
     import time
 
-    from crossbatch.engine.checkpoint import writer as saver
+    from crossbatch.engine.checkpoint import async_writer
 
-    write = saver.write
+    write = async_writer.write
 
     def slowly(*arguments):
         time.sleep(2)
@@ -215,7 +215,7 @@ def slow_disk():
 
 
 def test_a_slow_disk_delays_saves_and_not_training(tmp_path, pools):
-    patches = (("crossbatch.engine.checkpoint.writer.write", slow_disk),)
+    patches = (("crossbatch.engine.checkpoint.async_writer.write", slow_disk),)
     settings = [*VIT, *LARS, *zero(1), "crossbatch.checkpoint.keep=9"]
     assert pools(2).run(run, settings, str(tmp_path), 8, "auto", (), patches) == ["", ""]
     saved = [path.name for path in checkpoint.candidates(tmp_path, "auto")]
@@ -239,7 +239,7 @@ def copied(tmp_path, finished):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("damage", ["state.json", "0.bin"])
+@pytest.mark.parametrize("damage", ["state.json", "rank-00000.safetensors"])
 def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(copied, pools, damage):
     """The second file is checked by rank 1 only."""
     file = copied / "checkpoints" / "step-00000004" / damage
@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(copied, pools, damage)
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(copied, pools):
     for folder in (copied / "checkpoints").glob("step-*"):
-        (folder / ".metadata").unlink()
+        (folder / "rank-00001.safetensors").unlink()
     for message in pools(2).run(run, [*VIT, *ADAMW, *zero(1)], str(copied), 6):
         assert message.startswith("InputError: --resume: no checkpoint can be read")
         assert "step-00000002: " in message and "step-00000004: " in message
@@ -275,7 +275,7 @@ def test_another_configuration_is_refused_unless_it_is_allowed(copied, pools):
 def test_a_checkpoint_of_another_model_is_refused(copied, pools):
     other = [*RESNET, *ADAMW, *zero(1)]
     (message, _) = pools(2).run(run, other, str(copied), 6, "auto", ("crossbatch", "optimizer"))
-    assert "is of another model or optimizer" in message
+    assert "belongs to another model or optimizer" in message
 
 
 def test_a_step_can_be_resumed_into_another_run(copied, pools):
