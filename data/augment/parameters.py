@@ -67,6 +67,18 @@ def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tupl
     )
 
 
+def crop_and_flip(image_size: int, crop_min: float) -> ViewAugmentation:
+    """Return the augmentation of supervised training: RandomResizedCrop and a horizontal flip, no colours."""
+    return ViewAugmentation(
+        image_size,
+        (crop_min, 1.0),
+        blur_probability=0.0,
+        solarize_probability=0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+    )
+
+
 @dataclass(frozen=True)
 class ViewParameters:
     """Holds the parameters of n images in one view: a structure of arrays, each [n] unless noted.
