@@ -1,10 +1,8 @@
-"""Opens the images of a run, and turns errors of crossbatch.data into errors of a run.
+"""Opens the images of a run and checks that all ranks have the same ones.
 
 Rank 0 prepares the images, every rank opens them, and all must have found the same. Nodes may have copies of their own. One
 file less on one of them gives all images another order there, so that one image would be its own negative and another would
-never be seen, without a word.
-
-`crossbatch.data` knows no configuration keys and raises ValueError about its own arguments; `input_errors` adds the key.
+never be seen, without any error.
 """
 
 import zlib
@@ -18,29 +16,18 @@ import torch.distributed as dist
 
 from crossbatch import InputError, RunStopped
 from crossbatch.data import SkipLimitExceeded, Source, has_evaluation_split, open_source, prepare
+from crossbatch.engine.config import user_input
 from crossbatch.engine.runtime.distributed import on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
+input_errors = user_input  # for callers that still import the translator from here
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
 
 
 @contextmanager
-def input_errors(key: str) -> Iterator[None]:
-    """Turn a ValueError or an OSError about the user's data into an InputError that starts with `key`, a key or a flag."""
-    try:
-        yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{key}: {error}") from error
-    except OSError as error:
-        raise InputError(f"{key}: {error}; make it readable") from error
-
-
-@contextmanager
 def stop_on_lost_images() -> Iterator[None]:
-    """Turn SkipLimitExceeded, which a loader raises, into RunStopped."""
+    """Raise a SkipLimitExceeded of a loader as RunStopped, which ends the run and says how to resume it."""
     try:
         yield
     except SkipLimitExceeded as error:
@@ -56,7 +43,7 @@ def training_images(path: str | None, cache: Path) -> tuple[Source, Source | Non
         raise InputError(f"{_KEY}: not given; allowed: a folder with train/; give it with --data DIR")
 
     def opened() -> tuple[Source, Source | None]:
-        with input_errors(_KEY):
+        with user_input(_KEY):
             evaluation = open_source(path, "eval", cache=cache) if has_evaluation_split(path) else None
             return open_source(path, "train", cache=cache), evaluation
 
@@ -75,10 +62,10 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
     """
     if path is None:
         raise InputError(f"{_KEY}: not given; allowed: a folder with train/ and val/ or test/; give it with --data DIR")
-    with input_errors(_KEY):
+    with user_input(_KEY):
         train = open_source(path, "train", cache=cache)
         if not has_evaluation_split(path):
-            raise InputError(f"{_KEY}: {path} has no val/ and no test/, whose images are to be recognised; add one")
+            raise InputError(f"{_KEY}: {path} has no val/ and no test/ with images to evaluate on; add one")
         evaluation = open_source(path, "eval", cache=cache)
     for split, source in (("training", train), ("evaluation", evaluation)):
         _check_labels(source, len(train.class_names), f"{_KEY}: {path}: the {split} images")
@@ -86,6 +73,7 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
 
 
 def _check_labels(source: Source, num_classes: int, where: str) -> None:
+    """Raise InputError if no image has a label, or a label has no class."""
     labels = source.labels
     if not (labels >= 0).any():
         raise InputError(f"{where}: none that has a label; add some")
@@ -99,6 +87,7 @@ def _check_labels(source: Source, num_classes: int, where: str) -> None:
 
 
 def _alike(path: str | None, cache: Path, opened: Callable[[], tuple[Source, Evaluation]]) -> tuple[Source, Evaluation]:
+    """Open images with `opened` on every rank, after rank 0 has prepared them, and check that all ranks found the same."""
     if path is not None:
         on_main(lambda: _prepare(path, cache))
     sources, errors = on_every_rank(opened, InputError)
@@ -118,7 +107,7 @@ def _alike(path: str | None, cache: Path, opened: Callable[[], tuple[Source, Eva
 
 
 def _prepare(path: str, cache: Path) -> None:
-    with input_errors(_KEY):
+    with user_input(_KEY):
         prepare(path, cache=cache)
 
 

@@ -17,9 +17,8 @@ from rich.progress import Progress
 from crossbatch import InputError
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
 from crossbatch.data.sources.shard_writer import Written, write_shards
-from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.config import Device, load_config, resolve, user_input
 from crossbatch.engine.config.evaluation import ExportConfig
-from crossbatch.engine.datasets import input_errors
 from crossbatch.engine.pretrained.formats import FORMATS
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides, writable_folder
@@ -56,7 +55,7 @@ def shards(arguments: argparse.Namespace) -> None:
     if arguments.images_per_shard < 1:
         raise InputError(f"--images-per-shard: given {arguments.images_per_shard}; allowed: >= 1")
     folders = {"train": arguments.output / "train"}
-    with input_errors("--data"):
+    with user_input("--data"):
         prepare(arguments.data)
         if has_evaluation_split(arguments.data):
             folders["eval"] = arguments.output / "val"
@@ -114,7 +113,7 @@ def import_legacy(arguments: argparse.Namespace) -> None:
         raise InputError(
             "crossbatch.data.path: not given; the size of the data says which step an epoch ends at; give --data"
         )
-    with input_errors("crossbatch.data.path"):
+    with user_input("crossbatch.data.path"):
         num_images = len(open_source(path, download=True))
     notes = import_file(arguments.file, run, num_images, writable_folder(arguments.out))
     print("\n".join(notes))

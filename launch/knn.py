@@ -39,7 +39,7 @@ def main() -> None:
     workers, threads = share_cores(config.crossbatch.data.workers, device, world.local_size)
     out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, "knn"))
     with process_group(world, device.type, threads) as torch_device:
-        from crossbatch.engine.evaluation.knn_results import KnnEvaluation
+        from crossbatch.engine.evaluation.knn_evaluation import KnnEvaluation
 
         KnnEvaluation(config, world, torch_device, workers, broadcast_object(out)).run()
 

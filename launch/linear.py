@@ -1,4 +1,4 @@
-"""Trains a linear classifier on the frozen features of a pretrained backbone; defaults are the originals' recipe.
+"""Trains a linear classifier on the frozen features of a pretrained backbone; the defaults are those of MoCo v3.
 
 torchrun --nproc_per_node 8 launch/linear.py --checkpoint runs/bs4096 --data /data/imagenet
 python launch/linear.py -a vit_small --pretrained checkpoint_0299.pth.tar --lr 3 /data/imagenet
@@ -28,7 +28,7 @@ from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 
 def number_or_list(text: str) -> str:
-    """As JSON; argparse refuses the rest. A number may be written as Python reads it (.1)."""
+    """Return a number or a list as JSON, for argparse; a number may be written as in Python, such as .1. Raises ValueError."""
     with contextlib.suppress(ValueError):
         return repr(float(text))
     if not isinstance(json.loads(text), (int, float, list)):
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="auto|none|DIR|FILE",
         type=resume,
         default="auto",
-        help="probe to continue (default auto: that of --out)",
+        help="probe to continue (default auto: the one in --out)",
     )
     add_legacy_launch_flags(parser)
     return parser.parse_args()
@@ -73,12 +73,12 @@ def main() -> None:
     if launched(arguments):
         return
     world, device = world_from_environment(), Device.detect()
-    run = resolve_training(config, world.size, device, world.local_size)
+    cfg = resolve_training(config, world.size, device, world.local_size)
     out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, "linear"))
-    with process_group(world, device.type, run.threads) as torch_device:
-        from crossbatch.engine.evaluation.linear_results import LinearEvaluation
+    with process_group(world, device.type, cfg.threads) as torch_device:
+        from crossbatch.engine.evaluation.linear_evaluation import LinearEvaluation
 
-        LinearEvaluation(run, world, torch_device, broadcast_object(out), arguments.resume).run()
+        LinearEvaluation(cfg, world, torch_device, broadcast_object(out), arguments.resume).run()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from rich.console import Console
 from crossbatch import InputError
 from crossbatch.data import BACKENDS, TrainLoader, moco_v3_augmentations, open_source
 from crossbatch.data.augment.backends import has_dali
-from crossbatch.engine.datasets import input_errors, stop_on_lost_images
+from crossbatch.engine.config import user_input
+from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import ArgumentParser
 
@@ -36,7 +37,7 @@ def main() -> None:
 def preview(arguments: argparse.Namespace) -> None:
     if arguments.count < 1 or arguments.image_size < 8:
         raise InputError("--count must be at least 1, --image-size at least 8")
-    with input_errors("--data"):
+    with user_input("--data"):
         source = open_source(arguments.data, download=True)
     names = [name for name in BACKENDS if name != "dali" or has_dali()]
     views = {name: first_batch(source, name, arguments) for name in names}

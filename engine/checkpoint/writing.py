@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from crossbatch.engine.checkpoint.directory import CONFIG, MANIFEST, Keep, commit, name_of, write_atomically
+from crossbatch.engine.checkpoint.directory import CONFIG, MANIFEST, Keep, commit, name_of
 from crossbatch.engine.checkpoint.manifest import Manifest, check_sizes, describe
 from crossbatch.engine.checkpoint.reading import read_index
 from crossbatch.engine.checkpoint.slices import Slices
+from crossbatch.engine.runtime.atomic_files import write_atomically
 
 DTYPE_NAMES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},

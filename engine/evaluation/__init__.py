@@ -1,15 +1,16 @@
-"""From a checkpoint to a number: k-NN and the linear probe, and what they share.
+"""Evaluates frozen backbones: k-NN, the linear probe, and what the two share.
 
-    pretrained       the weights of a backbone, from any file that holds them, or the reason why not
-    frozen           that backbone, and the check that nothing has changed it
-    features         features of whole data sets, spread over the ranks
-    knn              the vote; the monitor of training
-    knn_results      launch/knn.py
-    linear           the classifiers of the probe and their optimizer
-    batches          what they are trained on
-    linear_results   launch/linear.py: epochs, resuming
-    pictures         confusion matrix, nearest neighbours, curves
-    report           results.json, pictures on disk and in TensorBoard, the closing table
+    frozen              a pretrained backbone that must not change, and the check that it did not
+    features            features of whole data sets, extracted by all ranks
+    knn                 weighted k-NN, and the monitor of pretraining
+    linear_probe        the classifiers of the probe and their optimizer
+    batches             batches of features to train them on
+    probe_training      the epochs of the probe, and the file that an interrupted probe goes on from
+    evaluation          what the commands share: opening weights and images, extracting features, writing results
+    knn_evaluation      launch/knn.py
+    linear_evaluation   launch/linear.py
+    pictures            confusion matrix, nearest neighbours, curves
+    results             results.json, pictures on disk and in TensorBoard
 
-Whatever needs pretrained weights gets them from `pretrained`, whatever needs features from `features`.
+The weights themselves come from `crossbatch.engine.pretrained`.
 """

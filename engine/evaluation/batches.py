@@ -1,4 +1,4 @@
-"""Batches of features for the probe: of images augmented anew in every epoch, or of images seen once."""
+"""Batches of features for the probe, of images that are augmented anew in every epoch, or of cached features."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,6 @@ import torch
 from crossbatch.data import GlobalBatchSampler, Source, TrainLoader
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Resolved
-from crossbatch.engine.config.evaluation import TrainImagesConfig
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, prepared
 from crossbatch.engine.evaluation.frozen import FrozenBackbone
@@ -18,8 +17,12 @@ from crossbatch.engine.run_log import StepClock
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
 
 
-class Augmented:
-    """Features of freshly augmented images."""
+class AugmentedFeatures:
+    """Extracts the features of freshly augmented images in every epoch.
+
+    Attributes:
+        broken: names of the images that this rank could not read.
+    """
 
     def __init__(
         self,
@@ -27,17 +30,17 @@ class Augmented:
         source: Source,
         order: GlobalBatchSampler,
         reading: EvalLoaderConfig,
-        run: Resolved,
+        cfg: Resolved,
         clock: StepClock,
     ):
-        data: TrainImagesConfig = run.config.crossbatch.data
+        data = cfg.crossbatch.data
         self.frozen, self.source, self.reading, self.clock = frozen, source, reading, clock
-        self.broken: set[str] = set()  # names
+        self.broken: set[str] = set()
         self.loader = TrainLoader(
             source,
             sampler=order,
             augmentations=[crop_and_flip(reading.image_size, data.crop_min)],
-            seed=run.config.crossbatch.seed,
+            seed=cfg.crossbatch.seed,
             workers=reading.workers,
             max_skipped_fraction=data.max_skipped_fraction,
             backend=data.backend,
@@ -46,10 +49,11 @@ class Augmented:
 
     @property
     def replaced(self) -> int:
-        """Times that this rank put another image in the place of a broken one."""
+        """Return how often this rank has put another image in the place of a broken one."""
         return self.loader.images_skipped
 
     def epoch(self, epoch: int) -> Batches:
+        """Yield this rank's batches of epoch number `epoch`, from 0."""
         before, batches = time.perf_counter(), self.loader.epoch(epoch)
         for _ in range(self.loader.steps_per_epoch):
             with stop_on_lost_images():
@@ -58,16 +62,17 @@ class Augmented:
             self.broken.update(batch.skipped)
             images = batch.views[0].split(self.reading.batch_size)
             features = torch.cat([self.frozen(prepared(some, self.reading.device)).float() for some in images])
-            # Those of the images that were read, which differ from those asked for where one was broken.
+            # `batch.indices` names the images that were read, which are others than the sampler's where one was broken.
             yield features, torch.as_tensor(self.source.labels[batch.indices], device=self.reading.device)
             before = time.perf_counter()
 
     def close(self) -> None:
+        """End the workers of the loader."""
         self.loader.close()
 
 
-class Cached:
-    """Features computed once; batches in the order that `Augmented` would have."""
+class CachedFeatures:
+    """Serves features that were computed once, in the order of `AugmentedFeatures`; `rows` holds those of all ranks."""
 
     def __init__(self, rows: FeatureSet, order: GlobalBatchSampler, clock: StepClock):
         self.rows, self.order, self.clock = rows, order, clock
@@ -76,13 +81,14 @@ class Cached:
         self.replaced = len(rows.skipped)
 
     def epoch(self, epoch: int) -> Batches:
+        """Yield this rank's batches of epoch number `epoch`, from 0."""
         for step in range(self.order.steps_per_epoch):
             self.clock.waited(time.perf_counter())
             wanted = self.order.batch(epoch, step)
-            # A broken image has no row; the next one that could be read takes its place, as in TrainLoader.
+            # A broken image has no row; the next image that could be read takes its place, as in TrainLoader.
             places = torch.as_tensor(np.searchsorted(self.indices, wanted) % len(self.indices))
             places = places.to(self.rows.labels_N.device)
             yield self.rows.features_NC[places], self.rows.labels_N[places]
 
     def close(self) -> None:
-        return
+        """Do nothing; there are no workers."""

@@ -1,8 +1,8 @@
-"""Features of whole data sets by a network that does not change meanwhile, spread over the ranks.
+"""Extracts the features of whole data sets on all ranks, with a network that does not change meanwhile.
 
-Who has the network is asked for `embed`: normalised images [m, 3, H, W] on the device -> features [m, C]. In training that is
-the sharded model, which gathers its parameters at every call; outside it is a plain backbone. Hence the one rule here: all
-ranks call `embed` equally often.
+The network is a function `embed`: normalised images [m, 3, H, W] on the device -> features [m, C]. During training it is the
+sharded model, which gathers its parameters in every call; otherwise it is a plain backbone. Because of the former, all ranks
+must call `embed` equally often.
 
 Shapes: N images, C features, W ranks.
 """
@@ -23,12 +23,12 @@ Embed = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class FeatureSet:
-    """Features of some images of a source, in its order."""
+    """Features of images of one source, in the order of their indices."""
 
     features_NC: torch.Tensor  # fp32
     labels_N: torch.Tensor  # int64
     indices_N: torch.Tensor  # int64, in the source
-    skipped: list[str]  # names of the broken images among them, which have no row
+    skipped: list[str]  # names of broken images, which have no row
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -36,10 +36,10 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class EvalLoaderConfig:
-    """How images are read and shown to the network."""
+    """Says how evaluation images are loaded and passed to the network."""
 
-    image_size: int
-    batch_size: int  # of a rank
+    image_size: int  # pixels
+    batch_size: int  # images that the network of a rank sees at once
     workers: int
     device: torch.device
 
@@ -53,10 +53,16 @@ def extract(
     collective: Collective,
     advance: Callable[[int], None] | None = None,
 ) -> FeatureSet:
-    """This rank's share of the rows of `indices`, by the images' central views; every rank must call it.
+    """Return the features of this rank's share of `indices`, from the central views; every rank must call it.
 
-    All ranks make the same number of forward passes; a rank that has run out of images repeats its last ones and throws the
-    result away. `advance` is told how many images of this rank came in. A broken image has no row.
+    All ranks make the same number of forward passes: a rank without further images repeats its last ones and drops the result.
+
+    Args:
+        indices: images of `source`, [N], the same on all ranks.
+        advance: is called with the number of images that this rank has just loaded.
+
+    Raises:
+        RunStopped: if images were lost.
     """
     mine = indices[evaluation_share(len(indices), collective.world_size, collective.rank)]
     largest_share = -(-len(indices) // collective.world_size)
@@ -81,20 +87,21 @@ def extract(
 
 
 def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 [m, 3, H, W] as a backbone takes them."""
+    """Return uint8 images [m, 3, H, W] as a backbone takes them: normalised, on `device`, channels last."""
     return normalize(images.to(device, non_blocking=True)).to(memory_format=torch.channels_last)
 
 
 def gathered(rows: FeatureSet, collective: Collective) -> FeatureSet:
-    """All ranks' rows, in the order of the ranks, on every rank. Names of broken images stay with the rank that met them."""
+    """Return the rows of all ranks, in the order of the ranks, on every rank; `skipped` stays that of this rank."""
     if collective.world_size == 1:
         return rows
     counts = collective.all_gather(torch.tensor([len(rows)], device=rows.labels_N.device)).flatten().tolist()
 
-    def whole(tensor: torch.Tensor) -> torch.Tensor:
-        """Shares differ in length, so they are padded to the longest one and cut again."""
+    def concatenated(tensor: torch.Tensor) -> torch.Tensor:
+        """Gather shares of different lengths, padded to the longest one and cut again."""
         padding = (0, 0) * (tensor.dim() - 1) + (0, max(counts) - len(tensor))
         padded = collective.all_gather(F.pad(tensor, padding))
         return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
 
-    return FeatureSet(whole(rows.features_NC), whole(rows.labels_N), whole(rows.indices_N), rows.skipped)
+    fields = (concatenated(tensor) for tensor in (rows.features_NC, rows.labels_N, rows.indices_N))
+    return FeatureSet(*fields, skipped=rows.skipped)

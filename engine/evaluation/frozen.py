@@ -1,4 +1,4 @@
-"""A pretrained backbone that nothing may change: no gradient, running statistics as they are, and a check that it held."""
+"""A pretrained backbone that must not change, and the check that it did not."""
 
 import hashlib
 
@@ -13,7 +13,12 @@ from crossbatch.models import autocast
 
 
 class FrozenBackbone:
-    """`pretrained` in evaluation mode on `device`: normalised images [m, 3, H, W] -> features [m, C]."""
+    """Maps normalised images [m, 3, H, W] to features [m, C]: no gradients, running statistics stay as they are.
+
+    Args:
+        pretrained: the backbone, which is moved to `device`.
+        precision: "fp32", "bf16" or "fp16", for autocast.
+    """
 
     def __init__(self, pretrained: Pretrained, device: torch.device, precision: str = "fp32"):
         self.backbone: nn.Module = pretrained.backbone.to(device).eval().requires_grad_(False)
@@ -27,13 +32,15 @@ class FrozenBackbone:
             return self.backbone(images)
 
     def check(self) -> None:
-        """Raises RuntimeError if any bit of the backbone is another than at the start."""
+        """Raise RuntimeError if any bit of the backbone has changed since it was frozen."""
         if fingerprint(self.backbone) != self.fingerprint:
-            raise RuntimeError("the backbone was to stay as it is, and has changed: the probe measured another network")
+            raise RuntimeError(
+                "the frozen backbone has changed during the evaluation, so the result is of another network"
+            )
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of the names and bits of all parameters and buffers."""
+    """Return the SHA-256 of the names and bits of all parameters and buffers."""
     sha = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         sha.update(name.encode())
@@ -42,7 +49,10 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def load_configured(model: FrozenModelConfig, image_size: int | str) -> Pretrained:
-    """What the section `crossbatch.model` says. `image_size` "auto": that of pretraining. Raises InputError."""
+    """Load the backbone that the section `crossbatch.model` names. Raises InputError.
+
+    `image_size` is the side of the images in pixels, or "auto" for that of pretraining.
+    """
     if model.checkpoint is None:
         raise InputError(
             "crossbatch.model.checkpoint: not given; allowed: a run directory, one of its checkpoints, or a file of weights; "

@@ -1,9 +1,9 @@
-"""The linear probe: linear classifiers on frozen features, trained as MoCo v3 trains its one.
+"""The linear probe: linear classifiers on frozen features, trained as in MoCo v3's linear evaluation.
 
-SGD with momentum 0.9 and no weight decay, a rate that falls along half a cosine epoch by epoch, weights from N(0, 0.01), biases
-0. The best rate depends on the scale of the features, so several classifiers can stand side by side, one for each rate: they
-see the same batches and know nothing of each other, and each ends where it would have ended alone. A batch norm without
-parameters in front of them (He et al., 2022, appendix A) removes the scale.
+The optimizer is SGD with momentum 0.9 and no weight decay; the learning rate falls along half a cosine, once an epoch; weights
+start from N(0, 0.01), biases from 0. The best rate depends on the scale of the features, so several classifiers can be trained
+side by side, one for each rate: they see the same batches, do not influence each other, and each ends where it would have
+ended alone. A batch norm without parameters in front of them (He et al., 2022, appendix A) removes the scale.
 
 Shapes: n images, C features, K classes, L classifiers.
 """
@@ -25,11 +25,13 @@ NORM_EPS = 1e-6
 
 
 class LinearProbe:
-    """Classifiers and their optimizer; the ranks' gradients are averaged with one all-reduce.
+    """Trains linear classifiers on features; one all-reduce averages the gradients of the ranks.
 
     Args:
-        peaks: a learning rate for each classifier.
-        norm: a batch norm without parameters, over the images of all ranks, before them.
+        peaks: the learning rate of the first epoch for each classifier.
+        norm: whether to put a batch norm without parameters, over the images of all ranks, before the classifiers.
+        seed: of the first weights, which are the same for all classifiers.
+        collective: the ranks that train together; default only this one.
     """
 
     def __init__(
@@ -55,17 +57,17 @@ class LinearProbe:
         self.optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets the rates of epoch number `epoch`, from 0, of `epochs`."""
+        """Set the learning rates for epoch number `epoch`, from 0, of `epochs`."""
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
     @property
     def rates(self) -> list[float]:
-        """Of this epoch."""
+        """Return the learning rate of each classifier in this epoch."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, features_nC: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
-        """One update; returns the losses [L] of this rank's images. All ranks bring equally many."""
+        """Update the weights and return the losses [L] on this rank's images; all ranks must bring equally many images."""
         self.norm.train()
         losses_L = torch.stack([F.cross_entropy(logits, labels_n) for logits in self._logits(features_nC)])
         self.optimizer.zero_grad(set_to_none=False)
@@ -76,16 +78,16 @@ class LinearProbe:
 
     @torch.no_grad()
     def predict(self, features_nC: torch.Tensor) -> torch.Tensor:
-        """Classes [L, n]."""
+        """Return the classes [L, n] that the classifiers predict."""
         self.norm.eval()
         return torch.stack([logits.argmax(1) for logits in self._logits(features_nC)])
 
     def diverged(self) -> list[bool]:
-        """Of each classifier: whether its weights have stopped being numbers."""
+        """Tell for each classifier whether its weights hold values that are not finite."""
         return [not all(bool(p.isfinite().all()) for p in head.parameters()) for head in self.heads]
 
     def state(self) -> dict[str, Any]:
-        """For `load`: what `torch.load(weights_only=True)` reads back."""
+        """Return weights and optimizer state for `load`; `torch.load(weights_only=True)` can read them."""
         return {
             "heads": self.heads.state_dict(),
             "norm": self.norm.state_dict(),
@@ -93,6 +95,7 @@ class LinearProbe:
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
         self.heads.load_state_dict(state["heads"])
         self.norm.load_state_dict(state["norm"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -109,7 +112,7 @@ class LinearProbe:
 
 
 def _classifier(num_features: int, num_classes: int, seed: int) -> nn.Linear:
-    """All start alike, so that a rate's result does not depend on which others are tried beside it."""
+    """Return a new classifier; all start alike, so that no rate's result depends on the rates that are tried beside it."""
     head = nn.Linear(num_features, num_classes)
     nn.init.normal_(head.weight, std=WEIGHT_STD, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)

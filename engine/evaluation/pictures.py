@@ -1,4 +1,4 @@
-"""What an evaluation looks like: confusion matrix, nearest neighbours, accuracy over epochs. Figures without a display."""
+"""Draws confusion matrices, nearest neighbours and accuracy over epochs, as figures that need no display."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,18 +9,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 RIGHT, WRONG = "#1a9850", "#d73027"
-NAMED = 40  # classes up to which axes carry names
-WRITTEN = 20  # classes up to which cells carry numbers
+NAMED = 40  # axes have class names up to this number of classes
+WRITTEN = 20  # cells have numbers up to this number of classes
 
 
 def confusion_counts(truth_M: np.ndarray, predictions_M: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64 [num_classes, num_classes]: rows are true classes, columns predicted ones."""
+    """Count images by true class (row) and predicted class (column): int64 [num_classes, num_classes]."""
     cells = truth_M * num_classes + predictions_M
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def confusion_matrix(counts_KK: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """`counts_KK[t, p]` images of class t were called p; shown in percent of their class."""
+    """Draw `counts_KK`, as `confusion_counts` returns them, in percent of the true class."""
     totals = counts_KK.sum(1, keepdims=True)
     percent = 100 * counts_KK / np.maximum(totals, 1)
     classes = len(names)
@@ -42,9 +42,10 @@ def confusion_matrix(counts_KK: np.ndarray, names: Sequence[str], title: str) ->
 
 
 def neighbour_grid(rows: Sequence[Sequence[tuple[np.ndarray, str, bool]]], title: str) -> Figure:
-    """A query and its nearest training images in each row: (uint8 [H, W, 3], what stands above, whether it is right).
+    """Draw rows of a query and its nearest training images.
 
-    The query's frame says whether the vote was right, those of the others whether they are of its class.
+    A cell is (uint8 [H, W, 3], the text above it, whether it is right): for the query, whether the vote was right; for the
+    others, whether they are of its class. The frame is green or red accordingly.
     """
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(1.25 * columns + 0.4, 1.45 * len(rows) + 0.6), layout="constrained")
@@ -64,7 +65,7 @@ def neighbour_grid(rows: Sequence[Sequence[tuple[np.ndarray, str, bool]]], title
 
 
 def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], title: str) -> Figure:
-    """Top-1 (percent) over epochs, a line for each name."""
+    """Draw top-1 (percent) over epochs, with a line for each name."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, values in lines.items():
@@ -76,7 +77,7 @@ def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], title: s
 
 
 def save(figure: Figure, file: Path) -> torch.Tensor:
-    """Writes a PNG; returns its pixels, uint8 [3, H, W], for TensorBoard."""
+    """Write a PNG and return its pixels, uint8 [3, H, W], for TensorBoard."""
     canvas = FigureCanvasAgg(figure)
     figure.savefig(file, dpi=110)
     figure.set_dpi(110)

@@ -13,7 +13,7 @@ from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
-from crossbatch.engine.evaluation.batches import Augmented, Cached
+from crossbatch.engine.evaluation.batches import AugmentedFeatures, CachedFeatures
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract
 from crossbatch.engine.evaluation.frozen import FrozenBackbone
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
@@ -169,7 +169,7 @@ def test_the_probe_reaches_what_scikit_learn_reaches(shapes, frozen):
     )
     order, epochs, decay = GlobalBatchSampler(0, len(train), 100), 90, 0.02
     probe = LinearProbe(frozen.num_features, 8, [0.1, 0.3], weight_decay=decay)
-    cached = Cached(train, order, StepClock())
+    cached = CachedFeatures(train, order, StepClock())
     for epoch in range(epochs):
         probe.start_epoch(epoch, epochs)
         for features, labels in cached.epoch(epoch):
@@ -214,13 +214,13 @@ def test_a_broken_image_brings_the_label_of_the_one_in_its_place(tmp_path, froze
     order, reading = GlobalBatchSampler(0, 16, 16), EvalLoaderConfig(32, 5, 0, CPU)
     rows = extract(frozen, source, np.arange(16), reading, Collective())
     assert len(rows) == 13 and len(rows.skipped) == 3
-    cached = Cached(rows, order, StepClock())
+    cached = CachedFeatures(rows, order, StepClock())
     asked = order.batch(0, 0)
     read = [{0: 1, 5: 6, 15: 1}.get(int(index), int(index)) for index in asked]
     features, labels = next(cached.epoch(0))
     assert labels.tolist() == source.labels[read].tolist()
     assert features.equal(rows.features_NC[[rows.indices_N.tolist().index(index) for index in read]])
-    augmented = Augmented(frozen, source, order, reading, run, StepClock())
+    augmented = AugmentedFeatures(frozen, source, order, reading, run, StepClock())
     features, labels = next(augmented.epoch(0))
     assert labels.tolist() == source.labels[read].tolist() and features.shape == (16, 64)
     assert (cached.replaced, augmented.replaced) == (3, 3 + 1)  # 15 is replaced by 0, which is broken, too

@@ -90,7 +90,7 @@ def by_scikit_learn(checkpoint: Path, shapes: str, k: int) -> float:
 
 
 def evaluate_on_this_rank(checkpoint: str, data: str, out: str) -> dict:
-    from crossbatch.engine.evaluation.knn_results import KnnEvaluation
+    from crossbatch.engine.evaluation.knn_evaluation import KnnEvaluation
 
     settings = [f"crossbatch.model.checkpoint={checkpoint}", f"crossbatch.data.path={data}"]
     config = load_config(None, [*settings, "train_micro_batch_size_per_gpu=7"], KnnConfig)

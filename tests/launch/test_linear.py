@@ -16,7 +16,8 @@ from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
-from crossbatch.engine.evaluation import linear_results
+from crossbatch.engine.evaluation.linear_evaluation import base_learning_rates
+from crossbatch.engine.evaluation.probe_training import ProbeTraining
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import finetune, linear
@@ -54,8 +55,8 @@ def test_the_defaults_are_the_originals():
     assert (config.train_batch_size, config.crossbatch.schedule.epochs) == (1024, 90)
     params = config.optimizer.params
     assert (params.momentum, params.weight_decay, config.crossbatch.precision) == (0.9, 0.0, "fp32")
-    assert linear_results._learning_rates(config, "resnet50") == (0.1,)
-    assert linear_results._learning_rates(config, "vit_base") == (3.0,)
+    assert base_learning_rates(config, "resnet50") == (0.1,)
+    assert base_learning_rates(config, "vit_base") == (3.0,)
     assert linear.number_or_list(".1") == "0.1" and linear.number_or_list("[0.1, 1]") == "[0.1, 1]"
     view = crop_and_flip(224, config.crossbatch.data.crop_min)
     assert (view.crop_scale, view.crop_ratio, view.flip_probability) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
@@ -121,7 +122,7 @@ def resolved(checkpoint, data: str, *settings: str):
 
 
 def probe_on_this_rank(checkpoint: str, data: str, out: str, *settings: str) -> dict:
-    from crossbatch.engine.evaluation.linear_results import LinearEvaluation
+    from crossbatch.engine.evaluation.linear_evaluation import LinearEvaluation
 
     run = resolved(checkpoint, data, *settings)
     return LinearEvaluation(run, world_from_environment(), torch.device("cpu"), Path(out), "auto").run()
@@ -147,7 +148,7 @@ def test_two_ranks_end_where_one_ends(monkeypatch, tiny_runs, two_ranks, shapes,
 def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     arguments = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, *SHORT]
     assert call(monkeypatch, *arguments, "--out", tmp_path / "whole") == 0
-    save = linear_results.LinearEvaluation._save
+    save = ProbeTraining.save
 
     def dies_after_two_epochs(self, *arguments, **more):
         save(self, *arguments, **more)
@@ -155,7 +156,7 @@ def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tin
             raise KeyboardInterrupt
 
     with (
-        mock.patch.object(linear_results.LinearEvaluation, "_save", dies_after_two_epochs),
+        mock.patch.object(ProbeTraining, "save", dies_after_two_epochs),
         pytest.raises(KeyboardInterrupt),
     ):
         call(monkeypatch, *arguments, "--out", tmp_path / "cut")

@@ -1,0 +1,98 @@
+"""What the commands of k-NN and the linear probe share: they open weights and images, extract features, write results."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from crossbatch.data import Source
+from crossbatch.engine.config import to_dict
+from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
+from crossbatch.engine.datasets import labelled_images
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract
+from crossbatch.engine.evaluation.frozen import FrozenBackbone, load_configured
+from crossbatch.engine.evaluation.results import RESULTS, create_output_dir, progress_bar, save_figures, write_results
+from crossbatch.engine.run_log import print_summary
+from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
+
+
+@dataclass
+class Report:
+    """What an evaluation shows to a person."""
+
+    figures: dict[str, Figure]
+    rows: list[tuple[str, str]]  # of the closing table
+    next_command: str
+    step: int = 0  # of the figures in TensorBoard
+
+
+class Evaluation:
+    """An evaluation of a frozen backbone on this rank, inside a process group.
+
+    A subclass computes the scores in `_evaluate` and shows them in `_report`.
+
+    Args:
+        name: of the command, "knn" or "linear".
+        workers: loader processes of this rank.
+        out: folder that the results are written to; it may hold an earlier result of the same command.
+
+    Raises:
+        InputError: if weights or images cannot be opened, or `out` holds something else.
+    """
+
+    def __init__(
+        self, name: str, config: KnnConfig | LinearConfig, world: World, device: torch.device, workers: int, out: Path
+    ):
+        self.name, self.config, self.world, self.device, self.out = name, config, world, device, out
+        section = config.crossbatch
+        self.collective = GroupCollective()
+        self.pretrained = load_configured(section.model, section.data.image_size)
+        on_main(lambda: create_output_dir(out, name))
+        self.train, self.evaluation = labelled_images(section.data.path, out / "data_index")
+        self.class_names = self.train.class_names
+        self.frozen = FrozenBackbone(self.pretrained, device, section.precision)
+        batch_size = config.train_micro_batch_size_per_gpu
+        self.reading = EvalLoaderConfig(self.pretrained.image_size, batch_size, workers, device)
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate, write everything to `out`, and return what results.json holds. Raises InputError or RunStopped."""
+        started = time.perf_counter()
+        if self.world.is_main:
+            print(f"loaded {self.pretrained}", flush=True)
+        scores, details = self._evaluate()
+        results = {
+            "command": self.name,
+            **scores,
+            "classes": len(self.class_names),
+            "pretrained": self.pretrained.summary(),
+            "seconds": time.perf_counter() - started,
+            "config": {**to_dict(self.config), "world_size": self.world.size},
+        }
+        if self.world.is_main:
+            report = self._report(results, details)
+            save_figures(self.out, report.figures, report.step)
+            write_results(self.out, results)
+            print_summary([*report.rows, ("results", str(self.out / RESULTS))], [report.next_command], self.out)
+        return results
+
+    def _evaluate(self) -> tuple[dict[str, Any], Any]:
+        """Return the scores for results.json, and what `_report` needs besides; every rank calls it."""
+        raise NotImplementedError
+
+    def _report(self, results: dict[str, Any], details: Any) -> Report:
+        """Return figures and the closing table; only rank 0 calls it."""
+        raise NotImplementedError
+
+    def _features(self, source: Source, what: str) -> FeatureSet:
+        """Extract the features of this rank's share of `source`, with a progress bar on rank 0."""
+        share = -(-len(source) // self.world.size)
+        with progress_bar(f"features: {what}", share, self.world.is_main) as advance:
+            return extract(self.frozen, source, np.arange(len(source)), self.reading, self.collective, advance)
+
+    def _sum_over_ranks(self, **counts: int) -> dict[str, int]:
+        total = self.collective.all_reduce(torch.tensor(list(counts.values()), device=self.device)).tolist()
+        return dict(zip(counts, total, strict=True))
