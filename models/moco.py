@@ -93,10 +93,13 @@ class MoCo(ShardableModel):
             the name, and "resnet" for a module.
         checkpoint_activations: recompute the blocks of the online backbone in the backward pass: less memory for a third
             more time.
-        projection_dim, mlp_dim: widths of the heads.
+        projection_dim: width D of queries and keys.
+        mlp_dim: hidden width of projector and predictor.
         temperature: T of the loss.
         batchformer_loss: "none" (no BatchFormer), "sum", "mean", "mean_with_self" or "joint"; see `crossbatch.models.loss`.
-        group_size, dropout, batchformer_kernel: see `BatchFormer`.
+        group_size: images of the global batch that attend to each other; see `BatchFormer`.
+        dropout: dropout probability in BatchFormer.
+        batchformer_kernel: `kernel` of `BatchFormer`.
         batchformer_mode: "trained": one module for both encoders, trained through the queries. "released": the same module,
             frozen at its initialisation, as the released BatchFormer code behaves. "ema": the keys use a moving average.
         cuda_graph: run what follows the backbone as a CUDA graph; see `crossbatch.models.cuda_graph`.
@@ -228,7 +231,8 @@ class MoCo(ShardableModel):
 
         Args:
             images: [2n, 3, H, W], the first views of all n images, then their second views.
-            step, seed: key of BatchFormer's dropout masks; the same pair gives the same masks.
+            step: number of the step; step and seed are the key of BatchFormer's dropout masks, equal keys give equal masks.
+            seed: see `step`.
         """
         return self.contrast(*self.features(images, with_grad=True), step, seed)
 

@@ -131,8 +131,9 @@ class BatchFormer(nn.Module):
 
         Args:
             features: those of this rank's n images.
-            seed, step: key of the dropout masks, together with the view and the position in the global batch; the same key
-                drops the same elements with any number of ranks. Without it masks come from torch's generator.
+            seed: with `step`, view and position in the global batch the key of the dropout masks: the same key drops the same
+                elements with any number of ranks. Without seed and step, masks come from torch's generator.
+            step: number of the training step; see `seed`.
             dropout_seeds: seeds in a tensor instead, int32 [NUM_PLACES, V], as `DropoutKey.dropout_seeds` makes them: for CUDA
                 graphs and torch.compile.
 
