@@ -16,7 +16,7 @@ from crossbatch.engine.evaluation.features import FeatureSet
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
 from crossbatch.engine.nested import nest
 from crossbatch.engine.pretrained.files import read_torch, write_torch
-from crossbatch.engine.pretrained.load import PROBE, PROBE_FILE
+from crossbatch.engine.pretrained.weights import PROBE, PROBE_FILE
 from crossbatch.engine.run_log import Log, StepClock
 from crossbatch.engine.runtime.distributed import mean_over_ranks, on_main
 from crossbatch.models.collective import Collective
