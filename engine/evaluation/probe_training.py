@@ -23,7 +23,7 @@ from crossbatch.models.collective import Collective
 
 
 class ProbeTraining:
-    """The training of a probe on this rank; every method but `best` and `resume` must be called on all ranks.
+    """Trains a probe on this rank; all ranks must call `train_epoch` and `save`.
 
     Args:
         probe: one classifier for each of `base_lrs`.
