@@ -61,7 +61,7 @@ def _advice(pretrained: Pretrained, to: str, file: Path, built: Constructor | No
     """Return how to build the network elsewhere, and what goes wrong silently."""
     if built is None:
         return [
-            f"timm and torchvision cannot build this network; only the commands of crossbatch can read it: --checkpoint {file}"
+            f"timm and torchvision cannot build this network; the commands of crossbatch take it as --checkpoint {file}"
         ]
     classifier = "head" if family(pretrained.arch) == "vit" else "fc"
     advice = [
