@@ -1,4 +1,4 @@
-"""Turns one form into another.
+"""Converts data to tar shards, and checkpoints to and from the formats of other programs.
 
 python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards
 python launch/convert.py import checkpoint_0099.pth.tar --out runs/continued --data /data/imagenet -a resnet50 -b 4096 ...
@@ -23,7 +23,7 @@ from crossbatch.engine.pretrained.formats import FORMATS
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides, writable_folder
 
-_NAMED = 10  # broken images named
+_NAMED = 10  # broken images that are named
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,10 +36,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def add_shards(commands) -> None:
-    """`convert.py shards`: any data that can be trained on, as tar shards with an index."""
+    """Add `convert.py shards`, which writes any data that can be trained on as tar shards with an index."""
     parser = commands.add_parser(
         "shards",
-        help="a folder of images as tar shards",
+        help="write images as tar shards",
         description="Writes OUTPUT/train and, if there is one, OUTPUT/val as tar shards (webdataset's conventions, images "
         "in random order, copied as they are) with an index. OUTPUT is then a --data.",
         epilog="example: python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards",
@@ -47,11 +47,12 @@ def add_shards(commands) -> None:
     parser.add_argument("--data", metavar="DIR", required=True, help="what to read: a folder or cifar10://DIR, ...")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
     parser.add_argument("--images-per-shard", metavar="N", type=int, default=5000, help="default 5000")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order in the shards; default 0")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order in the shards; default 0")
     parser.set_defaults(run=shards)
 
 
 def shards(arguments: argparse.Namespace) -> None:
+    """Write the training and evaluation images as shards. Raises InputError."""
     if arguments.images_per_shard < 1:
         raise InputError(f"--images-per-shard: given {arguments.images_per_shard}; allowed: >= 1")
     folders = {"train": arguments.output / "train"}
@@ -81,6 +82,7 @@ def shards(arguments: argparse.Namespace) -> None:
 
 
 def report(folder: Path, written: Written) -> None:
+    """Print what was written, with the first broken images. Raises InputError if no image could be read."""
     for name in written.skipped[:_NAMED]:
         print(f"left out, broken: {name}", file=sys.stderr)
     if not written.images:
@@ -90,10 +92,10 @@ def report(folder: Path, written: Written) -> None:
 
 
 def add_import(commands) -> None:
-    """`convert.py import`: an original file as the first checkpoint of a run."""
+    """Add `convert.py import`, which makes a checkpoint of moco-v3 or BatchFormer the first checkpoint of a run."""
     parser = commands.add_parser(
         "import",
-        help="a checkpoint of moco-v3 or BatchFormer as a run to continue",
+        help="continue a checkpoint of moco-v3 or BatchFormer as a run",
         description="The file has no configuration: give the recipe, or the flags that its run was started with.",
         epilog="example: python launch/convert.py import checkpoint_0099.pth.tar --out runs/continued --data /data/imagenet "
         "--deepspeed_config ds_configs/bs4096.json",
@@ -105,38 +107,39 @@ def add_import(commands) -> None:
 
 
 def import_legacy(arguments: argparse.Namespace) -> None:
+    """Write the first checkpoint of a run from a file of the originals. Raises InputError."""
     from crossbatch.engine.pretrained.moco_v3 import import_file
 
-    run = resolve(load_config(arguments.deepspeed_config, overrides(arguments)), 1, Device("cpu"))
-    path = run.config.crossbatch.data.path
+    cfg = resolve(load_config(arguments.deepspeed_config, overrides(arguments)), 1, Device("cpu"))
+    path = cfg.crossbatch.data.path
     if path is None:
         raise InputError(
-            "crossbatch.data.path: not given; the size of the data says which step an epoch ends at; give --data"
+            "crossbatch.data.path: not given; the number of images says at which step an epoch ends; give --data"
         )
     with user_input("crossbatch.data.path"):
         num_images = len(open_source(path, download=True))
-    notes = import_file(arguments.file, run, num_images, writable_folder(arguments.out))
+    notes = import_file(arguments.file, cfg, num_images, writable_folder(arguments.out))
     print("\n".join(notes))
     print(f"next: python launch/pretrain.py --out {arguments.out} and the same recipe, flags and data")
 
 
 def add_export(commands) -> None:
-    """`convert.py export`: a checkpoint in somebody else's format."""
+    """Add `convert.py export`, which writes a checkpoint in the format of another program."""
     parser = commands.add_parser(
         "export",
-        help="a checkpoint in another format",
-        description="moco-v3 is a whole run of ours, to continue with the originals; the others are a backbone, of a run or of "
-        "anything that launch/knn.py takes.",
+        help="write a checkpoint in another format",
+        description="moco-v3 writes a whole run, to continue with the released code of MoCo v3 or BatchFormer; the others "
+        "write a backbone, of a run or of anything that launch/knn.py takes.",
         epilog="example: python launch/convert.py export --checkpoint runs/bs4096 --to torchvision --output resnet50.pth",
     )
-    formats = {"moco-v3": "to continue with the originals", **FORMATS}
+    formats = {"moco-v3": "to continue with the released code", **FORMATS}
     parser.add_argument("--checkpoint", metavar="DIR|FILE", type=Path, required=True, help="what to export")
     parser.add_argument(
         "--to", choices=formats, required=True, help="; ".join(f"{name}: {what}" for name, what in formats.items())
     )
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="what to write")
     parser.add_argument("-a", "--arch", metavar="X", help="backbone, where the checkpoint does not say")
-    parser.add_argument("--encoder", choices=("online", "momentum"), help="of pretraining; default online")
+    parser.add_argument("--encoder", choices=("online", "momentum"), help="encoder of pretraining; default online")
     parser.add_argument(
         "--set", metavar="path=value", action="append", default=[], help="a key of crossbatch.model; repeatable"
     )
@@ -144,6 +147,7 @@ def add_export(commands) -> None:
 
 
 def export_checkpoint(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint in the format that --to names. Raises InputError."""
     pairs = [f"crossbatch.model.checkpoint={json.dumps(str(arguments.checkpoint))}"]
     for name in ("arch", "encoder"):
         if getattr(arguments, name) is not None:
@@ -151,7 +155,7 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     pairs += arguments.set
     if arguments.to == "moco-v3":
         if len(pairs) > 1:
-            raise InputError(f"--to moco-v3: writes the whole run, which {pairs[1]} would not change; leave it out")
+            raise InputError(f"--to moco-v3: writes the whole run, and {pairs[1]} would change nothing; leave it out")
         from crossbatch.engine.pretrained.moco_v3 import export_file
 
         print("\n".join(export_file(arguments.checkpoint, arguments.output)))

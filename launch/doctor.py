@@ -1,4 +1,4 @@
-"""Prints what this machine has, which path each stage will take, and why.
+"""Prints what was found on this machine, which path each stage will take, and why.
 
 python launch/doctor.py
 """
@@ -28,6 +28,7 @@ def main() -> None:
 
 
 def found() -> list[tuple[str, str]]:
+    """Return (what, version or description) of hardware and packages."""
     rows = [("Python", platform.python_version()), ("CPU cores", str(usable_cores()))]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -38,18 +39,14 @@ def found() -> list[tuple[str, str]]:
     rows.append(("CUDA of torch", torch.version.cuda or "none"))
     for package in ("torch", "torchvision", "timm", "deepspeed", "triton"):
         rows.append((package, _version(package)))
-    rows.append(
-        (
-            "DALI",
-            next((v for cuda in ("130", "120") if (v := _version(f"nvidia-dali-cuda{cuda}")) != "absent"), "absent"),
-        )
-    )
+    dali = [version for cuda in ("130", "120") if (version := _version(f"nvidia-dali-cuda{cuda}")) != "absent"]
+    rows.append(("DALI", dali[0] if dali else "absent"))
     rows.append(("apex (NVIDIA's)", "found" if has_apex() else "absent"))
     return rows
 
 
 def stages(device: Device) -> list[tuple[str, str, str]]:
-    """(stage, path, reason) as the engine will choose."""
+    """Return (stage, path, reason) as the engine will choose on `device`."""
     gpu = device.type == "cuda"
     return [
         ("collectives", "NCCL" if gpu else "gloo", "GPU" if gpu else "no GPU"),
@@ -74,11 +71,12 @@ def batchformer(device: Device) -> tuple[str, str]:
 
 
 def has_apex() -> bool:
-    """NVIDIA's apex, recognised by a module of its own; PyPI's package of that name is another project."""
+    """Tell whether NVIDIA's apex is installed, by a module of its own; PyPI's package of that name is another project."""
     return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.normalization") is not None
 
 
 def _version(package: str) -> str:
+    """Return the version of an installed package, or "absent"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -25,6 +25,7 @@ ALIASES: list[Alias] = [
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the command line."""
     parser = ArgumentParser(description=__doc__)
     add_config_flags(parser, ALIASES, "flags")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where results go (default runs/knn-<time>)")
@@ -32,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run k-NN on this rank. Raises InputError or RunStopped."""
     arguments = parse_arguments()
     config = load_config(arguments.deepspeed_config, overrides(arguments, ALIASES), KnnConfig)
     world, device = world_from_environment(), Device.detect()

@@ -30,13 +30,18 @@ def main() -> None:
     parser.add_argument("--count", metavar="N", type=int, default=8, help="images; default 8")
     parser.add_argument("--image-size", metavar="PX", type=int, default=224, help="side of a view; default 224")
     parser.add_argument("--crop-min", metavar="A", type=float, default=0.08, help="smallest crop; default 0.08")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order and the augmentation; default 0")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed of the order and the augmentation; default 0"
+    )
     run_main(lambda: preview(parser.parse_args()))
 
 
 def preview(arguments: argparse.Namespace) -> None:
+    """Write the picture and print how far the backends differ. Raises InputError."""
     if arguments.count < 1 or arguments.image_size < 8:
-        raise InputError("--count must be at least 1, --image-size at least 8")
+        raise InputError(
+            f"--count, --image-size: given {arguments.count}, {arguments.image_size}; allowed: at least 1 image, at least 8 px"
+        )
     with user_input("--data"):
         source = open_source(arguments.data, download=True)
     names = [name for name in BACKENDS if name != "dali" or has_dali()]
@@ -45,7 +50,7 @@ def preview(arguments: argparse.Namespace) -> None:
     try:
         drawing.save(arguments.output)
     except (OSError, ValueError) as error:
-        raise InputError(f"--output: {arguments.output} cannot be written: {error}") from None
+        raise InputError(f"--output {arguments.output}: cannot be written: {error}; give another file") from None
     console = Console(highlight=False)
     console.print(f"{arguments.output}: {arguments.count} images, both views by {', '.join(names)}")
     reference = views["torchvision"]
@@ -57,7 +62,7 @@ def preview(arguments: argparse.Namespace) -> None:
 
 
 def first_batch(source, backend: str, arguments: argparse.Namespace) -> torch.Tensor:
-    """float [2, n, 3, S, S], 0..255."""
+    """Return the first batch of both views as float [2, n, 3, S, S], 0 to 255."""
     device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
     count, views = min(arguments.count, len(source)), moco_v3_augmentations(arguments.image_size, arguments.crop_min)
     loader = TrainLoader(
@@ -68,7 +73,7 @@ def first_batch(source, backend: str, arguments: argparse.Namespace) -> torch.Te
 
 
 def draw(views: dict[str, torch.Tensor]) -> Image.Image:
-    """A row for each image, a pair of columns for each backend."""
+    """Draw a row for each image and a pair of columns for each backend."""
     _, count, _, size, _ = next(iter(views.values())).shape
     pair = 2 * size + 3 * _GAP
     canvas = Image.new("RGB", (pair * len(views), _HEADER + count * (size + _GAP)), "white")

@@ -16,14 +16,14 @@ from crossbatch.engine.evaluation.features import FeatureSet
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
 from crossbatch.engine.nested import nest
 from crossbatch.engine.pretrained.files import read_torch, write_torch
-from crossbatch.engine.pretrained.load import PROBE, PROBE_FILE
+from crossbatch.engine.pretrained.weights import PROBE, PROBE_FILE
 from crossbatch.engine.run_log import Log, StepClock
 from crossbatch.engine.runtime.distributed import mean_over_ranks, on_main
 from crossbatch.models.collective import Collective
 
 
 class ProbeTraining:
-    """The training of a probe on this rank; every method but `best` and `resume` must be called on all ranks.
+    """Trains a probe on this rank; all ranks must call `train_epoch` and `save`.
 
     Args:
         probe: one classifier for each of `base_lrs`.

@@ -1,11 +1,11 @@
-"""Backbones for other programs: of our runs, sharded ones included, or of the originals' checkpoints.
+"""Writes backbones for other programs.
 
     timm          {"state_dict", "num_heads", "crossbatch"}, or safetensors if the file is called so
     deit          {"model", "num_heads", "crossbatch"}
     torchvision   the tensors, nothing else
     safetensors   the tensors, and the rest as metadata
 
-"crossbatch" says what the network is, so that `engine.evaluation.pretrained` reads the file again without being told.
+"crossbatch" describes the network, so that `load_pretrained` can read the file again without further arguments.
 """
 
 import json
@@ -17,14 +17,16 @@ from torch import Tensor
 from crossbatch import InputError, __version__
 from crossbatch.engine.pretrained.files import write_safetensors, write_torch
 from crossbatch.engine.pretrained.formats import Constructor, constructor
-from crossbatch.engine.pretrained.load import NOTE, Pretrained
+from crossbatch.engine.pretrained.load import Pretrained
+from crossbatch.engine.pretrained.weights import NOTE
 from crossbatch.models.backbones import family
 
 
 def export(pretrained: Pretrained, to: str, file: Path) -> list[str]:
-    """Writes `file` in one of `models.export.FORMATS`; returns what a user should know.
+    """Write `file` in one of `formats.FORMATS`, and return lines for the user: what was written, and how to load it.
 
-    Raises InputError if the programs of that format cannot build the network, or `file` cannot be written.
+    Raises:
+        InputError: if the programs of that format cannot build the network, or `file` cannot be written.
     """
     try:
         built = constructor(to, pretrained.arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args)
@@ -56,8 +58,11 @@ def _write(file: Path, to: str, tensors: dict[str, Tensor], note: dict[str, Any]
 
 
 def _advice(pretrained: Pretrained, to: str, file: Path, built: Constructor | None) -> list[str]:
+    """Return how to build the network elsewhere, and what goes wrong silently."""
     if built is None:
-        return [f"timm and torchvision cannot build this network; --checkpoint {file} can be given to our commands"]
+        return [
+            f"timm and torchvision cannot build this network; the commands of crossbatch take it as --checkpoint {file}"
+        ]
     classifier = "head" if family(pretrained.arch) == "vit" else "fc"
     advice = [
         f"build it with {built}; load_state_dict(strict=False) then misses {classifier}.weight and {classifier}.bias"

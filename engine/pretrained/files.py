@@ -1,8 +1,8 @@
-"""Files of weights that other programs write and read: torch's, in which nothing is ever run, and safetensors.
+"""Reads and writes files of weights of other programs, torch's and safetensors, without running any code in them.
 
 A torch file is a pickle, and a pickle is a program. `read_torch` lets it make tensors, numbers, text, containers of these, and
-the argparse.Namespace that DeiT puts beside its weights, and refuses the file otherwise. Files are written under another
-name first, so an existing one is replaced by a whole one or not at all.
+the argparse.Namespace that DeiT puts beside its weights; it refuses any other file. Files are written under another name first,
+so an existing file is replaced by a complete one or not at all.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from crossbatch.engine.runtime.atomic_files import replace_atomically
 
 
 def read_torch(file: Path) -> Any:
-    """What `torch.save` put there, its tensors mapped from the disk. Raises InputError for any file that it cannot be."""
+    """Return what `torch.save` wrote, with its tensors mapped from the disk. Raises InputError if the file is no such thing."""
     try:
         mapped = _starts_as_a_zip(file)  # files from before torch 1.6 cannot be mapped
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -36,7 +36,7 @@ def read_torch(file: Path) -> Any:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata. Raises InputError."""
+    """Return the tensors and the metadata of a file. Raises InputError if it is damaged or no such file."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
@@ -47,12 +47,12 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def write_torch(file: Path, content: Mapping[str, Any], key: str = "--output") -> None:
-    """As `torch.save`, whole or not at all. Raises InputError, naming `key`, if it cannot be written."""
+    """Write a file as `torch.save` does, completely or not at all. Raises InputError, naming the flag `key`, if that fails."""
     _write(file, lambda temporary: torch.save(content, temporary), key)
 
 
 def write_safetensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Whole or not at all. Raises InputError if it cannot be written."""
+    """Write a file of tensors, completely or not at all. Raises InputError if that fails."""
     _write(file, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata), "--output")
 
 
@@ -72,7 +72,7 @@ def _starts_as_a_zip(file: Path) -> bool:
 
 
 def _refused(message: str) -> str:
-    """torch's page of advice, in a line."""
+    """Return torch's long message about an unsafe or damaged pickle in one line."""
     asked = re.search(r"GLOBAL (\S+)", message)
     if asked:
         return f"it asks for {asked[1]}, which could run code; nothing of it was run; allowed: a file of tensors"

@@ -1,5 +1,5 @@
-"""What other libraries call our backbones, and which of ours they can build. No tensor is renamed: ViTs have timm's keys,
-ResNets torchvision's, and timm's ResNets have those, too.
+"""Says which backbones other libraries can build, and how. No tensor has to be renamed: the ViTs have the names of timm, the
+ResNets those of torchvision, which timm's ResNets have, too.
 """
 
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from typing import Any
 
 from crossbatch.models.backbones import LAYOUTS, family
 
-# What timm's and DeiT's constructors of these names set; ViT-S has 6 heads there.
-_THEIR_VITS: dict[str, dict[str, Any]] = {
+# What the constructors of timm and DeiT set for these names; their ViT-S has 6 heads.
+_TIMM_VITS: dict[str, dict[str, Any]] = {
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "patch_size": 16, "mlp_ratio": 4.0, "img_size": 224},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "mlp_ratio": 4.0, "img_size": 224},
 }
@@ -23,7 +23,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Constructor:
-    """How to build the network elsewhere; `name` is empty where nobody else can."""
+    """A call that builds the network in another library; `str` writes it out."""
 
     library: str
     name: str
@@ -37,7 +37,7 @@ class Constructor:
 
 
 def constructor(to: str, arch: str, image_size: int, stem: str, backbone_args: Mapping[str, Any]) -> Constructor | None:
-    """The call that builds `arch` for format `to`; None for safetensors of what timm cannot build.
+    """Return the call that builds `arch` for format `to`; None if that is safetensors and timm cannot build the network.
 
     Raises ValueError if the library of that format cannot build it.
     """
@@ -54,12 +54,12 @@ def constructor(to: str, arch: str, image_size: int, stem: str, backbone_args: M
 def _vit(to: str, arch: str, image_size: int, backbone_args: Mapping[str, Any]) -> Constructor:
     if to == "torchvision":
         raise ValueError(f"torchvision has other ViTs than timm's, and {arch} is one of timm's; allowed: a ResNet")
-    if arch not in _THEIR_VITS:
+    if arch not in _TIMM_VITS:
         raise ValueError(
-            f"{to} cannot build {arch}, whose stem is a stack of convolutions; allowed: vit_small, vit_base"
+            f"{to} cannot build {arch}, because its stem is a stack of convolutions; allowed: vit_small, vit_base"
         )
-    ours = {**vars(LAYOUTS[arch]), **backbone_args, "img_size": image_size}
-    different = {name: ours[name] for name, value in _THEIR_VITS[arch].items() if ours[name] != value}
+    settings = {**vars(LAYOUTS[arch]), **backbone_args, "img_size": image_size}
+    different = {name: settings[name] for name, value in _TIMM_VITS[arch].items() if settings[name] != value}
     prefix = "deit" if to == "deit" else "vit"
     return Constructor("timm", f"{prefix}_{arch.removeprefix('vit_')}_patch16_224", different)
 

@@ -12,7 +12,8 @@ from timm.models import VisionTransformer
 
 from crossbatch import InputError
 from crossbatch.engine.pretrained.export import export
-from crossbatch.engine.pretrained.load import NOTE, Pretrained, load_pretrained
+from crossbatch.engine.pretrained.load import Pretrained, load_pretrained
+from crossbatch.engine.pretrained.weights import NOTE
 from crossbatch.models import build_backbone
 from crossbatch.models.norm import ViewBatchNorm
 

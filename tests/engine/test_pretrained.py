@@ -12,7 +12,8 @@ import torchvision
 
 from crossbatch import InputError
 from crossbatch.engine import checkpoint
-from crossbatch.engine.pretrained.load import NOTE, PROBE, PROBE_FILE, load_pretrained
+from crossbatch.engine.pretrained.load import load_pretrained
+from crossbatch.engine.pretrained.weights import NOTE, PROBE, PROBE_FILE
 from crossbatch.models import build_backbone
 from tests.engine.test_moco_v3_files import original_file
 
