@@ -20,7 +20,6 @@ from crossbatch.engine.config import user_input
 from crossbatch.engine.runtime.distributed import on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
-input_errors = user_input  # for callers that still import the translator from here
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from crossbatch import InputError
 from crossbatch.data import open_source
-from crossbatch.engine.config import Config, Device, load_config, resolve
-from crossbatch.engine.datasets import input_errors
+from crossbatch.engine.config import Config, Device, load_config, resolve, user_input
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.tasks.build import describe
@@ -76,7 +75,7 @@ def steps_per_epoch(config: Config) -> int | None:
     if path is None:
         return None
     try:
-        with input_errors("crossbatch.data.path"):
+        with user_input("crossbatch.data.path"):
             return len(open_source(path)) // config.train_batch_size
     except InputError:
         if path.startswith(("shapes://", "cifar10://", "cifar100://", "flowers://", "pets://")):

@@ -2,34 +2,30 @@
 
     checkpoints/
       step-00001200/
-        rank-00000.safetensors ...  slices of the flattened tensors, one file per rank that wrote
-        config.json                 the resolved configuration
-        state.json                  progress, shapes, versions, and the size and checksum of every file
-      latest                        the name of the newest checkpoint
+        0.bin ...      slices of the flattened tensors, one file per rank that wrote
+        .metadata      which slice of which tensor is where in them (torch.distributed.checkpoint)
+        config.json    the resolved configuration
+        state.json     progress, shapes, versions, and the size and checksum of every file
+      latest           the name of the newest checkpoint
 
-Every tensor is stored flattened and cut into slices, called `NAME@START` in the files. A rank writes the slices that it holds,
-or an equal share of what all ranks hold, and reads the slices that it needs from any file. So nothing is gathered, and nothing
-in a file depends on ranks, ZeRO or FSDP2.
+Every tensor is stored flattened and cut into slices. A rank writes the slices that it holds, or an equal share of what all
+ranks hold, and reads the slices that it needs from any file. So nothing is gathered, and nothing in a file depends on ranks,
+ZeRO or FSDP2.
 
     directory     finds, keeps and drops checkpoints, and touches files in an order that makes a save safe
-    slices        names the state of this rank and decides which slices it writes
-    manifest      state.json: what a checkpoint says about itself, and whether its files are intact
-    reading       reads any part of the tensors
-    writing       writes one checkpoint
+    slices        names the state of this rank, decides which slices it writes, and describes them to DCP
+    store         writes and reads one checkpoint
     async_writer  saves in the background while training goes on
     resume        chooses the checkpoint that a run continues from, and fills the backend from it
     changes       says which keys of the configuration a resumed run may change
-    format2       reads the slices of the format before this one
 """
 
 from crossbatch.engine.checkpoint.async_writer import AsyncCheckpointWriter, Outcome
 from crossbatch.engine.checkpoint.changes import check_allowed
 from crossbatch.engine.checkpoint.directory import Keep, candidates, clean, create_run_directory, find
-from crossbatch.engine.checkpoint.manifest import Manifest, Unreadable, read_manifest
-from crossbatch.engine.checkpoint.reading import read
 from crossbatch.engine.checkpoint.resume import Resumed, resume
 from crossbatch.engine.checkpoint.slices import local_state, random_state
-from crossbatch.engine.checkpoint.writing import write
+from crossbatch.engine.checkpoint.store import Manifest, Unreadable, read, read_manifest, write
 
 __all__ = [
     "AsyncCheckpointWriter",

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from crossbatch.engine.checkpoint.directory import Keep
-from crossbatch.engine.checkpoint.manifest import Manifest
 from crossbatch.engine.checkpoint.slices import Slices, shares
-from crossbatch.engine.checkpoint.writing import WriteFailed, write
+from crossbatch.engine.checkpoint.store import Manifest, write
 from crossbatch.engine.runtime.distributed import cpu_group
 from crossbatch.engine.sharding import LocalShards
 
@@ -42,7 +42,7 @@ class AsyncCheckpointWriter:
     Args:
         directory: `checkpoints/` of the run.
         keep: what stays there.
-        token: see `writing.write`.
+        token: see `store.write`.
         asynchronous: whether training goes on while a checkpoint is written.
     """
 
@@ -78,10 +78,8 @@ class AsyncCheckpointWriter:
                     torch.cuda.set_device(copied.device)  # a new thread is on GPU 0, and would take memory there
                     copied.synchronize()
                 write(self.directory, self._host, manifest, config, self.keep, self._group, self.token)
-            except WriteFailed as raised:
-                error = str(raised)
-            except Exception as raised:
-                error = f"{type(raised).__name__}: {raised}"
+            except (CheckpointException, Exception) as raised:
+                error = _one_line(raised)
             seconds = time.perf_counter() - start
             stalled = seconds if wait or not self.asynchronous else stalled_s
             self._outcome = Outcome(manifest.step, error, manifest.num_bytes, seconds, stalled)
@@ -124,3 +122,12 @@ class AsyncCheckpointWriter:
         copied = torch.cuda.Event()
         copied.record()
         return copied
+
+
+def _one_line(error: BaseException) -> str:
+    """Return an error as one line, with the rank where DCP knows it."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(
+            f"rank {rank}: {type(raised).__name__}: {raised}" for rank, (raised, _) in error.failures.items()
+        )
+    return f"{type(error).__name__}: {error}"

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from crossbatch import InputError
 from crossbatch.engine.checkpoint.changes import differences
 from crossbatch.engine.checkpoint.directory import CONFIG
-from crossbatch.engine.checkpoint.manifest import Manifest, Unreadable, check_contents, read_manifest
-from crossbatch.engine.checkpoint.reading import fill
 from crossbatch.engine.checkpoint.slices import local_state, random_state
+from crossbatch.engine.checkpoint.store import Manifest, Unreadable, check_contents, fill, read_manifest
 from crossbatch.engine.config import Config
 from crossbatch.engine.runtime.distributed import on_every_rank
 from crossbatch.engine.sharding import Backend, LocalShards
@@ -58,9 +57,7 @@ def resume(
             _check_same_run(checkpoint, manifest, saved, config, images, allowed, schema)
             held = local_state(backend)
             _check_same_tensors(checkpoint, manifest, held)
-            _, errors = on_every_rank(
-                lambda checkpoint=checkpoint, manifest=manifest, held=held: fill(checkpoint, manifest, held), Unreadable
-            )
+            _, errors = on_every_rank(lambda checkpoint=checkpoint, held=held: fill(checkpoint, held), Unreadable)
             if not errors:
                 backend.sync_master_weights(manifest.progress["updates"])
                 _restore_random_state(checkpoint, manifest)
@@ -78,7 +75,7 @@ def _restore_random_state(checkpoint: Path, manifest: Manifest) -> None:
     states = random_state()
     if any(manifest.shapes.get(name) != list(state.shape) for name, state in states.items()):
         return
-    fill(checkpoint, manifest, states)
+    fill(checkpoint, states)
     torch.set_rng_state(states["random.cpu"].pieces[0].local)
     if "random.cuda" in states:
         torch.cuda.set_rng_state(states["random.cuda"].pieces[0].local)

@@ -21,8 +21,8 @@ from crossbatch import InputError
 from crossbatch.data import Batch, GlobalBatchSampler, Source, TrainLoader, normalize
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.checkpoint import Resumed
-from crossbatch.engine.config import ResolvedFinetune, autocast_dtype
-from crossbatch.engine.datasets import input_errors, labelled_images
+from crossbatch.engine.config import ResolvedFinetune, autocast_dtype, user_input
+from crossbatch.engine.datasets import labelled_images
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, gathered
 from crossbatch.engine.evaluation.frozen import fingerprint, load_configured
 from crossbatch.engine.evaluation.pictures import confusion_counts, confusion_matrix, curves
@@ -272,7 +272,7 @@ def _open_data(cfg: ResolvedFinetune, source: Source, world: World, device: torc
     This is the repeated augmentation of Hoffer et al. (2020).
     """
     data, seed, batch = cfg.crossbatch.data, cfg.crossbatch.seed, cfg.train_batch_size
-    with input_errors("train_batch_size"):
+    with user_input("train_batch_size"):
         sampler = GlobalBatchSampler(seed, len(source), batch // data.repeats, world.size, world.rank)
     loader = TrainLoader(
         source,

@@ -8,9 +8,9 @@ import torch
 
 from crossbatch.data import Batch, GlobalBatchSampler, Source, TrainLoader, moco_v3_augmentations
 from crossbatch.engine.checkpoint import Resumed, create_run_directory
-from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.config import ResolvedConfig, user_input
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.datasets import input_errors, training_images
+from crossbatch.engine.datasets import training_images
 from crossbatch.engine.evaluation.knn import KnnMonitor
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
@@ -122,7 +122,7 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
 
 def _open_data(cfg: ResolvedConfig, source: Source, world: World, device: torch.device) -> TrainData:
     data, seed, batch = cfg.crossbatch.data, cfg.crossbatch.seed, cfg.train_batch_size
-    with input_errors("train_batch_size"):
+    with user_input("train_batch_size"):
         sampler = GlobalBatchSampler(seed, len(source), batch, world.size, world.rank, data.shuffle_window)
     loader = TrainLoader(
         source,
