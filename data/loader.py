@@ -96,7 +96,13 @@ class TrainLoader:
             raise ValueError("give either `batch_size` or `sampler`")
         if image_size is not None and augmentations is not None:
             raise ValueError("give either `image_size` or `augmentations`, which have image sizes of their own")
-        self._augmentations = tuple(augmentations or moco_v3_augmentations(image_size or 224))
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"`image_size` (={image_size}) must be at least 1 pixel")
+        if augmentations is None:
+            augmentations = moco_v3_augmentations(224 if image_size is None else image_size)
+        if not augmentations:
+            raise ValueError("`augmentations` is empty; give one for each view")
+        self._augmentations = tuple(augmentations)
         if len({augmentation.image_size for augmentation in self._augmentations}) != 1:
             sizes = [augmentation.image_size for augmentation in self._augmentations]
             raise ValueError(f"`augmentations` must share one image_size, got {sizes}")

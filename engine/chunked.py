@@ -61,10 +61,12 @@ def chunked_backward(
 
     Args:
         backbone: called with a chunk; returns a tensor or a tuple of tensors. Each has one row per input row, or no dimension
-            at all (such as CLIP's logit scale): that is passed on as it is, and its gradient flows back once.
-        views: either a tensor [V, n, ...], V views of n samples: the backbone gets [V*m, ...], all m samples of the chunk in
-            view 1, then all of them in view 2, and so on. Or a tuple of tensors [n, ...] of any shapes and dtypes, such as
-            images and tokens: the backbone is called with m rows of each as positional arguments.
+            at all (such as CLIP's logit scale): that must be equal for all chunks, is passed on as it is, and its gradient
+            flows back once.
+        views: either a tensor [V, n, ...], V views of n samples (a single view of images is `images[None]`): the backbone gets
+            [V*m, ...], all m samples of the chunk in view 1, then all of them in view 2, and so on. Or a tuple of tensors
+            [n, ...] of any shapes and dtypes, such as images and tokens: the backbone is called with m rows of each as
+            positional arguments.
         loss_of_features: gets what the backbone returns, for the whole local batch: features [V, n, ...] for a tensor of
             views, [n, ...] for a tuple. Returns a scalar loss. Called once; parameters used in it receive their gradients once.
         chunk: samples that the backbone sees at once, at most. Chunks differ by one sample at most.
@@ -243,8 +245,16 @@ def _cuda_devices(module: nn.Module) -> list[int]:
 
 
 def _join(pieces: Tensors, num_views: int) -> Tensor:
-    """Features of chunks, each [V*m, ...] -> of the batch, [V, n, ...]. What has no rows is taken from the last chunk."""
+    """Join the features of chunks, each [V*m, ...], to those of the batch, [V, n, ...]; an output without rows stays as it is.
+
+    Raises ValueError if an output without rows depends on the chunk: then no single value stands for the whole batch.
+    """
     if pieces[-1].dim() == 0:
+        if any(not torch.equal(piece, pieces[-1]) for piece in pieces):
+            raise ValueError(
+                "backbone: an output without dimensions differs between chunks; allowed: one that is equal for all (such as a "
+                "logit scale); return it by sample, [n], and average it in loss_of_features"
+            )
         return pieces[-1]
     return torch.cat([piece.unflatten(0, (num_views, -1)) for piece in pieces], dim=1)
 

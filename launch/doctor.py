@@ -55,7 +55,7 @@ def stages(device: Device) -> list[tuple[str, str, str]]:
         ("BatchFormer", *batchformer(device)),
         (
             "chunk of the backbone",
-            "measured at the start of a run",
+            "computed from the free memory at the start of a run",
             "unless train_micro_batch_size_per_gpu is a number",
         ),
         ("LARS", "Triton" if gpu else "block by block", "one collective for all norms where parameters are sharded"),

@@ -27,8 +27,18 @@ def cross_entropy_over_keys(queries_nD: Tensor, keys_BD: Tensor, labels_n: Tenso
         temperature: divisor of the logits.
 
     Raises:
-        ValueError: if the keys require a gradient, which this function does not compute.
+        ValueError: if the keys require a gradient, which this function does not compute; for other shapes than these, no rows
+            or no keys; or if the temperature is not positive.
     """
+    shapes = (
+        f"queries_nD are {list(queries_nD.shape)}, keys_BD {list(keys_BD.shape)} and labels_n {list(labels_n.shape)}"
+    )
+    if queries_nD.dim() != 2 or keys_BD.dim() != 2 or queries_nD.shape[1] != keys_BD.shape[1]:
+        raise ValueError(f"{shapes}; allowed: [n, D], [B, D] and [n]")
+    if labels_n.shape != queries_nD.shape[:1] or 0 in (len(queries_nD), len(keys_BD)):
+        raise ValueError(f"{shapes}; allowed: [n, D], [B, D] and [n], with at least one row and one key")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed: > 0")
     if keys_BD.requires_grad:
         raise ValueError("keys_BD require a gradient, which they would not get; detach them, or use F.cross_entropy")
     return _CrossEntropy.apply(queries_nD, keys_BD, labels_n, temperature)  # pyright: ignore[reportReturnType]

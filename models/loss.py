@@ -69,10 +69,14 @@ def contrastive_loss(
             alone without torch.distributed.
 
     Raises:
-        ValueError: for other shapes, or keys that require a gradient.
+        ValueError: for other shapes, no images, a temperature that is not positive, or keys that require a gradient.
     """
     if queries.dim() != 3 or len(queries) != 2 or queries.shape != keys.shape:
         raise ValueError(f"queries are {list(queries.shape)} and keys {list(keys.shape)}; both must be [2, n, D]")
+    if queries.shape[1] == 0:
+        raise ValueError(f"queries are {list(queries.shape)}; there must be at least one image")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed: > 0")
     if keys.requires_grad:
         raise ValueError("keys require a gradient, which they would not get; compute them under torch.no_grad()")
     collective = GroupCollective(process_group)

@@ -199,7 +199,12 @@ class MoCo(ShardableModel):
         """Set each momentum parameter to m * itself + (1 - m) * the online one, after the optimizer's step.
 
         For parameters that are whole on this rank, as in plain torch and DDP. Running statistics of norms follow by themselves.
+
+        Raises:
+            ValueError: if `m` is not in [0, 1], or if parameters are sharded (ZeRO-3).
         """
+        if not 0 <= m <= 1:
+            raise ValueError(f"m is {m}; allowed: 0 to 1")
         pairs = [(online, average) for _, online, average in self.momentum_pairs() if online.requires_grad]
         if any(p.numel() == 0 for pair in pairs for p in pair):
             raise ValueError(

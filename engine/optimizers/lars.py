@@ -22,6 +22,7 @@ no idea of parameters. The passes are in lars_cpu.py and, as Triton kernels, in 
 """
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -130,8 +131,8 @@ class LARS(torch.optim.Optimizer):
             a group.
         lr: learning rate. MoCo v3 multiplies a base rate of 0.3 to 0.6 by batch size / 256.
         weight_decay: added to the gradient of the parameters that adapt.
-        momentum: of the velocity.
-        trust_coefficient: the learning rate relative to ||w|| / ||gradient||.
+        momentum: decay of the velocity.
+        trust_coefficient: factor tc of the trust ratio, tc ||w|| / ||gradient||.
         variant: the formula, "moco-v3", "larc" or "mlperf"; see the module's docstring.
         eps: added to the denominator of the trust ratio by `larc` and `mlperf`.
         clip_trust_ratio: makes lr a ceiling (`larc` only).
@@ -178,7 +179,12 @@ class LARS(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and decide from the shapes of its parameters which of them adapt."""
         _check_values({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        with warnings.catch_warnings():  # torch warns of a parameter that is given twice, and then updates it twice
+            warnings.filterwarnings("error", "optimizer contains a parameter group with duplicate parameters")
+            try:
+                super().add_param_group(param_group)
+            except UserWarning:
+                raise ValueError("params: a parameter is given twice in one group; give it once") from None
         group = self.param_groups[-1]
         for parameter in group["params"]:
             _check_not_flattened(parameter)
@@ -313,8 +319,8 @@ def _check_values(group: dict[str, Any]) -> None:
                 f"LARS: {name} is part of variant {only}, not of {variant}; set variant={only!r} or leave it out"
             )
     for name in ("lr", "weight_decay", "momentum", "trust_coefficient", "eps"):
-        if group[name] < 0:
-            raise ValueError(f"LARS: {name} is {group[name]}; allowed: >= 0")
+        if not 0 <= group[name] < float("inf"):
+            raise ValueError(f"LARS: {name} is {group[name]}; allowed: >= 0 and finite")
 
 
 def _check_not_flattened(parameter: Tensor) -> None:

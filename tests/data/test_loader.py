@@ -405,3 +405,9 @@ def test_evaluation_without_a_readable_image():
     source = Damaged(4, dict.fromkeys(range(4), OSError("gone")))
     with pytest.raises(SkipLimitExceeded, match="none of the 4 evaluation images"):
         list(EvaluationLoader(source, 16, np.arange(4), batch_size=2, workers=0))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [({"image_size": 0}, "image_size"), ({"augmentations": []}, "empty")])
+def test_views_that_cannot_be_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        TrainLoader(Synthetic(32, 16, 2), batch_size=16, **arguments)

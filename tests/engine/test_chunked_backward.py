@@ -545,3 +545,21 @@ def after_a_failure(kind: str) -> bool:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_step_that_failed_leaves_the_wrapper_as_it_was(two_ranks, kind):
     assert two_ranks.run(after_a_failure, kind) == [True, True]
+
+
+def test_an_output_without_rows_that_differs_between_chunks_is_refused():
+    """The last chunk's value would silently stand for the whole batch."""
+
+    class WithAuxiliaryLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return y, y.square().mean()
+
+    x = torch.randn(1, 8, 4)
+    with pytest.raises(ValueError, match="differs between chunks"):
+        chunked_backward(WithAuxiliaryLoss(), x, lambda f: f[0].mean() + f[1], chunk=2)
+    chunked_backward(WithAuxiliaryLoss(), x, lambda f: f[0].mean() + f[1], chunk=8)  # one chunk: nothing to disagree

@@ -391,3 +391,9 @@ def test_the_import_is_light():
     code = f"import sys, crossbatch.engine.optimizers; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_parameter_that_is_given_twice_is_refused():
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="given twice"):
+        LARS([parameter, parameter], lr=0.1)

@@ -212,3 +212,15 @@ def test_peak_memory_at_65536_keys_is_under_a_tenth_of_the_plain_formulas():
         peaks.append(peak.bytes)
     assert peaks[1] > 2 * 256 * 65536 * 4
     assert peaks[0] < peaks[1] / 10
+
+
+def test_what_would_give_a_loss_that_means_nothing_is_refused():
+    q, keys, labels = torch.randn(4, 8), torch.randn(6, 8), torch.arange(4)
+    for arguments in ((q, keys, labels[:1], 1.0), (q[:0], keys, labels[:0], 1.0), (q, keys[:0], labels, 1.0)):
+        with pytest.raises(ValueError, match="labels_n"):
+            cross_entropy_over_keys(*arguments)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature is"):
+            cross_entropy_over_keys(q, keys, labels, temperature)
+        with pytest.raises(ValueError, match="temperature is"):
+            contrastive_loss(torch.randn(2, 4, 8), torch.randn(2, 4, 8), temperature)
