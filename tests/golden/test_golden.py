@@ -9,7 +9,7 @@ from the repository's root:
 The file holds every number at full precision, so `git diff tests/golden/golden.json` afterwards shows each bit that changed.
 To compare two commits on another machine, write a file at each, and `diff` them:
 
-    python -m tests.golden.test_golden /tmp/before.json
+    python -m tests.golden.test_golden before.json
 """
 
 import contextlib
