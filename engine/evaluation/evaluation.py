@@ -1,6 +1,7 @@
 """What the commands of k-NN and the linear probe share: they open weights and images, extract features, write results."""
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Report:
     step: int = 0  # of the figures in TensorBoard
 
 
-class Evaluation:
+class Evaluation(ABC):
     """An evaluation of a frozen backbone on this rank, inside a process group.
 
     A subclass computes the scores in `_evaluate` and shows them in `_report`.
@@ -79,13 +80,13 @@ class Evaluation:
             print_summary([*report.rows, ("results", str(self.out / RESULTS))], [report.next_command], self.out)
         return results
 
+    @abstractmethod
     def _evaluate(self) -> tuple[dict[str, Any], Any]:
         """Return the scores for results.json, and what `_report` needs besides; every rank calls it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _report(self, results: dict[str, Any], details: Any) -> Report:
         """Return figures and the closing table; only rank 0 calls it."""
-        raise NotImplementedError
 
     def _features(self, source: Source, what: str) -> FeatureSet:
         """Extract the features of this rank's share of `source`, with a progress bar on rank 0."""
