@@ -4,7 +4,7 @@ CUDA ?= cuda13  # whose DALI is installed: cuda13 or cuda12; both run without a 
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: pretrain test test-all check docs bench-gpu install
+.PHONY: pretrain test test-all coverage check docs bench-gpu install
 
 pretrain: install  ## the quickstart: generates small images, pretrains on them, shows what was learned
 	$(BIN)/python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
@@ -14,6 +14,9 @@ test: install  ## the tests
 
 test-all: install  ## with every combination of ranks, backend, optimizer and model, and runs killed twenty times (more than an hour on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
+
+coverage: install  ## the tests, with a floor under the share of lines in engine/ and models/ that they run
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered
 
 check: install  ## lint, format, types, import directions, and the documentation
 	$(BIN)/ruff check .
