@@ -1,4 +1,4 @@
-"""A network without memory, and what a step of it keeps: shapes pass through the real modules, and autograd is asked.
+"""What a step of a network keeps, found without memory: shapes pass through the real modules, and autograd is asked.
 
 Nothing is modelled layer by layer, so any backbone counts, under autocast and with checkpointed blocks too. The tensors are
 those of torch's FakeTensorMode, on its "CPU": what autograd saves there is what it saves on a GPU.
@@ -29,7 +29,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes kept for the backward pass: `per_image` for each image (all its views), `fixed` once."""
+    """Counts bytes kept for the backward pass: `per_image` for each image (all its views), `fixed` once."""
 
     per_image: float
     fixed: float
@@ -37,7 +37,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Sketch:
-    """A network without memory, and what a step of it keeps."""
+    """Holds a network without memory, and what a step of it keeps."""
 
     model: MoCo
     backbone: Kept
@@ -63,13 +63,12 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
     ours, rows = cfg.config.crossbatch, NUM_VIEWS * cfg.local_batch
     model = without_memory(lambda: build_model(cfg))
     model.cuda_graph = False  # there is nothing to capture
-    kept = kept_by_backbone(
-        model.online.backbone, ours.data.image_size, cfg.precision, ours.model.checkpoint_activations
-    )
-    working = _working(model.momentum.backbone, ours.data.image_size, cfg.precision)
+    size, backbone = ours.data.image_size, model.online.backbone
+    kept = kept_by_backbone(backbone, size, cfg.precision, ours.model.checkpoint_activations)
+    working = _working(model.momentum.backbone, size, cfg.precision)
     model.set_collective(_AnyRank(cfg.world_size))
     with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
-        online, momentum = (torch.empty(rows, model.online.backbone.num_features) for _ in range(2))
+        online, momentum = (torch.empty(rows, backbone.num_features) for _ in range(2))
         behind = _saved(lambda: model.contrast(online.requires_grad_(), momentum, 0, 0).loss, model)
     return Sketch(model, kept, working, behind, float(counter.get_total_flops()))
 
@@ -82,19 +81,17 @@ def kept_by_backbone(backbone: nn.Module, image_size: int, precision: str, check
 
 
 def _kept_of(backbone: nn.Module, images: torch.Tensor, checkpointed: bool) -> float:
+    if not checkpointed:
+        return _saved(lambda: backbone(images), backbone)
+    # A ResNet has several blocks in each of its stages.
+    each = [b for stage in blocks(backbone) for b in (stage if isinstance(stage, nn.Sequential) else [stage])]
     inputs: dict[nn.Module, torch.Tensor] = {}
-    hooks = [
-        block.register_forward_pre_hook(lambda b, args: inputs.setdefault(b, args[0])) for block in _blocks(backbone)
-    ]
-    try:
-        kept = _saved(lambda: backbone(images), backbone)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if checkpointed:
-        repeated = [_saved(lambda b=b, x=x: b(x.detach().requires_grad_()), b) - x.nbytes for b, x in inputs.items()]
-        kept += max(repeated)
-    return kept
+    hooks = [block.register_forward_pre_hook(lambda b, args: inputs.setdefault(b, args[0])) for block in each]
+    kept = _saved(lambda: backbone(images), backbone)
+    for hook in hooks:
+        hook.remove()
+    repeated = [_saved(lambda b=b, x=x: b(x.detach().requires_grad_()), b) - x.nbytes for b, x in inputs.items()]
+    return kept + max(repeated)
 
 
 def _saved(call: Callable[[], Any], module: nn.Module) -> float:
@@ -114,26 +111,18 @@ def _saved(call: Callable[[], Any], module: nn.Module) -> float:
 
 
 def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
-    """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input."""
-    branch, most = [0], [0]
+    """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input.
 
-    def leave(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        most.append(args[0].nbytes + output.nbytes + branch[-1])
-
+    Each is as large as the largest output of a layer at most, and in a ResNet all three are.
+    """
+    sizes: list[int] = []
     layers = [layer for layer in backbone.modules() if not list(layer.children())]
-    hooks = [layer.register_forward_hook(leave) for layer in layers]
-    hooks += [b.register_forward_pre_hook(lambda _, args: branch.append(args[0].nbytes)) for b in _blocks(backbone)]
-    hooks += [b.register_forward_hook(lambda *_: branch.pop() and None) for b in _blocks(backbone)]
+    hooks = [layer.register_forward_hook(lambda _, args, output: sizes.append(output.nbytes)) for layer in layers]
     with shapes_only(precision), torch.no_grad():
         backbone(_images(1, image_size))
     for hook in hooks:
         hook.remove()
-    return float(max(most))
-
-
-def _blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The residual blocks, of which a ResNet has several in a stage."""
-    return [b for stage in blocks(backbone) for b in (stage if isinstance(stage, nn.Sequential) else [stage])]
+    return 3.0 * max(sizes)
 
 
 def _images(count: int, size: int) -> torch.Tensor:
@@ -142,7 +131,7 @@ def _images(count: int, size: int) -> torch.Tensor:
 
 def without_memory(build: Callable[[], Network]) -> Network:
     """Build a network that has shapes only; it can run inside `shapes_only`."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # not in FakeTensorMode, where timm's .item() has no value
         network = build()
     with _no_memory():
         return network.to_empty(device="cpu")
@@ -151,11 +140,13 @@ def without_memory(build: Callable[[], Network]) -> Network:
 @contextlib.contextmanager
 def shapes_only(precision: str) -> Iterator[None]:
     """Let networks of `without_memory` run without arithmetic, under autocast to `precision`; new tensors have no memory."""
-    with (
-        _no_memory(),
-        mock.patch.object(ViewBatchNorm, "forward", _normalise),
-        autocast("cpu", autocast_dtype(precision)),
-    ):
+
+    def normalise(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
+        # Ours calls kernels that have no version without memory; this one keeps as much.
+        return F.batch_norm(x, None, None, norm.weight, norm.bias, True)
+
+    patched = mock.patch.object(ViewBatchNorm, "forward", normalise)
+    with _no_memory(), patched, autocast("cpu", autocast_dtype(precision)):
         yield
 
 
@@ -164,13 +155,8 @@ def _no_memory() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _normalise(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
-    """A norm for shapes: ours calls kernels that have no version without memory; this one keeps as much."""
-    return F.batch_norm(x, None, None, norm.weight, norm.bias, True)
-
-
 class _AnyRank(Collective):
-    """The first of `world_size` ranks, for shapes."""
+    """Stands for one of `world_size` ranks, for shapes."""
 
     def __init__(self, world_size: int):
         self._world_size = world_size
