@@ -69,14 +69,15 @@ class StepMemory:
         self.cfg, self.sketch = cfg, sketch(cfg)
         model = self.sketch.model
         self._total, self._trained, self._two_units = count(model), count(model, trained=True), _two_units(model)
-        self._stage, self._is_zero = cfg.config.zero_optimization.stage, cfg.config.crossbatch.sharding == "zero"
+        self._stage, self._is_zero = cfg.config.zero_optimization.stage, cfg.crossbatch.sharding == "zero"
 
     def at(self, chunk: int) -> Memory:
         """Return the parts at the peak of a step whose backbone sees `chunk` images at once."""
-        kept, cfg = self.sketch.backbone, self.cfg
-        size, local = NUM_VIEWS * 3 * cfg.config.crossbatch.data.image_size**2, cfg.local_batch
-        decodes_here = cfg.device.type == "cuda" and cfg.config.crossbatch.data.backend == "dali"
-        cached = 3 * NUM_VIEWS * local * self.sketch.model.online.backbone.num_features * _FP32 if chunk < local else 0
+        cfg, kept, model = self.cfg, self.sketch.backbone, self.sketch.model
+        local, size = cfg.local_batch, NUM_VIEWS * 3 * cfg.crossbatch.data.image_size**2
+        decodes_here = cfg.device.type == "cuda" and cfg.crossbatch.data.backend == "dali"
+        cached = 3 * NUM_VIEWS * local * model.online.backbone.num_features * _FP32 if chunk < local else 0
+        keys = NUM_VIEWS * key_streams(model) * cfg.train_batch_size * cfg.crossbatch.model.projection_dim * _FP32
         parts = [
             *self._state(),
             Part(
@@ -88,21 +89,17 @@ class StepMemory:
         ]
         later = [
             Part("batch-wide part", self.sketch.batch_wide + cached),
-            Part("keys and logits", self._keys()),
+            Part("keys and logits", (2 if cfg.world_size > 1 else 1) * keys + _LOGITS),
             *self._gradients(),
         ]
         working = Part("working memory", chunk * self.sketch.working, "computed: the momentum encoder's largest layer")
         parts += [working] if working.bytes > sum(part.bytes for part in later) else later
-        context = Part("context", CONTEXT if cfg.device.type == "cuda" else 0.0, "assumed")
-        return Memory((*parts, context))
+        return Memory((*parts, Part("context", CONTEXT if cfg.device.type == "cuda" else 0.0, "assumed")))
 
     def largest_chunk(self, budget: float) -> int:
         """Find the largest of even chunks whose step takes `budget` bytes besides the context; 0 if not one image fits."""
-        for chunks in range(1, self.cfg.local_batch + 1):
-            chunk = -(-self.cfg.local_batch // chunks)
-            if self.at(chunk).without_context <= budget:
-                return chunk
-        return 0
+        even = (-(-self.cfg.local_batch // chunks) for chunks in range(1, self.cfg.local_batch + 1))
+        return next((chunk for chunk in even if self.at(chunk).without_context <= budget), 0)
 
     def _state(self) -> list[Part]:
         """Return what stays from step to step."""
@@ -115,19 +112,18 @@ class StepMemory:
         if self._stage == 0 or (self._is_zero and self._stage < 3):
             return [Part("parameters", _FP32 * self._total), optimizer]
         # ZeRO keeps up to 1e9 elements that it has gathered; FSDP2 on stages 1 and 2 all, on 3 two groups at a time.
-        gathered = self._total if self._is_zero or self._stage < 3 else self._two_units
-        return [
-            Part("parameters", _FP32 * self._total / ranks),
-            Part("gathered parameters", _FP32 * gathered),
-            optimizer,
-        ]
+        gathered = Part(
+            "gathered parameters", _FP32 * (self._total if self._is_zero or self._stage < 3 else self._two_units)
+        )
+        return [Part("parameters", _FP32 * self._total / ranks), gathered, optimizer]
 
     def _gradients(self) -> list[Part]:
         """Return what there is of gradients while the backward pass runs."""
         zero, ranks = self.cfg.config.zero_optimization, self.cfg.world_size
         if not self._is_zero:
-            sharded = self._trained / ranks + self._two_units if zero.stage else self._trained
-            return [Part("gradients", _FP32 * sharded)]
+            return [
+                Part("gradients", _FP32 * (self._trained / ranks + self._two_units if zero.stage else self._trained))
+            ]
         parts = [Part("gradients", _FP32 * self._trained / (ranks if zero.stage >= 2 else 1))]
         if zero.stage > 0 and zero.contiguous_gradients is not False:
             buffers = 2 if zero.overlap_comm and zero.stage < 3 else 1
@@ -136,12 +132,6 @@ class StepMemory:
                 size = min(size, parts[0].bytes)  # pages that nobody writes take no memory
             parts.append(Part("bucket", size, f"DeepSpeed: reduce_bucket_size elements{', twice' * (buffers - 1)}"))
         return parts
-
-    def _keys(self) -> float:
-        config = self.cfg.config
-        streams, width = key_streams(self.sketch.model), config.crossbatch.model.projection_dim
-        keys = NUM_VIEWS * streams * config.train_batch_size * width
-        return (2 if self.cfg.world_size > 1 else 1) * keys * _FP32 + _LOGITS
 
 
 def key_streams(model: MoCo) -> int:

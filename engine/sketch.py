@@ -6,7 +6,6 @@ those of torch's FakeTensorMode, on its "CPU": what autograd saves there is what
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossbatch.engine.config import ResolvedConfig, autocast_dtype, to_dict
+from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
 from crossbatch.models.backbones import blocks
@@ -51,24 +50,22 @@ _sketches: dict[str, Sketch] = {}
 
 def sketch(cfg: ResolvedConfig) -> Sketch:
     """Trace the network of `cfg`, once: configurations that differ in sharding or chunks share it."""
-    ours = to_dict(cfg.config.crossbatch)
-    asked = [ours["model"], ours["batchformer"], ours["data"]["image_size"], cfg.precision]
-    key = json.dumps([*asked, cfg.group_size, cfg.local_batch, cfg.world_size])
+    ours, batch = cfg.crossbatch, (cfg.group_size, cfg.local_batch, cfg.world_size)
+    key = repr((ours.model, ours.batchformer, ours.data.image_size, cfg.precision, batch))
     if key not in _sketches:
         _sketches[key] = _sketch(cfg)
     return _sketches[key]
 
 
 def _sketch(cfg: ResolvedConfig) -> Sketch:
-    ours, rows = cfg.config.crossbatch, NUM_VIEWS * cfg.local_batch
     model = without_memory(lambda: build_model(cfg))
     model.cuda_graph = False  # there is nothing to capture
-    size, backbone = ours.data.image_size, model.online.backbone
-    kept = kept_by_backbone(backbone, size, cfg.precision, ours.model.checkpoint_activations)
+    size, backbone = cfg.crossbatch.data.image_size, model.online.backbone
+    kept = kept_by_backbone(backbone, size, cfg.precision, cfg.crossbatch.model.checkpoint_activations)
     working = _working(model.momentum.backbone, size, cfg.precision)
     model.set_collective(_AnyRank(cfg.world_size))
     with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
-        online, momentum = (torch.empty(rows, backbone.num_features) for _ in range(2))
+        online, momentum = (torch.empty(NUM_VIEWS * cfg.local_batch, backbone.num_features) for _ in range(2))
         behind = _saved(lambda: model.contrast(online.requires_grad_(), momentum, 0, 0).loss, model)
     return Sketch(model, kept, working, behind, float(counter.get_total_flops()))
 

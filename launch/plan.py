@@ -67,7 +67,10 @@ def main() -> None:
         (f"a step of {found.estimate.step_ms:.0f} ms", ("stage", "ms"), stages),
     ):
         table = Table(*columns, "where from", title=title, title_justify="left")
-        table.columns[1].justify = "right" if columns[1] else "left"
+        if columns[1]:
+            table.columns[1].justify = "right"
+        else:
+            table.columns[2].max_width = 30  # the flags of what would help need the place
         for line in lines:
             table.add_row(*line)
         console.print(table)
@@ -89,7 +92,7 @@ def _summary(found: Plan) -> list[tuple[str, str, str]]:
         ("precision", cfg.precision, "recipe, and what the GPU has"),
         ("images/s", f"{rate:,.0f} ({low:,.0f} to {high:,.0f})", predicted),
         (
-            f"{found.epochs:g} epochs",
+            f"{cfg.crossbatch.schedule.epochs:g} epochs",
             f"{hours:.1f} h ({soonest:.1f} to {latest:.1f})",
             f"{found.asked.images:,} images an epoch",
         ),

@@ -37,6 +37,7 @@ from crossbatch.engine.planning.communication import collective_ms, wait_ms
 from crossbatch.engine.planning.prediction import BACKWARD, fixed_ms_on, work_of
 
 Constants = dict[str, float]
+Predict = Callable[[Any, Constants], float]
 
 BUCKETS = 20  # that gradients travel in during the backward pass: MLPerf's setting; DDP's 25 MB make about as many
 PULL = 0.01  # towards where a fit starts, beside the rows' errors: what no row speaks about stays there
@@ -133,7 +134,7 @@ def _beside_ms(row: ScalingRow, run: Run, step_ms: float, constants: Constants) 
 
 def predict_one_gpu(row: OneGpuRow, constants: Constants) -> float:
     """Predict images/s of supervised training on one GPU, by the roofline."""
-    work = work_of(row.arch, 224, row.precision)
+    work = work_of(row.precision, row.arch, 224)
     # Scores of 12 blocks on 197 tokens: probabilities in fp32, as softmax gives them, and in fp16, as the product takes them.
     work = replace(work, kept=work.kept + 12 * row.score_heads * 197**2 * 6.0)
     return 1 / work.seconds(GPUS[row.gpu], row.precision, **constants)[0]
@@ -143,38 +144,34 @@ MANY_GPUS = (ROWS, predict, START)
 ONE_GPU = (SINGLE, predict_one_gpu, START_ONE_GPU)
 
 
-def fit(
-    rows: Sequence[Any], predict: Callable[[Any, Constants], float], start: Constants, near: Constants | None = None
-) -> Constants:
+def fit(rows: Sequence[Any], predict: Predict, start: Constants, near: Constants | None = None) -> Constants:
     """Fit constants by least squares of the logarithms of predicted over published; large errors count less.
 
     The search begins at `near`, which saves time, or at `start`.
     """
-    pull = np.log(list(start.values()))
+    middle, begin = (np.log(list(constants.values())) for constants in (start, near or start))
+
+    def named(x: np.ndarray) -> Constants:
+        return dict(zip(start, np.exp(x).tolist(), strict=True))
 
     def errors(x: np.ndarray) -> list[float]:
-        constants = _named(start, x)
-        return [math.log(predict(row, constants) / row.images_per_s) for row in rows] + list(PULL * (x - pull))
+        constants = named(x)
+        return [math.log(predict(row, constants) / row.images_per_s) for row in rows] + list(PULL * (x - middle))
 
-    begin = np.log(list((near or start).values()))
-    found = least_squares(errors, begin, loss="soft_l1", f_scale=0.05, diff_step=1e-3, xtol=1e-4, ftol=1e-6)
-    return _named(start, found.x)
+    return named(least_squares(errors, begin, loss="soft_l1", f_scale=0.05, diff_step=1e-3, xtol=1e-4, ftol=1e-6).x)
 
 
-def _named(start: Constants, logarithms: np.ndarray) -> Constants:
-    return dict(zip(start, np.exp(logarithms).tolist(), strict=True))
+def leave_out(rows: Sequence[Any], predict: Predict, start: Constants, by_publication: bool = False) -> np.ndarray:
+    """Predict every row by constants fitted to the others, and return the errors: predicted / published - 1.
 
-
-def leave_out(
-    rows: Sequence[Any],
-    predict: Callable[[Any, Constants], float],
-    start: Constants,
-    key: Callable[[Any], str] = lambda row: row.name,
-) -> np.ndarray:
-    """Predict every row by constants fitted to the rows with another key; return the errors, predicted / published - 1."""
-    near, keys = fit(rows, predict, start), {key(row) for row in rows}
-    without = {left: fit([row for row in rows if key(row) != left], predict, start, near) for left in keys}
-    return np.array([predict(row, without[key(row)]) / row.images_per_s - 1 for row in rows])
+    With `by_publication` it is harder: the constants have not seen any row of the same publication, the name's first word.
+    """
+    errors, near = [], fit(rows, predict, start)
+    for row in rows:
+        key = row.name.split()[0] if by_publication else row.name
+        others = [other for other in rows if not other.name.startswith(key)]
+        errors.append(predict(row, fit(others, predict, start, near)) / row.images_per_s - 1)
+    return np.array(errors)
 
 
 def linear_scaling(rows: Sequence[ScalingRow]) -> np.ndarray:

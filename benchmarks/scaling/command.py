@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import tables
-from benchmarks.rows import Results, StoredRow, machine_of, read
+from benchmarks.rows import Results, StoredRow, read
 from benchmarks.scaling import calibration
 from benchmarks.scaling.rank import parse, resolved
 from crossbatch import InputError
@@ -68,9 +68,8 @@ def measure(arguments: list[str]) -> None:
         command += ["--steps", str(given.steps), "--out", str(given.out.resolve()), *["--strong"] * given.strong]
         command += [part for override in given.set for part in ("--set", override)]
         subprocess.run(command, cwd=ROOT, check=True)
-    results = read(given.out / "scaling.jsonl")
-    show_efficiency(results)
-    print(f"{machine_of(results.rows[-1])}; rows in {given.out / 'scaling.jsonl'}")
+    show_efficiency(read(given.out / "scaling.jsonl"))
+    print(f"rows in {given.out / 'scaling.jsonl'}")
 
 
 def efficiency(arguments: list[str]) -> None:
@@ -125,7 +124,7 @@ def backtest(arguments: list[str]) -> None:
     argparse.ArgumentParser("python -m benchmarks scaling backtest").parse_args(arguments)
     rows, singles = calibration.ROWS, calibration.SINGLE
     errors, one_gpu = calibration.leave_out(*calibration.MANY_GPUS), calibration.leave_out(*calibration.ONE_GPU)
-    by_publication = calibration.leave_out(*calibration.MANY_GPUS, key=lambda row: row.name.split()[0])
+    by_publication = calibration.leave_out(*calibration.MANY_GPUS, by_publication=True)
     linear = calibration.linear_scaling(rows)
     columns = "run", "published", "predicted", "error", "by publication", "linear", "source"
     _show_errors("Published runs on many GPUs, images/s", columns, rows, (errors, by_publication, linear))

@@ -51,7 +51,7 @@ class Link:
 GPUS = {
     "v100-16g": Gpu(16, 900, 15.7, 0, 125, 0, "nvlink2", "edr", "V100 SXM2 data sheet", "Tesla V100-SXM2-16GB"),
     "v100-32g": Gpu(32, 900, 15.7, 0, 125, 0, "nvlink2", "edr", "V100 SXM2 data sheet", "Tesla V100-SXM2-32GB"),
-    "t4": Gpu(15, 320, 8.1, 0, 65, 0, "pcie3", "25gbe", "T4 data sheet; 15 of 16 GB usable with ECC", "Tesla T4"),
+    "t4": Gpu(15, 320, 8.1, 0, 65, 0, "pcie3", "25gbe", "T4 data sheet; 1 GB less for ECC", "Tesla T4"),
     "a10": Gpu(22.5, 600, 31.2, 62.5, 125, 125, "pcie4", "25gbe", "A10 data sheet", "NVIDIA A10"),
     "a100-40g": Gpu(40, 1555, 19.5, 156, 312, 312, "nvlink3", "hdr", "A100 SXM data sheet", "NVIDIA A100-SXM4-40GB"),
     "a100-80g": Gpu(80, 2039, 19.5, 156, 312, 312, "nvlink3", "hdr", "A100 SXM data sheet", "NVIDIA A100-SXM4-80GB"),
@@ -59,9 +59,7 @@ GPUS = {
         80, 3350, 66.9, 494.7, 989.4, 989.4, "nvlink4", "ndr", "H100 SXM data sheet", "NVIDIA H100 80GB HBM3"
     ),
     "h200": Gpu(141, 4800, 66.9, 494.7, 989.4, 989.4, "nvlink4", "ndr", "H200 SXM data sheet", "NVIDIA H200"),
-    "l40s": Gpu(
-        45, 864, 91.6, 183, 362, 362, "pcie4", "100gbe", "L40S data sheet; 45 of 48 GB with ECC", "NVIDIA L40S"
-    ),
+    "l40s": Gpu(45, 864, 91.6, 183, 362, 362, "pcie4", "100gbe", "L40S data sheet; 3 GB less for ECC", "NVIDIA L40S"),
     "rtx3090": Gpu(24, 936, 35.6, 35.6, 71, 71, "pcie4", "10gbe", "GA102 whitepaper", "NVIDIA GeForce RTX 3090"),
     "rtx4090": Gpu(
         24, 1008, 82.6, 82.6, 165.2, 165.2, "pcie4-no-p2p", "10gbe", "Ada whitepaper", "NVIDIA GeForce RTX 4090"

@@ -85,19 +85,16 @@ class Plan:
     @property
     def images_per_s(self) -> tuple[float, float, float]:
         """Return low, expected and high: expected / (1 + u), expected, expected * (1 + u) with the back-test's errors u."""
-        one_gpu = 0.05 if self.is_measured else ERROR_ONE_GPU
-        error = 1 + (one_gpu if self.at.gpus == 1 else math.hypot(one_gpu * (not self.is_measured), ERROR_MANY_GPUS))
+        one_gpu = 0.0 if self.is_measured else ERROR_ONE_GPU
+        error = 1 + (math.hypot(one_gpu, ERROR_MANY_GPUS) if self.at.gpus > 1 else one_gpu or 0.05)
         rate = self.estimate.images_per_s
         return rate / error, rate, rate * error
 
     @property
-    def epochs(self) -> float:
-        return self.cfg.crossbatch.schedule.epochs
-
-    @property
     def hours(self) -> tuple[float, float, float]:
         """Return the hours of the recipe's epochs: at the high rate, expected, at the low one."""
-        images = self.asked.images // self.estimate.images * self.estimate.images * self.epochs
+        steps = self.asked.images // self.estimate.images * self.cfg.crossbatch.schedule.epochs
+        images = steps * self.estimate.images
         low, rate, high = self.images_per_s
         return images / high / 3600, images / rate / 3600, images / low / 3600
 
@@ -184,8 +181,8 @@ def notes(found: Plan) -> Iterator[str]:
     """Say in sentences what of an answer is extrapolated."""
     asked, cfg = found.asked, found.cfg
     if not found.is_measured and asked.rows is not None:
-        arch = cfg.crossbatch.model.arch
-        yield f"images/s: {asked.rows} has no step of {arch} in {cfg.precision} on one {asked.gpu}"
+        wanted = f"{cfg.crossbatch.model.arch} in {cfg.precision} on one {asked.gpu}"
+        yield f"images/s: {asked.rows} has no step of {wanted}"
     if not found.is_measured:
         yield "images/s: no step of this recipe was measured; the backbone's speed is that of published supervised training"
     if found.at.gpu not in [GPUS[name] for name in FITTED_ON_ONE]:
@@ -209,9 +206,8 @@ def as_dict(found: Plan) -> dict[str, Any]:
     """Convert the whole answer to JSON types, for scripts."""
     cfg, at = found.cfg, found.at
     network = {"gb_per_s": at.network.bandwidth * at.adapters, "origin": at.network.source} if at.nodes > 1 else None
-    rate, hours = (
-        dict(zip(("low", "expected", "high"), three, strict=True)) for three in (found.images_per_s, found.hours)
-    )
+    names = ("low", "expected", "high")
+    rate, hours = (dict(zip(names, three, strict=True)) for three in (found.images_per_s, found.hours))
     parts = [{"name": part.name, "gib": part.bytes / GIB, "origin": part.origin} for part in found.memory.parts]
     return {
         "gpu": {"name": found.asked.gpu, "memory_gib": at.gpu.memory_gib, "origin": at.gpu.source},
@@ -228,7 +224,7 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "fits": found.fits,
         "memory_gib": {"total": found.memory.total / GIB, "parts": parts},
         "images_per_s": {**rate, "extrapolated": True},
-        "hours": {**hours, "epochs": found.epochs, "images": found.asked.images},
+        "hours": {**hours, "epochs": cfg.crossbatch.schedule.epochs, "images": found.asked.images},
         "step_ms": found.estimate.step_ms,
         "stages": [vars(stage) for stage in found.estimate.stages],
         "limited_by": list(found.estimate.limits),

@@ -24,8 +24,8 @@ image: two views, three units each, and one each for the momentum encoder. With 
 """
 
 import functools
-import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -125,11 +125,9 @@ class Work:
 
 
 @functools.cache
-def work_of(
-    arch: str, image_size: int, precision: str, stem: str = "imagenet", frozen_patches: bool = False, args: str = "{}"
-) -> Work:
-    """Count what one crop through a backbone takes; arguments as of `build_backbone`, `args` being `backbone_args` as JSON."""
-    backbone = without_memory(lambda: build_backbone(arch, image_size, stem, frozen_patches, json.loads(args)))
+def work_of(precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = ()) -> Work:
+    """Count what one crop through a backbone takes; arguments as of `build_backbone`, with the items of `backbone_args`."""
+    backbone = without_memory(lambda: build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args)))
     kept = kept_by_backbone(backbone, image_size, precision).per_image / NUM_VIEWS
     counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
@@ -189,9 +187,9 @@ def estimate(
 
 
 def _computed(cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[Stage]:
-    model, args = cfg.crossbatch.model, json.dumps(dict(cfg.crossbatch.model.backbone_args))
-    size = cfg.crossbatch.data.image_size
-    crop = work_of(model.arch, size, cfg.precision, model.stem, model.stop_grad_conv1, args)
+    model, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
+    args = tuple(model.backbone_args.items())
+    crop = work_of(cfg.precision, model.arch, size, model.stem, model.stop_grad_conv1, backbone_args=args)
     units = TRAINING_UNITS + (1 - 1 / cfg.chunks) + model.checkpoint_activations + 1  # the last: momentum encoder
     crops = NUM_VIEWS * cfg.local_batch * units / TRAINING_UNITS
     crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, constants.moves)

@@ -71,7 +71,7 @@ def test_the_roofline():
 
 
 def test_resnet50_is_counted_as_everywhere():
-    work = work_of("resnet50", 224, "fp16")
+    work = work_of("fp16", "resnet50", 224)
     assert work.flops / 3 / 2 == pytest.approx(4.09e9, rel=0.01)  # multiply-adds, without the classifier
 
 
