@@ -10,7 +10,6 @@ images are made up on the spot, so nothing waits for data.
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.measure import append, clocks
 from benchmarks.rows import Row
 from benchmarks.stages import recipe
-from crossbatch import InputError
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
 from crossbatch.engine.planning.catalogue import CARDS, machines
 from crossbatch.engine.planning.prediction import estimate
 from crossbatch.engine.planning.traffic import Message, Traffic, step_traffic, totals
 from crossbatch.engine.runtime.distributed import World, process_group, world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.sketch import sketch
 from crossbatch.engine.step import TrainStep
 
@@ -152,9 +151,4 @@ def row_of(cfg: ResolvedConfig, world: World, given: argparse.Namespace, times: 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        if world_from_environment().is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run_main(main)

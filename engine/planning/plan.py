@@ -188,7 +188,7 @@ def notes(found: Plan) -> Iterator[str]:
     if found.at.gpu not in [GPUS[name] for name in FITTED_ON_ONE]:
         yield f"images/s: no published run on {asked.gpu} is in the fit; its speed follows from its data sheet alone"
     if asked.gpus > 1:
-        yield "stragglers: fitted to supervised training and to SwAV's synchronised norms; nobody has published MoCo v3's speed"
+        yield "stragglers: their share is fitted to supervised training and to SwAV's synchronised norms, not to MoCo v3"
     if asked.gpus > 64:
         yield f"stragglers: {asked.gpus} GPUs are more than the 64 of the largest published run with synchronised norms"
     if asked.feed_per_s is None:
