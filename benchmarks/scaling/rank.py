@@ -52,6 +52,7 @@ class Counting(TorchDispatchMode):
             return NotImplemented  # it will call operators on its local tensors
         namespace, _, name = str(func).partition(".")
         if namespace == "c10d" and dist.get_world_size() > 1:
+            name = name.split(".")[0].strip("_")
             kind = next((kind for part, kind in KINDS.items() if part in name), name)
             self.traffic[Message("counted", kind, whole_bytes(args))] += 1
         return func(*args, **(kwargs or {}))
