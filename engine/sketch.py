@@ -80,10 +80,8 @@ def kept_by_backbone(backbone: nn.Module, image_size: int, precision: str, check
 def _kept_of(backbone: nn.Module, images: torch.Tensor, checkpointed: bool) -> float:
     if not checkpointed:
         return _saved(lambda: backbone(images), backbone)
-    # A ResNet has several blocks in each of its stages.
-    each = [b for stage in blocks(backbone) for b in (stage if isinstance(stage, nn.Sequential) else [stage])]
     inputs: dict[nn.Module, torch.Tensor] = {}
-    hooks = [block.register_forward_pre_hook(lambda b, args: inputs.setdefault(b, args[0])) for block in each]
+    hooks = [b.register_forward_pre_hook(lambda b, args: inputs.setdefault(b, args[0])) for b in _blocks(backbone)]
     kept = _saved(lambda: backbone(images), backbone)
     for hook in hooks:
         hook.remove()
@@ -108,18 +106,24 @@ def _saved(call: Callable[[], Any], module: nn.Module) -> float:
 
 
 def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
-    """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input.
+    """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input."""
+    layers, inputs = [0], [0]
 
-    Each is as large as the largest output of a layer at most, and in a ResNet all three are.
-    """
-    sizes: list[int] = []
-    layers = [layer for layer in backbone.modules() if not list(layer.children())]
-    hooks = [layer.register_forward_hook(lambda _, args, output: sizes.append(output.nbytes)) for layer in layers]
+    def note(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        layers.append(args[0].nbytes + output.nbytes)
+
+    hooks = [layer.register_forward_hook(note) for layer in backbone.modules() if not list(layer.children())]
+    hooks += [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes)) for b in _blocks(backbone)]
     with shapes_only(precision), torch.no_grad():
         backbone(_images(1, image_size))
     for hook in hooks:
         hook.remove()
-    return 3.0 * max(sizes)
+    return float(max(layers) + max(inputs))
+
+
+def _blocks(backbone: nn.Module) -> list[nn.Module]:
+    """Return the residual blocks; a ResNet has several in each of its stages."""
+    return [b for stage in blocks(backbone) for b in (stage if isinstance(stage, nn.Sequential) else [stage])]
 
 
 def _images(count: int, size: int) -> torch.Tensor:
