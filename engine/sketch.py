@@ -1,4 +1,4 @@
-"""A network without memory, and what a step of it keeps: shapes pass through the real modules, and autograd is asked.
+"""What a step of a network keeps, found without memory: shapes pass through the real modules, and autograd is asked.
 
 Nothing is modelled layer by layer, so any backbone counts, under autocast and with checkpointed blocks too. The tensors are
 those of torch's FakeTensorMode, on its "CPU": what autograd saves there is what it saves on a GPU.
@@ -6,7 +6,6 @@ those of torch's FakeTensorMode, on its "CPU": what autograd saves there is what
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from crossbatch.engine.config import ResolvedConfig, autocast_dtype, to_dict
+from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
 from crossbatch.models.backbones import blocks
@@ -29,7 +28,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes kept for the backward pass: `per_image` for each image (all its views), `fixed` once."""
+    """Counts bytes kept for the backward pass: `per_image` for each image (all its views), `fixed` once."""
 
     per_image: float
     fixed: float
@@ -37,7 +36,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Sketch:
-    """A network without memory, and what a step of it keeps."""
+    """Holds a network without memory, and what a step of it keeps."""
 
     model: MoCo
     backbone: Kept
@@ -51,25 +50,22 @@ _sketches: dict[str, Sketch] = {}
 
 def sketch(cfg: ResolvedConfig) -> Sketch:
     """Trace the network of `cfg`, once: configurations that differ in sharding or chunks share it."""
-    ours = to_dict(cfg.config.crossbatch)
-    asked = [ours["model"], ours["batchformer"], ours["data"]["image_size"], cfg.precision]
-    key = json.dumps([*asked, cfg.group_size, cfg.local_batch, cfg.world_size])
+    ours, batch = cfg.crossbatch, (cfg.group_size, cfg.local_batch, cfg.world_size)
+    key = repr((ours.model, ours.batchformer, ours.data.image_size, cfg.precision, batch))
     if key not in _sketches:
         _sketches[key] = _sketch(cfg)
     return _sketches[key]
 
 
 def _sketch(cfg: ResolvedConfig) -> Sketch:
-    ours, rows = cfg.config.crossbatch, NUM_VIEWS * cfg.local_batch
     model = without_memory(lambda: build_model(cfg))
     model.cuda_graph = False  # there is nothing to capture
-    kept = kept_by_backbone(
-        model.online.backbone, ours.data.image_size, cfg.precision, ours.model.checkpoint_activations
-    )
-    working = _working(model.momentum.backbone, ours.data.image_size, cfg.precision)
+    size, backbone = cfg.crossbatch.data.image_size, model.online.backbone
+    kept = kept_by_backbone(backbone, size, cfg.precision, cfg.crossbatch.model.checkpoint_activations)
+    working = _working(model.momentum.backbone, size, cfg.precision)
     model.set_collective(_AnyRank(cfg.world_size))
     with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
-        online, momentum = (torch.empty(rows, model.online.backbone.num_features) for _ in range(2))
+        online, momentum = (torch.empty(NUM_VIEWS * cfg.local_batch, backbone.num_features) for _ in range(2))
         behind = _saved(lambda: model.contrast(online.requires_grad_(), momentum, 0, 0).loss, model)
     return Sketch(model, kept, working, behind, float(counter.get_total_flops()))
 
@@ -82,19 +78,15 @@ def kept_by_backbone(backbone: nn.Module, image_size: int, precision: str, check
 
 
 def _kept_of(backbone: nn.Module, images: torch.Tensor, checkpointed: bool) -> float:
+    if not checkpointed:
+        return _saved(lambda: backbone(images), backbone)
     inputs: dict[nn.Module, torch.Tensor] = {}
-    hooks = [
-        block.register_forward_pre_hook(lambda b, args: inputs.setdefault(b, args[0])) for block in _blocks(backbone)
-    ]
-    try:
-        kept = _saved(lambda: backbone(images), backbone)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if checkpointed:
-        repeated = [_saved(lambda b=b, x=x: b(x.detach().requires_grad_()), b) - x.nbytes for b, x in inputs.items()]
-        kept += max(repeated)
-    return kept
+    hooks = [b.register_forward_pre_hook(lambda b, args: inputs.setdefault(b, args[0])) for b in _blocks(backbone)]
+    kept = _saved(lambda: backbone(images), backbone)
+    for hook in hooks:
+        hook.remove()
+    repeated = [_saved(lambda b=b, x=x: b(x.detach().requires_grad_()), b) - x.nbytes for b, x in inputs.items()]
+    return kept + max(repeated)
 
 
 def _saved(call: Callable[[], Any], module: nn.Module) -> float:
@@ -115,24 +107,22 @@ def _saved(call: Callable[[], Any], module: nn.Module) -> float:
 
 def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
     """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input."""
-    branch, most = [0], [0]
+    layers, inputs = [0], [0]
 
-    def leave(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        most.append(args[0].nbytes + output.nbytes + branch[-1])
+    def note(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        layers.append(args[0].nbytes + output.nbytes)
 
-    layers = [layer for layer in backbone.modules() if not list(layer.children())]
-    hooks = [layer.register_forward_hook(leave) for layer in layers]
-    hooks += [b.register_forward_pre_hook(lambda _, args: branch.append(args[0].nbytes)) for b in _blocks(backbone)]
-    hooks += [b.register_forward_hook(lambda *_: branch.pop() and None) for b in _blocks(backbone)]
+    hooks = [layer.register_forward_hook(note) for layer in backbone.modules() if not list(layer.children())]
+    hooks += [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes)) for b in _blocks(backbone)]
     with shapes_only(precision), torch.no_grad():
         backbone(_images(1, image_size))
     for hook in hooks:
         hook.remove()
-    return float(max(most))
+    return float(max(layers) + max(inputs))
 
 
 def _blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The residual blocks, of which a ResNet has several in a stage."""
+    """Return the residual blocks; a ResNet has several in each of its stages."""
     return [b for stage in blocks(backbone) for b in (stage if isinstance(stage, nn.Sequential) else [stage])]
 
 
@@ -142,7 +132,7 @@ def _images(count: int, size: int) -> torch.Tensor:
 
 def without_memory(build: Callable[[], Network]) -> Network:
     """Build a network that has shapes only; it can run inside `shapes_only`."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # not in FakeTensorMode, where timm's .item() has no value
         network = build()
     with _no_memory():
         return network.to_empty(device="cpu")
@@ -151,11 +141,13 @@ def without_memory(build: Callable[[], Network]) -> Network:
 @contextlib.contextmanager
 def shapes_only(precision: str) -> Iterator[None]:
     """Let networks of `without_memory` run without arithmetic, under autocast to `precision`; new tensors have no memory."""
-    with (
-        _no_memory(),
-        mock.patch.object(ViewBatchNorm, "forward", _normalise),
-        autocast("cpu", autocast_dtype(precision)),
-    ):
+
+    def normalise(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
+        # Ours calls kernels that have no version without memory; this one keeps as much.
+        return F.batch_norm(x, None, None, norm.weight, norm.bias, True)
+
+    patched = mock.patch.object(ViewBatchNorm, "forward", normalise)
+    with _no_memory(), patched, autocast("cpu", autocast_dtype(precision)):
         yield
 
 
@@ -164,13 +156,8 @@ def _no_memory() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _normalise(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
-    """A norm for shapes: ours calls kernels that have no version without memory; this one keeps as much."""
-    return F.batch_norm(x, None, None, norm.weight, norm.bias, True)
-
-
 class _AnyRank(Collective):
-    """The first of `world_size` ranks, for shapes."""
+    """Stands for one of `world_size` ranks, for shapes."""
 
     def __init__(self, world_size: int):
         self._world_size = world_size

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from crossbatch import InputError
-from crossbatch.engine.planning.plan import IMAGENET, Plan, Question, as_dict, plan
+from crossbatch.engine.planning.catalogue import GPU_BY_HAND, GPUS, LINKS, NETWORKS
+from crossbatch.engine.planning.plan import IMAGENET, Plan, Question, as_dict, notes, plan
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides
 
@@ -25,14 +26,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     add_config_flags(parser)
     add = parser.add_argument_group("machines").add_argument
-    add("--gpus", metavar="N", type=int, required=True, help="of all nodes together")
-    by_hand = '"memory_gib=24,bandwidth=936,fp32=35.6,fp16=71"'
-    add("--gpu", metavar="NAME", required=True, help=f"such as v100-32g, or {by_hand}")
+    add("--gpus", metavar="N", type=int, required=True, help="GPUs of all nodes together")
+    numbers = f"or its numbers, {GPU_BY_HAND}: GB/s and dense TFLOP/s of its data sheet, without bf16 if it has none"
+    add("--gpu", metavar="NAME", required=True, help=f"{', '.join(GPUS)}; {numbers}")
     add("--nodes", metavar="N", type=int, default=1, help="default %(default)s")
-    add("--interconnect", metavar="NAME", help="between nodes: edr, 4xhdr, ... (default: usual for the GPU)")
-    add("--link", metavar="NAME", help="inside a node: nvlink2, pcie4, ... (default: usual for the GPU)")
+    networks = f"{', '.join(NETWORKS)}; 4xedr: four adapters in each node"
+    add("--interconnect", metavar="NAME", help=f"between nodes: {networks} (default: usual for the GPU)")
+    add("--link", metavar="NAME", help=f"inside a node: {', '.join(LINKS)} (default: usual for the GPU)")
     parser.add_argument("--images", metavar="N", type=int, default=IMAGENET, help="of an epoch (default %(default)s)")
-    parser.add_argument("--feed", metavar="N", type=float, help="images/s that the loaders deliver (default: enough)")
+    parser.add_argument(
+        "--feed", metavar="N", type=float, help="images/s that all loaders deliver together (default: enough)"
+    )
     parser.add_argument(
         "--rows", metavar="PATH", type=Path, help="measured by `python -m benchmarks step` or `scaling`"
     )
@@ -53,53 +57,50 @@ def main() -> None:
         return
     console = Console(highlight=False)
     console.width = console.width if console.is_terminal else WIDTH
-    for table in (_summary(found), _memory(found), _stages(found)):
+    memory = [(part.name, f"{part.bytes / 2**30:.2f}", part.origin) for part in found.memory.parts]
+    stages = [(stage.name, f"{stage.ms:.1f}", stage.origin) for stage in found.estimate.stages]
+    at = found.at
+    nodes = f", {at.nodes} nodes of {at.gpus_per_node}" if at.nodes > 1 else ""
+    for title, columns, lines in (
+        (f"{at.gpus} x {given.gpu}{nodes}", ("", ""), _summary(found)),
+        ("memory of a GPU at the peak", ("part", "GiB"), memory),
+        (f"a step of {found.estimate.step_ms:.0f} ms", ("stage", "ms"), stages),
+    ):
+        table = Table(*columns, "where from", title=title, title_justify="left")
+        if columns[1]:
+            table.columns[1].justify = "right"
+        else:
+            table.columns[2].max_width = 30  # the flags of what would help need the place
+        for line in lines:
+            table.add_row(*line)
         console.print(table)
-    for note in found.notes:
+    for note in notes(found):
         console.print(f"extrapolated: {note}", markup=False)
 
 
-def _summary(found: Plan) -> Table:
-    cfg, at, memory = found.setting.cfg, found.setting.at, found.setting.memory
+def _summary(found: Plan) -> list[tuple[str, str, str]]:
+    """Return the lines of the first table: what, how much, where from."""
+    cfg, at, memory = found.cfg, found.at, found.memory
     low, rate, high = found.images_per_s
     soonest, hours, latest = found.hours
-    fits = f"{'yes' if found.setting.fits else 'NO'}: {memory.total / 2**30:.1f} of {at.gpu.memory_gib:g} GiB"
-    images = f"{found.question.images:,} images an epoch"
-    nodes = f", {at.nodes} nodes of {at.gpus_per_node}" if at.nodes > 1 else ""
-    table = _table(f"{at.gpus} x {found.question.gpu}{nodes}", "", "", "where from")
-    table.add_row("fits", fits, f"computed; {at.gpu.source}")
-    table.add_row("batch", f"{cfg.config.train_batch_size}, {cfg.local_batch} a rank", "recipe")
-    table.add_row("chunk", f"{cfg.chunk}, {cfg.chunks} a step", found.setting.chunk_origin)
-    table.add_row("precision", cfg.precision, "recipe, and what the GPU has")
-    origin = "predicted; range: the largest errors of the back-test"
-    table.add_row("images/s", f"{rate:,.0f} ({low:,.0f} to {high:,.0f})", origin)
-    table.add_row(f"{found.epochs:g} epochs", f"{hours:.1f} h ({soonest:.1f} to {latest:.1f})", images)
-    table.add_row("limited by", ", then ".join(found.estimate.limits), "the stages below")
-    for text, gain, origin in found.helps:
-        table.add_row("would help", f"{100 * gain:+.0f} %: {text}", origin)
-    if not found.helps:
-        table.add_row("would help", "nothing that is a setting", "")
-    return table
-
-
-def _memory(found: Plan) -> Table:
-    table = _table("memory of a GPU at the peak", "part", "GiB", "where from")
-    for part in found.setting.memory.parts:
-        table.add_row(part.name, f"{part.bytes / 2**30:.2f}", part.origin)
-    return table
-
-
-def _stages(found: Plan) -> Table:
-    table = _table(f"a step of {found.estimate.step_ms:.0f} ms", "stage", "ms", "where from")
-    for stage in found.estimate.stages:
-        table.add_row(stage.name, f"{stage.ms:.1f}", stage.origin)
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(*columns, title=title, title_justify="left")
-    table.columns[1].justify = "right" if columns[1] else "left"
-    return table
+    fits = f"{'yes' if found.fits else 'NO'}: {memory.total / 2**30:.1f} of {at.gpu.memory_gib:g} GiB"
+    predicted = "predicted; range: the largest errors of the back-test"
+    lines = [
+        ("fits", fits, f"computed; {at.gpu.source}"),
+        ("batch", f"{cfg.config.train_batch_size}, {cfg.local_batch} a rank", "recipe"),
+        ("chunk", f"{cfg.chunk}, {cfg.chunks} a step", found.chunk_origin),
+        ("precision", cfg.precision, "recipe, and what the GPU has"),
+        ("images/s", f"{rate:,.0f} ({low:,.0f} to {high:,.0f})", predicted),
+        (
+            f"{cfg.crossbatch.schedule.epochs:g} epochs",
+            f"{hours:.1f} h ({soonest:.1f} to {latest:.1f})",
+            f"{found.asked.images:,} images an epoch",
+        ),
+        ("limited by", ", then ".join(found.estimate.limits), "the stages below"),
+    ]
+    helps = [(f"{100 * gain:.0f} % more images/s: {change}", origin) for change, gain, origin in found.helps]
+    helps = helps or [("none of the changes that were tried", "predicted with each")]
+    return lines + [("would help", *tried) for tried in helps]
 
 
 if __name__ == "__main__":

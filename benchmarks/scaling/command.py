@@ -1,28 +1,42 @@
 """python -m benchmarks scaling --ranks 1 2 4 [--weak | --strong] [--recipe F] [--set k=v] [--out DIR]
                                                  runs a step on so many ranks of this machine
 python -m benchmarks scaling efficiency PATH     what such runs, of any launcher, came to
-python -m benchmarks scaling backtest [--json]   predicts published runs with constants fitted to the others
+python -m benchmarks scaling backtest            predicts published runs with constants fitted to the others
 
-PATH is a file or a folder of rows. On many nodes: see benchmarks/scaling/rank.py.
+PATH is a file or a folder of rows. On many nodes: see benchmarks/scaling/rank.py. Weak scaling gives every rank the same
+images, strong scaling shares them out. Efficiency is the rate over that of the smallest size times the ranks; on CPU ranks,
+which share the cores of a machine, it is at most 1 / ranks in weak scaling when one rank uses all cores.
 """
 
 import argparse
-import json
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.rows import machine_of, read
-from benchmarks.scaling import calibration, study
-from benchmarks.scaling.calibration import Tested
-from benchmarks.scaling.rank import add_flags
+from benchmarks import tables
+from benchmarks.rows import Results, StoredRow, read
+from benchmarks.scaling import calibration
+from benchmarks.scaling.rank import parse, resolved
+from crossbatch import InputError
+from crossbatch.engine.config import Device
 
-WIDTH = 120
-LIMIT = 0.25  # beyond this error, a row is called missed
+ROOT = Path(__file__).parents[2]
+# On a machine without a GPU, where nothing else is asked for.
+SMALL = [
+    "crossbatch.model.arch=resnet18",
+    "crossbatch.model.stem=small",
+    'crossbatch.model.backbone_args={"width": 16}',
+    "crossbatch.model.mlp_dim=256",
+    "crossbatch.model.projection_dim=64",
+    "crossbatch.data.image_size=32",
+    "crossbatch.batchformer.group_size=16",
+    "train_batch_size=16",
+]
+ON_GPUS = ["train_batch_size=256"]  # of a rank: what each of 16 has of 4096
 
 
 def main(arguments: list[str]) -> None:
@@ -33,84 +47,104 @@ def main(arguments: list[str]) -> None:
         measure(arguments)
 
 
-def _console() -> Console:
-    shown = Console(highlight=False, markup=False)
-    shown.width = shown.width if shown.is_terminal else WIDTH
-    return shown
-
-
 def measure(arguments: list[str]) -> None:
+    """Run every size under torchrun, which adds its row to OUT/scaling.jsonl, and show the file."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", metavar="N", type=int, nargs="+", required=True, help="sizes, such as 1 2 4")
-    given = add_flags(parser).parse_args(arguments)
-    overrides = [*(study.ON_GPUS if torch.cuda.is_available() else study.SMALL), *given.set]
-    shown = _console()
-    shown.print(f"{given.recipe} with {' '.join(overrides)}")
-    rows = study.run_study(given.ranks, overrides, given)
-    shown.print(study.efficiency_table(read(given.out / "scaling.jsonl")))
-    shown.print(f"{machine_of(rows[0])}; rows in {given.out / 'scaling.jsonl'}")
+    given = parse(parser, arguments)
+    given.set = [*(ON_GPUS if torch.cuda.is_available() else SMALL), *given.set]
+    if min(given.ranks) < 1:
+        raise InputError(f"--ranks: given {' '.join(map(str, given.ranks))}; allowed: >= 1")
+    if not Path(given.recipe).exists():
+        raise InputError(f"--recipe: no such file: {given.recipe}")
+    for size in given.ranks:
+        resolved(given, size, Device.detect(), size)  # or each rank would complain
+    print(f"{given.recipe} with {' '.join(given.set)}")
+    for size in given.ranks:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        command += ["-m", "benchmarks.scaling.rank", "--recipe", str(Path(given.recipe).resolve())]
+        command += ["--steps", str(given.steps), "--out", str(given.out.resolve()), *["--strong"] * given.strong]
+        command += [part for override in given.set for part in ("--set", override)]
+        subprocess.run(command, cwd=ROOT, check=True)
+    show_efficiency(read(given.out / "scaling.jsonl"))
+    print(f"rows in {given.out / 'scaling.jsonl'}")
 
 
 def efficiency(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks scaling efficiency")
     parser.add_argument("path", metavar="PATH", type=Path)
-    parser.add_argument("--machine", metavar="NAME", help="of several: the number or a part of the name of one")
+    parser.add_argument("--machine", metavar="NAME", help="of several: a part of the name of one")
     given = parser.parse_args(arguments)
     results = read(given.path).of_machine(given.machine)
-    shown = _console()
-    shown.print(study.efficiency_table(results))
-    for note in results.notes:
-        shown.print(note)
+    show_efficiency(results)
+    print(*results.notes, sep="\n")
+
+
+def studies(rows: Sequence[StoredRow]) -> dict[tuple, dict[int, StoredRow]]:
+    """Group measured rows by name, overrides and card, and then by ranks; the last row of a size counts."""
+    found: dict[tuple, dict[int, StoredRow]] = {}
+    for row in rows:
+        facts = row["settings"]
+        if row["stage"] == "scaling" and not facts.get("predicted"):
+            name = f"{Path(facts['recipe']).stem}, {facts['mode']}"
+            key = name, tuple(facts["overrides"]), tuple(row["machine"]["gpus"][:1])
+            found.setdefault(key, {})[facts["ranks"]] = row
+    return found
+
+
+def show_efficiency(results: Results) -> None:
+    """Show the rates of each size, how far they are from linear, and the collectives beside those that were predicted."""
+    lines = []
+    for (name, *_), sizes in studies(results.rows).items():
+        smallest = min(sizes)
+        for ranks, row in sorted(sizes.items()):
+            facts, rate = row["settings"], row["p50"]
+            linear, guess = sizes[smallest]["p50"] * ranks / smallest, facts.get("images_per_s_predicted")
+            shown = "" if guess is None else f"{guess:.1f}, {100 * (guess / rate - 1):+.0f} %"
+            rates = f"{rate:.1f}", f"{row['p20']:.1f} - {row['p80']:.1f}", f"{100 * rate / linear:.0f} %", shown
+            calls = [_calls(facts.get(key)) for key in ("collectives", "collectives_predicted")]
+            lines.append((name, str(ranks), *rates, *calls))
+    if not lines:
+        command = "python -m benchmarks scaling --ranks 1 2 4 --out DIR"
+        raise InputError(f"no rows of a scaling study; measure with `{command}`")
+    columns = "study", "ranks", "images/s", "p20 - p80", "efficiency", "predicted", "collectives", "predicted"
+    tables.show("efficiency", columns, lines)
+
+
+def _calls(kinds: dict[str, dict[str, float]] | None) -> str:
+    if kinds is None:  # an older row
+        return ""
+    calls, size = (sum(kind[what] for kind in kinds.values()) for what in ("calls", "bytes"))
+    return f"{calls:.0f}, {size / 2**20:.2f} MiB"
 
 
 def backtest(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks scaling backtest")
-    parser.add_argument("--json", action="store_true", help="one JSON object for scripts")
-    given = parser.parse_args(arguments)
-    tested, single = calibration.leave_one_out(), calibration.leave_one_out_single()
-    harder = calibration.leave_publication_out()
-    if given.json:
-        lists = {"scaling": tested, "scaling_by_publication": harder, "one_gpu": single}
-        print(json.dumps({name: [vars(row) for row in rows] for name, rows in lists.items()}))
-        return
-    rows, sources = calibration.ROWS, list(dict.fromkeys(row.source for row in [*tested, *single]))
-    linear = [row.known.images_per_s / row.known.gpus * row.wanted.gpus / row.images_per_s - 1 for row in rows]
-    shown = _console()
-    title = "Published runs on many GPUs, images/s, each predicted by constants fitted to all others"
-    shown.print(_table(title, tested, {"by publ.": [row.error for row in harder], "linear": linear}, sources))
-    several = [row for row, of in zip(tested, rows, strict=True) if of.wanted.nodes > 1]
-    shown.print(_summary("this run left out of the fit", [row.error for row in tested]))
-    shown.print(_summary("the same, runs on several nodes only", [row.error for row in several]))
-    shown.print(_summary("all runs of its publication left out (by publ.)", [row.error for row in harder]))
-    shown.print(_summary("linear scaling instead", linear))
-    title = "Supervised training on one GPU, images/s, by the roofline, each predicted by factors fitted to all others"
-    shown.print(_table(title, single, {}, sources))
-    shown.print(_summary("this run left out of the fit", [row.error for row in single]))
-    for row in [*tested, *single]:
-        if abs(row.error) > LIMIT:
-            shown.print(f"missed by more than {100 * LIMIT:.0f} %: {row.name}")
-    shown.print(f"fitted to all: {calibration.fit()}, {calibration.fit_efficiency()}")
-    for number, source in enumerate(sources, 1):
-        shown.print(f"[{number}] {source}", soft_wrap=True)
+    argparse.ArgumentParser("python -m benchmarks scaling backtest").parse_args(arguments)
+    rows, singles = calibration.ROWS, calibration.SINGLE
+    errors, one_gpu = calibration.leave_out(*calibration.MANY_GPUS), calibration.leave_out(*calibration.ONE_GPU)
+    by_publication = calibration.leave_out(*calibration.MANY_GPUS, by_publication=True)
+    linear = calibration.linear_scaling(rows)
+    columns = "run", "published", "predicted", "error", "by publication", "linear", "source"
+    _show_errors("Published runs on many GPUs, images/s", columns, rows, (errors, by_publication, linear))
+    _show_errors("Supervised training on one GPU, images/s", (*columns[:4], "source"), singles, (one_gpu,))
+    several = errors[[row.wanted.nodes > 1 for row in rows]]
+    for name, of in (
+        ("error: constants fitted to all other runs", errors),
+        ("error, runs on several nodes only", several),
+        ("by publication: constants fitted to the runs of all other publications", by_publication),
+        ("linear: each GPU stays as fast as in the smaller run", linear),
+        ("one GPU: factors of the roofline fitted to all other runs", one_gpu),
+    ):
+        size = 100 * np.abs(of)
+        print(f"{name}, {len(of)}: median error {np.median(size):.1f} %, worst {size.max():.1f} %")
+    print(f"fitted to all: {calibration.fit(*calibration.MANY_GPUS)}, {calibration.fit(*calibration.ONE_GPU)}")
 
 
-def _table(
-    title: str, tested: Sequence[Tested], beside: Mapping[str, Sequence[float]], sources: Sequence[str]
-) -> Table:
-    table = Table(
-        "run", "published", "predicted", "error", "fitted", *beside, "source", title=title, title_justify="left"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for i, row in enumerate(tested):
-        errors = [row.error, row.error_fitted, *(values[i] for values in beside.values())]
-        rates = (f"{row.published:,.0f}", f"{row.predicted:,.0f}")
-        table.add_row(row.name, *rates, *(f"{100 * e:+.1f} %" for e in errors), str(1 + sources.index(row.source)))
-    return table
-
-
-def _summary(name: str, errors: Sequence[float]) -> str:
-    size = 100 * np.abs(errors)
-    return f"{name}, {len(errors)}: median error {np.median(size):.1f} %, worst {size.max():.1f} %"
+def _show_errors(title: str, columns: Sequence[str], rows: Sequence, errors: Sequence[np.ndarray]) -> None:
+    lines = []
+    for row, *of_row in zip(rows, *errors, strict=True):
+        rates = f"{row.images_per_s:,.0f}", f"{row.images_per_s * (1 + of_row[0]):,.0f}"
+        lines.append((row.name, *rates, *(f"{100 * error:+.1f} %" for error in of_row), row.source))
+    tables.show(title, columns, lines)

@@ -10,13 +10,11 @@ images are made up on the spot, so nothing waits for data.
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -25,32 +23,22 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import append, clocks
 from benchmarks.rows import Row
-from crossbatch import InputError
+from benchmarks.stages import recipe
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
 from crossbatch.engine.planning.catalogue import CARDS, machines
 from crossbatch.engine.planning.prediction import estimate
 from crossbatch.engine.planning.traffic import Message, Traffic, step_traffic, totals
-from crossbatch.engine.runtime.distributed import GroupCollective, World, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import World, process_group, world_from_environment
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.sketch import sketch
 from crossbatch.engine.step import TrainStep
-from crossbatch.engine.tasks.build import build_backend, build_model
 
 WARM_UP = 3  # steps; DeepSpeed's stage 3 learns in the first two
-KINDS = {
-    "allreduce_": "all-reduce",
-    "allreduce_coalesced_": "all-reduce",
-    "_allgather_base_": "all-gather",
-    "allgather_": "all-gather",
-    "allgather_into_tensor_coalesced_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
-    "broadcast_": "broadcast",
-}
+KINDS = {"allreduce": "all-reduce", "allgather": "all-gather", "reduce_scatter": "reduce-scatter"}
 
 
 class Counting(TorchDispatchMode):
-    """Within it, `traffic` counts the collectives that really happen: our own, DeepSpeed's and FSDP2's, whoever calls them.
+    """Counts in `traffic` the collectives that really happen within it: our own, DeepSpeed's and FSDP2's, whoever calls them.
 
     All pass torch's dispatcher as operators `c10d::...`, where the tensors can be weighed. A group of one rank sends nothing.
     """
@@ -64,8 +52,9 @@ class Counting(TorchDispatchMode):
             return NotImplemented  # it will call operators on its local tensors
         namespace, _, name = str(func).partition(".")
         if namespace == "c10d" and dist.get_world_size() > 1:
-            name = name.split(".")[0]
-            self.traffic[Message("counted", KINDS.get(name, name), whole_bytes(args))] += 1
+            name = name.split(".")[0].strip("_")
+            kind = next((kind for part, kind in KINDS.items() if part in name), name)
+            self.traffic[Message("counted", kind, whole_bytes(args))] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -76,48 +65,43 @@ def whole_bytes(args: tuple) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    given = add_flags(parser).parse_args()
-    world, device = world_from_environment(), Device.detect()
-    config = load_config(given.recipe, given.set)
-    batch = config.train_batch_size * (1 if given.strong else world.size)
-    cfg = resolve(
-        load_config(given.recipe, [*given.set, f"train_batch_size={batch}"]), world.size, device, world.local_size
-    )
-    with process_group(world, device.type, threads=cfg.threads) as torch_device:
+    given = parse(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    world = world_from_environment()
+    cfg = resolved(given, world.size, Device.detect(), world.local_size)
+    with process_group(world, cfg.device.type, threads=cfg.threads) as torch_device:
         times, traffic = measure(cfg, torch_device, given.steps)
         if world.is_main:
-            rows = rows_of(cfg, world, given, times, traffic)
-            append(given.out / "scaling.jsonl", "scaling", rows)
-            print(f"{rows[0].case}: {rows[0].p50:.1f} images/s, {traffic.total()} collectives a step", flush=True)
+            row = row_of(cfg, world, given, times, traffic)
+            append(given.out / "scaling.jsonl", "scaling", [row])
+            print(f"{row.case}: {row.p50:.1f} images/s, {traffic.total()} collectives a step", flush=True)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add what a rank and `python -m benchmarks scaling` both take."""
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read what a rank and `python -m benchmarks scaling` both take, and what `parser` takes besides."""
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--weak", action="store_true", help="train_batch_size is that of a rank (default)")
     mode.add_argument("--strong", action="store_true", help="train_batch_size is shared")
     parser.add_argument("--recipe", metavar="F", default="ds_configs/bs4096.json", help="default %(default)s")
     parser.add_argument("--set", metavar="path=value", action="append", default=[], help="override a key; repeatable")
-    parser.add_argument("--steps", metavar="N", type=_positive, default=10, help="for the clock (default %(default)s)")
+    parser.add_argument("--steps", metavar="N", type=int, default=10, help="for the clock (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/scaling"), help="default %(default)s")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    return parser
+    given = parser.parse_args(arguments)
+    if given.steps < 1:
+        parser.error(f"argument --steps: given {given.steps}; allowed: >= 1")
+    return given
 
 
-def _positive(text: str) -> int:
-    """A type for argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"given {text}; allowed: >= 1")
-    return int(text)
+def resolved(given: argparse.Namespace, ranks: int, device: Device, local_ranks: int) -> ResolvedConfig:
+    """Return the configuration of a study with so many ranks. Raises InputError for one that cannot run."""
+    config = load_config(given.recipe, given.set)
+    batch = config.train_batch_size * (1 if given.strong else ranks)
+    return resolve(config.model_copy(update={"train_batch_size": batch}), ranks, device, local_ranks)
 
 
 def measure(cfg: ResolvedConfig, device: torch.device, steps: int) -> tuple[list[float], Traffic]:
     """Time `steps` steps, in seconds, and count the collectives of one."""
-    torch.manual_seed(0)
-    model = build_model(cfg).to(device)
-    model.set_collective(GroupCollective())
-    step = TrainStep(build_backend(model, cfg), cfg, device, steps_per_epoch=1000, chunk=cfg.chunk)
+    step = TrainStep(recipe.build(cfg, device), cfg, device, steps_per_epoch=1000, chunk=cfg.chunk)
     size = cfg.config.crossbatch.data.image_size
     views = torch.randint(0, 256, (2, cfg.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
     views = views.pin_memory() if device.type == "cuda" else views  # as the loader hands them over
@@ -142,14 +126,13 @@ def _wait(device: torch.device) -> None:
         dist.barrier()
 
 
-def rows_of(
-    cfg: ResolvedConfig, world: World, given: argparse.Namespace, times: list[float], traffic: Traffic
-) -> list[Row]:
-    """Make the measured row and, on GPUs of the catalogue, one of what was predicted; the model says nothing about CPUs."""
-    sketched, nodes = sketch(cfg), world.size // world.local_size
-    p20, p50, p80 = (float(p) for p in np.percentile([cfg.config.train_batch_size / s for s in times], (20, 50, 80)))
-    mode = "strong" if given.strong else "weak"
-    asked: dict[str, Any] = {
+def row_of(cfg: ResolvedConfig, world: World, given: argparse.Namespace, times: list[float], traffic: Traffic) -> Row:
+    """Make a row of what was measured, with what the model says beside it: collectives, and the rate on a known GPU."""
+    nodes, batch = world.size // world.local_size, cfg.config.train_batch_size
+    mode, rates = "strong" if given.strong else "weak", [batch / seconds for seconds in times]
+    case = f"{Path(given.recipe).stem}, {mode}, {world.size} rank{'s' if world.size > 1 else ''}"
+    row = Row.of_samples(case, rates, "images/s", clocks=clocks())
+    row.settings = {
         "recipe": Path(given.recipe).name,  # the configuration is below; where the file lay is nobody's business
         "overrides": given.set,
         "mode": mode,
@@ -157,25 +140,16 @@ def rows_of(
         "nodes": nodes,
         "threads": torch.get_num_threads(),
         "predicted": False,
-    }
-    found: dict[str, Any] = {
-        "step_ms": 1000 * cfg.config.train_batch_size / p50,
+        "step_ms": 1000 * batch / row.p50,
         "collectives": totals(traffic, by="kind"),
-        "collectives_predicted": totals(step_traffic(sketched.model, cfg), by="kind"),
+        "collectives_predicted": totals(step_traffic(sketch(cfg).model, cfg), by="kind"),
         "config": to_dict(cfg.config),
     }
-    case = f"{Path(given.recipe).stem}, {mode}, {world.size} rank{'s' if world.size > 1 else ''}"
-    rows = [Row(case, p20, p50, p80, len(times), "images/s", settings=asked | found, clocks=clocks())]
-    if cfg.device.name in CARDS:
-        rate = estimate(sketched, cfg, machines(CARDS[cfg.device.name], world.size, nodes)).images_per_s
-        rows.append(Row.of_one(f"{case}, predicted", rate, "images/s", asked | {"predicted": True}))
-    return rows
+    if cfg.device.name in CARDS:  # the model says nothing about CPUs
+        at = machines(CARDS[cfg.device.name], world.size, nodes)
+        row.settings["images_per_s_predicted"] = estimate(cfg, at).images_per_s
+    return row
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        if world_from_environment().is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run_main(main)

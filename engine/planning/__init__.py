@@ -1,9 +1,8 @@
-"""Does a recipe fit on some GPUs, how long will it take, what limits it? Answered without running it.
+"""Answers without running it whether a recipe fits on some GPUs, how long it takes, and what limits it.
 
 catalogue      GPUs and links, with sources
 communication  how long a collective takes, and what it costs that ranks wait for each other at it
 traffic        the collectives of a step
-compute        FLOPs and bytes of a step, and the roofline
 prediction     one step, stage by stage, with the constants that benchmarks/scaling fits to published runs
 plan           the answer for a recipe and machines: what launch/plan.py prints
 

@@ -22,7 +22,7 @@ from crossbatch.engine.planning.catalogue import Machines
 
 BASE_RING_US, BASE_TREE_US, INSIDE = 3.6, 4.4, 1.8  # tuning.cc, protocol LL
 LAUNCH_US = 10.0  # to start a collective from Python, a kernel and two events (assumed)
-PAUSE_MS = 3.0
+PAUSE_MS = 3.0  # the shortest slice that Linux gives to another task, on 8 cores and more; published runs leave it open
 
 
 def collective_ms(kind: str, size: float, at: Machines) -> float:
@@ -54,13 +54,10 @@ def wait_ms(ranks: int, synchronisations: int, step_ms: float, share: float) -> 
     loses a `share` of its time. But at every collective all wait for the slowest, which is another one each time, so a step
     with S synchronisations loses up to S pauses or N times the share, whichever is less. That is why hundreds of tiny
     collectives of batch norms cost far more than their latency (Petrini et al. 2003, "The case of the missing supercomputer
-    performance"; Hoefler et al. 2010). With random (Poisson) pauses of length d, a rank has s T / (d S) of them in each of
-    the S parts of a step of T, and the step is longer by
+    performance"; Hoefler et al. 2010). With random (Poisson) pauses of length d = PAUSE_MS, a rank has s T / (d S) of them in
+    each of the S parts of a step of T, and the step is longer by
 
         d S E[largest of N Poisson(s T / (d S))] - s T        (s T being in T already)
-
-    The share s is fitted; d is not, because published runs leave it open (1 to 5 ms): it is the shortest slice that Linux gives
-    to another task, 3 ms on 8 cores and more.
     """
     if ranks == 1:
         return 0.0

@@ -1,9 +1,8 @@
-"""One training step on N GPUs, stage by stage, in ms: the sum of what is not hidden behind something else.
+"""Predicts one training step on N GPUs, stage by stage, in ms: the sum of what is not hidden behind something else.
 
-backbone     crops x roofline (compute.py), or a measured step of one rank
+backbone     crops x roofline, or a measured step of one rank
 heads        products of BatchFormer, heads and loss at the same share of the peak
 fixed        what a step takes however few its images; once a chunk
-update       optimizer and moving average: bytes over bandwidth
 contention   what every further GPU of a node costs each view: cores, memory and power of a host, shared
 norms        latency of their collectives, one by one: nothing can be done meanwhile
 stragglers   waiting for each other at all of these (communication.py)
@@ -12,45 +11,61 @@ gradients    what does not fit beside the backward pass, if the backend overlaps
              other stages with `overlap_comm`; all in one bucket, nothing can overlap
 parameters   gathered for the forward pass (stage 3), or after the update (ZeRO 1 and 2)
 data         what a step waits for images, if it is known how many come
+
+The roofline (Williams et al. 2009) is the larger of two times, with two factors that are fitted to published runs on one GPU:
+
+    arithmetic   counted floating-point operations / (peak x share of it that training reaches)
+    memory       bytes that autograd keeps x how often each is read and written / bandwidth
+
+A ResNet-50 in 16 bits is bound by memory on every GPU since Volta, which is why its images/s follow the bandwidth and not the
+tensor cores. A backward pass costs two forward passes, so training an image once is three units; MoCo v3 takes eight for an
+image: two views, three units each, and one each for the momentum encoder. With k chunks the online backbone runs forward
+2 - 1/k times.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.planning.catalogue import GPUS, Gpu, Machines
 from crossbatch.engine.planning.communication import collective_ms, wait_ms
-from crossbatch.engine.planning.compute import Efficiency, step_work
 from crossbatch.engine.planning.traffic import Traffic, of_parts, step_traffic
-from crossbatch.engine.sketch import Sketch
+from crossbatch.engine.sketch import kept_by_backbone, shapes_only, sketch, without_memory
 from crossbatch.models import NUM_VIEWS
+from crossbatch.models.backbones import build_backbone
 
+TRAINING_UNITS = 3  # forward passes that a forward and a backward pass take
 BACKWARD = 2 / 3  # of the computation
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What was fitted to published runs, for PyTorch driven step by step."""
+    """Holds what was fitted to published runs, for PyTorch driven step by step."""
 
-    fixed_ms: float  # of a step on a V100; goes with the bandwidth, as weights, gradients and velocities do
+    fixed_ms: float  # of a step on a V100
     contention_ms: float  # of an image, for every further GPU of a node
     share: float  # of a rank's time that it is interrupted
-    efficiency: Efficiency
-
-    def fixed_on(self, gpu: Gpu) -> float:
-        return self.fixed_ms * GPUS["v100-32g"].bandwidth / gpu.bandwidth
+    of_peak: float  # share of the peak FLOP/s that training reaches
+    moves: float  # times that each byte kept for the backward pass is moved
 
 
 # What `python -m benchmarks scaling backtest` finds (tests/benchmarks/test_scaling_model.py holds them together), and the
 # largest errors that it makes on runs left out of the fit: on one GPU, and on many with synchronised norms.
-FITTED = Constants(7.99, 0.00861, 0.0386, Efficiency(0.572, 17.94))
+FITTED = Constants(fixed_ms=7.99, contention_ms=0.00861, share=0.0386, of_peak=0.572, moves=17.94)
 ERROR_ONE_GPU, ERROR_MANY_GPUS = 0.108, 0.214
 _FITTED = "published runs, fitted (benchmarks scaling backtest)"
+_LATENCY = "latency: NCCL's tuning.cc, launch assumed"
 
 LIMITS = {
     "backbone": "the backbone",
     "heads": "BatchFormer, heads and loss",
     "fixed": "what a step takes however few its images",
-    "contention": "the ranks of a node, for the host",
+    "contention": "the ranks of a node, which share its host",
     "norms": "the latency of the norms' collectives",
     "stragglers": "waiting for the slowest rank at every norm",
     "keys": "gathered keys",
@@ -62,7 +77,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a step, and where its number is from."""
+    """Holds the milliseconds of a part of a step, and where the number is from."""
 
     name: str
     ms: float
@@ -71,7 +86,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A predicted step."""
+    """Holds a predicted step."""
 
     images: int
     stages: tuple[Stage, ...]
@@ -95,42 +110,75 @@ class Estimate:
         return next(stage for stage in self.stages if stage.name == name)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Counts what training on one crop takes: operations of forward and backward, and bytes kept for the backward pass."""
+
+    flops: float
+    kept: float
+
+    def seconds(self, gpu: Gpu, precision: str, of_peak: float, moves: float) -> tuple[float, str]:
+        """Return the time at a share of the peak and so many moves of each byte kept, and which of the two limits it."""
+        arithmetic = self.flops / (gpu.peak(precision) * of_peak)
+        memory = self.kept * moves / (1e9 * gpu.bandwidth)
+        return (arithmetic, "arithmetic") if arithmetic > memory else (memory, "memory bandwidth")
+
+
+@functools.cache
+def work_of(precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = ()) -> Work:
+    """Count what one crop through a backbone takes; arguments as of `build_backbone`, with the items of `backbone_args`."""
+    backbone = without_memory(lambda: build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args)))
+    kept = kept_by_backbone(backbone, image_size, precision).per_image / NUM_VIEWS
+    counter = FlopCounterMode(display=False)
+    # The plain kernel of attention is the one whose products are counted on every device.
+    with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        backbone(torch.empty(1, 3, image_size, image_size))
+    return Work(float(TRAINING_UNITS * counter.get_total_flops()), kept)
+
+
+def fixed_ms_on(gpu: Gpu, on_v100_ms: float) -> float:
+    """Scale what a step takes on a V100 by the bandwidth, because weights, gradients and velocities go with it."""
+    return on_v100_ms * GPUS["v100-32g"].bandwidth / gpu.bandwidth
+
+
 def estimate(
-    sketched: Sketch,
     cfg: ResolvedConfig,
     at: Machines,
     constants: Constants = FITTED,
     feed_per_s: float | None = None,
-    measured: Stage | None = None,
+    backbone: Stage | None = None,
 ) -> Estimate:
     """Predict a step of `cfg`, resolved for the GPUs of `at`, with its chunk.
 
     Args:
-        sketched: the network of `cfg`.
         feed_per_s: images that the loaders deliver; enough, if None.
-        measured: takes the place of the stage "backbone".
+        backbone: takes the place of the stage "backbone", where a step was measured.
     """
-    traffic = step_traffic(sketched.model, cfg)
-    computed = _computed(sketched, cfg, at, constants)
-    computed[0] = measured or computed[0]
+    traffic = step_traffic(sketch(cfg).model, cfg)
+    computed = _computed(cfg, at, constants)
+    computed[0] = backbone or computed[0]
     compute_ms = sum(stage.ms for stage in computed)
-    calls = of_parts(traffic, "norms").total()
     waits = of_parts(traffic, "norms", "keys", "groups").total() + 1  # and once for the gradients
+    waiting_ms = wait_ms(at.gpus, waits, compute_ms, constants.share)
     links = [at.link] + [at.network] * (at.nodes > 1)
     counted = "counted; " + "; ".join(link.source.split(";")[0] for link in links)
+
+    def each_ms(*parts: str) -> list[float]:
+        return [collective_ms(message.kind, message.size, at) for message in of_parts(traffic, *parts).elements()]
+
+    zero, is_fsdp = cfg.config.zero_optimization, cfg.crossbatch.sharding == "fsdp"
+    overlaps = zero.stage == 3 if zero.overlap_comm is None or zero.stage == 0 else zero.overlap_comm
+    # Gradients can hide behind the last chunk's backward pass; parameters, gathered for it, behind the forward pass.
+    behind_ms = BACKWARD * compute_ms / cfg.chunks if overlaps or is_fsdp else 0.0
+    ahead_ms = (1 - BACKWARD) * compute_ms if zero.stage == 3 or is_fsdp else 0.0
+    gradients_ms = _exposed_ms(each_ms("gradients"), behind_ms) + sum(each_ms("LARS"))
     stages = [
         *computed,
-        Stage(
-            "norms",
-            _sum_ms(traffic, at, "norms"),
-            f"{calls} collectives, counted; latency: NCCL's tuning.cc, launch assumed",
-        ),
-        Stage(
-            "stragglers", wait_ms(at.gpus, waits, compute_ms, constants.share), f"{waits} synchronisations; {_FITTED}"
-        ),
-        Stage("keys", _sum_ms(traffic, at, "keys", "groups"), counted),
-        Stage("gradients", _gradients_ms(traffic, cfg, at, compute_ms), counted),
-        Stage("parameters", _parameters_ms(traffic, cfg, at, compute_ms), counted),
+        Stage("norms", sum(each_ms("norms")), f"{of_parts(traffic, 'norms').total()} collectives, counted; {_LATENCY}"),
+        Stage("stragglers", waiting_ms, f"{waits} synchronisations; {_FITTED}"),
+        Stage("keys", sum(each_ms("keys", "groups")), counted),
+        Stage("gradients", gradients_ms, counted),
+        Stage("parameters", _exposed_ms(each_ms("parameters"), ahead_ms), counted),
     ]
     if feed_per_s is not None:
         needed = sum(stage.ms for stage in stages)
@@ -138,43 +186,26 @@ def estimate(
     return Estimate(cfg.config.train_batch_size, tuple(stages), traffic)
 
 
-def _computed(sketched: Sketch, cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[Stage]:
-    work, efficiency = step_work(cfg), constants.efficiency
-    crop_s, limit = work.per_crop.seconds(at.gpu, cfg.precision, efficiency)
+def _computed(cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[Stage]:
+    model, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
+    args = tuple(model.backbone_args.items())
+    crop = work_of(cfg.precision, model.arch, size, model.stem, model.stop_grad_conv1, backbone_args=args)
+    units = TRAINING_UNITS + (1 - 1 / cfg.chunks) + model.checkpoint_activations + 1  # the last: momentum encoder
+    crops = NUM_VIEWS * cfg.local_batch * units / TRAINING_UNITS
+    crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, constants.moves)
     # The queries' side costs three forward passes, the keys' side one: about twice what both cost forward.
-    heads_flops = 2 * sketched.heads_flops
-    heads_ms = 1000 * heads_flops / (at.gpu.peak(cfg.precision) * efficiency.of_peak)
+    heads_flops = 2 * sketch(cfg).heads_flops
+    heads_ms = 1000 * heads_flops / (at.gpu.peak(cfg.precision) * constants.of_peak)
     contention_ms = constants.contention_ms * NUM_VIEWS * cfg.local_batch * (at.gpus_per_node - 1)
-    tflop, reached = work.crops * work.per_crop.flops / 1e12, "efficiency: published runs, fitted"
+    tflop, reached = crops * crop.flops / 1e12, "efficiency: published runs, fitted"
     return [
-        Stage("backbone", 1000 * work.crops * crop_s, f"counted {tflop:.1f} TFLOP, limited by {limit}; {reached}"),
+        Stage("backbone", 1000 * crops * crop_s, f"counted {tflop:.1f} TFLOP, limited by {limit}; {reached}"),
         Stage("heads", heads_ms, f"counted {heads_flops / 1e12:.2f} TFLOP; {reached}"),
-        Stage("fixed", constants.fixed_on(at.gpu) * cfg.chunks, _FITTED),
+        Stage("fixed", fixed_ms_on(at.gpu, constants.fixed_ms) * cfg.chunks, _FITTED),
         Stage("contention", contention_ms, _FITTED),
     ]
 
 
-def _sum_ms(traffic: Traffic, at: Machines, *parts: str) -> float:
-    return sum(calls * collective_ms(m.kind, m.size, at) for m, calls in of_parts(traffic, *parts).items())
-
-
-def _gradients_ms(traffic: Traffic, cfg: ResolvedConfig, at: Machines, compute_ms: float) -> float:
-    tiny, all_ms = _sum_ms(traffic, at, "gradient norm", "LARS"), _sum_ms(traffic, at, "gradients")
-    zero = cfg.config.zero_optimization
-    overlaps = zero.stage == 3 if zero.overlap_comm is None or zero.stage == 0 else zero.overlap_comm
-    if not all_ms or not (overlaps or cfg.config.crossbatch.sharding == "fsdp"):
-        return all_ms + tiny
-    # They can hide behind the last chunk's backward pass, but for the last of them.
-    return max(_smallest_ms(traffic, at, "gradients"), all_ms - BACKWARD * compute_ms / cfg.chunks) + tiny
-
-
-def _parameters_ms(traffic: Traffic, cfg: ResolvedConfig, at: Machines, compute_ms: float) -> float:
-    all_ms = _sum_ms(traffic, at, "parameters")
-    if not all_ms or (cfg.config.zero_optimization.stage < 3 and cfg.config.crossbatch.sharding == "zero"):
-        return all_ms  # after the update, before the next forward pass
-    return max(_smallest_ms(traffic, at, "parameters"), all_ms - (1 - BACKWARD) * compute_ms)
-
-
-def _smallest_ms(traffic: Traffic, at: Machines, part: str) -> float:
-    """The time of one call that nothing hides: that of the first block, at the start or the end of a pass."""
-    return min(collective_ms(message.kind, message.size, at) for message in of_parts(traffic, part))
+def _exposed_ms(each_ms: list[float], beside_ms: float) -> float:
+    """Return what does not fit beside `beside_ms` of computation: at least one call, the first or the last of a pass."""
+    return max(min(each_ms, default=0.0), sum(each_ms) - beside_ms)

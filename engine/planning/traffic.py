@@ -8,8 +8,8 @@ Ours are exact on any number of ranks (tests/benchmarks/test_scaling_traffic.py 
     groups  where a BatchFormer group spans ranks: its features, forward for queries and keys, and back for the queries
     LARS    the sums of squares of all tensors, fp64, in one all-reduce for each call of the optimizer that adapts
 
-Those of DeepSpeed and FSDP2 (gradients, parameters, gradient norm) are right in their bytes, within an eighth; how they are cut
-into calls is the library's business. DeepSpeed's stage 3 in several chunks gathers more than is counted: see `is_lower_bound`.
+Those of DeepSpeed and FSDP2 (gradients, parameters) are estimates: right in their bytes within a quarter, while
+how they are cut into calls is the library's business. DeepSpeed's stage 3 in several chunks gathers more, module by module.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from torch import nn
 
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
-from crossbatch.engine.memory_model import BUCKET, unit_sizes
+from crossbatch.engine.memory_model import BUCKET, count, key_streams
 from crossbatch.engine.tasks.build import parameter_groups
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.norm import ViewBatchNorm
@@ -30,7 +30,7 @@ _FP32, _FP64 = 4, 8
 
 
 class Message(NamedTuple):
-    """One collective: `kind` is all-reduce, all-gather or reduce-scatter; `size` in bytes, of the whole tensor."""
+    """Describes one collective: `kind` is all-reduce, all-gather or reduce-scatter; `size` in bytes, of the whole tensor."""
 
     part: str
     kind: str
@@ -44,16 +44,7 @@ def step_traffic(model: MoCo, cfg: ResolvedConfig) -> Traffic:
     """Count the collectives of one step of `cfg`; `model` may have no memory."""
     if cfg.world_size == 1:
         return Counter()
-    traffic = Counter(_norms(model, cfg))
-    traffic.update(_batch_wide(model, cfg))
-    traffic.update(_lars(model, cfg))
-    traffic.update(_fsdp(model, cfg) if cfg.config.crossbatch.sharding == "fsdp" else _zero(model, cfg))
-    return traffic
-
-
-def is_lower_bound(cfg: ResolvedConfig) -> bool:
-    """Return whether DeepSpeed gathers parameters module by module, more often than is counted."""
-    return cfg.config.crossbatch.sharding == "zero" and cfg.config.zero_optimization.stage == 3 and cfg.chunks > 1
+    return Counter(message for messages in (_norms, _batch_wide, _lars, _backend) for message in messages(model, cfg))
 
 
 def of_parts(traffic: Traffic, *parts: str) -> Traffic:
@@ -88,9 +79,10 @@ def _norms(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
 
 
 def _batch_wide(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
-    ours, images = cfg.config.crossbatch, NUM_VIEWS * cfg.config.train_batch_size
-    streams = (1 if model.batchformer is None else 2) + (model.batchformer_loss == "mean_with_self")
-    yield Message("keys", "all-gather", images * streams * ours.model.projection_dim * _FP32)
+    images = NUM_VIEWS * cfg.config.train_batch_size
+    yield Message(
+        "keys", "all-gather", images * key_streams(model) * cfg.config.crossbatch.model.projection_dim * _FP32
+    )
     if cfg.group_size is not None and cfg.group_size > cfg.local_batch:
         size = images * model.online.backbone.num_features * _FP32
         yield from [Message("groups", "all-gather", size)] * 2
@@ -107,54 +99,30 @@ def _lars(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
     yield from [Message("LARS", "all-reduce", 2 * tensors * _FP64)] * calls
 
 
-def _zero(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
-    """DeepSpeed's.
+def _backend(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
+    """Estimate what DeepSpeed or FSDP2 sends of gradients and parameters, in calls of equal size.
 
-    Stages 0 to 2 all-reduce the gradients in buckets (1 and 2, too: `reduce_scatter` chooses what a rank keeps, not what is
-    sent); 1 and 2 then gather what each rank has updated, group by group. Stage 3 scatters the gradients and gathers every
-    parameter of both encoders once a step.
+    DeepSpeed all-reduces gradients on stages 0 to 2 (`reduce_scatter` chooses what a rank keeps, not what is sent), and gathers
+    what ranks have updated; on stage 3 it gathers every parameter of both encoders once a step. FSDP2 gathers a unit where it
+    is not whole: on stages 1 and 2 once, and the online backbone again for every repeated chunk, on stage 3 for every pass.
     """
-    zero = cfg.config.zero_optimization
-    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, cfg.config)]
-    bucket = BUCKET if zero.stage == 0 else zero.reduce_bucket_size or BUCKET
-    kind = "reduce-scatter" if zero.stage == 3 else "all-reduce"
-    yield from _in_buckets("gradients", kind, sum(groups), bucket)
+    zero, is_fsdp, chunks = cfg.config.zero_optimization, cfg.config.crossbatch.sharding == "fsdp", cfg.chunks
+    total, trained = count(model), count(model, trained=True)
+    if is_fsdp:
+        backbone = count(model.online.backbone)
+        gathered = total + (chunks * backbone if chunks > 1 else 0)
+        gathered += trained + 3 * (chunks - 1) * backbone if zero.stage == 3 else 0
+        bucket = prefetch = -(-total // len(model.fsdp_units()))
+    else:
+        gathered = total if zero.stage == 3 else trained
+        bucket = BUCKET if zero.stage == 0 else zero.reduce_bucket_size or BUCKET
+        prefetch = gathered if zero.stage < 3 else zero.stage3_prefetch_bucket_size or PREFETCH
+    is_scattered = zero.stage == 3 or (is_fsdp and zero.stage > 0)
+    yield from _in_buckets("gradients", "reduce-scatter" if is_scattered else "all-reduce", trained, bucket)
     if zero.stage > 0:
-        yield from [Message("gradient norm", "all-reduce", _FP32)] * len(groups)
-    if zero.stage == 3:
-        total, prefetch = sum(p.numel() for p in model.parameters()), zero.stage3_prefetch_bucket_size
-        yield from _in_buckets("parameters", "all-gather", total, PREFETCH if prefetch is None else prefetch)
-    elif zero.stage > 0:
-        yield from (Message("parameters", "all-gather", _FP32 * group) for group in groups)
+        yield from _in_buckets("parameters", "all-gather", gathered, prefetch)
 
 
 def _in_buckets(part: str, kind: str, elements: int, bucket: int) -> list[Message]:
-    calls = -(-elements // max(bucket, 1))
+    calls = -(-elements // bucket)
     return [Message(part, kind, _FP32 * elements / calls)] * calls
-
-
-def _fsdp(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
-    """FSDP2's: a unit is gathered where it is not whole; its gradients are scattered once, with the last chunk.
-
-    On stages 1 and 2 a unit stays whole until the next end of a backward pass, so the online backbone is gathered once for the
-    batch-wide part, and once for every chunk that is repeated. On stage 3 it is gathered for every pass, forward and backward.
-    """
-    stage, chunks = cfg.config.zero_optimization.stage, cfg.chunks
-    online, momentum = (set(encoder.backbone.modules()) for encoder in (model.online, model.momentum))
-    for unit, (numel, is_trained) in unit_sizes(model).items():
-        if is_trained:
-            yield Message("gradients", "reduce-scatter" if stage else "all-reduce", _FP32 * numel)
-        if unit in online:
-            again = 0 if chunks == 1 else chunks
-            gathers = 1 + again if stage < 3 else (2 if chunks == 1 else 3 * chunks)
-        elif unit in momentum:
-            gathers = chunks if stage == 3 else 1
-        else:
-            shared = unit is model.batchformer and model.momentum.batchformer is None
-            gathers = 1 + is_trained + shared if stage == 3 else 1
-            # FSDP2 fetches what ran before the backbone's backward pass, though nobody needs it any more.
-            gathers += chunks > 1 and unit is model.momentum.projector
-        if stage > 0:
-            yield from [Message("parameters", "all-gather", _FP32 * numel)] * gathers
-    if stage > 0:
-        yield Message("gradient norm", "all-reduce", _FP32)

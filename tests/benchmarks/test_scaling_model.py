@@ -6,13 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.scaling import calibration
-from benchmarks.scaling.calibration import ROWS, SINGLE, Fit, fit, leave_one_out, predict
+from benchmarks.scaling.calibration import (
+    MANY_GPUS,
+    ONE_GPU,
+    ROWS,
+    SINGLE,
+    START,
+    fit,
+    leave_out,
+    linear_scaling,
+    predict,
+)
 from crossbatch import InputError
 from crossbatch.engine.planning import plan, prediction
-from crossbatch.engine.planning.catalogue import GPUS, LINKS, NETWORKS, Link, find_gpu, machines
+from crossbatch.engine.planning.catalogue import GPUS, LINKS, NETWORKS, Link, machines
 from crossbatch.engine.planning.communication import LAUNCH_US, collective_ms, largest_of, wait_ms
-from crossbatch.engine.planning.compute import Efficiency, Work, work_of
+from crossbatch.engine.planning.prediction import Work, work_of
 
 
 def layout(ranks, nodes):
@@ -56,62 +65,55 @@ def test_waiting_is_that_of_random_pauses():
 
 
 def test_the_roofline():
-    v100 = find_gpu("v100-32g")
-    efficiency = Efficiency(of_peak=0.5, moves=20.0)
-    assert Work(1e12, 1e6).seconds(v100, "fp16", efficiency) == (pytest.approx(1e12 / (125e12 * 0.5)), "arithmetic")
-    assert Work(1e9, 1e9).seconds(v100, "fp16", efficiency) == (pytest.approx(20e9 / 900e9), "memory bandwidth")
+    v100, factors = GPUS["v100-32g"], {"of_peak": 0.5, "moves": 20.0}
+    assert Work(1e12, 1e6).seconds(v100, "fp16", **factors) == (pytest.approx(1e12 / (125e12 * 0.5)), "arithmetic")
+    assert Work(1e9, 1e9).seconds(v100, "fp16", **factors) == (pytest.approx(20e9 / 900e9), "memory bandwidth")
 
 
 def test_resnet50_is_counted_as_everywhere():
-    work = work_of("resnet50", 224, "fp16")
+    work = work_of("fp16", "resnet50", 224)
     assert work.flops / 3 / 2 == pytest.approx(4.09e9, rel=0.01)  # multiply-adds, without the classifier
 
 
 def test_published_runs_left_out_of_the_fit():
     """The targets of the model: median error at most 5 %, worst at most 25 %, and far better than linear scaling."""
-    tested = leave_one_out()
-    assert [row.name for row in tested] == [row.name for row in ROWS]
-    median, worst = calibration.typical(tested)
-    assert median < 0.05 and worst < 0.25
-    assert len({row.name for row in ROWS}) == len(ROWS) == 44
-    linear = [row.known.images_per_s / row.known.gpus * row.wanted.gpus / row.wanted.images_per_s - 1 for row in ROWS]
-    several = [i for i, row in enumerate(ROWS) if row.wanted.nodes > 1]
-    assert np.mean([abs(tested[i].error) for i in several]) < 0.25 * np.mean([abs(linear[i]) for i in several])
-    worst = max(abs(row.error) for row, of in zip(tested, ROWS, strict=True) if of.wanted.norms_over)
+    errors, linear = np.abs(leave_out(*MANY_GPUS)), np.abs(linear_scaling(ROWS))
+    assert len({row.name for row in ROWS}) == len(ROWS) == len(errors) == 44
+    assert np.median(errors) < 0.05 and errors.max() < 0.25
+    several = [row.wanted.nodes > 1 for row in ROWS]
+    assert errors[several].mean() < 0.25 * linear[several].mean()
+    worst = errors[[row.wanted.norms_over > 0 for row in ROWS]].max()
     assert pytest.approx(worst, abs=0.005) == prediction.ERROR_MANY_GPUS
 
 
 def test_one_gpu_left_out_of_the_fit():
-    tested = calibration.leave_one_out_single()
-    median, worst = calibration.typical(tested)
-    assert len(tested) == len(SINGLE) == 11 and median < 0.08 and worst < 0.15
-    assert pytest.approx(worst, abs=0.005) == prediction.ERROR_ONE_GPU
+    errors = np.abs(leave_out(*ONE_GPU))
+    assert len(errors) == len(SINGLE) == 11 and np.median(errors) < 0.08 and errors.max() < 0.15
+    assert pytest.approx(errors.max(), abs=0.005) == prediction.ERROR_ONE_GPU
 
 
 def test_plans_are_made_with_what_the_fit_finds():
     """The package ships the constants, this folder the runs that they are fitted to."""
-    found, ours = fit().of("pytorch", "eager", calibration.fit_efficiency()), prediction.FITTED
-    for name in ("fixed_ms", "contention_ms", "share"):
-        assert getattr(ours, name) == pytest.approx(getattr(found, name), rel=0.01)
-    assert vars(ours.efficiency) == pytest.approx(vars(found.efficiency), rel=0.01)
+    found = fit(*MANY_GPUS) | fit(*ONE_GPU)
+    found |= {"contention_ms": found["pytorch"], "share": found["eager"]}
+    for name, value in vars(prediction.FITTED).items():
+        assert value == pytest.approx(found[name], rel=0.01)
     assert set(plan.FITTED_ON_ONE) == {row.gpu for row in SINGLE}
 
 
 def test_a_fit_finds_the_constants_that_made_the_rows():
-    contention = {"pytorch": 0.01, "tensorflow": 0.008, "mxnet": 0.003, "paddle": 0.002}
-    made = Fit(6.0, contention, {"eager": 0.03, "graph": 0.01})
+    made = {"fixed_ms": 6.0, "pytorch": 0.01, "tensorflow": 0.008, "mxnet": 0.003, "paddle": 0.002}
+    made |= {"eager": 0.03, "graph": 0.01}
     rows = [replace(row, wanted=replace(row.wanted, images_per_s=predict(row, made))) for row in ROWS]
-    found = fit(rows)
-    assert found.share["eager"] == pytest.approx(0.03, rel=0.1)
-    assert found.contention_ms["pytorch"] == pytest.approx(0.01, rel=0.1)
-    assert found.fixed_ms == pytest.approx(6.0, rel=0.1)
+    found = fit(rows, predict, START)
+    for name in ("eager", "pytorch", "fixed_ms"):
+        assert found[name] == pytest.approx(made[name], rel=0.1)
 
 
 def test_predicting_the_known_run_gives_it_back():
-    constants = fit()
     for row in ROWS:
         same = replace(row, wanted=row.known)
-        assert predict(same, constants) == pytest.approx(row.known.images_per_s, rel=1e-9)
+        assert predict(same, START) == pytest.approx(row.known.images_per_s, rel=1e-9)
 
 
 def test_every_number_has_a_source():

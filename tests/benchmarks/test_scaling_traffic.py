@@ -1,6 +1,6 @@
 """On one, two and four ranks, every backend: the collectives of a real step beside those that the model says.
 
-Ours must be among them, exactly; what DeepSpeed and FSDP2 send besides must come to the same bytes within an eighth.
+Ours must be among them, exactly; what DeepSpeed and FSDP2 send besides must come to the same bytes within a quarter.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from crossbatch.engine.tasks.build import build_backend, build_model
 from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, zero
 
 BATCH = ["train_batch_size=24", "crossbatch.batchformer.group_size=12"]  # 6 images a rank of four: groups span two
-TOLERANCE, SMALL = 0.125, 256  # of bytes; gradient norms are a few numbers, whose calls differ
+TOLERANCE, SMALL = 0.25, 256  # of bytes; gradient norms are a few numbers, which are not counted
 CHUNKS = "train_micro_batch_size_per_gpu=3"
 
 
