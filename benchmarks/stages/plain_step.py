@@ -41,8 +41,8 @@ class PlainStep:
         self.batchformer = None
         if ours.batchformer.loss != "none":
             self.batchformer = nn.TransformerEncoderLayer(width, 4, width, dropout=ours.batchformer.dropout).to(device)
-        trained = nn.ModuleList([self.encoder, self.predictor, *([self.batchformer] if self.batchformer else [])])
-        self.parameters = [p for p in trained.parameters() if p.requires_grad]
+        trained = [self.encoder, self.predictor, *([self.batchformer] if self.batchformer else [])]
+        self.parameters = [p for part in trained for p in part.parameters() if p.requires_grad]
         self.velocity = {p: torch.zeros_like(p) for p in self.parameters}
         lars = isinstance(cfg.config.optimizer.params, LarsConfig)
         self.adamw = None if lars else torch.optim.AdamW(self.parameters, lr=EPS, weight_decay=0.1)
@@ -73,12 +73,8 @@ class PlainStep:
         queries, keys = (F.normalize(x.float(), dim=1) for x in (queries, keys))
         streams = 2 if self.batchformer is not None else 1
         labels = torch.arange(len(queries) // streams, device=self.device)
-        terms = [
-            F.cross_entropy(q @ k.T / self.temperature, labels)
-            for q in queries.chunk(streams)
-            for k in keys.chunk(streams)
-        ]
-        return 2 * self.temperature * torch.stack(terms).sum()
+        logits = [q @ k.T / self.temperature for q in queries.chunk(streams) for k in keys.chunk(streams)]
+        return 2 * self.temperature * torch.stack([F.cross_entropy(term, labels) for term in logits]).sum()
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -108,12 +104,9 @@ def plain_lars(p: torch.Tensor, velocity: torch.Tensor, lr: float, weight_decay:
 
 def _mlp(widths: list[int], last_norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(itertools.pairwise(widths), start=2):
-        layers.append(nn.Linear(before, after, bias=False))
-        if number < len(widths):
-            layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-        elif last_norm:
-            layers.append(nn.BatchNorm1d(after, affine=False))
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+    layers[-2:] = [nn.BatchNorm1d(widths[-1], affine=False)] if last_norm else []
     return nn.Sequential(*layers)
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.comparison import ratio_with_range
-from benchmarks.rows import machine_of, read
-from benchmarks.tables import images_per_s
+from benchmarks.rows import images_per_s, machine_of, read
 from crossbatch import InputError
 
 XEON = {"cpu": "Xeon", "cores": 2, "threads": 2, "gpus": []}
