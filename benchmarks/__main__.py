@@ -1,7 +1,9 @@
-"""python -m benchmarks STAGE... | all [--quick | --brief] [--out DIR]     measures
-python -m benchmarks report [DIR] [--output DIR]                        tables, pictures and a page of what was measured
-python -m benchmarks compare BEFORE AFTER                               two results of one machine, case by case
-python -m benchmarks scaling --ranks 1 2 4 | backtest | fit ...         how training scales: measured, predicted
+"""Measures every stage beside what people would otherwise use, and reports what was measured.
+
+python -m benchmarks STAGE... | all [--quick | --brief] [--out DIR]     measures
+python -m benchmarks report [DIR] [--output DIR]                        makes tables, pictures and a page of the rows
+python -m benchmarks compare BEFORE AFTER                               compares two results of one machine, case by case
+python -m benchmarks scaling --ranks 1 2 4 | efficiency | backtest      measures and predicts how training scales
 
 Each stage runs in a process of its own, so it finds the machine as a user's process does, with nothing cached or initialised
 by another stage; if one fails, the others go on. A row for each case is printed and, with --out, appended to DIR/<stage>.jsonl

@@ -1,8 +1,8 @@
-"""python -m benchmarks compare BEFORE AFTER [--machine NAME]
+"""Compares two results of one machine, files or folders of rows, case by case: `python -m benchmarks compare BEFORE AFTER`
 
-The command compares two results of one machine, files or folders, case by case. "before / after" is the ratio of the medians,
-above 1 where AFTER is faster (or smaller). The range is what the two spreads allow, p20 of one over p80 of the other; a range
-that holds 1 is no difference. If a case was measured several times, its last row counts.
+"before / after" is the ratio of the medians, above 1 where AFTER is faster (or smaller). The range is what the two spreads
+allow, p20 of one over p80 of the other; a range that holds 1 is no difference. If a case was measured several times, its last
+row counts.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""python -m benchmarks.gpu [--out DIR] [--minutes 8] [--stages STAGE...]
+"""Runs the tests that need a GPU, and every stage in brief, in one go: `python -m benchmarks.gpu [--minutes 8]`
 
-The command runs everything that a machine with one NVIDIA GPU can say, in one go and without a network: the tests that need a
-GPU, and every stage in brief. Each part has a share of the time; one that fails or takes longer says so, and the rest goes on.
-It leaves a folder:
+It is made for a machine with one NVIDIA GPU and without a network. Each part has a share of the time; one that fails or takes
+longer says so, and the rest goes on. It leaves a folder:
 
     <stage>.jsonl    rows, as soon as they are measured
     outcomes.json    how each part ended

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -87,33 +87,25 @@ def block_ms(call: Callable[[], object]) -> float:
     return 1000 * clock.blocked_autorange(min_run_time=BLOCKS_S).median
 
 
-def summarise(samples: Mapping[str, list[float]], settings: dict[str, Any]) -> list[Row]:
-    """Return a row in ms for each case, with its ratio to the first."""
+def summarise(samples: Mapping[str, list[float]], settings: dict[str, Any], unit: str = "ms") -> list[Row]:
+    """Return a row for each case, with its ratio to the first, which is the baseline; what is counted has one sample."""
     now, baseline = clocks(), next(iter(samples))
-    rows = [Row.of_samples(case, values, settings=settings, clocks=now) for case, values in samples.items()]
+    rows = [Row.of_samples(case, values, unit, settings=settings, clocks=now) for case, values in samples.items()]
     for row in rows:
-        row.baseline, row.ratio = baseline, rows[0].p50 / row.p50
+        row.baseline, row.ratio = baseline, rows[0].p50 / row.p50 if row.p50 else None
     return rows
-
-
-def compare_counts(values: Mapping[str, float], settings: dict[str, Any], unit: str) -> Iterator[Row]:
-    """Yield a row for each case that was counted or measured once, with its ratio to the first."""
-    baseline, reference = next(iter(values.items()))
-    for case, value in values.items():
-        ratio = reference / value if value else None
-        yield Row.of_one(case, value, unit, settings, baseline=baseline, ratio=ratio)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def compare_peaks(cases: Mapping[str, Callable[[], float]], settings: dict[str, Any]) -> Iterator[Row]:
-    """Call each function, which returns MiB and can be pickled, in a process that does nothing else; yield the rows."""
+def compare_peaks(cases: Mapping[str, Callable[[], float]], settings: dict[str, Any]) -> list[Row]:
+    """Return rows of what the functions return, MiB, each called in a process that does nothing else; it is pickled."""
     peaks = {}
     for case, function in cases.items():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            peaks[case] = pool.submit(function).result()
-    yield from compare_counts(peaks, settings, "MiB")
+            peaks[case] = [pool.submit(function).result()]
+    return summarise(peaks, settings, "MiB")
 
 
 def peak_mib(call: Callable[[], object]) -> float:

@@ -1,8 +1,7 @@
-"""python -m benchmarks report [DIR] [--output DIR] [--machine NAME]
+"""Writes the rows of one machine as tables and pictures: `python -m benchmarks report [DIR]`
 
-The command writes the rows of one machine as tables and pictures: report.md with PNGs beside it, and report.html, one file with
-the same that loads nothing else. If a case was measured several times, its last row counts. Rows of several machines are
-refused until --machine names one.
+It makes report.md with PNGs beside it, and report.html, one file with the same that loads nothing else. If a case was measured
+several times, its last row counts. Rows of several machines are refused until --machine names one.
 """
 
 import argparse

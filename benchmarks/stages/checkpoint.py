@@ -2,8 +2,8 @@
 
 The state is that of ResNet-50 + BatchFormer with LARS. Cases: what training waits for a synchronous and for an asynchronous
 save; the whole time of an asynchronous one; torch.save of the same tensors with fsync, as one would do it by hand; reading and
-checking a checkpoint. Then what a save that is under way costs whoever computes meanwhile: matrix products for about as long as
-it takes. Files go to the system's temporary folder.
+checking a checkpoint. Then what a save costs the computation meanwhile: matrix products alone, and for as long as a save takes.
+Files go to the system's temporary folder.
 """
 
 import os
@@ -24,7 +24,7 @@ from crossbatch.engine.sharding import Backend
 
 
 def run(effort: Effort) -> Iterator[Row]:
-    """Yield the rows of saving and reading, then those of who computes meanwhile."""
+    """Yield the rows of saving and reading, then those of matrix products alone and during a save."""
     cfg, settings = recipe.load_main(effort)
     config = {**to_dict(cfg.config), "world_size": 1}
     with recipe.one_rank() as device, tempfile.TemporaryDirectory() as folder:

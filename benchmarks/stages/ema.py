@@ -11,6 +11,7 @@ import torch
 from benchmarks.measure import compare
 from benchmarks.rows import Row
 from benchmarks.stages import Effort, recipe
+from benchmarks.stages.plain_step import plain_moving_average
 
 MOMENTUM = 0.99
 _BYTES = 12
@@ -29,15 +30,8 @@ def run(effort: Effort) -> Iterator[Row]:
         count = sum(average.numel() for _, average in pairs)
         source, target = torch.zeros(2, count * _BYTES // 8, device=device)
         cases = {
-            "loop over parameters": lambda: _loop(pairs),
+            "loop over parameters": lambda: plain_moving_average(pairs, MOMENTUM),
             "ours, foreach": lambda: backend.update_momentum(MOMENTUM),
             "copy of as many bytes": lambda: target.copy_(source),
         }
         yield from compare(cases, {**settings, "parameters": count}, effort)
-
-
-@torch.no_grad()
-def _loop(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Update one parameter after the other, through a new tensor each."""
-    for online, average in pairs:
-        average.copy_(average * MOMENTUM + online * (1 - MOMENTUM))

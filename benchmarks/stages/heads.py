@@ -1,8 +1,8 @@
 """Measures what follows BatchFormer, the heads on n images and the loss against the keys of B, beside plain torch.
 
 Heads: forward and backward of projector and predictor on both views of n images. Our norms take both views in one call; the
-baseline is the same layers with torch's `nn.BatchNorm1d`, called once a view. Widths are those of a ResNet-50 (C 2048, hidden
-4096, 256 out).
+baseline is the same layers with torch's `nn.BatchNorm1d` (plain_step.py), called once a view. Widths are those of a ResNet-50
+(C 2048, hidden 4096, 256 out).
 
 Loss: one term, forward and backward, n rows against B keys; ours in tiles, the baseline `cross_entropy(q @ keys.T / T)`. Memory
 is the peak of a process of its own.
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from benchmarks.measure import compare, compare_peaks, peak_mib
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
+from benchmarks.stages.plain_step import plain_head
 from crossbatch.engine.config import Device
 from crossbatch.models.cross_entropy import cross_entropy_over_keys
 from crossbatch.models.heads import build_predictor, build_projector
-from crossbatch.models.norm import ViewBatchNorm
 
 C, HIDDEN, D = 2048, 4096, 256
 PLAIN, OURS = "plain torch", "ours"
@@ -45,18 +45,11 @@ def _heads(n: int) -> dict[str, Callable[[], None]]:
     torch.manual_seed(0)
     features = torch.randn(2 * n, C, device=device, requires_grad=True)
     ours = nn.Sequential(build_projector("resnet", C, HIDDEN, D), build_predictor("resnet", HIDDEN, D)).to(device)
-    layers = [layer for head in ours.children() for layer in head.children()]
-    plain = nn.Sequential(*(_with_torchs_norm(layer) for layer in layers)).to(device)
+    plain = nn.Sequential(plain_head([C, HIDDEN, D], True), plain_head([D, HIDDEN, D], False)).to(device)
     return {
         PLAIN: lambda: torch.cat([plain(view) for view in features.chunk(2)]).sum().backward(),
         OURS: lambda: ours(features).sum().backward(),
     }
-
-
-def _with_torchs_norm(layer: nn.Module) -> nn.Module:
-    if isinstance(layer, ViewBatchNorm):
-        return nn.BatchNorm1d(layer.num_features, affine=layer.affine)
-    return nn.Linear(layer.in_features, layer.out_features, bias=False) if isinstance(layer, nn.Linear) else nn.ReLU()
 
 
 def _term(name: str, n: int, B: int) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from benchmarks.measure import Cases, compare, compare_counts
+from benchmarks.measure import Cases, compare, summarise
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
 from crossbatch.data.sampler import GlobalBatchSampler
@@ -35,8 +35,8 @@ def run(effort: Effort) -> Iterator[Row]:
         for make, images in ((_class_folders, in_folders), (_shards, in_shards)):
             cases, settings = make(Path(temporary), images), {"images": images, "classes": CLASSES}
             yield from compare(cases, settings, effort, resident=True)
-            kept = {f"{case}: memory": _kept_bytes(call) / images for case, call in cases.items()}
-            yield from compare_counts(kept, settings, "bytes/image")
+            kept = {f"{case}: memory": [_kept_bytes(call) / images] for case, call in cases.items()}
+            yield from summarise(kept, settings, "bytes/image")
 
 
 def _class_folders(folder: Path, images: int) -> Cases:

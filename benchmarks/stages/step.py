@@ -87,24 +87,15 @@ def _sizes(effort: Effort) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
     """Return the images of timed steps by network, and (network, images, images of a chunk) of weighed ones."""
     quick = {"ResNet-18, 64 px": 16}
     if Device.detect().type == "cuda":
-        images = _images_that_fit()
+        # One chunk of a ResNet-50 keeps 83.5 MiB of an image, and four models lie beside it.
+        fitting = [images for images in (256, 128, 64) if images * 2**27 <= torch.cuda.mem_get_info()[0]]
+        images = max(fitting, default=32)
         timed = {"ResNet-50, 224 px": images, "ViT-S, 224 px": images}
         return effort.pick(quick, timed, timed), [("ResNet-50, 224 px", images, 32)]
     brief = {"ResNet-50, 96 px": 64, "ViT-S of 4 blocks, 32 px": 256}
     timed = effort.pick(quick, brief, {"ResNet-50, 224 px": 64, "ViT-S of 4 blocks, 32 px": 256})
     weighed = [(SMALL, images, 64) for images in effort.pick([256], [256, 1024], [256, 512, 1024])]
     return timed, weighed + [("ResNet-50, 224 px", images, 8) for images in effort.pick([], [], [16, 32, 64])]
-
-
-def _images_that_fit() -> int:
-    """Return 256, or less on a small GPU.
-
-    One chunk of a ResNet-50 keeps 83.5 MiB of an image, and four models lie beside it.
-    """
-    images = 256
-    while images > 32 and images * 2**27 > torch.cuda.mem_get_info()[0]:
-        images //= 2
-    return images
 
 
 def _time(network: str, images: int, effort: Effort, device: torch.device) -> Iterator[Row]:

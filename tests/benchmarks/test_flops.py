@@ -1,4 +1,4 @@
-"""Counted operations against formulas, and what becomes of them on cards that are and are not known."""
+"""Compares counted operations with formulas, and checks rates on cards that are and are not known."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a row says of calls with a known time and memory, how rows are appended to a file, and the command line of stages."""
+"""Checks rows of calls with a known time and memory, the files that they are appended to, and the command line of stages."""
 
 import json
 import mmap
@@ -13,7 +13,7 @@ import pytest
 from benchmarks import processes
 from benchmarks.__main__ import chosen, measure_here
 from benchmarks.__main__ import main as benchmarks
-from benchmarks.measure import append, block_ms, compare, compare_counts, machine, peak_mib, summarise
+from benchmarks.measure import append, block_ms, compare, machine, peak_mib, summarise
 from benchmarks.rows import VERSION, Row
 from benchmarks.stages import STAGES, Effort
 from crossbatch import InputError
@@ -59,7 +59,7 @@ def test_short_calls_are_timed_in_blocks_and_given_per_call():
 
 
 def test_a_ratio_of_nothing_is_left_out():
-    ratios = [row.ratio for row in compare_counts({"base": 4.0, "none": 0.0, "some": 2.0}, {}, "MiB")]
+    ratios = [row.ratio for row in summarise({"base": [4.0], "none": [0.0], "some": [2.0]}, {}, "MiB")]
     assert ratios == [1.0, None, 2.0]
 
 
@@ -131,7 +131,7 @@ def _read(file: Path) -> bytes:
 
 
 def test_a_stage_runs_in_a_process_of_its_own(tmp_path):
-    """Really, by the command line of a user."""
+    """Start it by the command line of a user."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "benchmarks", "transfer", "--quick", "--out", "rows"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)

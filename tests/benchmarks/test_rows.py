@@ -1,4 +1,4 @@
-"""Reading rows of every version, of damaged files and of several machines; comparing two results."""
+"""Reads rows of every version, of damaged files and of several machines, and compares two results."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def write(path: Path, *rows: dict) -> Path:
 
 
 def old_row(**more) -> dict:
-    """As version 1 wrote it."""
+    """Return a row as version 1 wrote it."""
     new = row(**more)
     return {name: new[name] for name in new if name not in ("version", "time", "effort", "clocks", "peak_mib")}
 
