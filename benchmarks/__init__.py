@@ -1,12 +1,12 @@
 """Measures every stage beside what people would otherwise use: `python -m benchmarks STAGE...`
 
 __main__    the commands
-stages/     one module a stage, with its baselines
+stages/     one module a stage, and the baselines that several share
 measure     times and weighs the cases of a stage in turns; writes rows
-rows        what a row of results says; reads rows
-tables, report, comparison      rows as tables, as a page with pictures, two results side by side
+rows        what a row of results says; reads rows and shows them as tables
+report, comparison      rows as a page with pictures; two results side by side
 flops       counts what a stage computes
-processes, gpu      stages in processes of their own; `make bench-gpu`
+processes, gpu      run stages in processes of their own; `make bench-gpu`
 scaling/    how training scales: measured and predicted
 results/    rows that we measured
 """

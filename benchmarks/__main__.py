@@ -1,7 +1,9 @@
-"""python -m benchmarks STAGE... | all [--quick | --brief] [--out DIR]     measures
-python -m benchmarks report [DIR] [--output DIR]                        tables, pictures and a page of what was measured
-python -m benchmarks compare BEFORE AFTER                               two results of one machine, case by case
-python -m benchmarks scaling --ranks 1 2 4 | backtest | fit ...         how training scales: measured, predicted
+"""Measures every stage beside what people would otherwise use, and reports what was measured.
+
+python -m benchmarks STAGE... | all [--quick | --brief] [--out DIR]     measures
+python -m benchmarks report [DIR] [--output DIR]                        makes tables, pictures and a page of the rows
+python -m benchmarks compare BEFORE AFTER                               compares two results of one machine, case by case
+python -m benchmarks scaling --ranks 1 2 4 | efficiency | backtest      measures and predicts how training scales
 
 Each stage runs in a process of its own, so it finds the machine as a user's process does, with nothing cached or initialised
 by another stage; if one fails, the others go on. A row for each case is printed and, with --out, appended to DIR/<stage>.jsonl
@@ -14,7 +16,8 @@ import importlib
 import sys
 from pathlib import Path
 
-from benchmarks import processes, tables
+from benchmarks import processes
+from benchmarks.rows import show, table
 from benchmarks.stages import STAGES, WITH_IMAGES, Effort
 from crossbatch import InputError
 
@@ -42,25 +45,23 @@ def measure(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stages", nargs="+", metavar="STAGE", help=f"all, or some of {', '.join(STAGES)}")
-    efforts = parser.add_mutually_exclusive_group()
-    efforts.add_argument("--quick", action="store_true", help="small sizes, few repeats: does it run?")
-    efforts.add_argument("--brief", action="store_true", help="the sizes that matter, a second or two each")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="append the rows to DIR/<stage>.jsonl")
-    parser.add_argument(
-        "--images", metavar="DIR", type=Path, help="decode, augment and load DIR/train/... (default: generated)"
-    )
-    parser.add_argument("--limit", metavar="S", type=float, help="seconds after which a stage is stopped")
-    parser.add_argument("--in-process", action="store_true", help="measure in this process (for debugger and profiler)")
+    add = parser.add_argument
+    add("stages", nargs="+", metavar="STAGE", help=f"all, or some of {', '.join(STAGES)}")
+    add("--quick", dest="effort", action="store_const", const="quick", help="small sizes, few repeats: does it run?")
+    add("--brief", dest="effort", action="store_const", const="brief", help="the sizes that matter, seconds each")
+    add("--out", metavar="DIR", type=Path, help="append the rows to DIR/<stage>.jsonl")
+    add("--images", metavar="DIR", type=Path, help="decode, augment and load DIR/train/... (default: generated)")
+    add("--limit", metavar="S", type=float, help="seconds after which a stage is stopped")
+    add("--in-process", action="store_true", help="measure in this process (for debugger and profiler)")
     given = parser.parse_args(arguments)
-    stages, effort = chosen(given.stages), "quick" if given.quick else "brief" if given.brief else "full"
+    stages = chosen(given.stages)
     if given.images is not None and not given.images.is_dir():
         raise InputError(f"--images: no such folder: {given.images}; name one that holds train/...")
     if given.in_process:
         for stage in stages:
-            measure_here(stage, Effort(effort), given.out, given.images)
+            measure_here(stage, Effort(given.effort or "full"), given.out, given.images)
         return 0
-    command = [sys.executable, "-m", "benchmarks", "--in-process", *([] if effort == "full" else [f"--{effort}"])]
+    command = [sys.executable, "-m", "benchmarks", "--in-process", *([f"--{given.effort}"] if given.effort else [])]
     for flag, folder in (("--out", given.out), ("--images", given.images)):
         command += [] if folder is None else [flag, str(folder)]
     ended = {stage: processes.run([*command, stage], given.limit) for stage in stages}
@@ -68,8 +69,8 @@ def measure(arguments: list[str]) -> int:
         print(f"{stage}: {words}")
     if given.out is not None:
         print(f"next: python -m benchmarks report {given.out}")
-    codes = [code for code, _ in ended.values()]
-    return 2 if 2 in codes else int(any(code != 0 for code in codes))
+    codes = {code for code, _ in ended.values()}
+    return 2 if 2 in codes else int(codes != {0})
 
 
 def chosen(names: list[str]) -> list[str]:
@@ -95,7 +96,7 @@ def measure_here(stage: str, effort: Effort, out: Path | None, images: Path | No
                 append(out / f"{stage}.jsonl", stage, [row], effort)
     finally:
         if rows:
-            tables.show(stage, *tables.of_rows(rows, without=("effort", "commit")))
+            show(stage, *table(rows, without=("effort", "commit")))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""python -m benchmarks compare BEFORE AFTER [--machine NAME]
+"""Compares two results of one machine, files or folders of rows, case by case: `python -m benchmarks compare BEFORE AFTER`
 
-Compares two results, files or folders, of the same machine, case by case: BEFORE / AFTER of the medians, above 1 where AFTER
-is faster (or smaller), with the range that the two spreads allow, p20 of one over p80 of the other. A range that holds 1 is no
-difference. Where a case was measured several times, its last row counts.
+"before / after" is the ratio of the medians, above 1 where AFTER is faster (or smaller). The range is what the two spreads
+allow, p20 of one over p80 of the other; a range that holds 1 is no difference. If a case was measured several times, its last
+row counts.
 """
 
 import argparse
 import math
 from pathlib import Path
 
-from benchmarks.rows import Results, StoredRow, machine_of, read
-from benchmarks.tables import short, show
+from benchmarks.rows import Results, StoredRow, machine_of, read, short, show
 from crossbatch import InputError
 
 COLUMNS = ("stage", "case", "before", "after", "unit", "before / after", "range", "")
@@ -25,7 +24,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("before", metavar="BEFORE", type=Path, help="a .jsonl file or a folder of them")
     parser.add_argument("after", metavar="AFTER", type=Path, help="the same")
-    parser.add_argument("--machine", metavar="NAME", help="of several: the number or a part of the name of one")
+    parser.add_argument("--machine", metavar="NAME", help="a part of the name of one, if there are several")
     given = parser.parse_args(arguments)
     before, after = (read(path).of_machine(given.machine) for path in (given.before, given.after))
     lines, notes = compare(before, after)

@@ -5,7 +5,6 @@ counts once (Chowdhery et al., 2022, appendix B), so count a step whose backbone
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.rows import Row
 from crossbatch.engine.planning.catalogue import CARDS, GPUS
 
-UNKNOWN = "unknown"
-
 
 def count(call: Callable[[], Any]) -> int:
     """Make one call and return its FLOPs."""
-    from crossbatch.models.batchformer import ops  # registers the operators
+    import crossbatch.models.batchformer.ops  # noqa: F401, registers the operators
 
     mapping = {
         torch.ops.crossbatch.batchformer_attention: _attention,
         torch.ops.crossbatch.batchformer_attention_backward: _attention_backward,
     }
-    assert ops.attention is not None
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
     return counter.get_total_flops()
@@ -33,27 +29,19 @@ def count(call: Callable[[], Any]) -> int:
 
 def with_rates(rows: list[Row], flops: int, precision: str) -> list[Row]:
     """Add to rows in ms of calls that compute `flops`: TFLOP of a call, TFLOP/s and `mfu`, "unknown" where the peak is."""
-    peak = peak_flops(precision)
-    return [replace(row, settings={**row.settings, **_rates(flops, row.p50 / 1000, peak)}) for row in rows]
-
-
-def _rates(flops: int, seconds: float, peak: float | None) -> dict[str, Any]:
-    per_s = flops / seconds
-    return {"tflop": flops / 1e12, "tflop_per_s": per_s / 1e12, "mfu": UNKNOWN if peak is None else per_s / peak}
-
-
-def peak_flops(precision: str) -> float | None:
-    """Return the dense FLOP/s of this machine's GPU in a precision; None for a CPU, and for a card that is not in CARDS.
-
-    None for fp32, too, on cards with TF32: torch lets convolutions use it, and products not.
-    """
-    if not torch.cuda.is_available():
-        return None
-    return peak_of_card(torch.cuda.get_device_name(), precision)
+    peak = peak_of_card(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
+    for row in rows:
+        per_s = flops / row.p50 * 1000
+        rates = {"tflop": flops / 1e12, "tflop_per_s": per_s / 1e12, "mfu": per_s / peak if peak else "unknown"}
+        row.settings = row.settings | rates
+    return rows
 
 
 def peak_of_card(name: str, precision: str) -> float | None:
-    """Return the dense FLOP/s of a card by the name that CUDA has for it; None where it is unknown."""
+    """Return the dense FLOP/s of a card by the name that CUDA has for it; None where it is not in CARDS.
+
+    None for fp32, too, on cards with TF32: torch lets convolutions use it, and products not.
+    """
     card = GPUS.get(CARDS.get(name, ""))
     if card is None or (precision == "fp32" and card.tf32):
         return None

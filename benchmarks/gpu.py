@@ -1,16 +1,15 @@
-"""python -m benchmarks.gpu [--out DIR] [--minutes 8] [--stages STAGE...]
+"""Runs the tests that need a GPU, and every stage in brief, in one go: `python -m benchmarks.gpu [--minutes 8]`
 
-Runs everything that a machine with one NVIDIA GPU can say, in one go and without a network: the tests that need a GPU, and
-every stage in brief. Each part has a share of the time; one that fails or takes longer says so, and the rest goes on. It leaves
-a folder:
+It is made for a machine with one NVIDIA GPU and without a network. Each part has a share of the time; one that fails or takes
+longer says so, and the rest goes on. It leaves a folder:
 
     <stage>.jsonl    rows, as soon as they are measured
     outcomes.json    how each part ended
     <part>.txt       what it printed
     report/          see `python -m benchmarks report`
 
-Needs the packages of setup.py, of which DALI, DeepSpeed and pytest may be missing: what needs them fails, or does without. This
-file itself needs none, so that it can say what is missing.
+It needs the packages of setup.py. DALI, DeepSpeed and pytest may be missing: what needs them fails, or does without. This file
+itself needs none, so that it can say what is missing.
 """
 
 import argparse
@@ -21,11 +20,9 @@ import time
 from pathlib import Path
 
 from benchmarks import processes
+from benchmarks.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
-# What the GPU decides comes first: if time runs out, the rest is left out.
-STAGES = ("step", "backbone", "batchformer", "heads", "optimizer", "ema", "transfer", "augment", "data", "decode")
-STAGES += ("checkpoint", "collectives", "index")
 NOT_OF_A_GPU = ("collectives", "index")  # these are only tried
 TESTS_SHARE = 0.35  # of the time, at most
 REPORT_S = 30.0  # kept back for it
@@ -37,14 +34,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="default: benchmarks/results/gpu-<time>")
-    parser.add_argument("--minutes", metavar="N", type=float, default=8.0, help="for all of it; default 8")
-    parser.add_argument(
-        "--stages", metavar="STAGE", nargs="*", default=list(STAGES), choices=STAGES, help="default: all"
-    )
-    parser.add_argument("--effort", choices=("quick", "brief"), default="brief", help="default: brief")
+    out = ROOT / "benchmarks" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
+    add = parser.add_argument
+    add("--out", metavar="DIR", type=Path, default=out, help="default: benchmarks/results/gpu-<time>")
+    add("--minutes", metavar="N", type=float, default=8.0, help="for all of it; default 8")
+    add("--stages", metavar="STAGE", nargs="*", default=STAGES, choices=STAGES, help="default: all")
+    add("--effort", choices=("quick", "brief"), default="brief", help="default: brief")
     given = parser.parse_args(arguments)
-    out = (given.out or ROOT / "benchmarks" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     parts = Parts(out, time.monotonic() + 60 * given.minutes - 5)  # what starting and stopping takes
     # Also for what the tests start: crossbatch need not be installed.
@@ -79,9 +76,11 @@ class Parts:
         """Run a part for at most `limit_s`, print the end of what it printed, and note how it ended."""
         limit_s = min(limit_s, max(LEAST_S, self.left_s))
         print(f"--- {name} (at most {max(0, limit_s):.0f} s)", flush=True)
-        printed, code, outcome = self.out / f"{name}.txt", None, "left out: no time"
+        outcome = "left out: no time"
         if limit_s >= LEAST_S:
-            code, outcome = processes.run(command, limit_s, printed)
+            printed = self.out / f"{name}.txt"
+            with printed.open("wb") as output:
+                code, outcome = processes.run(command, limit_s, output)
             lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(lines[-40:]), flush=True)
             if lines and (code != 0 or name == "tests"):

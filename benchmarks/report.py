@@ -1,34 +1,32 @@
-"""python -m benchmarks report [DIR] [--output DIR] [--machine NAME]
+"""Writes the rows of one machine as tables and pictures: `python -m benchmarks report [DIR]`
 
-Writes the rows of one machine as tables and pictures: report.md with PNGs beside it, and report.html, one file with the same
-that loads nothing else. Of a case that was measured several times, the last row counts. Rows of several machines are refused
-until --machine names one.
+It makes report.md with PNGs beside it, and report.html, one file with the same that loads nothing else. If a case was measured
+several times, its last row counts. Rows of several machines are refused until --machine names one.
 """
 
 import argparse
 import ast
 import base64
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt  # comes with rich
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.rows import Results, StoredRow, machine_of, read
-from benchmarks.tables import COLUMNS, cells, escaped, markdown, of_rows, short
+from benchmarks.rows import Results, StoredRow, cells, machine_of, read, short, table
 from crossbatch import InputError
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
 OUTCOMES = "outcomes.json"  # beside the rows, where `python -m benchmarks.gpu` wrote them: how each part ended
 LEGEND = (
     "The baseline is what one would use otherwise, measured in the same run, in turns. A ratio above 1 means that the case is "
     "so many times as fast as the baseline, or as small. Figures are percentiles 20, 50 and 80 of n samples. Peak: memory in "
     "use at most during a call, of the GPU's allocator, or resident in the process."
 )
-OURS, BASELINE, INK = "#1f6f8b", "#b4b4b4", "#222222"
+OURS, BASELINE = "#1f6f8b", "#b4b4b4"
 
 
 def main(arguments: list[str]) -> None:
@@ -36,9 +34,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", metavar="DIR", type=Path, nargs="?", default=RESULTS, help="default: %(default)s")
+    parser.add_argument(
+        "results", metavar="DIR", type=Path, nargs="?", default=HERE / "results", help="default: %(default)s"
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, help="where to write (default: DIR/report)")
-    parser.add_argument("--machine", metavar="NAME", help="of several: the number or a part of the name of one")
+    parser.add_argument("--machine", metavar="NAME", help="a part of the name of one, if there are several")
     given = parser.parse_args(arguments)
     results = read(given.results).of_machine(given.machine)
     folder = given.results if given.results.is_dir() else given.results.parent
@@ -62,9 +62,7 @@ def write(results: Results, outcomes: dict[str, str], output: Path) -> None:
     page = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for stage, rows in stages.items():
         file = output / f"{stage}.png"
-        figure = bars(rows)
-        FigureCanvasAgg(figure)
-        figure.savefig(file, dpi=110)
+        bars(rows).savefig(file, dpi=110)
         data = base64.b64encode(file.read_bytes()).decode()
         page = page.replace(f'src="{file.name}"', f'src="data:image/png;base64,{data}"')
     (output / "report.html").write_text(_PAGE.replace("BODY", page), encoding="utf-8")
@@ -78,32 +76,30 @@ def _paragraphs(stages: dict[str, list[StoredRow]], notes: Sequence[str], outcom
     rows = [row for rows in stages.values() for row in rows]
     yield "# Benchmarks"
     yield machine_of(rows[0])
-    yield markdown(("", f"{len(rows)} rows"), _origin(rows))
-    yield from (f"Note: {escaped(note)}" for note in notes)
+    yield _markdown(("", f"{len(rows)} rows"), _origin(rows))
+    yield from (f"Note: {_escaped(note)}" for note in notes)
     if outcomes:
         yield "## How the parts ended"
-        yield markdown(("part", "outcome"), outcomes.items())
+        yield _markdown(("part", "outcome"), outcomes.items())
     yield "## Ratio to the baseline of each stage"
     yield LEGEND
-    yield markdown(("stage", "unit", "cases", "lowest", "highest"), _ratios(stages))
+    yield _markdown(("stage", "unit", "cases", "lowest", "highest"), _ratios(stages))
     for stage, rows in stages.items():
         yield f"## {stage}"
-        yield _what(stage)
+        yield _first_paragraph(stage)
         yield f"![{stage}: bars of the cases]({stage}.png)"
-        yield markdown(*of_rows(rows))
+        yield _markdown(*table(rows))
 
 
-def _origin(rows: list[StoredRow]) -> list[tuple[str, str]]:
-    """Return what the rows say about where they come from, several values where they differ."""
-    facts = {
-        "commits": [row["commit"] for row in rows],
-        "measured": [row["time"][:10] if row["time"] else "before rows had a time" for row in rows],
-        "threads": [row["machine"].get("threads") for row in rows],
-    }
-    for package in dict.fromkeys(name for row in rows for name in row["versions"]):
-        facts[package] = [row["versions"].get(package) for row in rows]
-    lines = [(name, ", ".join(sorted({str(v) for v in values if v is not None}))) for name, values in facts.items()]
-    return [line for line in lines if line[1]]
+def _origin(rows: list[StoredRow]) -> Iterable[tuple[str, str]]:
+    """Yield what the rows say about where they come from, several values where they differ."""
+    facts: dict[str, set[str]] = {}
+    for row in rows:
+        days = row["time"] and row["time"][:10]
+        found = {"commits": row["commit"], "measured": days, "threads": row["machine"].get("threads")}
+        for name, value in (found | row["versions"]).items():
+            facts.setdefault(name, set()).update([] if value is None else [str(value)])
+    yield from ((name, ", ".join(sorted(values))) for name, values in facts.items() if values)
 
 
 def _ratios(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:
@@ -116,14 +112,24 @@ def _ratios(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:
                 yield stage, unit, str(len(cases)), *(f"{row['ratio']:.2f} ({row['case']})" for row in ends)
 
 
-def _what(stage: str) -> str:
-    """Return the first paragraph of the stage's module; rows of a stage that is no longer there have none."""
-    here = Path(__file__).parent
-    for file in (here / "stages" / f"{stage}.py", here / stage / "__init__.py"):
+def _first_paragraph(stage: str) -> str:
+    """Return what the stage's module says of it; rows of a stage that is no longer there have none."""
+    for file in (HERE / "stages" / f"{stage}.py", HERE / stage / "__init__.py"):
         if file.exists():
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
             return " ".join(text.split("\n\n")[0].split())
     return ""
+
+
+def _markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right."""
+    marks = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, marks, *(map(_escaped, line) for line in lines)))
+
+
+def _escaped(text: str) -> str:
+    """Escape what has a meaning in a Markdown table."""
+    return re.sub(r"([|*<`])", r"\\\1", text)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -142,40 +148,32 @@ def bars(rows: Sequence[StoredRow]) -> Figure:
     figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for ax, panel in zip(axes, panels.values(), strict=True):
-        _bars_of(ax, panel)
+        _draw(ax, panel)
     return figure
 
 
-def _bars_of(ax: Axes, rows: list[StoredRow]) -> None:
-    spread = [[row["p50"] - row["p20"] for row in rows], [row["p80"] - row["p50"] for row in rows]]
-    colours = [BASELINE if row["case"] == row["baseline"] else OURS for row in rows]
-    faces = ["none" if row["settings"].get("predicted") else c for row, c in zip(rows, colours, strict=True)]
-    places, error_style = range(len(rows)), {"ecolor": INK, "capsize": 2}
-    ax.barh(
-        places, [row["p50"] for row in rows], 0.7, color=faces, edgecolor=colours, xerr=spread, error_kw=error_style
-    )
+def _draw(ax: Axes, rows: list[StoredRow]) -> None:
     for place, row in enumerate(rows):
-        text = f"  {short(row['p50'])} {row['unit']}   {cells(row)[COLUMNS.index('ratio')]}"
+        colour = BASELINE if row["case"] == row["baseline"] else OURS
+        face = "none" if row["settings"].get("predicted") else colour
+        spread = [[row["p50"] - row["p20"]], [row["p80"] - row["p50"]]]
+        ax.barh(place, row["p50"], 0.7, color=face, edgecolor=colour, xerr=spread, error_kw={"capsize": 2})
+        text = f"  {short(row['p50'])} {row['unit']}   {cells(row)['ratio']}"
         ax.text(row["p80"], place, text, va="center", fontsize=9)
     effort = "" if rows[0]["effort"] == "full" else f" ({rows[0]['effort']})"
     ax.set_title(f"{rows[0]['stage']}, {rows[0]['unit']}{effort}", loc="left", fontsize=11)
-    ax.set_yticks(places, [row["case"] for row in rows], fontsize=9)
+    ax.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=9)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.3 * max(row["p80"] for row in rows) or 1)  # room for the annotation of the longest bar
-    ax.tick_params(axis="x", labelsize=8)
+    ax.set_xlim(0, 1.3 * max(row["p80"] for row in rows) or 1)  # leaves space for the text of the longest bar
     ax.spines[["top", "right"]].set_visible(False)
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>crossbatch benchmarks</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 }
-main { max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
-h1, h2 { line-height: 1.2; margin: 2.2rem 0 .6rem } h1 { margin-top: 0 }
-img { max-width: 100%; height: auto; display: block; margin: 1rem 0 }
-table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #ddd; vertical-align: top }
-th { border-bottom: 2px solid #888 } td[style] { font-variant-numeric: tabular-nums; white-space: nowrap }
-</style></head><body><main>
-BODY</main></body></html>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
+img { max-width: 100% } table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto }
+th, td { padding: .25rem .7rem .25rem 0; border-bottom: 1px solid #ddd }
+</style></head><body>
+BODY</body></html>
 """

@@ -1,4 +1,4 @@
-"""Rows of results: what a row says, and how rows are read again from a .jsonl file or from all .jsonl files of a folder.
+"""Defines a row of results, reads rows from .jsonl files, and shows them as tables.
 
 A line that is cut off is skipped and noted. Rows of a version that this code does not know, and files that hold something
 else, raise InputError. Rows of several machines must not meet in one table, so `Results.of_machine` selects one.
@@ -6,11 +6,14 @@ else, raise InputError. Rows of several machines must not meet in one table, so 
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from crossbatch import InputError
 
@@ -21,12 +24,15 @@ StoredRow = dict[str, Any]
 
 _NEEDED = ("stage", "case", "machine", "p20", "p50", "p80", "n", "unit")
 _DEFAULTS = {"baseline": None, "ratio": None, "settings": {}}
-_DEFAULTS |= {"time": None, "effort": "full", "clocks": None, "peak_mib": None}  # what version 1 did not have
+_DEFAULTS |= {"time": None, "effort": "full", "clocks": None, "peak_mib": None, "commit": None}
+COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "peak MiB", "images/s", "TFLOP/s", "MFU", "effort")
+COLUMNS += ("commit",)
+_STAGES_OF_IMAGES = ("decode", "augment", "data", "transfer", "backbone", "step")
 
 
 @dataclass
 class Row:
-    """One case of one stage. `ratio` is the baseline's p50 / this p50: above 1 this case is faster, or smaller."""
+    """Holds one case of one stage. `ratio` is the baseline's p50 / this p50: above 1 this case is faster, or smaller."""
 
     case: str
     p20: float
@@ -52,15 +58,18 @@ class Row:
         return Row(case, value, value, value, 1, unit, settings=settings, **more)
 
 
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Results:
-    """Rows in the order in which they were written, and notes on what could not be read."""
+    """Holds rows in the order in which they were written, and notes on what could not be read."""
 
     rows: list[StoredRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def of_machine(self, wanted: str | None) -> "Results":
-        """Return the rows of one machine: of the only one, or of the one with `wanted` in its name.
+        """Return the rows of the only machine, or of the one with `wanted` in its name.
 
         Raises InputError where that selects more or less than one machine.
         """
@@ -82,39 +91,26 @@ class Results:
 def machine_of(row: StoredRow) -> str:
     """Name what the figures depend on: "Intel(R) Xeon(R) Processor, 2 cores, no GPU"."""
     machine = row["machine"]
-    gpus = dict.fromkeys(machine["gpus"])
-    cards = " + ".join(f"{machine['gpus'].count(gpu)} x {gpu}" for gpu in gpus) or "no GPU"
+    cards = " + ".join(f"{count} x {gpu}" for gpu, count in Counter(machine["gpus"]).items()) or "no GPU"
     return f"{machine['cpu']}, {machine['cores']} cores, {cards}"
 
 
 def read(path: Path) -> Results:
     """Read the rows of a file, or of all *.jsonl of a folder. Raises InputError if there are none."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; measure with `python -m benchmarks all --out {path}`")
     results = Results()
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        _read_file(file, results)
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []:
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                results.rows.append(_checked(json.loads(line), f"{file}:{number}"))
+            except json.JSONDecodeError:
+                results.notes.append(f"{file}:{number}: cut off or damaged, left out: {line[:40]}...")
     if not results.rows:
-        found = f"no row that can be read ({results.notes[0]})" if results.notes else "no rows"
-        raise InputError(f"{path}: holds {found}; measure with `python -m benchmarks all --out DIR`")
+        found = "no row that can be read" if path.exists() else "no such file or folder"
+        notes = "".join(f"\n  {note}" for note in results.notes)
+        raise InputError(f"{path}: {found}; measure with `python -m benchmarks all --out {path}`{notes}")
     return results
-
-
-def _read_file(path: Path, results: Results) -> None:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            shown = line[:40].decode(errors="replace")
-            results.notes.append(f"{path}:{number}: cut off or damaged, left out: {shown}...")
-        else:
-            results.rows.append(_checked(row, f"{path}:{number}"))
 
 
 def _checked(row: Any, where: str) -> StoredRow:
@@ -128,3 +124,54 @@ def _checked(row: Any, where: str) -> StoredRow:
             f"wrote it (commit {row.get('commit')}), or measure again"
         )
     return {**_DEFAULTS, **row}
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[StoredRow], without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Return those of COLUMNS that hold something and are not in `without`, and a line for each row."""
+    lines = [cells(row) for row in rows]
+    used = [name for name in COLUMNS if name not in without and any(line[name] for line in lines)]
+    return used, [[line[name] for name in used] for line in lines]
+
+
+def cells(row: StoredRow) -> dict[str, str]:
+    """Return the text of a row by column. A part of a step has its share in place of a ratio."""
+    share, flops, mfu = (row["settings"].get(name) for name in ("share", "tflop_per_s", "mfu"))
+    ratio = "" if row["ratio"] is None else "baseline" if row["case"] == row["baseline"] else f"{row['ratio']:.2f} x"
+    figures = {name: row[name] for name in ("p20", "p50", "p80")}
+    figures |= {"peak MiB": row["peak_mib"], "images/s": images_per_s(row), "TFLOP/s": flops}
+    return {
+        "case": row["case"],
+        "unit": row["unit"],
+        "n": str(row["n"]),
+        "ratio": ratio if share is None else f"{100 * share:.1f} %",
+        **{name: "" if value is None else short(value) for name, value in figures.items()},
+        "MFU": f"{100 * mfu:.1f} %" if isinstance(mfu, float) else mfu or "",
+        "effort": "" if row["effort"] == "full" else row["effort"],
+        "commit": row["commit"] or "",
+    }
+
+
+def images_per_s(row: StoredRow) -> float | None:
+    """Return the images per second of a call that works through images, None for any other row."""
+    images = row["settings"].get("images") or row["settings"].get("batch")
+    if images is None or row["unit"] != "ms" or row["stage"] not in _STAGES_OF_IMAGES or "part" in row["settings"]:
+        return None
+    return 1000 * images / row["p50"]
+
+
+def short(value: float) -> str:
+    """Format a figure with four digits and without a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def show(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """Print a table; in a pipe or a file, as wide as it needs to be."""
+    shown = Table(*columns, title=title)
+    for line in lines:
+        shown.add_row(*line)
+    console = Console(highlight=False)
+    console.width = console.width if console.is_terminal else 200
+    console.print(shown)

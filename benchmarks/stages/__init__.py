@@ -1,34 +1,22 @@
-"""Holds a module for each stage: its `run(effort)` yields rows, in which the stage stands beside what people use otherwise.
+"""Each stage is a module with `run(effort)`, which yields rows that show it beside what people use otherwise.
 
-Several stages share the baselines in plain_data.py and plain_step.py, and recipe.py, which builds the recipes of ds_configs/.
-A new stage is a module with `run` and its name in STAGES. This file imports nothing heavy.
+Stages share recipe.py, which builds the recipes of ds_configs/, and the baselines in plain_data.py and plain_step.py. A new
+stage is a module with `run` and its name in STAGES. This file imports nothing heavy.
 """
 
 import enum
 from typing import TypeVar
 
-STAGES = (
-    "decode",
-    "augment",
-    "data",
-    "transfer",
-    "index",
-    "backbone",
-    "batchformer",
-    "heads",
-    "collectives",
-    "optimizer",
-    "ema",
-    "checkpoint",
-    "step",
-)
+# What a GPU decides comes first: where time runs out, the rest is left out.
+STAGES = ("step", "backbone", "batchformer", "heads", "optimizer", "ema", "transfer", "augment", "data", "decode")
+STAGES += ("checkpoint", "collectives", "index")
 WITH_IMAGES = ("decode", "augment", "data")  # their `run` takes a folder of images
 
 T = TypeVar("T")
 
 
 class Effort(enum.Enum):
-    """How much a stage measures."""
+    """Says how much a stage measures."""
 
     QUICK = "quick"  # small sizes, few repeats: does it run?
     BRIEF = "brief"  # the sizes that matter, a second or two each: every stage within minutes

@@ -5,10 +5,8 @@ Both apply MoCo v3's augmentations. The baseline ends in normalised fp32, ours i
 neither crop nor resize.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -17,46 +15,35 @@ import torch
 from benchmarks.measure import compare
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
-from benchmarks.stages.plain_data import TwoViews, write_jpegs
+from benchmarks.stages.plain_data import TwoViews, image_folder
 from crossbatch.data import draw_parameters, moco_v3_augmentations, open_source
 from crossbatch.data.augment import opencv as opencv_backend
 from crossbatch.data.augment import pil as torchvision_backend
 
 SIZE = 224
-TRITON = "colours and blur in Triton"
 
 
 def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
     """Yield a row for each implementation, of the images in `images` or of generated ones."""
     count, recipes = effort.pick(8, 64, 64), moco_v3_augmentations(SIZE)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = images or Path(temporary)
-        if images is None:
-            write_jpegs(root, count)
+    with image_folder(images, count) as root:
         source = open_source(root, "train")
         indices = np.arange(min(count, len(source)))
         pil = [source.open(int(index)) for index in indices]
     pixels, plain = [np.array(image) for image in pil], TwoViews(SIZE)
-    cases: dict[str, Any] = {
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    cases = {
         "torchvision's transforms": lambda: [plain(image) for image in pil],
         "ours on PIL": lambda: torchvision_backend.make_views(pil, recipes, 0, 0, indices),
         "ours on OpenCV": lambda: opencv_backend.make_views(pixels, recipes, 0, 0, indices),
     }
+    settings = {"images": len(indices), "size": SIZE, "folder": "given" if images else "generated"}
+    yield from compare(cases, settings, effort)
     if torch.cuda.is_available():
-        cases[TRITON] = _triton(pixels, indices)
-    threads = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    try:
-        settings = {"images": len(indices), "size": SIZE, "folder": "given" if images else "generated"}
-        seconds, rounds = effort.pick(1, 5, 20), effort.pick(2, 3, 5)
-        for row in compare(cases, "torchvision's transforms", settings, seconds, warmup=1, rounds=rounds):
-            if row.case == TRITON:
-                row.baseline = row.ratio = None
+        for row in compare({"colours and blur in Triton": _triton(pixels, indices)}, settings, effort):
+            row.baseline = row.ratio = None
             yield row
-    finally:
-        torch.set_num_threads(threads[0])
-        cv2.setNumThreads(threads[1])
 
 
 def _triton(pixels: list[np.ndarray], indices: np.ndarray) -> Callable[[], None]:

@@ -8,7 +8,6 @@ yields them. A CPU gets small images. FLOPs are counted on ours; `mfu` is their 
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
 
 from benchmarks import flops
 from benchmarks.measure import compare
@@ -28,35 +27,34 @@ SMALL = {
 
 
 def run(effort: Effort) -> Iterator[Row]:
-    """Yield two rows, ours and the library's, for each recipe and number of images."""
+    """Yield two rows, the library's and ours, for each recipe and number of images."""
     gpu = torch.cuda.is_available()
-    full = [8, 16, 32, 64, 128, 256] if gpu else [4, 16, 64]
-    for name in LIBRARY:
+    for name, library in LIBRARY.items():
         overrides = SMALL[name] if effort is Effort.QUICK else [] if gpu else ON_A_CPU
         cfg = recipe.load(name, overrides)
+        full = [8, 16, 32, 64, 128, 256] if gpu else [4, 16, 64]
         for images in effort.pick([4, 8], [32, 128, 256] if gpu else [4, 16], full):
-            yield from _sizes(name, overrides, cfg, images, effort.pick(0.3, 1, 5))
+            plain, ours = _cases(cfg, images)
+            arch = f"{cfg.config.crossbatch.model.arch}, {images} images"
+            facts = {"images": images, "chunk": images, "precision": cfg.precision}
+            settings = recipe.settings(name, overrides, cfg, **facts)
+            rows = compare({f"{library} {arch}": plain, f"our {arch}": ours}, settings, effort)
+            yield from flops.with_rates(rows, flops.count(ours), cfg.precision)
 
 
-def _sizes(name: str, overrides: list[str], cfg: ResolvedConfig, images: int, seconds: float) -> list[Row]:
-    model, size = cfg.config.crossbatch.model, cfg.config.crossbatch.data.image_size
+def _cases(cfg: ResolvedConfig, images: int) -> list[Callable[[], None]]:
+    """Return forward and backward of the library's network, then of ours."""
     torch.manual_seed(0)
+    size = cfg.config.crossbatch.data.image_size
     with torch.device(cfg.device.type):
         ours, plain = build_model(cfg).online.backbone, plain_backbone(cfg.config)
         views = torch.randn(2 * images, 3, size, size)
-    in_training, halves = views.to(memory_format=torch.channels_last), views.chunk(2)
-    case, baseline = (f"{whose} {model.arch}, {images} images" for whose in ("our", LIBRARY[name]))
-    cases: dict[str, Callable[[], object]] = {
-        case: lambda: _backward(ours, cfg, lambda: ours(in_training)),
-        baseline: lambda: _backward(plain, cfg, lambda: torch.cat([plain(view) for view in halves])),
-    }
-    settings = recipe.settings(name, overrides, cfg, images=images, chunk=images, precision=cfg.precision)
-    counted = flops.count(cases[case])
-    return flops.with_rates(compare(cases, baseline, settings, seconds, 2, 3), counted, cfg.precision)
+    in_training = views.to(memory_format=torch.channels_last)
 
+    def backward(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        network.zero_grad()
+        with autocast(cfg.device.type, autocast_dtype(cfg.precision)):
+            features = torch.cat([network(x) for x in inputs])
+        features.float().sum().backward()
 
-def _backward(model: nn.Module, cfg: ResolvedConfig, forward: Callable[[], torch.Tensor]) -> None:
-    model.zero_grad()
-    with autocast(cfg.device.type, autocast_dtype(cfg.precision)):
-        features = forward()
-    features.float().sum().backward()
+    return [lambda: backward(plain, views.chunk(2)), lambda: backward(ours, (in_training,))]

@@ -1,9 +1,9 @@
 """Measures saving the state of bs4096.json on one rank: how long training waits and how long the save takes, beside torch.save.
 
-The state is that of ResNet-50 + BatchFormer with LARS. Cases: what training waits for an asynchronous and for a synchronous
+The state is that of ResNet-50 + BatchFormer with LARS. Cases: what training waits for a synchronous and for an asynchronous
 save; the whole time of an asynchronous one; torch.save of the same tensors with fsync, as one would do it by hand; reading and
-checking a checkpoint. Then what a save that is under way costs whoever computes meanwhile: matrix products for about as long as
-it takes. Files go to the system's temporary folder.
+checking a checkpoint. Then what a save costs the computation meanwhile: matrix products alone, and for as long as a save takes.
+Files go to the system's temporary folder.
 """
 
 import os
@@ -19,66 +19,50 @@ from benchmarks.stages import Effort, recipe
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint.resume import resume
 from crossbatch.engine.checkpoint.schedule import Snapshot
-from crossbatch.engine.config import to_dict
-from crossbatch.engine.runtime.distributed import process_group, world_from_environment
+from crossbatch.engine.config import Device, to_dict
 from crossbatch.engine.sharding import Backend
-
-SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=256"]
 
 
 def run(effort: Effort) -> Iterator[Row]:
-    """Yield the rows of saving and reading, then those of who computes meanwhile."""
-    overrides = effort.pick(SMALL, [], [])
-    cfg = recipe.load("bs4096", overrides)
+    """Yield the rows of saving and reading, then those of matrix products alone and during a save."""
+    cfg, settings = recipe.load_main(effort)
     config = {**to_dict(cfg.config), "world_size": 1}
-    with (
-        process_group(world_from_environment(), cfg.device.type, threads=torch.get_num_threads()) as device,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        times, size = _times(recipe.build(cfg, device), config, Path(folder), device, rounds=effort.pick(2, 1, 7))
-    facts = recipe.settings("bs4096", overrides, cfg, gigabytes=size / 1e9)
-    waits = {name: values for name, values in times.items() if "product" not in name}
-    products = {name: values for name, values in times.items() if "product" in name}
-    yield from summarise(waits, "synchronous: training waits", facts)
-    yield from summarise(products, "a matrix product", facts)
+    with recipe.one_rank() as device, tempfile.TemporaryDirectory() as folder:
+        backend = recipe.build(cfg, device)
+        saver = checkpoint.AsyncCheckpointWriter(Path(folder) / "checkpoints", checkpoint.Keep(1), "0")
+        rounds = [_round(saver, backend, config, Path(folder), 3 * i) for i in range(1 + effort.pick(2, 1, 7))]
+        saver.close()
+    settings["gigabytes"] = rounds[0][1] / 1e9
+    # The first round, in which a save allocates host memory, does not count.
+    times = {case: [ms for found, _ in rounds[1:] for ms in found[case]] for case in rounds[0][0]}
+    yield from summarise({case: ms for case, ms in times.items() if "product" not in case}, settings)
+    yield from summarise({case: ms for case, ms in times.items() if "product" in case}, settings)
 
 
-def _times(
-    backend: Backend, config: dict, folder: Path, device: torch.device, rounds: int
+def _round(
+    saver: checkpoint.AsyncCheckpointWriter, backend: Backend, config: dict, folder: Path, step: int
 ) -> tuple[dict[str, list[float]], int]:
-    """Return milliseconds by case, and the bytes of a checkpoint.
-
-    The first save, which allocates host memory, does not count.
-    """
-    saver = checkpoint.AsyncCheckpointWriter(folder / "checkpoints", checkpoint.Keep(1), "0")
-    matrix = torch.randn(512, 512, device=device)
-    names = ("asynchronous: training waits", "asynchronous: until it is safe", "synchronous: training waits")
-    names += ("torch.save and fsync", "read", "a matrix product", "a matrix product while a save is under way")
-    times: dict[str, list[float]] = {name: [] for name in names}
-    size = 0
-    for step in range(0, 4 * (rounds + 1), 4):
-        asynchronous, until_safe, synchronous, by_hand, read, product, product_meanwhile = times.values()
-        snapshots = [_snapshot(backend, config, step + i) for i in range(3)]
-        by_hand.append(host_ms(lambda snapshots=snapshots: _save_by_hand(snapshots[0], folder / "by hand")))
-        synchronous.append(host_ms(lambda snapshots=snapshots: saver.save(*snapshots[0], wait=True)))
-        asynchronous.append(host_ms(lambda snapshots=snapshots: saver.save(*snapshots[1])))
-        saver.wait()
-        outcome = saver.finished()
-        assert outcome is not None and outcome.error is None, outcome
-        until_safe.append(1000 * outcome.seconds)
-        size = outcome.num_bytes
-        candidates = checkpoint.candidates(folder, "auto")
-        read.append(host_ms(lambda candidates=candidates: resume(candidates, backend, config, 1)))
-        product += [host_ms(lambda: _product(matrix)) for _ in range(10)]
-        saver.save(*snapshots[2])
-        while saver.busy:
-            product_meanwhile.append(host_ms(lambda: _product(matrix)))
-        saver.finished()
-        if step == 0:
-            for values in times.values():
-                values.clear()
-    saver.close()
-    return times, size
+    """Save in every way and read; return milliseconds by case, and the bytes of a checkpoint."""
+    first, second, third = (_snapshot(backend, config, step + i) for i in range(3))
+    times = {
+        "synchronous: training waits": [host_ms(lambda: saver.save(*first, wait=True))],
+        "asynchronous: training waits": [host_ms(lambda: saver.save(*second))],
+    }
+    saver.wait()
+    outcome = saver.finished()
+    assert outcome is not None and outcome.error is None, outcome
+    times["asynchronous: until it is safe"] = [1000 * outcome.seconds]
+    times["torch.save and fsync"] = [host_ms(lambda: _save_by_hand(first, folder / "by hand"))]
+    candidates = checkpoint.candidates(folder, "auto")
+    times["read"] = [host_ms(lambda: resume(candidates, backend, config, 1))]
+    matrix = torch.randn(512, 512, device=Device.detect().type)
+    times["a matrix product"] = [host_ms(lambda: _product(matrix)) for _ in range(10)]
+    saver.save(*third)
+    times["a matrix product while a save is under way"] = meanwhile = []
+    while saver.busy:
+        meanwhile.append(host_ms(lambda: _product(matrix)))
+    saver.finished()
+    return times, outcome.num_bytes
 
 
 def _snapshot(backend: Backend, config: dict, step: int) -> Snapshot:

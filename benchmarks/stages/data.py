@@ -6,96 +6,75 @@ Memory is the resident size of this process and its workers, at three points of 
 """
 
 import itertools
-import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.measure import summarise
+from benchmarks.measure import host_ms, summarise
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
-from benchmarks.stages.plain_data import plain_loader, write_jpegs
+from benchmarks.stages.plain_data import image_folder, plain_loader
 from crossbatch.data import BACKENDS, TrainLoader, open_source
 from crossbatch.data.augment.backends import has_dali
-from crossbatch.engine.config import usable_cores
+from crossbatch.engine.config import Device, usable_cores
 
 SIZE = 224
-BASELINE = "torchvision's ImageFolder and DataLoader"
 
 
 def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
     """Yield the time of each backend, on the images in `images` or on generated ones, then its memory."""
-    with tempfile.TemporaryDirectory() as temporary:
-        root = images or Path(temporary)
-        if images is None:
-            write_jpegs(root, effort.pick(32, 256, 256))
-        yield from _speed(root, effort, "given" if images else "generated")
-    yield from _memory(effort)
+    backends = [name for name in BACKENDS if name != "dali" or has_dali()]
+    with image_folder(images, effort.pick(32, 256, 256)) as root:
+        yield from _speed(root, backends, effort, "given" if images else "generated")
+    yield from _memory(effort.pick(backends[:1], backends, backends), effort)
 
 
-def _speed(root: Path, effort: Effort, folder: str) -> list[Row]:
-    workers, batch = usable_cores(), effort.pick(16, 64, 64)
-    settings = {"workers": workers, "batch": batch, "size": SIZE, "folder": folder}
-    starts: dict[str, Callable[[], Iterator]] = {BASELINE: lambda: iter(plain_loader(root, SIZE, batch, workers))}
-    for backend in backends():
-        starts[f"ours, {backend}"] = partial(_ours, root, batch, workers, backend)
+def _speed(root: Path, backends: list[str], effort: Effort, folder: str) -> list[Row]:
+    workers, batch, device = usable_cores(), effort.pick(16, 64, 64), torch.device(Device.detect().type)
+    count = effort.pick(4, 10, 20)
+
+    def ours(backend: str) -> Iterator:
+        source = open_source(root, "train")
+        return _endless(
+            TrainLoader(source, batch_size=batch, image_size=SIZE, workers=workers, backend=backend, device=device)
+        )
+
+    starts: dict[str, Callable[[], Iterator]] = {
+        "torchvision's ImageFolder and DataLoader": lambda: iter(plain_loader(root, SIZE, batch, workers)),
+        **{f"ours, {backend}": partial(ours, backend) for backend in backends},
+    }
     times: dict[str, list[float]] = {name: [] for name in starts}
     for _ in range(effort.pick(1, 1, 3)):  # one loader at a time: two would take the cores from each other
         for name, start in starts.items():
-            times[name].append(_ms_per_batch(start(), effort.pick(4, 10, 20)))
-    return summarise(times, BASELINE, settings)
+            batches = start()
+            _take(batches, count // 2)  # so many that none of those below was made before the clock started
+            times[name].append(host_ms(partial(_take, batches, count)) / count)
+            del batches  # ends its workers
+    return summarise(times, {"workers": workers, "batch": batch, "size": SIZE, "folder": folder})
 
 
-def _ms_per_batch(batches: Iterator, count: int) -> float:
-    """Time `count` batches, after so many others that none of them was made before the clock started."""
-    for _ in range(count // 2):
-        next(batches)
-    start = time.perf_counter()
+def _take(batches: Iterator, count: int) -> None:
     for _ in range(count):
         next(batches)
-    return 1000 * (time.perf_counter() - start) / count
 
 
-def _memory(effort: Effort) -> Iterator[Row]:
+def _memory(backends: list[str], effort: Effort) -> Iterator[Row]:
     marks = effort.pick((10, 20, 40), (50, 100, 200), (1000, 5000, 10000))
-    for backend in effort.pick(backends()[:1], backends(), backends()):
-        loader = TrainLoader(
-            open_source("synthetic://256?size=24", "train"),
-            batch_size=8,
-            image_size=16,
-            workers=2,
-            backend=backend,
-        )
-        batches = _endless(loader)
-        for step in range(1, marks[-1] + 1):
-            next(batches)
+    for backend in backends:
+        source = open_source("synthetic://256?size=24", "train")
+        loader = TrainLoader(source, batch_size=8, image_size=16, workers=2, backend=backend)
+        for step, _ in zip(range(1, marks[-1] + 1), _endless(loader), strict=False):
             if step in marks:
                 yield Row.of_one(f"memory, {backend}, after {step} steps", _resident_mib(), "MiB", {"batch": 8})
-        batches.close()
 
 
-def backends() -> list[str]:
-    """Return the names of the backends that are installed."""
-    return [name for name in BACKENDS if name != "dali" or has_dali()]
-
-
-def _ours(root: Path, batch: int, workers: int, backend: str) -> Iterator:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_source(root, "train")
-    loader = TrainLoader(source, batch_size=batch, image_size=SIZE, workers=workers, backend=backend, device=device)
-    return _endless(loader)
-
-
-def _endless(loader: TrainLoader) -> Generator[Any, None, None]:
-    try:
+def _endless(loader: TrainLoader) -> Iterator:
+    """Yield the batches of one epoch after the other; close the loader when nobody holds the iterator any more."""
+    with loader:
         for epoch in itertools.count():
             yield from loader.epoch(epoch)
-    finally:
-        loader.close()
 
 
 def _resident_mib() -> float:

@@ -1,6 +1,6 @@
 """Measures one step of LARS on the parameters of ResNet-50 + BatchFormer beside the loop over tensors of the originals.
 
-The parameters are those that bs4096.json trains. Cases: our LARS; the loop; torch.optim.SGD with momentum and foreach, which is
+The parameters are those that bs4096.json trains. Cases: the loop; our LARS; torch.optim.SGD with momentum and foreach, which is
 what LARS would cost without norms; a copy of as many bytes as LARS moves (28 per parameter: w and g read, then w, g and v read,
 w and v written), the floor that memory sets.
 """
@@ -18,34 +18,30 @@ from crossbatch.engine.tasks.build import build_model, parameter_groups
 
 _BYTES = 28
 LR = 1e-6  # of what does not adapt: a step must not change much, or hundreds of them end in infinities
-SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=64"]
 
 
 def run(effort: Effort) -> Iterator[Row]:
     """Yield a row for each optimizer, and for the copy."""
-    overrides = effort.pick(SMALL, [], [])
-    cfg = recipe.load("bs4096", overrides)
+    cfg, settings = recipe.load_main(effort)
     with torch.device("meta"):
         groups = parameter_groups(build_model(cfg), cfg.config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for group in groups:
         group["lr"] = 0.1
-        group["params"] = [torch.nn.Parameter(torch.randn(p.shape, device=device) * 0.02) for p in group["params"]]
+        shapes = [p.shape for p in group["params"]]
+        group["params"] = [torch.nn.Parameter(0.02 * torch.randn(shape, device=cfg.device.type)) for shape in shapes]
         for p in group["params"]:
             p.grad = torch.randn_like(p) * 1e-3
-    count = sum(p.numel() for group in groups for p in group["params"])
+    velocities = {p: torch.zeros_like(p) for group in groups for p in group["params"]}
+    count = sum(p.numel() for p in velocities)
+    source, target = torch.zeros(2, count * _BYTES // 8, device=cfg.device.type)
+    plain_groups = [{"params": group["params"]} for group in groups]
     cases = {
-        "LARS": LARS(groups, lr=0.1).step,
         "loop over tensors": lambda: _loop(groups, velocities),
-        "SGD, foreach": torch.optim.SGD(
-            [{"params": group["params"]} for group in groups], lr=LR, momentum=0.9, foreach=True
-        ).step,
+        "LARS": LARS(groups, lr=0.1).step,
+        "SGD, foreach": torch.optim.SGD(plain_groups, lr=LR, momentum=0.9, foreach=True).step,
         "copy of as many bytes": lambda: target.copy_(source),
     }
-    velocities = {p: torch.zeros_like(p) for group in groups for p in group["params"]}
-    source, target = torch.zeros(2, count * _BYTES // 8, device=device)
-    settings = recipe.settings("bs4096", overrides, cfg, parameters=count)
-    yield from compare(cases, "loop over tensors", settings, effort.pick(1, 3, 20))
+    yield from compare(cases, {**settings, "parameters": count}, effort)
 
 
 def _loop(groups: list[dict], velocities: dict[torch.Tensor, torch.Tensor]) -> None:

@@ -1,8 +1,11 @@
 """Builds the baseline of the data stages: torchvision's ImageFolder, transforms and DataLoader.
 
-The transforms are MoCo v3's augmentations, on PIL images. `write_jpegs` makes the pictures where no folder is given.
+The transforms are MoCo v3's augmentations, on PIL images.
 """
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +21,33 @@ from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
 SIZES = (468, 401)  # of a generated picture: the mean of ImageNet's
 
 
-class Blur:
-    """Blurs a PIL image with a random strength."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
-
-
-def two_transforms(size: int) -> tuple[T.Compose, T.Compose]:
-    """Return the transforms of view 1 and of view 2, PIL image -> normalised fp32 [3, size, size]."""
-
-    def view(blur: float, solarize: float) -> T.Compose:
-        return T.Compose(
-            [
-                T.RandomResizedCrop(size, scale=(0.08, 1.0)),
-                T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-                T.RandomGrayscale(p=0.2),
-                T.RandomApply([Blur()], p=blur),
-                T.RandomSolarize(128, p=solarize),
-                T.RandomHorizontalFlip(),
-                T.ToTensor(),
-                T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
-
-    return view(1.0, 0.0), view(0.1, 0.2)
-
-
 class TwoViews:
-    """Turns an image into its two views."""
+    """Turns a PIL image into its two views, each normalised fp32 [3, size, size]."""
 
     def __init__(self, size: int):
-        self.views = two_transforms(size)
+        self.views = _transform(size, 1.0, 0.0), _transform(size, 0.1, 0.2)
 
     def __call__(self, image: Any) -> list[Any]:
         return [view(image) for view in self.views]
+
+
+def _transform(size: int, blur: float, solarize: float) -> T.Compose:
+    return T.Compose(
+        [
+            T.RandomResizedCrop(size, scale=(0.08, 1.0)),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            T.RandomGrayscale(p=0.2),
+            T.RandomApply([_blur], p=blur),
+            T.RandomSolarize(128, p=solarize),
+            T.RandomHorizontalFlip(),
+            T.ToTensor(),
+            T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def _blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
 
 
 def plain_loader(root: Path, size: int, batch: int, workers: int) -> DataLoader:
@@ -67,13 +62,22 @@ def plain_loader(root: Path, size: int, batch: int, workers: int) -> DataLoader:
     )
 
 
-def write_jpegs(root: Path, count: int) -> None:
-    """Write `count` pictures of ImageNet's mean size and file size (about 110 kB) into root/train/pictures."""
-    folder = root / "train" / "pictures"
-    folder.mkdir(parents=True)
+@contextmanager
+def image_folder(given: Path | None, count: int) -> Iterator[Path]:
+    """Give the folder that was named or, for as long as it is needed, one with `count` generated pictures in train/.
+
+    These have the mean size of ImageNet's, and their mean file size (about 110 kB).
+    """
+    if given is not None:
+        yield given
+        return
     random = np.random.default_rng(0)
-    for number in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (12, 14, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize(SIZES, Image.Resampling.BICUBIC), dtype=np.float32)
-        noisy = pixels + random.normal(0, 12, pixels.shape)
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:04}.jpg", quality=90)
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "train" / "pictures"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            coarse = Image.fromarray(random.integers(0, 256, (12, 14, 3), dtype=np.uint8))
+            pixels = np.asarray(coarse.resize(SIZES, Image.Resampling.BICUBIC), dtype=np.float32)
+            noisy = (pixels + random.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folder / f"{number:04}.jpg", quality=90)
+        yield Path(root)

@@ -7,6 +7,7 @@ are ours. There are no chunks, and one process on one device.
 
 import copy
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -34,15 +35,15 @@ class PlainStep:
         backbone = plain_backbone(cfg.config)
         width, hidden, dim = backbone.num_features, ours.model.mlp_dim, ours.model.projection_dim
         resnet = ours.model.arch.startswith("resnet")
-        projector = _mlp([width, hidden, dim] if resnet else [width, hidden, hidden, dim], last_norm=True)
+        projector = plain_head([width, hidden, dim] if resnet else [width, hidden, hidden, dim], last_norm=True)
         self.encoder = nn.Sequential(backbone, projector).to(device)
         self.average = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.predictor = _mlp([dim, hidden, dim], last_norm=not resnet).to(device)
+        self.predictor = plain_head([dim, hidden, dim], last_norm=not resnet).to(device)
         self.batchformer = None
         if ours.batchformer.loss != "none":
             self.batchformer = nn.TransformerEncoderLayer(width, 4, width, dropout=ours.batchformer.dropout).to(device)
-        trained = nn.ModuleList([self.encoder, self.predictor, *([self.batchformer] if self.batchformer else [])])
-        self.parameters = [p for p in trained.parameters() if p.requires_grad]
+        trained = [self.encoder, self.predictor, *([self.batchformer] if self.batchformer else [])]
+        self.parameters = [p for part in trained for p in part.parameters() if p.requires_grad]
         self.velocity = {p: torch.zeros_like(p) for p in self.parameters}
         lars = isinstance(cfg.config.optimizer.params, LarsConfig)
         self.adamw = None if lars else torch.optim.AdamW(self.parameters, lr=EPS, weight_decay=0.1)
@@ -73,12 +74,8 @@ class PlainStep:
         queries, keys = (F.normalize(x.float(), dim=1) for x in (queries, keys))
         streams = 2 if self.batchformer is not None else 1
         labels = torch.arange(len(queries) // streams, device=self.device)
-        terms = [
-            F.cross_entropy(q @ k.T / self.temperature, labels)
-            for q in queries.chunk(streams)
-            for k in keys.chunk(streams)
-        ]
-        return 2 * self.temperature * torch.stack(terms).sum()
+        logits = [q @ k.T / self.temperature for q in queries.chunk(streams) for k in keys.chunk(streams)]
+        return 2 * self.temperature * torch.stack([F.cross_entropy(term, labels) for term in logits]).sum()
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -89,8 +86,14 @@ class PlainStep:
                 plain_lars(p, self.velocity[p], EPS, 1e-6)
         for p in self.parameters:
             p.grad = None
-        for average, p in zip(self.average.parameters(), self.encoder.parameters(), strict=True):
-            average.copy_(average * 0.99 + p * 0.01)
+        plain_moving_average(zip(self.encoder.parameters(), self.average.parameters(), strict=True), 0.99)
+
+
+@torch.no_grad()
+def plain_moving_average(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], momentum: float) -> None:
+    """Update one average after the other, through a new tensor each; `pairs` are of a parameter and its average."""
+    for parameter, average in pairs:
+        average.copy_(average * momentum + parameter * (1 - momentum))
 
 
 @torch.no_grad()
@@ -106,14 +109,12 @@ def plain_lars(p: torch.Tensor, velocity: torch.Tensor, lr: float, weight_decay:
     p.add_(velocity, alpha=-lr)
 
 
-def _mlp(widths: list[int], last_norm: bool) -> nn.Sequential:
+def plain_head(widths: list[int], last_norm: bool) -> nn.Sequential:
+    """Return linear layers of these widths with norm and ReLU between them, and at the end a norm or nothing."""
     layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(itertools.pairwise(widths), start=2):
-        layers.append(nn.Linear(before, after, bias=False))
-        if number < len(widths):
-            layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-        elif last_norm:
-            layers.append(nn.BatchNorm1d(after, affine=False))
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+    layers[-2:] = [nn.BatchNorm1d(widths[-1], affine=False)] if last_norm else []
     return nn.Sequential(*layers)
 
 

@@ -2,17 +2,20 @@
 
 import importlib.util
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.stages import Effort
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
-from crossbatch.engine.runtime.distributed import GroupCollective
+from crossbatch.engine.runtime.distributed import GroupCollective, process_group, world_from_environment
 from crossbatch.engine.sharding import Backend
 from crossbatch.engine.tasks.build import build_backend, build_model
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
+SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=64"]
 
 
 def load(name: str, overrides: Iterable[str] = ()) -> ResolvedConfig:
@@ -27,6 +30,18 @@ def settings(name: str, overrides: Iterable[str], cfg: ResolvedConfig, **more: A
     """Return for a row what was asked for, and the configuration that it resolved to."""
     asked = {"recipe": name, "overrides": list(overrides), "device": cfg.device.type}
     return {**asked, **more, "config": to_dict(cfg.config)}
+
+
+def load_main(effort: Effort) -> tuple[ResolvedConfig, dict[str, Any]]:
+    """Return the main recipe, ResNet-50 + BatchFormer with LARS, small where effort is quick, and the settings of its rows."""
+    overrides = effort.pick(SMALL, [], [])
+    cfg = load("bs4096", overrides)
+    return cfg, settings("bs4096", overrides, cfg)
+
+
+def one_rank() -> AbstractContextManager[torch.device]:
+    """Enter a process group of this process alone, which computes with as many threads as before; it gives the device."""
+    return process_group(world_from_environment(), Device.detect().type, threads=torch.get_num_threads())
 
 
 def build(cfg: ResolvedConfig, device: torch.device) -> Backend:

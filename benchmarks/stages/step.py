@@ -12,22 +12,23 @@ Memory, which chunks save: a process of its own for each case. On a CPU what the
 and 4B images; on a GPU the peak of the allocator with model and optimizer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import flops
-from benchmarks.measure import clocks, compare, in_new_process, over, peak_mib
+from benchmarks.measure import clocks, compare, compare_peaks, peak_mib
 from benchmarks.rows import Row
 from benchmarks.stages import Effort, recipe
 from benchmarks.stages.plain_step import PlainStep
 from crossbatch.engine.config import Device, ResolvedConfig
-from crossbatch.engine.runtime.distributed import process_group, world_from_environment
 from crossbatch.engine.runtime.timing import WHOLE, StepTimer
 from crossbatch.engine.step import TrainStep
 
-BACKBONES = {
+SMALL = "ResNet-18 of width 16, 32 px"
+NETWORKS = {
     "ResNet-50, 224 px": [],
     "ViT-S, 224 px": ["crossbatch.model.arch=vit_small"],
     "ResNet-50, 96 px": ["crossbatch.data.image_size=96"],
@@ -37,134 +38,121 @@ BACKBONES = {
         "crossbatch.data.image_size=32",
     ],
     "ResNet-18, 64 px": ["crossbatch.model.arch=resnet18", "crossbatch.data.image_size=64"],
-    "ResNet-18 of width 16, 32 px": [
+    SMALL: [
         "crossbatch.model.arch=resnet18",
         "crossbatch.model.stem=small",
         'crossbatch.model.backbone_args={"width": 16}',
         "crossbatch.data.image_size=32",
     ],
 }
-TIMED_ON_GPU = ("ResNet-50, 224 px", "ViT-S, 224 px")
-WEIGHED_ON_GPU = ("ResNet-50, 224 px",)
-# Images of a step.
-TIMED_ON_CPU = {"ResNet-50, 224 px": 64, "ViT-S of 4 blocks, 32 px": 256}
-TIMED_BRIEFLY = {"ResNet-50, 96 px": 64, "ViT-S of 4 blocks, 32 px": 256}  # on a CPU
-TIMED_QUICKLY = {"ResNet-18, 64 px": 16}
-# Images of steps, and of a chunk.
-WEIGHED_ON_CPU = {"ResNet-50, 224 px": ([16, 32, 64], 8), "ResNet-18 of width 16, 32 px": ([256, 512, 1024], 64)}
-WEIGHED_BRIEFLY = {"ResNet-18 of width 16, 32 px": ([256, 1024], 64)}  # on a CPU
-WEIGHED_QUICKLY = {"ResNet-18 of width 16, 32 px": ([256], 32)}
+
+
+class Setup(NamedTuple):
+    """Names what one measured step is of; `network` is one of NETWORKS."""
+
+    network: str
+    images: int
+    chunk: int
+    checkpointed: bool = False
+
+    def config(self) -> ResolvedConfig:
+        """Return bs4096.json with this network and these sizes."""
+        overrides = [
+            *NETWORKS[self.network],
+            f"train_batch_size={self.images}",
+            f"train_micro_batch_size_per_gpu={self.chunk}",
+            f"crossbatch.batchformer.group_size={min(self.images, 256)}",
+            f"crossbatch.model.checkpoint_activations={str(self.checkpointed).lower()}",
+        ]
+        return recipe.load("bs4096", overrides)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of its row."""
+        cfg = self.config()
+        sizes = {"backbone": self.network, "images": self.images, "chunk": self.chunk, "precision": cfg.precision}
+        return recipe.settings("bs4096", NETWORKS[self.network], cfg, **sizes)
 
 
 def run(effort: Effort) -> Iterator[Row]:
     """Yield the memory of steps, their times, and the times of their parts."""
-    device_type = Device.detect().type
-    if device_type == "cuda":
-        images = _images_that_fit()
-        on_gpu = dict.fromkeys(TIMED_ON_GPU, images)
-        timed = effort.pick(TIMED_QUICKLY, on_gpu, on_gpu)
-        weighed = dict.fromkeys(WEIGHED_ON_GPU, ([images], 32))
-    else:
-        timed = effort.pick(TIMED_QUICKLY, TIMED_BRIEFLY, TIMED_ON_CPU)
-        weighed = effort.pick(WEIGHED_QUICKLY, WEIGHED_BRIEFLY, WEIGHED_ON_CPU)
-    # First, because this process keeps what it has freed.
-    for backbone, (sizes, chunk) in weighed.items():
-        for images in sizes:
-            yield from _memory(backbone, images, chunk)
-    # Once for all: DeepSpeed remembers the groups of the first.
-    with process_group(world_from_environment(), device_type, threads=torch.get_num_threads()) as device:
-        for backbone, batch in timed.items():
-            yield from _time(backbone, batch, effort, device)
+    timed, weighed = _sizes(effort)
+    for network, images, chunk in weighed:  # first, because this process keeps what it has freed
+        yield from _memory(network, images, chunk)
+    with recipe.one_rank() as device:  # once for all: DeepSpeed remembers the groups of the first
+        for network, images in timed.items():
+            yield from _time(network, images, effort, device)
 
 
-def _images_that_fit() -> int:
-    """Return 256, or less on a small GPU.
+def _sizes(effort: Effort) -> tuple[dict[str, int], list[tuple[str, int, int]]]:
+    """Return the images of timed steps by network, and (network, images, images of a chunk) of weighed ones."""
+    quick = {"ResNet-18, 64 px": 16}
+    if Device.detect().type == "cuda":
+        # One chunk of a ResNet-50 keeps 83.5 MiB of an image, and four models lie beside it.
+        fitting = [images for images in (256, 128, 64) if images * 2**27 <= torch.cuda.mem_get_info()[0]]
+        images = max(fitting, default=32)
+        timed = {"ResNet-50, 224 px": images, "ViT-S, 224 px": images}
+        return effort.pick(quick, timed, timed), [("ResNet-50, 224 px", images, 32)]
+    brief = {"ResNet-50, 96 px": 64, "ViT-S of 4 blocks, 32 px": 256}
+    timed = effort.pick(quick, brief, {"ResNet-50, 224 px": 64, "ViT-S of 4 blocks, 32 px": 256})
+    weighed = [(SMALL, images, 64) for images in effort.pick([256], [256, 1024], [256, 512, 1024])]
+    return timed, weighed + [("ResNet-50, 224 px", images, 8) for images in effort.pick([], [], [16, 32, 64])]
 
-    One chunk of a ResNet-50 keeps 83.5 MiB of an image, and four models lie beside it.
-    """
-    images = 256
-    while images > 32 and images * 2**27 > torch.cuda.mem_get_info()[0]:
-        images //= 2
-    return images
 
-
-def _time(backbone: str, batch: int, effort: Effort, device: torch.device) -> Iterator[Row]:
-    configs = {
-        f"{backbone}, 1 chunk": _config(backbone, batch, batch, False),
-        f"{backbone}, 8 chunks": _config(backbone, batch, batch // 8, False),
-        f"{backbone}, 1 chunk, activations checkpointed": _config(backbone, batch, batch, True),
+def _time(network: str, images: int, effort: Effort, device: torch.device) -> Iterator[Row]:
+    whole, chunked = f"{network}, 1 chunk", f"{network}, 8 chunks"
+    setups = {
+        f"{network}, plain torch": Setup(network, images, images),
+        whole: Setup(network, images, images),
+        chunked: Setup(network, images, images // 8),
+        f"{whole}, activations checkpointed": Setup(network, images, images, checkpointed=True),
     }
-    whole, chunked, _ = configs
-    views = _views(configs[whole])
-    steps = {name: _step(config, device) for name, config in configs.items()}
-    baseline = f"{backbone}, plain torch"
-    cases: dict[str, Callable[[], object]] = {baseline: partial(PlainStep(configs[whole], device), views)}
-    cases |= {name: partial(step, views) for name, step in steps.items()}
+    baseline, cfg = next(iter(setups)), setups[whole].config()
+    views = _views(cfg)
+    steps = {case: _step(setup.config(), device) for case, setup in setups.items() if case != baseline}
+    cases = {baseline: partial(PlainStep(cfg, device), views)} | {case: partial(steps[case], views) for case in steps}
     counted = flops.count(cases[whole])
-    rounds = effort.pick(2, 3, 5)
-    rows = compare(cases, baseline, {}, effort.pick(1, 6, 20), 2, rounds)
-    for row in flops.with_rates(rows, counted, configs[whole].precision):
-        row.settings |= _settings(backbone, configs.get(row.case, configs[whole]))
+    for row in flops.with_rates(compare(cases, {}, effort), counted, cfg.precision):
+        row.settings |= setups[row.case].settings()
         yield row
     cases.clear()  # the parts need the memory of the plain step
-    timers = {name: StepTimer(device) for name in (whole, chunked)}
-    for name, timer in timers.items():
-        steps[name].use_timer(timer)
-    for number in range(1 + effort.pick(3, 5, 20 if device.type == "cuda" else 5)):
-        for name, timer in timers.items():  # in turns, as above
-            steps[name](views)
-            if number == 0:
-                timer.read()
-    for name, timer in timers.items():
-        yield from _parts(name, timer.read(), _settings(backbone, configs[name]))
+    timers = {case: StepTimer(device) for case in (whole, chunked)}
+    for case, timer in timers.items():
+        steps[case].use_timer(timer)
+    for _ in range(1 + effort.pick(3, 5, 20 if device.type == "cuda" else 5)):
+        for case in timers:  # in turns, as above
+            steps[case](views)
+    for case, timer in timers.items():
+        yield from _parts(case, timer.read()[1:], setups[case].settings())
 
 
-def _parts(name: str, steps: list[dict[str, float]], settings: dict) -> list[Row]:
-    """Return a row for each part; `share` is its part of the sum over the same steps, so all shares add up to one."""
+def _parts(case: str, steps: list[dict[str, float]], settings: dict) -> Iterator[Row]:
+    """Yield a row for each part; `share` is its part of the sum over the same steps, so all shares add up to one."""
     total, now = sum(taken[WHOLE] for taken in steps), clocks()
-    rows = []
     for part in steps[0]:
         values = [taken[part] for taken in steps]
-        facts = {**settings, "part": part, "of": name, "share": sum(values) / total}
-        rows.append(Row.of_samples(f"{name}: {part}", values, settings=facts, clocks=now))
-    return rows
+        facts = {**settings, "part": part, "of": case, "share": sum(values) / total}
+        yield Row.of_samples(f"{case}: {part}", values, settings=facts, clocks=now)
 
 
-def _memory(backbone: str, images: int, chunk: int) -> Iterator[Row]:
-    names = {f"{backbone}, memory, {images} images, chunks of {chunk}": chunk}
-    names[f"{backbone}, memory, {images} images, 1 chunk"] = images
-    peaks = {name: in_new_process(_peak, backbone, images, c) for name, c in names.items()}
-    settings = _settings(backbone, _config(backbone, images, images, False))
-    for row in over(peaks, list(names)[1], "MiB", settings):
-        row.settings = _settings(backbone, _config(backbone, images, names[row.case], False))
+def _memory(network: str, images: int, chunk: int) -> Iterator[Row]:
+    setups = {
+        f"{network}, memory, {images} images, 1 chunk": Setup(network, images, images),
+        f"{network}, memory, {images} images, chunks of {chunk}": Setup(network, images, chunk),
+    }
+    for row in compare_peaks({case: partial(_peak, setup) for case, setup in setups.items()}, {}):
+        row.settings = setups[row.case].settings()
         yield row
 
 
-def _peak(backbone: str, batch: int, chunk: int) -> float:
-    with process_group(world_from_environment(), Device.detect().type) as device:
-        step = _step(_config(backbone, batch, chunk, False), device)
-        views = _views(step.cfg)
+def _peak(setup: Setup) -> float:
+    cfg = setup.config()
+    with recipe.one_rank() as device:
+        step, views = _step(cfg, device), _views(cfg)
         if device.type == "cpu":
             return peak_mib(lambda: step(views))
         for _ in range(2):
             step(views)
         return torch.cuda.max_memory_allocated() / 2**20
-
-
-def _config(backbone: str, batch: int, chunk: int, checkpointed: bool) -> ResolvedConfig:
-    overrides = [
-        *BACKBONES[backbone],
-        f"train_batch_size={batch}",
-        f"train_micro_batch_size_per_gpu={chunk}",
-        f"crossbatch.batchformer.group_size={min(batch, 256)}",
-        f"crossbatch.model.checkpoint_activations={str(checkpointed).lower()}",
-    ]
-    return recipe.load("bs4096", overrides)
-
-
-def _settings(backbone: str, cfg: ResolvedConfig) -> dict:
-    sizes = {"images": cfg.local_batch, "chunk": cfg.chunk, "precision": cfg.precision}
-    return recipe.settings("bs4096", BACKBONES[backbone], cfg, backbone=backbone, **sizes)
 
 
 def _views(cfg: ResolvedConfig) -> torch.Tensor:

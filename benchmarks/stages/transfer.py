@@ -14,27 +14,24 @@ from benchmarks.rows import Row
 from benchmarks.stages import Effort
 from crossbatch.data import normalize
 from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
+from crossbatch.engine.config import Device
 
 
 def run(effort: Effort) -> Iterator[Row]:
-    """Yield a row for uint8 and one for fp32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = effort.pick(16, 256, 256)
-    views = torch.randint(0, 256, (2 * count, 224, 224, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    """Yield a row for fp32 and one for uint8."""
+    device, count = Device.detect().type, effort.pick(16, 256, 256)
+    views = torch.randint(0, 256, (2 * count, 224, 224, 3), dtype=torch.uint8, pin_memory=device == "cuda")
     views = views.permute(0, 3, 1, 2)  # channels last, as the loader stores them
     floats = (views / 255).contiguous()
-    if device.type == "cuda":  # elsewhere there are no workers that would have done it before
+    if device == "cuda":  # elsewhere there are no workers that would have done it before
         floats = _normalised(floats).pin_memory()
-
-    def ours() -> None:
-        normalize(views.to(device, non_blocking=True))
-
-    def plain() -> None:
-        floats.to(device, non_blocking=True) if device.type == "cuda" else _normalised(floats)
-
-    cases = {"fp32, normalised before": plain, "uint8, normalised after": ours}
-    settings = {"images": count, "views": 2, "size": 224, "device": device.type}
-    yield from compare(cases, "fp32, normalised before", settings, effort.pick(1, 2, 10), warmup=1)
+    cases = {
+        "fp32, normalised before": lambda: (
+            floats.to(device, non_blocking=True) if device == "cuda" else _normalised(floats)
+        ),
+        "uint8, normalised after": lambda: normalize(views.to(device, non_blocking=True)),
+    }
+    yield from compare(cases, {"images": count, "views": 2, "size": 224, "device": device}, effort)
 
 
 def _normalised(images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Counted operations against formulas, and what becomes of them on cards that are and are not known."""
+"""Compares counted operations with formulas, and checks rates on cards that are and are not known."""
 
 import pytest
 import torch
@@ -45,9 +45,12 @@ def test_peaks_of_known_cards_only(name, precision, peak):
 
 
 def test_rates_and_mfu(monkeypatch):
-    rows = [Row.of_one("a", 500.0, "ms", {"n": 1}), Row.of_one("b", 250.0, "ms", {"n": 2})]
-    unknown = flops.with_rates(rows, 10**12, "fp32")
-    assert unknown[0].settings == {"n": 1, "tflop": 1.0, "tflop_per_s": 2.0, "mfu": "unknown"}
-    monkeypatch.setattr(flops, "peak_flops", lambda precision: {"bf16": 8e12}[precision])
-    assert [row.settings["mfu"] for row in flops.with_rates(rows, 10**12, "bf16")] == [0.25, 0.5]
-    assert rows[0].settings == {"n": 1}
+    shared = {"n": 1}
+    rows = [Row.of_one("a", 500.0, "ms", shared), Row.of_one("b", 250.0, "ms", shared)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (unknown, _), settings = flops.with_rates(rows, 10**12, "fp32"), {"tflop": 1.0, "tflop_per_s": 2.0}
+    assert unknown.settings == {"n": 1, **settings, "mfu": "unknown"} and shared == {"n": 1}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
+    found = flops.with_rates(rows, 125 * 10**11, "fp16")
+    assert [row.settings["mfu"] for row in found] == pytest.approx([0.2, 0.4])

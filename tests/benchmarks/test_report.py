@@ -1,4 +1,4 @@
-"""The report of made-up rows: every stage with its ratio, the pictures that belong to it, one page that loads nothing else."""
+"""Checks the report of made-up rows: every stage with its ratio, its pictures, and one page that loads nothing else."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Reading rows of every version, of damaged files and of several machines; comparing two results."""
+"""Reads rows of every version, of damaged files and of several machines, and compares two results."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,7 @@ import pytest
 
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.comparison import ratio_with_range
-from benchmarks.rows import machine_of, read
-from benchmarks.tables import images_per_s
+from benchmarks.rows import images_per_s, machine_of, read
 from crossbatch import InputError
 
 XEON = {"cpu": "Xeon", "cores": 2, "threads": 2, "gpus": []}
@@ -46,7 +45,7 @@ def write(path: Path, *rows: dict) -> Path:
 
 
 def old_row(**more) -> dict:
-    """As version 1 wrote it."""
+    """Return a row as version 1 wrote it."""
     new = row(**more)
     return {name: new[name] for name in new if name not in ("version", "time", "effort", "clocks", "peak_mib")}
 

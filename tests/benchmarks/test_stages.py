@@ -1,6 +1,7 @@
 """The baselines are the same networks as ours, every stage is there, and bench-gpu goes on when its parts fail."""
 
 import ast
+import itertools
 import json
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.stages import STAGES, heads, recipe
+from benchmarks.stages import STAGES, Effort, heads, recipe
 from benchmarks.stages.plain_step import PlainStep, plain_backbone
 from crossbatch.engine.tasks.build import build_model
 
@@ -21,7 +22,7 @@ WANTED = {
 
 
 def test_every_stage_is_a_module_with_run_and_says_what_it_is():
-    assert set(STAGES) == WANTED == set(gpu.STAGES)
+    assert set(STAGES) == WANTED
     for stage in STAGES:
         tree = ast.parse((Path(gpu.__file__).parent / "stages" / f"{stage}.py").read_text())
         assert ast.get_docstring(tree)
@@ -96,7 +97,7 @@ def test_bench_gpu_tells_how_each_part_ended_and_goes_on(tmp_path, capsys):
 
 
 def test_a_quick_stage_has_rows_with_their_baseline():
-    """`heads` without the processes that weigh it."""
-    ours, plain = heads._heads(4, 0.0)
+    """Measure `heads` without the processes that weigh it."""
+    plain, ours = itertools.islice(heads.run(Effort.QUICK), 2)
     assert (ours.baseline, plain.ratio) == (plain.case, 1.0)
-    assert ours.n >= 3 and ours.ratio == pytest.approx(plain.p50 / ours.p50)
+    assert ours.n >= 2 and ours.ratio == pytest.approx(plain.p50 / ours.p50)
