@@ -15,13 +15,13 @@ from crossbatch.data.sources.listing import Names
 
 def test_names():
     names = ["", "a.jpg", "名前/ü.png", os.fsdecode(b"latin1-\xe9.jpg"), "a.jpg"]
-    packed = Names.pack(names)
-    assert packed.unpack() == names and len(packed) == 5
-    assert Names.pack([]).unpack() == []
+    packed = listing.pack_names("x", names)
+    assert Names(packed, "x").unpack() == names and len(Names(packed, "x")) == 5
+    assert Names(listing.pack_names("x", []), "x").unpack() == []
     with pytest.raises(ValueError, match="rise to the length"):
-        Names(packed.text, packed.stops[::-1].copy())
+        Names({**packed, "x_stops": packed["x_stops"][::-1]}, "x")
     with pytest.raises(ValueError, match="uint8"):
-        Names(packed.text.astype(np.int64), packed.stops)
+        Names({**packed, "x": packed["x"].astype(np.int64)}, "x")
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_writing_leaves_whole_files_only(tmp_path, monkeypatch):
     listing.save(tmp_path / "x.npz", {"a": np.arange(3)})
 
     def fails(file, **arrays):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(listing.np, "savez", fails)

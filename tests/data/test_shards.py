@@ -256,7 +256,7 @@ def test_an_index_that_cannot_be_read_is_not_called_damaged(folder, monkeypatch)
     def gone(*_):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(listing.zipfile, "ZipFile", gone)
+    monkeypatch.setattr(listing.Path, "read_bytes", gone)
     with pytest.raises(OSError, match="Stale"):
         listing.load(folder / INDEX)
 
