@@ -9,11 +9,9 @@ The epoch's permutation is a function of (seed, epoch, num_images) alone. Global
     world size 4  | r0| r1 | r2| r3 |
 
 So the global batch, and the place of each image in it (by which BatchFormer's groups and the keys of the contrastive loss
-count), is the same at every world size. A position in the data is the pair of numbers (epoch, step), and resuming needs nothing
-else. torch's DistributedSampler differs: it deals indices round-robin over the ranks, so that the global batch has another
-order at each world size, and pads the end with repeated images.
-
-Images that do not fill the last batch are dropped; the next epoch's permutation drops others.
+count), is the same at every world size. A position in the data is (epoch, step), and resuming needs nothing else. (torch's
+DistributedSampler deals indices round-robin, so that the global batch has another order at each world size.) Images that do
+not fill the last batch are dropped; the next epoch's permutation drops others.
 
 With a shuffle window, images that are neighbours in the source stay near each other in the order, so that a network disk
 reads long pieces of few places instead of single images all over. The source is cut into runs of about sqrt(window)
@@ -98,7 +96,7 @@ class GlobalBatchSampler:
         return self._permutation(epoch)[start : start + self.local_batch].copy()
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """Return every index once, sorted by its own random number. 10 MB and 0.3 s at ImageNet's size.
+        """Return every index once, sorted by its own random number: 10 MB and 0.3 s at ImageNet's size.
 
         Two epochs are kept: prefetching reaches the next one while the trainer may still ask about this one.
         """
@@ -106,11 +104,9 @@ class GlobalBatchSampler:
             while len(self._permutations) > 1:
                 self._permutations.pop(next(iter(self._permutations)))  # the oldest
             numbers = counter.bits(counter.EPOCH_ORDER, self.seed, epoch, np.arange(self.num_images))
-            if self.shuffle_window:
-                permutation = np.lexsort((numbers, self._windows(epoch)))
-            else:
-                permutation = np.argsort(numbers, kind="stable")
-            self._permutations[epoch] = permutation
+            by_window = self.shuffle_window > 0
+            order = np.lexsort((numbers, self._windows(epoch))) if by_window else np.argsort(numbers, kind="stable")
+            self._permutations[epoch] = order
         return self._permutations[epoch]
 
     def _windows(self, epoch: int) -> np.ndarray:

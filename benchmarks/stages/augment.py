@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.measure import compare
 from benchmarks.rows import Row
@@ -21,6 +22,7 @@ from benchmarks.stages.plain_data import TwoViews, write_jpegs
 from crossbatch.data import draw_parameters, moco_v3_augmentations, open_source
 from crossbatch.data.augment import opencv as opencv_backend
 from crossbatch.data.augment import pil as torchvision_backend
+from crossbatch.data.augment.backends import make_views
 
 SIZE = 224
 TRITON = "colours and blur in Triton"
@@ -36,14 +38,14 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
         source = open_source(root, "train")
         indices = np.arange(min(count, len(source)))
         pil = [source.open(int(index)) for index in indices]
-    pixels, plain = [np.array(image) for image in pil], TwoViews(SIZE)
+    plain = TwoViews(SIZE)
     cases: dict[str, Any] = {
         "torchvision's transforms": lambda: [plain(image) for image in pil],
-        "ours on PIL": lambda: torchvision_backend.make_views(pil, recipes, 0, 0, indices),
-        "ours on OpenCV": lambda: opencv_backend.make_views(pixels, recipes, 0, 0, indices),
+        "ours on PIL": lambda: make_views(torchvision_backend.augment, pil, recipes, 0, 0, indices),
+        "ours on OpenCV": lambda: make_views(opencv_backend.augment, pil, recipes, 0, 0, indices),
     }
     if torch.cuda.is_available():
-        cases[TRITON] = _triton(pixels, indices)
+        cases[TRITON] = _triton(pil, indices)
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -59,12 +61,12 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
         cv2.setNumThreads(threads[1])
 
 
-def _triton(pixels: list[np.ndarray], indices: np.ndarray) -> Callable[[], None]:
+def _triton(images: list[Image.Image], indices: np.ndarray) -> Callable[[], None]:
     """Return a call of the Triton kernels on crops of noise, with the parameters that the images would get."""
     from crossbatch.data.augment.triton_colours import colour_view
 
-    crops = torch.randint(0, 256, (len(pixels), SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")
-    heights, widths = np.array([image.shape[:2] for image in pixels]).T
+    crops = torch.randint(0, 256, (len(images), SIZE, SIZE, 3), dtype=torch.uint8, device="cuda")
+    widths, heights = np.array([image.size for image in images]).T
     recipes = moco_v3_augmentations(SIZE)
     parameters = [draw_parameters(recipe, 0, 0, indices, view, heights, widths) for view, recipe in enumerate(recipes)]
     out = torch.empty_like(crops)

@@ -3,57 +3,27 @@
 An image is decoded once and all views come from the decoded image. It stays a PIL image until it is blurred, because the
 originals augment with PIL: its rounding to 8 bits between operations and its Gaussian blur (a sum of box blurs) belong to the
 augmentation. The result is that of torchvision.transforms.v2.functional on PIL images (tests/data/test_pil.py writes that
-composition out and compares bits). At CIFAR's size, however, most of torchvision's time is Python around PIL's kernels:
-ImageEnhance objects, a table of 768 entries built in Python for each solarize, an image split and merged to turn its hue.
-Calling the kernels directly gives 1.4x the images per second at 32 px and 1.2x at 64 px, decoding included. At 224 px it is the
-same, and PIL's conversion to HSV and back takes half of the time.
+composition out and compares bits). At CIFAR's size most of torchvision's time is Python around PIL's kernels. Calling these
+directly gives 1.4x the images per second at 32 px and 1.2x at 64 px, decoding included, and no more at 224 px.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters
-from crossbatch.data.sources import Source
-
-
-def open_image(source: Source, index: int) -> Image.Image:
-    """Return image `index` in RGB. Raises what `source.open` raises for a damaged one."""
-    return source.open(index)
-
-
-def make_views(
-    images: Sequence[Image.Image], augmentations: Sequence[ViewAugmentation], seed: int, epoch: int, indices: np.ndarray
-) -> torch.Tensor:
-    """Make the views of n decoded images (RGB): uint8 [v, n, 3, H, W], view v by `augmentations[v]`.
-
-    `indices` [n] are the keys of the random numbers. Where a broken image was replaced, that is the index of the broken one.
-    """
-    widths, heights = np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2).T
-    size = augmentations[0].image_size
-    views = np.empty((len(augmentations), len(images), 3, size, size), dtype=np.uint8)
-    for view, augmentation in enumerate(augmentations):
-        parameters = draw_parameters(augmentation, seed, epoch, indices, view, heights, widths)
-        for row, image in enumerate(images):
-            pixels = augment(image, parameters, row, size, augmentation.solarize_threshold)
-            views[view, row] = pixels.transpose(2, 0, 1)
-    return torch.from_numpy(views)
+from crossbatch.data.augment.parameters import ViewParameters
 
 
 def augment(
-    image: Image.Image, parameters: ViewParameters, row: int, image_size: int, solarize_threshold: int = 128
+    image: Image.Image, p: ViewParameters, row: int, image_size: int, solarize_threshold: int = 128
 ) -> np.ndarray:
-    """Make one view of `image` (RGB) by row `row` of `parameters`, in MoCo v3's order: uint8 [image_size, image_size, 3]."""
-    p = parameters
-    top, left = int(p.crop_top[row]), int(p.crop_left[row])
-    crop = image.crop((left, top, left + int(p.crop_width[row]), top + int(p.crop_height[row])))
-    view = crop.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    if p.jitter[row]:
-        for number in p.jitter_order[row]:
-            name, adjust = _JITTERS[number]
-            view = adjust(view, float(getattr(p, name)[row]))
+    """Make one view of `image` (RGB) by row `row` of the parameters `p`, in MoCo v3's order.
+
+    Returns uint8 [image_size, image_size, 3].
+    """
+    view = crop(image, p, row).resize((image_size, image_size), Image.Resampling.BILINEAR)
+    for operation, factor in p.jitters(row):
+        view = _JITTERS[operation](view, factor)
     if p.grayscale[row]:
         view = _gray(view)
     if p.blur_sigma[row] > 0:
@@ -62,6 +32,12 @@ def augment(
     if p.solarize[row]:
         pixels = np.where(pixels < solarize_threshold, pixels, 255 - pixels)
     return pixels[:, ::-1] if p.flip[row] else pixels
+
+
+def crop(image: Image.Image, p: ViewParameters, row: int) -> Image.Image:
+    """Cut the crop of row `row` of the parameters `p` out of `image`."""
+    top, left = int(p.crop_top[row]), int(p.crop_left[row])
+    return image.crop((left, top, left + int(p.crop_width[row]), top + int(p.crop_height[row])))
 
 
 def evaluation_image(image: Image.Image, image_size: int) -> torch.Tensor:
@@ -106,9 +82,4 @@ def _hue(view: Image.Image, factor: float) -> Image.Image:
     return Image.frombytes("HSV", view.size, bytes(hsv)).convert("RGB")
 
 
-_JITTERS = (  # numbered as in ViewParameters.jitter_order
-    ("brightness", _brightness),
-    ("contrast", _contrast),
-    ("saturation", _saturation),
-    ("hue", _hue),
-)
+_JITTERS = (_brightness, _contrast, _saturation, _hue)  # numbered as in ViewParameters.jitter_order
