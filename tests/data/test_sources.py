@@ -161,6 +161,15 @@ def test_malformed_paths(path, message):
         open_source(path, "train")
 
 
+@pytest.mark.parametrize("path", [None, 7])
+def test_a_path_that_is_none(path):
+    for function in (open_source, prepare, has_evaluation_split):
+        with pytest.raises(
+            TypeError, match=rf"`path` is a {type(path).__name__}, must be a str or a Path; give a folder"
+        ):
+            function(path)
+
+
 def rejected(path: Path, split: str = "train") -> str:
     with pytest.raises(ValueError) as caught:
         open_source(path, split)
