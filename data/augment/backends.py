@@ -1,4 +1,4 @@
-"""Chooses who decodes and augments. All backends apply the same parameters and replace the same broken images."""
+"""Chooses the backend that decodes and augments. All backends apply the same parameters and replace the same broken images."""
 
 import importlib.util
 from collections.abc import Callable, Sequence

@@ -40,7 +40,7 @@ _HARDWARE_SHARE = 0.7  # of the JPEGs, on GPUs with a decoder for them; CPU and 
 
 
 class Encoded(NamedTuple):
-    """Holds an image file that DALI reads as PIL does, and its size in pixels."""
+    """Holds an image file that DALI reads as PIL does, with its size in pixels."""
 
     data: bytes
     height: int
@@ -143,7 +143,7 @@ class DaliPipeline:
     def _crops(self) -> Any:
         """Return DALI's crops for the first job, None if it has no images.
 
-        A pipeline that raised is of no more use. A new one takes over the jobs, the first one's images decoded by PIL.
+        A pipeline that raised cannot be used again: a new one takes over the jobs, and PIL decodes the first one's images.
         """
         if not self._jobs[0].images:
             return None
@@ -151,7 +151,7 @@ class DaliPipeline:
             return self._pipeline.share_outputs()
         except (RuntimeError, IndexError):
             self._pipeline = self._build()
-            first, opener = self._jobs[0], functools.partial(encoded_by_pil, self.source)
+            first, opener = self._jobs[0], functools.partial(encoded, self.source, by_pil=True)
             opened = [open_or_replace(self.source, int(index), opener) for index in first.asked]
             self._jobs[0] = self._job(first.epoch, first.asked, opened)
             for job in self._jobs:
@@ -215,18 +215,14 @@ def _graph(num_views: int, image_size: int, device: str):
     )
 
 
-def encoded(source: Source, index: int) -> Encoded:
-    """Return image `index` for DALI: its file, if that is an ordinary JPEG. Raises OSError, as `source.open` does."""
+def encoded(source: Source, index: int, by_pil: bool = False) -> Encoded:
+    """Return image `index` for DALI. Raises OSError, as `source.open` does.
+
+    That is its file if it is an ordinary JPEG, otherwise and with `by_pil` a BMP of what PIL decodes.
+    """
     data = source.read(index)
-    size = jpeg_size(data)
-    return _as_bmp(data) if size is None else Encoded(data, *size)
-
-
-def encoded_by_pil(source: Source, index: int) -> Encoded:
-    """Return image `index` as a BMP of what PIL decodes. Raises OSError, as `source.open` does."""
-    return _as_bmp(source.read(index))
-
-
-def _as_bmp(data: bytes) -> Encoded:
+    size = None if by_pil else jpeg_size(data)
+    if size is not None:
+        return Encoded(data, *size)
     image = decode(data)
     return Encoded(encode_bmp(image), image.height, image.width)

@@ -31,7 +31,7 @@ def augment(
 
 
 def colour(pixels: np.ndarray, p: ViewParameters, row: int, solarize_threshold: int = 128) -> np.ndarray:
-    """Apply all that follows crop and resize, in MoCo v3's order: uint8 [S, S, 3] -> [S, S, 3]."""
+    """Apply colours, blur, solarize and flip to a resized crop, in MoCo v3's order: uint8 [S, S, 3] -> [S, S, 3]."""
     for operation, factor in p.jitters(row):
         pixels = _JITTERS[operation](pixels, factor)
     if p.grayscale[row]:

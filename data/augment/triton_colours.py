@@ -1,4 +1,4 @@
-"""Applies all that follows crop and resize, on a GPU: colours, blur, solarize and flip, in four Triton kernels a view.
+"""Applies colours, blur, solarize and flip to resized crops on a GPU, in four Triton kernels a view.
 
     mean gray at the moment of the contrast -> jitter and grayscale -> blur along rows -> blur along columns, solarize, flip
 

@@ -1,4 +1,4 @@
-"""pil.py against the same composition written with torchvision's own functions."""
+"""Compares pil.py with the same composition written with torchvision's own functions."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ def photo(seed: int, size=(45, 37)) -> Image.Image:
 
 
 def with_torchvision(image: Any, p: ViewParameters, row: int, image_size: int) -> np.ndarray:
-    """MoCo v3's pipeline, operation by operation, with the drawn parameters."""
+    """Apply MoCo v3's pipeline, operation by operation, with the drawn parameters."""
     box = [int(a[row]) for a in (p.crop_top, p.crop_left, p.crop_height, p.crop_width)]
     image = TF.resized_crop(image, *box, size=[image_size, image_size])
     if p.jitter[row]:
