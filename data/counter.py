@@ -1,4 +1,4 @@
-"""Counter-based random numbers: looked up by a key instead of drawn from a state.
+"""Computes random numbers from a key instead of drawing them from a state (a counter-based generator).
 
 With an ordinary generator, what an image gets depends on earlier draws, on the worker, on the rank, and on where the run was
 resumed. Here a random number is a *function* of its key: `uniform(draw, seed, epoch, index)` is the same float on every

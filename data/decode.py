@@ -27,7 +27,7 @@ _SEGMENTS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # tables, restart inte
 
 
 class BrokenImage(OSError):
-    """An image file is damaged, or is no image."""
+    """Says that an image file is damaged, or is no image."""
 
 
 def decode(encoded: bytes) -> Image.Image:

@@ -35,7 +35,7 @@ _NUM_NAMED = 5  # broken images named in a message
 
 
 class SkipLimitExceeded(RuntimeError):
-    """Too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
+    """Says that too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class TrainLoader:
         workers: processes that read and augment (with DALI: threads); 0 works in this one. As with torch's DataLoader, a
             script that uses processes needs `if __name__ == "__main__":`.
         max_skipped_fraction: the largest share of broken images among those read so far, 0 to 1.
-        backend: who decodes and augments: "dali" (NVIDIA DALI, on the GPU if `device` is one), "opencv", "torchvision" (PIL,
+        backend: what decodes and augments: "dali" (NVIDIA DALI, on the GPU if `device` is one), "opencv", "torchvision" (PIL,
             the reference), or "auto": DALI where it is installed and `device` is a GPU, else OpenCV.
         device: where the training runs; DALI makes the views there, and on a CPU if it is None. Other backends leave them
             in the CPU's memory, pinned if there is a GPU.
@@ -100,7 +100,7 @@ class TrainLoader:
         if not isinstance(source, Source):
             raise TypeError(
                 f"`source` is a {type(source).__name__}, must be a Source: give open_source(path), or wrap a data set of your "
-                f"own in a class with the members of crossbatch.data.Source (docs/data.md has one)"
+                f"own in a class with labels, class_names, has_labels, __len__, name, read and open (docs/data.md has one)"
             )
         if (batch_size is None) == (sampler is None):
             raise ValueError("give either `batch_size` or `sampler`")

@@ -1,4 +1,4 @@
-"""Reads a few images, makes their views and replaces broken ones: the work of one worker process at a time.
+"""Reads a few images, makes their views and replaces broken ones: what one worker process does at a time.
 
 A worker batch is at most 64 images of one rank's batch. Workers take worker batches, so that all of them work on the batch that
 the step waits for. If each made a whole batch, the first one of 4096 images would come after minutes.

@@ -1,4 +1,4 @@
-"""A folder of class folders, as ImageNet is usually unpacked:
+"""Reads a folder of class folders, as ImageNet is usually unpacked:
 
     root/class_a/anything.jpg
     root/class_a/deeper/anything.png
@@ -119,12 +119,6 @@ def _relative_names(root: str, class_name: str, changes: dict[str, int]) -> list
 
 
 def _is_current(root: str, arrays: Arrays) -> bool:
-    """Return whether no folder has changed since; the file may be another program's, so that its columns are checked too."""
-    folders, labels = Names(arrays, "folders").unpack(), arrays["labels"]
-    return (
-        int(arrays["version"]) == _VERSION
-        and labels.dtype == np.int64
-        and len(labels) == len(Names(arrays, "names"))
-        and 0 <= labels.min() <= labels.max() < len(Names(arrays, "classes"))
-        and [os.stat(f"{root}/{folder}").st_mtime_ns for folder in folders] == arrays["changes_ns"].tolist()  # noqa: PTH116
-    )
+    folders = Names(arrays, "folders").unpack()
+    changes_ns = [os.stat(f"{root}/{folder}").st_mtime_ns for folder in folders]  # noqa: PTH116
+    return int(arrays["version"]) == _VERSION and changes_ns == arrays["changes_ns"].tolist()

@@ -1,4 +1,4 @@
-"""Tar shards: a folder of `*.tar` files in webdataset's conventions, with random access.
+"""Reads tar shards, a folder of `*.tar` files in webdataset's conventions, with random access.
 
 A network disk that is slow with a million small files is quick with a hundred large ones. Members that follow each other and
 share a key (the path up to the first dot of the file name) are one sample. `jpg`, `jpeg`, `png` or `webp` is its image and
@@ -21,7 +21,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 from pathlib import Path
@@ -69,7 +69,6 @@ class Shards:
             self.labels, self.class_names = np.zeros_like(self.labels), ["unlabelled"]
         if not self.class_names:
             self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
-        self._open = functools.lru_cache(_OPEN_FILES)(_ShardFile)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,12 +97,12 @@ class Shards:
     def _shard(self, index: int) -> str:
         return self._shards[int(np.searchsorted(self._ends, index, side="right"))]
 
+    @functools.cached_property
+    def _open(self) -> Callable[[Path], "_ShardFile"]:
+        return functools.lru_cache(_OPEN_FILES)(_ShardFile)
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_open"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._open = functools.lru_cache(_OPEN_FILES)(_ShardFile)
 
 
 def list_shards(folder: Path) -> list[str]:
@@ -185,17 +184,14 @@ def _facts(folder: Path, shards: list[str]) -> Arrays:
 
 
 def _require_consistent(index: Arrays) -> None:
-    """Raise ValueError or KeyError unless the index is one of ours and points into its shards."""
+    """Raise ValueError or KeyError unless the index is one of ours and whole."""
     if int(index["version"]) != _VERSION:
         raise ValueError(f"its version is {index['version']}, this program reads {_VERSION}")
-    counts, sizes, num_images = index["counts"], index["sizes"], len(Names(index, "names"))
-    lengths = {len(index[column]) for column in _COLUMNS} | {int(counts.sum())}
-    if lengths != {num_images} or not num_images or not len(counts) == len(sizes) == len(Names(index, "shards")):
+    num_images, num_classes = len(Names(index, "names")), len(Names(index, "classes")) or 10**6
+    if {len(index[column]) for column in _COLUMNS} | {int(index["counts"].sum())} != {num_images}:
         raise ValueError("its columns differ in length")
-    num_classes = len(Names(index, "classes")) or 10**6
-    labels, ends = index["labels"], index["offsets"] + index["lengths"]
-    if labels.min() < _NO_LABEL or labels.max() >= num_classes or (ends > np.repeat(sizes, counts)).any():
-        raise ValueError("a label or a place is out of range")
+    if index["labels"].min() < _NO_LABEL or index["labels"].max() >= num_classes:
+        raise ValueError("a label is out of range")
 
 
 def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:

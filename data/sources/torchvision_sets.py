@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100, Flowers-102 and Oxford-IIIT Pets, as torchvision.datasets downloads, checks and lists them.
+"""Opens CIFAR-10, CIFAR-100, Flowers-102 and Oxford-IIIT Pets as torchvision.datasets downloads, checks and lists them.
 
 The files of Flowers and Pets may also lie in the folder itself, as their authors pack them. Published transfer results train
 Flowers on train and val. Pets always has 37 classes, also where a folder holds fewer, so that a classifier of a part fits the

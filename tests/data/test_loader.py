@@ -1,4 +1,4 @@
-"""loader.py: the same batches from any position with any number of workers, and what happens when things break."""
+"""Tests loader.py: the same batches from any position with any number of workers, and what happens when things break."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ AUGMENTATIONS = moco_v3_augmentations(8, 0.2)
 
 
 class Damaged(Synthetic):
-    """Synthetic images of which some raise, as damaged files do."""
+    """Holds synthetic images, some of which raise as damaged files do."""
 
     def __init__(self, count: int, broken: dict[int, Exception], size: int = 12):
         super().__init__(count, size)
@@ -42,7 +42,7 @@ class Damaged(Synthetic):
 
 
 class Deadly(Synthetic):
-    """Image 40 kills the process that opens it, as the kernel does when memory runs out."""
+    """Holds an image 40 that kills the process that opens it, as the kernel does when memory runs out."""
 
     def open(self, index: int):
         if index == 40:
@@ -66,14 +66,14 @@ def make(workers: int = 0, source=None, batch: int = 24, world_size: int = 1, ra
 
 
 def children() -> set[int]:
-    """This process's children, without the ranks that other tests share (`RankPool`)."""
+    """Return this process's children, without the ranks that other tests share (`RankPool`)."""
     found = multiprocessing.active_children()
     return {process.pid for process in found if process.pid and not process.name.startswith("rank ")}
 
 
 @pytest.fixture(scope="module")
 def two_epochs() -> list[Batch]:
-    """Epochs 0 and 1 of `make()`, four batches each, read in this process."""
+    """Return epochs 0 and 1 of `make()`, four batches each, read in this process."""
     reference = make()
     return [*reference.epoch(0), *reference.epoch(1)]
 
@@ -332,7 +332,7 @@ def test_bad_positions_and_recipes():
 
 
 def test_three_lines_are_a_loader():
-    """With MoCo v3's two views, labels, the order of seed 0; the context manager ends the workers."""
+    """They give MoCo v3's two views, labels and the order of seed 0; the context manager ends the workers."""
     source = open_source("synthetic://100?size=12")
     with TrainLoader(source, batch_size=24, image_size=8, workers=2) as loader:
         batches = list(loader.epoch(1))
