@@ -12,12 +12,8 @@ Three questions, kept apart:
 `sources/` opens images: `open_source` reads a folder of images or tar shards, torchvision's data sets, or generated images.
 `decode` says what an image file means, and is the only place that decodes one with PIL.
 
-Where the next thing goes: another kind of source in a module of its own, with a branch in sources/open and sources/location;
-another backend in a module of its own, with its parameters from `draw_parameters`, so that tests/data/test_backends.py compares
-it to PIL view by view; another augmentation as fields of ViewAugmentation and ViewParameters, drawn in `draw_parameters` and
-applied in every backend.
-
-An import of this package loads torch, numpy and PIL; OpenCV, DALI, Triton and torchvision are loaded when they are used.
+docs/extending.md says how to add a source or an augmentation. An import of this package loads torch, numpy and PIL; OpenCV,
+DALI, Triton and torchvision are loaded when they are used.
 """
 
 from crossbatch.data.augment.backends import BACKENDS, choose_backend

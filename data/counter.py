@@ -1,14 +1,13 @@
-"""Counter-based random numbers: looked up by a key instead of drawn from a state.
+"""Computes random numbers from a key instead of drawing them from a state (a counter-based generator).
 
-An ordinary generator has a state: number k exists only after numbers 0..k-1 were drawn, so what an image gets depends on
-earlier draws, on the worker, on the rank, and on where the run was resumed. Here a random number is a *function* of its key:
-`uniform(draw, seed, epoch, index)` is the same float on every machine, in any order, for one index or a million.
+With an ordinary generator, what an image gets depends on earlier draws, on the worker, on the rank, and on where the run was
+resumed. Here a random number is a *function* of its key: `uniform(draw, seed, epoch, index)` is the same float on every
+machine, in any order, for one index or a million.
 
-The function walks splitmix64 by random access. Splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014) seeded with s gives as its k-th output `mix(s + k * GAMMA)`: no state is needed to jump to k.
-We chain that over the words of the key: the output that the first word selects seeds the generator in which the second word
-selects, and so on. All arithmetic is on integers modulo 2^64, so the values depend neither on numpy's version nor on the
-machine. numpy's own Generator does not promise that, and has no vectorised random access.
+Splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) seeded with s gives as its
+k-th output `mix(s + k * GAMMA)`: no state is needed to jump to k. We chain that over the words of the key: the output that the
+first word selects seeds the generator in which the second word selects, and so on. All arithmetic is on integers modulo 2^64,
+so the values depend neither on numpy's version nor on the machine; numpy's Generator does not promise that.
 
 The first word, `draw`, says what the number is for. Its ranges are assigned here, so that no two uses overlap.
 """

@@ -27,7 +27,7 @@ _SEGMENTS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # tables, restart inte
 
 
 class BrokenImage(OSError):
-    """An image file is damaged, or is no image."""
+    """Says that an image file is damaged, or is no image."""
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -48,7 +48,7 @@ def encode_bmp(image: Image.Image) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode fully and convert to RGB.
+    """Decode an opened image fully and convert it to RGB.
 
     Two modes need help. PIL warns about palettes with several transparent entries unless they pass through RGBA; and it
     clips 16-bit gray at 255 (a white rectangle) where it should be divided by 256.
@@ -77,18 +77,14 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
             return size
         length = int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in _FRAMES and size is None:
-            size = _frame_size(data[at + 4 : at + 2 + length])
-            if size is None:
+            # Its header: precision, height, width, components, and three bytes for each of these.
+            frame = data[at + 4 : at + 2 + length]
+            if len(frame) < 6 or frame[0] != 8 or frame[5] not in (1, 3) or len(frame) != 6 + 3 * frame[5]:
+                return None
+            size = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+            if not 0 < size[0] * size[1] <= _MAX_PIXELS:
                 return None
         elif marker not in _SEGMENTS or length < 2:
             return None
         at += 2 + length
     return None
-
-
-def _frame_size(frame: bytes) -> tuple[int, int] | None:
-    """Read a frame header: precision, height, width, components, and three bytes for each of them."""
-    if len(frame) < 6 or frame[0] != 8 or frame[5] not in (1, 3) or len(frame) != 6 + 3 * frame[5]:
-        return None
-    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
-    return (height, width) if 0 < height * width <= _MAX_PIXELS else None

@@ -13,7 +13,7 @@ Nothing in a batch depends on the number of workers, on timing or on what was re
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from crossbatch.data.augment.parameters import ViewAugmentation, moco_v3_augment
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import Source
 from crossbatch.data.worker_batches import BrokenFile, EvaluationDataset, TrainDataset, WorkerBatch, split_for_workers
-from crossbatch.data.workers import Prefetcher, WorkerPool
+from crossbatch.data.workers import WorkerPool, prefetched
 
 _BATCHES_AHEAD = 2  # prefetched over all workers, as worker batches
 _IMAGES_BEFORE_CHECK = 1000  # or one epoch if that is less: image number 3 must not stop a run because it is broken
@@ -35,12 +35,12 @@ _NUM_NAMED = 5  # broken images named in a message
 
 
 class SkipLimitExceeded(RuntimeError):
-    """Too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
+    """Says that too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
 
 
 @dataclass
 class Batch:
-    """Holds one rank's share of one step."""
+    """Holds one rank's n images of one step, in v views each."""
 
     views: torch.Tensor  # uint8 [v, n, 3, H, W], channels last; on the GPU with DALI, else pinned where there is one
     labels: torch.Tensor | None  # int64 [n], of the images in `views`, on the CPU; None if the source has no labels
@@ -55,11 +55,13 @@ class TrainLoader:
             for batch in loader.epoch(0):
                 batch.views, batch.labels
 
-    A batch holds v views of each image, by v augmentations: two for contrastive learning, one to classify. A broken image is
-    replaced by the next one that can be read.
+    A `Batch` holds the rank's n = batch_size / world_size images. `views` is uint8 [v, n, 3, image_size, image_size], view v by
+    `augmentations[v]`: two for contrastive learning, one to classify (`crossbatch.data.normalize` makes floats of them).
+    `labels` is int64 [n] on the CPU, or None if the source has none. A broken image is replaced by the next one that can be
+    read.
 
     Args:
-        source: the images; must pickle if `workers` > 0.
+        source: the images, as `open_source` returns them; must pickle if `workers` > 0.
         batch_size: images of one step over all ranks; each rank gets an equal part, and the batch does not depend on the
             number of ranks. Ranks are those of torch.distributed if it is initialised at the first batch, else there is one.
         image_size: side of a view in pixels, for the two views of MoCo v3; 224 if neither it nor `augmentations` is given.
@@ -68,11 +70,14 @@ class TrainLoader:
         seed: of the order (without a `sampler`) and of the augmentation; the same on all ranks.
         workers: processes that read and augment (with DALI: threads); 0 works in this one. As with torch's DataLoader, a
             script that uses processes needs `if __name__ == "__main__":`.
-        max_skipped_fraction: the largest share of broken images among those read so far.
-        backend: who decodes and augments, "auto" or one of `BACKENDS`.
-        device: where the training runs; DALI makes the views there, and on a CPU if it is None.
+        max_skipped_fraction: the largest share of broken images among those read so far, 0 to 1.
+        backend: what decodes and augments: "dali" (NVIDIA DALI, on the GPU if `device` is one), "opencv", "torchvision" (PIL,
+            the reference), or "auto": DALI where it is installed and `device` is a GPU, else OpenCV.
+        device: where the training runs; DALI makes the views there, and on a CPU if it is None. Other backends leave them
+            in the CPU's memory, pinned if there is a GPU.
 
     Raises:
+        TypeError: `source` is no `Source`.
         ValueError: an argument is wrong.
         SkipLimitExceeded: from the iterators: too many broken images, or 16 in a row.
         RuntimeError: from the iterators: a worker died (out of memory, or of shared memory).
@@ -92,40 +97,54 @@ class TrainLoader:
         backend: str = "auto",
         device: torch.device | str | None = None,
     ):
+        if not isinstance(source, Source):
+            raise TypeError(
+                f"`source` is a {type(source).__name__}, must be a Source: give open_source(path), or wrap a data set of your "
+                f"own in a class with labels, class_names, has_labels, __len__, name, read and open (docs/data.md has one)"
+            )
         if (batch_size is None) == (sampler is None):
             raise ValueError("give either `batch_size` or `sampler`")
+        if batch_size is not None and not 1 <= batch_size <= len(source):
+            raise ValueError(f"`batch_size` (={batch_size}) must be in [1, {len(source)}], the number of images")
         if image_size is not None and augmentations is not None:
             raise ValueError("give either `image_size` or `augmentations`, which have image sizes of their own")
         if image_size is not None and image_size < 1:
             raise ValueError(f"`image_size` (={image_size}) must be at least 1 pixel")
         if augmentations is None:
             augmentations = moco_v3_augmentations(224 if image_size is None else image_size)
-        if not augmentations:
+        sizes = [augmentation.image_size for augmentation in augmentations]
+        if not sizes:
             raise ValueError("`augmentations` is empty; give one for each view")
-        self._augmentations = tuple(augmentations)
-        if len({augmentation.image_size for augmentation in self._augmentations}) != 1:
-            sizes = [augmentation.image_size for augmentation in self._augmentations]
+        if len(set(sizes)) > 1:
             raise ValueError(f"`augmentations` must share one image_size, got {sizes}")
+        if workers < 0:
+            raise ValueError(f"`workers` (={workers}) must be at least 0, which works in this process")
+        if not 0 <= max_skipped_fraction <= 1:
+            raise ValueError(f"`max_skipped_fraction` (={max_skipped_fraction}) must be in [0, 1]")
         if sampler is not None:
             self.sampler = sampler
-        else:
-            GlobalBatchSampler(seed, len(source), batch_size or 0)  # raises for a wrong batch size now
         self.images_read = 0
         self.images_skipped = 0
         self._broken: dict[str, BrokenFile] = {}  # by name
         self._source, self._batch_size, self._seed, self._workers = source, batch_size, seed, workers
+        self._augmentations = tuple(augmentations)
         self._device = torch.device(device or "cpu")
         self._backend, _ = choose_backend(backend, self._device.type)
         self._max_skipped_fraction = max_skipped_fraction
         self._worker_batches: Any = None
-        self._batches: Iterator[tuple[Batch, list[BrokenFile]]] | None = None
+        self._batches: Generator[tuple[Batch, list[BrokenFile]], None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) of the batch that comes next
 
     @cached_property
     def sampler(self) -> GlobalBatchSampler:
         """Return the order in which this rank reads; the loader builds it at the first use, unless it was given."""
         assert self._batch_size is not None
-        return GlobalBatchSampler(self._seed, len(self._source), self._batch_size, *_world_size_and_rank())
+        world_size, rank = _world_size_and_rank()
+        if self._batch_size % world_size:
+            raise ValueError(
+                f"`batch_size` (={self._batch_size}) must be divisible by the number of ranks (={world_size})"
+            )
+        return GlobalBatchSampler(self._seed, len(self._source), self._batch_size, world_size, rank)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,7 +164,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the workers. The loader can be used again; it starts new ones."""
-        if isinstance(self._batches, Prefetcher):
+        if self._batches is not None:
             self._batches.close()
         if self._worker_batches is not None:
             self._worker_batches.close()
@@ -167,27 +186,36 @@ class TrainLoader:
         if batch.views.is_cuda:
             batch.views.record_stream(torch.cuda.current_stream())  # it was made on the stream of another thread
         self._check_skip_limit(self.sampler.local_batch, broken)
-        last = step + 1 == self.steps_per_epoch
-        self._position = (epoch + 1, 0) if last else (epoch, step + 1)
+        self._position = self._next_position(epoch, step)
         return batch
 
     def _start(self, epoch: int, step: int) -> None:
         if self._backend == "dali":
             from crossbatch.data.augment.dali import MAX_IMAGES, DaliPipeline
 
-            keys = _Keys(self.sampler, epoch, step, 0, MAX_IMAGES)
+            keys = self._keys(epoch, step, 0, MAX_IMAGES)
             arguments = self._source, self._augmentations, self._seed, keys, self._workers, self._device
             self._worker_batches = DaliPipeline(*arguments)
         else:
-            keys = _Keys(self.sampler, epoch, step, self._workers, worker_batches.MAX_IMAGES)
-            per_batch = len(keys.split(np.arange(self.sampler.local_batch)))
+            keys = self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES)
+            per_batch = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers))
             ahead = math.ceil(_BATCHES_AHEAD * per_batch / max(self._workers, 1))
             dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend)
             self._worker_batches = WorkerPool(dataset, keys, self._workers, max(2, ahead))
         batches = self._collate(self._worker_batches)
-        self._batches = Prefetcher(batches, self._device) if self._workers or self._backend == "dali" else batches
+        self._batches = prefetched(batches, self._device) if self._workers or self._backend == "dali" else batches
 
-    def _collate(self, stream: Iterator[WorkerBatch]) -> Iterator[tuple[Batch, list[BrokenFile]]]:
+    def _keys(self, epoch: int, step: int, workers: int, max_images: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (epoch, image indices) of one worker batch after the other, endlessly, from a position on."""
+        while True:
+            for indices in split_for_workers(self.sampler.batch(epoch, step), workers, max_images):
+                yield epoch, indices
+            epoch, step = self._next_position(epoch, step)
+
+    def _next_position(self, epoch: int, step: int) -> tuple[int, int]:
+        return (epoch + 1, 0) if step + 1 == self.steps_per_epoch else (epoch, step + 1)
+
+    def _collate(self, stream: Iterator[WorkerBatch]) -> Generator[tuple[Batch, list[BrokenFile]], None, None]:
         """Join worker batches to batches of n images, each in one tensor, pinned so that its transfer can overlap."""
         n, size = self.sampler.local_batch, self._augmentations[0].image_size
         on_gpu = self._backend == "dali" and self._device.type == "cuda"
@@ -260,25 +288,6 @@ class EvaluationLoader:
             raise SkipLimitExceeded(_with_names(f"none of the {len(broken)} evaluation images could be read", broken))
 
 
-class _Keys:
-    """Yields the endless sequence of (epoch, image indices), one per worker batch, from a position on."""
-
-    def __init__(self, sampler: GlobalBatchSampler, epoch: int, step: int, workers: int, max_images: int):
-        self.sampler, self.epoch, self.step, self.workers, self.max_images = sampler, epoch, step, workers, max_images
-
-    def split(self, indices: np.ndarray) -> list[np.ndarray]:
-        return split_for_workers(indices, self.workers, self.max_images)
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        epoch, step = self.epoch, self.step
-        while True:
-            for indices in self.split(self.sampler.batch(epoch, step)):
-                yield epoch, indices
-            step += 1
-            if step == self.sampler.steps_per_epoch:
-                epoch, step = epoch + 1, 0
-
-
 def _world_size_and_rank() -> tuple[int, int]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1, 0
@@ -286,5 +295,6 @@ def _world_size_and_rank() -> tuple[int, int]:
 
 
 def _with_names(what: str, broken: list[BrokenFile]) -> str:
+    """Return a message that says what was found, names the last broken images, and says what to do."""
     shown = "; ".join(f"{image.name} ({image.reason})" for image in broken[-_NUM_NAMED:])
     return f"{what}; the last ones: {shown}. Repair or remove them, or raise the limit"

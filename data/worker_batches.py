@@ -1,4 +1,4 @@
-"""Reads a few images, makes their views and replaces broken ones: the work of one worker process at a time.
+"""Reads a few images, makes their views and replaces broken ones: what one worker process does at a time.
 
 A worker batch is at most 64 images of one rank's batch. Workers take worker batches, so that all of them work on the batch that
 the step waits for. If each made a whole batch, the first one of 4096 images would come after minutes.
@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from crossbatch.data.augment.backends import image_operations
+from crossbatch.data.augment.backends import augment_function, make_views
 from crossbatch.data.augment.parameters import ViewAugmentation
 from crossbatch.data.augment.pil import evaluation_image
 from crossbatch.data.sources import Source
@@ -35,9 +35,7 @@ class BrokenFile:
 class WorkerBatch:
     """Holds the views of a part of a batch, and the broken images found on the way."""
 
-    views: (
-        torch.Tensor | None
-    )  # uint8 [v, m, 3, H, W] (training) or [m, 3, H, W] (evaluation); None: nothing could be read
+    views: torch.Tensor | None  # uint8 [v, m, 3, H, W], [m, 3, H, W] in evaluation; None: nothing could be read
     indices: np.ndarray  # int64 [m], of the images in `views`
     broken: list[BrokenFile]
 
@@ -47,19 +45,19 @@ class TrainDataset:
 
     def __init__(self, source: Source, augmentations: Sequence[ViewAugmentation], seed: int, backend: str):
         self.source, self.augmentations, self.seed = source, augmentations, seed
-        self.operations = image_operations(backend)
+        self.augment = augment_function(backend)
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         epoch, indices = key
         read, images, broken = [], [], []
         for index in indices:
-            found, failures = open_or_replace(self.source, int(index), self.operations.open_image)
+            found, failures = open_or_replace(self.source, int(index), self.source.open)
             broken += failures
             if found is None:
                 return WorkerBatch(None, indices[:0], broken)
             read.append(found[0])
             images.append(found[1])
-        views = self.operations.make_views(images, self.augmentations, self.seed, epoch, indices)
+        views = make_views(self.augment, images, self.augmentations, self.seed, epoch, indices)
         return WorkerBatch(views, np.array(read, dtype=np.int64), broken)
 
 
@@ -83,9 +81,9 @@ class EvaluationDataset:
 
 
 def open_or_replace(
-    source: Source, index: int, open_image: Callable[[Source, int], Opened]
+    source: Source, index: int, open_image: Callable[[int], Opened]
 ) -> tuple[tuple[int, Opened] | None, list[BrokenFile]]:
-    """Open the first image from `index` on that can be read.
+    """Open the first image of `source` from `index` on that can be read, by `open_image`.
 
     The next index replaces a broken image, not a random one: any rule serves that depends on the index alone, and this one
     can be checked by hand.
@@ -97,7 +95,7 @@ def open_or_replace(
     for offset in range(min(_MAX_TRIES, len(source))):
         candidate = (index + offset) % len(source)
         try:
-            return (candidate, open_image(source, candidate)), broken
+            return (candidate, open_image(candidate)), broken
         except OSError as error:
             broken.append(_describe(source, candidate, error))
     return None, broken

@@ -4,14 +4,13 @@ Decided here is how worker processes start, how they end (also after a failure),
 """
 
 import collections
-import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,8 +37,13 @@ class WorkerPool:
             # By default DataLoader takes a number from torch's global random stream, which a resumed run would miss.
             generator=torch.Generator(),
         )
-        with _without_threads_of_opencv():
-            self._iterator = iter(loader)
+        cv2 = sys.modules.get("cv2")
+        threads = cv2.getNumThreads() if cv2 else 0
+        if cv2:  # a forked child would wait for ever for its parent's threads, when it ends them
+            cv2.setNumThreads(1)
+        self._iterator = iter(loader)
+        if cv2:
+            cv2.setNumThreads(threads)
 
     def __iter__(self) -> Iterator[WorkerBatch]:
         return self
@@ -48,12 +52,12 @@ class WorkerPool:
         try:
             return next(self._iterator)
         except (OSError, EOFError) as error:
-            if self._workers:
-                # A worker died while it handed over its result, which shows as a broken connection. The kernel reports the
-                # death a moment later, and torch raises a RuntimeError that says so from its signal handler, in here.
-                time.sleep(1)
-                raise RuntimeError(f"a data worker died or failed: {error!r}") from error
-            raise
+            if not self._workers:
+                raise
+            # A worker died while it handed over its result, which shows as a broken connection. The kernel reports the
+            # death a moment later, and torch raises a RuntimeError that says so from its signal handler, in here.
+            time.sleep(1)
+            raise RuntimeError(f"a data worker died or failed: {error!r}") from error
 
     def close(self) -> None:
         """Stop the workers now.
@@ -66,35 +70,28 @@ class WorkerPool:
             shut_down()
 
 
-class Prefetcher:
-    """Computes what `items` yields in a thread, two items ahead; an error comes out where the item would.
+def prefetched(items: Iterator[Any], device: torch.device) -> Generator[Any, None, None]:
+    """Yield what `items` yields, computed in a thread two items ahead; an error comes out where the item would.
 
     With a GPU as `device` the thread has a CUDA stream of its own there, so that nothing waits for what it launches. A process
     that ends without `close` waits for the item that the thread works on: if it did not, the thread would take the process down
     ("terminate called"), and with it the exit code.
     """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __init__(self, items: Iterator[Any], device: torch.device):
-        self._items = items
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ready = collections.deque(self._thread.submit(self._compute) for _ in range(2))
+    def compute() -> Any:
+        with torch.cuda.stream(stream):  # does nothing for None
+            return next(items)
 
-    def __iter__(self) -> "Prefetcher":
-        return self
-
-    def __next__(self) -> Any:
-        item = self._ready.popleft().result()
-        self._ready.append(self._thread.submit(self._compute))
-        return item
-
-    def close(self) -> None:
-        """End the thread when the item that it works on is done."""
-        self._thread.shutdown(cancel_futures=True)
-
-    def _compute(self) -> Any:
-        with torch.cuda.stream(self._stream):  # does nothing for None
-            return next(self._items)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    try:
+        ready = collections.deque(thread.submit(compute) for _ in range(2))
+        while True:
+            item = ready.popleft().result()
+            ready.append(thread.submit(compute))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def start_method() -> str:
@@ -114,21 +111,6 @@ def start_method() -> str:
     return "fork"
 
 
-@contextlib.contextmanager
-def _without_threads_of_opencv() -> Iterator[None]:
-    """Give OpenCV one thread in this process: a forked child would wait for ever for its parent's, when it ends them."""
-    cv2 = sys.modules.get("cv2")
-    if cv2 is None:
-        yield
-        return
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)
-
-
 def _start_worker(worker_id: int) -> None:
     """Set up a worker process: one thread, and signals left to the trainer.
 
@@ -141,35 +123,25 @@ def _start_worker(worker_id: int) -> None:
         sys.modules["cv2"].setNumThreads(1)
     for left_to_the_trainer in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(left_to_the_trainer, signal.SIG_IGN)
-    trainer = multiprocessing.parent_process()
-    if trainer is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the threads started from here on, too
-        threading.Thread(target=_end_for, args=(trainer.pid,), daemon=True).start()
-    if trainer is not None:
-        threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the thread started here, too
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def _end_with(trainer: Any) -> None:
-    """End this worker when the trainer has ended in any way, SIGKILL included.
+    """End this worker at a SIGTERM from the trainer, or when the trainer has ended in any way, SIGKILL included.
 
     DataLoader's workers watch their parent process, but under forkserver that is the server, which lives for as long as its
-    workers do: both would stay for ever.
+    workers do. And a trainer that fails without closing its loader terminates its workers at exit and waits for them.
     """
-    trainer.join()
-    os._exit(1)
-
-
-def _end_for(trainer_pid: int | None) -> None:
-    """Take SIGTERMs, and end this worker at the first one from the trainer.
-
-    If it were ignored too, a trainer that fails without closing its loader would wait for its workers for ever:
-    multiprocessing terminates them at exit and joins them without a timeout.
-    """
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer_pid:
-        pass
+    while trainer.is_alive():
+        if not hasattr(signal, "sigtimedwait"):
+            trainer.join()
+        elif (received := signal.sigtimedwait({signal.SIGTERM}, 1)) is not None and received.si_pid == trainer.pid:
+            break
     os._exit(0)
 
 
 def _unchanged(batch: Any) -> Any:
-    """Collate nothing: a worker batch is what it should be already."""
+    """Return a worker batch as it is; DataLoader would convert its arrays to tensors."""
     return batch

@@ -17,9 +17,11 @@ import torch.distributed as dist
 from crossbatch import InputError, RunStopped
 from crossbatch.data import SkipLimitExceeded, Source, has_evaluation_split, open_source, prepare
 from crossbatch.engine.config import user_input
+from crossbatch.engine.config.schema import PATH
 from crossbatch.engine.runtime.distributed import on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
+_NOT_GIVEN = f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR"
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
 
@@ -39,7 +41,7 @@ def training_images(path: str | None, cache: Path) -> tuple[Source, Source | Non
     Raises InputError if there are none, or not the same ones on all ranks.
     """
     if path is None:
-        raise InputError(f"{_KEY}: not given; allowed: a folder with train/; give it with --data DIR")
+        raise InputError(_NOT_GIVEN)
 
     def opened() -> tuple[Source, Source | None]:
         with user_input(_KEY):
@@ -60,7 +62,7 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
     Raises InputError if one is missing or empty, or if a label has no class.
     """
     if path is None:
-        raise InputError(f"{_KEY}: not given; allowed: a folder with train/ and val/ or test/; give it with --data DIR")
+        raise InputError(_NOT_GIVEN)
     with user_input(_KEY):
         train = open_source(path, "train", cache=cache)
         if not has_evaluation_split(path):

@@ -1,10 +1,14 @@
-"""Chooses who decodes and augments. All backends apply the same parameters and replace the same broken images."""
+"""Chooses the backend that decodes and augments. All backends apply the same parameters and replace the same broken images."""
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from PIL import Image
+
+from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters
 
 BACKENDS = {
     "dali": "DALI decodes, crops and resizes, on the GPU if there is one",
@@ -12,12 +16,8 @@ BACKENDS = {
     "torchvision": "worker processes with PIL, to the bit as torchvision",
 }
 
-
-class ImageOperations(NamedTuple):
-    """Holds a backend's two functions for worker processes. Unpickled there, they import their module before work begins."""
-
-    open_image: Callable[..., Any]  # (source, index) -> an image as `make_views` takes it
-    make_views: Callable[..., torch.Tensor]  # (images, augmentations, seed, epoch, indices) -> uint8 [v, n, 3, H, W]
+# (image in RGB, parameters, row of them, image_size, solarize_threshold) -> uint8 [image_size, image_size, 3]
+Augment: TypeAlias = Callable[[Image.Image, ViewParameters, int, int, int], np.ndarray]
 
 
 def choose_backend(asked: str, device_type: str) -> tuple[str, str]:
@@ -44,10 +44,35 @@ def has_dali() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-def image_operations(backend: str) -> ImageOperations:
-    """Return the functions of `backend` ("opencv" or "torchvision"), importing only what it needs."""
+def augment_function(backend: str) -> Augment:
+    """Return the function of "opencv" or "torchvision" that makes one view; this imports only what the backend needs.
+
+    Unpickled in a worker process, the function imports its module before work begins.
+    """
     if backend == "opencv":
-        from crossbatch.data.augment import opencv as module
+        from crossbatch.data.augment.opencv import augment
     else:
-        from crossbatch.data.augment import pil as module
-    return ImageOperations(module.open_image, module.make_views)
+        from crossbatch.data.augment.pil import augment
+    return augment
+
+
+def make_views(
+    augment: Augment,
+    images: Sequence[Image.Image],
+    augmentations: Sequence[ViewAugmentation],
+    seed: int,
+    epoch: int,
+    indices: np.ndarray,
+) -> torch.Tensor:
+    """Make the views of n decoded images (RGB): uint8 [v, n, 3, H, W] (stored channels last), view v by `augmentations[v]`.
+
+    `indices` [n] are the keys of the random numbers. Where a broken image was replaced, that is the index of the broken one.
+    """
+    widths, heights = np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2).T
+    size = augmentations[0].image_size
+    views = np.empty((len(augmentations), len(images), size, size, 3), dtype=np.uint8)
+    for view, augmentation in enumerate(augmentations):
+        parameters = draw_parameters(augmentation, seed, epoch, indices, view, heights, widths)
+        for row, image in enumerate(images):
+            views[view, row] = augment(image, parameters, row, size, augmentation.solarize_threshold)
+    return torch.from_numpy(views).permute(0, 1, 4, 2, 3)

@@ -13,11 +13,13 @@ by the same others, as with every backend.
 A thread of the loader runs this ahead of the training; on a GPU the views are in device memory.
 """
 
+import functools
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,17 +31,16 @@ from crossbatch.data.decode import decode, encode_bmp, jpeg_size
 from crossbatch.data.sources import Source
 from crossbatch.data.worker_batches import BrokenFile, WorkerBatch, open_or_replace
 
-dali: Any = _dali  # whose type hints do not know its constants
+dali: Any = _dali  # its type hints do not know its constants
 
 MAX_IMAGES = 128  # that DALI works on at once
 _READ_AHEAD = 4  # worker batches that are read ahead
 _DECODED_AHEAD = 2  # worker batches in DALI
-_HARDWARE_SHARE = 0.7  # of the JPEGs, on GPUs with a decoder for them; CPU and SMs share the others meanwhile
+_HARDWARE_SHARE = 0.7  # of the JPEGs, on GPUs with a decoder for them; CPU and SMs do the others meanwhile
 
 
-@dataclass
-class Encoded:
-    """Holds an image file that DALI reads as PIL does, and its size in pixels."""
+class Encoded(NamedTuple):
+    """Holds an image file that DALI reads as PIL does, with its size in pixels."""
 
     data: bytes
     height: int
@@ -59,14 +60,9 @@ class _Job:
 
 
 class DaliPipeline:
-    """Iterates over the worker batches of `keys`, each (epoch, at most MAX_IMAGES image indices), as `WorkerPool` does.
+    """Iterates over the worker batches of `keys`, as `WorkerPool` does: each key is (epoch, at most MAX_IMAGES image indices).
 
-    Args:
-        source: the images.
-        augmentations: one per view.
-        seed: the seed of the augmentation.
-        threads: number of threads that read files, and of DALI's own.
-        device: where the views are made: uint8 [v, m, 3, H, W], stored channels last.
+    `threads` read files, and as many are DALI's own. The views, uint8 [v, m, 3, H, W], are made on `device`.
     """
 
     def __init__(
@@ -74,31 +70,32 @@ class DaliPipeline:
         source: Source,
         augmentations: Sequence[ViewAugmentation],
         seed: int,
-        keys: Any,
+        keys: Iterator[tuple[int, np.ndarray]],
         threads: int,
         device: torch.device,
     ):
         self.source, self.augmentations, self.seed, self.device = source, augmentations, seed, device
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads)
-        self._keys: Iterator[tuple[int, np.ndarray]] = iter(keys)
+        self._keys = keys
         self._reading: deque[tuple[int, np.ndarray, list[Future]]] = deque()
         self._jobs: deque[_Job] = deque()
         self._pipeline: Any = self._build()
-        self._colour = _gpu_colours() if device.type == "cuda" else self._colour_on_cpu
 
     def __iter__(self) -> Iterator[WorkerBatch]:
         return self
 
     def __next__(self) -> WorkerBatch:
-        while len(self._jobs) < _DECODED_AHEAD and (job := self._next_job()) is not None:
-            self._jobs.append(job)
-            self._schedule(job)
-        if not self._jobs:
-            raise StopIteration
-        batch = self._finished(self._jobs[0])
-        self._jobs.popleft()
-        return batch
+        while len(self._jobs) < _DECODED_AHEAD:
+            self._jobs.append(self._next_job())
+            self._schedule(self._jobs[-1])
+        crops = self._crops()
+        job = self._jobs.popleft()
+        if crops is None:
+            return WorkerBatch(None, job.read, job.broken)
+        views = self._coloured(crops, job)
+        self._pipeline.release_outputs()
+        return WorkerBatch(views, job.read, job.broken)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -107,19 +104,19 @@ class DaliPipeline:
         self._reading.clear()
         self._pipeline = None
 
-    def _next_job(self) -> _Job | None:
-        while len(self._reading) < _READ_AHEAD and (key := next(self._keys, None)) is not None:
-            epoch, indices = key
-            futures = [self._pool.submit(open_or_replace, self.source, int(index), encoded) for index in indices]
+    def _next_job(self) -> _Job:
+        while len(self._reading) < _READ_AHEAD:
+            epoch, indices = next(self._keys)
+            opener = functools.partial(encoded, self.source)
+            futures = [self._pool.submit(open_or_replace, self.source, int(index), opener) for index in indices]
             self._reading.append((epoch, indices, futures))
-        if not self._reading:
-            return None
         epoch, indices, futures = self._reading.popleft()
         return self._job(epoch, indices, [future.result() for future in futures])
 
     def _job(
         self, epoch: int, asked: np.ndarray, opened: list[tuple[tuple[int, Encoded] | None, list[BrokenFile]]]
     ) -> _Job:
+        """Draw the parameters of the images that `open_or_replace` found for the indices `asked`."""
         broken = [one for _, some in opened for one in some]
         found = [image for image, _ in opened if image is not None]
         if len(found) < len(asked):
@@ -143,46 +140,41 @@ class DaliPipeline:
             self._pipeline.feed_input(f"end{view}", end.astype(np.float32))
         self._pipeline.schedule_run()
 
-    def _finished(self, job: _Job) -> WorkerBatch:
-        if not job.images:
-            return WorkerBatch(None, job.read, job.broken)
+    def _crops(self) -> Any:
+        """Return DALI's crops for the first job, None if it has no images.
+
+        A pipeline that raised cannot be used again: a new one takes over the jobs, and PIL decodes the first one's images.
+        """
+        if not self._jobs[0].images:
+            return None
         try:
-            crops = self._pipeline.share_outputs()
+            return self._pipeline.share_outputs()
         except (RuntimeError, IndexError):
-            job = self._start_again()
-            if not job.images:
-                return WorkerBatch(None, job.read, job.broken)
-            crops = self._pipeline.share_outputs()
-        views = self._coloured([crops[view].as_tensor() for view in range(len(self.augmentations))], job)
-        self._pipeline.release_outputs()
-        return WorkerBatch(views, job.read, job.broken)
+            self._pipeline = self._build()
+            first, opener = self._jobs[0], functools.partial(encoded, self.source, by_pil=True)
+            opened = [open_or_replace(self.source, int(index), opener) for index in first.asked]
+            self._jobs[0] = self._job(first.epoch, first.asked, opened)
+            for job in self._jobs:
+                self._schedule(job)
+            return self._pipeline.share_outputs() if self._jobs[0].images else None
 
-    def _start_again(self) -> _Job:
-        """Let a new pipeline take over the jobs, as one that raised is of no more use; PIL decodes the first job for it."""
-        self._pipeline = self._build()
-        first = self._jobs[0]
-        opened = [open_or_replace(self.source, int(index), encoded_by_pil) for index in first.asked]
-        self._jobs[0] = self._job(first.epoch, first.asked, opened)
-        for job in self._jobs:
-            self._schedule(job)
-        return self._jobs[0]
-
-    def _coloured(self, crops: list[Any], job: _Job) -> torch.Tensor:
+    def _coloured(self, crops: Any, job: _Job) -> torch.Tensor:
         size = self.augmentations[0].image_size
-        views = torch.empty(
-            (len(self.augmentations), len(job.images), size, size, 3), dtype=torch.uint8, device=self.device
-        )
-        for out, crop, p, augmentation in zip(views, crops, job.parameters, self.augmentations, strict=True):
-            self._colour(crop, p, augmentation, out)
+        shape = len(self.augmentations), len(job.images), size, size, 3
+        views = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        for view, (out, p, augmentation) in enumerate(zip(views, job.parameters, self.augmentations, strict=True)):
+            crop = crops[view].as_tensor()
+            if self.device.type == "cuda":
+                from crossbatch.data.augment.triton_colours import colour_view  # Triton may be missing without a GPU
+
+                colour_view(torch.from_dlpack(crop), p, augmentation, out)
+                torch.cuda.current_stream().synchronize()  # DALI may now overwrite `crop`
+            else:
+                rows, threshold = range(len(job.images)), itertools.repeat(augmentation.solarize_threshold)
+                coloured = self._pool.map(colour, np.asarray(crop), itertools.repeat(p), rows, threshold)
+                for row, pixels in zip(out, coloured, strict=True):
+                    row.copy_(torch.from_numpy(pixels))
         return views.permute(0, 1, 4, 2, 3)
-
-    def _colour_on_cpu(self, crop: Any, p: ViewParameters, augmentation: ViewAugmentation, out: torch.Tensor) -> None:
-        pixels = np.asarray(crop)
-
-        def row(i: int) -> None:
-            out[i] = torch.from_numpy(colour(pixels[i], p, i, augmentation.solarize_threshold))
-
-        list(self._pool.map(row, range(len(pixels))))
 
     def _build(self) -> Any:
         gpu = self.device.type == "cuda"
@@ -223,28 +215,14 @@ def _graph(num_views: int, image_size: int, device: str):
     )
 
 
-def _gpu_colours() -> Callable[[Any, ViewParameters, ViewAugmentation, torch.Tensor], None]:
-    from crossbatch.data.augment.triton_colours import colour_view  # here: Triton may be missing where there is no GPU
+def encoded(source: Source, index: int, by_pil: bool = False) -> Encoded:
+    """Return image `index` for DALI. Raises OSError, as `source.open` does.
 
-    def colours(crop: Any, p: ViewParameters, augmentation: ViewAugmentation, out: torch.Tensor) -> None:
-        colour_view(torch.from_dlpack(crop), p, augmentation, out)
-        torch.cuda.current_stream().synchronize()  # DALI may now overwrite `crop`
-
-    return colours
-
-
-def encoded(source: Source, index: int) -> Encoded:
-    """Return image `index` for DALI: its file, if that is an ordinary JPEG. Raises OSError, as `source.open` does."""
+    That is its file if it is an ordinary JPEG, otherwise and with `by_pil` a BMP of what PIL decodes.
+    """
     data = source.read(index)
-    size = jpeg_size(data)
-    return _as_bmp(data) if size is None else Encoded(data, *size)
-
-
-def encoded_by_pil(source: Source, index: int) -> Encoded:
-    """Return image `index` as a BMP of what PIL decodes."""
-    return _as_bmp(source.read(index))
-
-
-def _as_bmp(data: bytes) -> Encoded:
+    size = None if by_pil else jpeg_size(data)
+    if size is not None:
+        return Encoded(data, *size)
     image = decode(data)
     return Encoded(encode_bmp(image), image.height, image.width)

@@ -1,15 +1,14 @@
 """Draws the augmentation parameters of views, and holds the distributions of MoCo v3's two views.
 
-The parameters of a view are a pure function of (seed, epoch, index, view), by counter-based random numbers. Nothing else
-enters: neither the worker that decodes the image, nor the rank, nor how many images came before. Three promises follow:
+The parameters of a view are a pure function of (seed, epoch, index, view), by counter-based random numbers; nothing may draw
+outside of `draw_parameters`. Three promises follow:
 
 - any world size, number of workers and size of worker batches gives the same pixels;
 - a run that resumes in mid-epoch sees what it would have seen, without any random state in the checkpoint;
-- backends only *apply* parameters. Crops, flips and colours are the same with PIL as with DALI, so backends can be
-  compared image by image in a test.
+- backends only *apply* parameters, so that they can be compared image by image in a test.
 
-The price is that nothing may draw outside of `draw_parameters`. Everything is vectorised over the batch (n images): for 64
-images the parameters of a view take about 0.3 ms, 1 % of applying them at 32 px.
+Everything is vectorised over the batch (n images): for 64 images the parameters of a view take about 0.3 ms, 1 % of applying
+them at 32 px.
 
 The distributions are torchvision's (RandomResizedCrop, RandomApply([ColorJitter]), RandomGrayscale, ...) with MoCo v3's
 values; order of application: crop, jitter, grayscale, blur, solarize, flip, normalise.
@@ -101,6 +100,11 @@ class ViewParameters:
     blur_sigma: np.ndarray  # float64, pixels of the view; 0 is no blur
     solarize: np.ndarray  # bool
 
+    def jitters(self, row: int) -> list[tuple[int, float]]:
+        """Return what jitters image `row`, in order: the operation, numbered as in `jitter_order`, and its factor."""
+        factors = self.brightness, self.contrast, self.saturation, self.hue
+        return [(int(i), float(factors[i][row])) for i in self.jitter_order[row]] if self.jitter[row] else []
+
 
 def draw_parameters(
     augmentation: ViewAugmentation,
@@ -121,9 +125,9 @@ def draw_parameters(
         crop_width=width,
         flip=u[_FLIP] < augmentation.flip_probability,
         jitter=u[_JITTER] < augmentation.jitter_probability,
-        brightness=_between(u[_BRIGHTNESS], max(0.0, 1 - augmentation.brightness), 1 + augmentation.brightness),
-        contrast=_between(u[_CONTRAST], max(0.0, 1 - augmentation.contrast), 1 + augmentation.contrast),
-        saturation=_between(u[_SATURATION], max(0.0, 1 - augmentation.saturation), 1 + augmentation.saturation),
+        brightness=_around_one(u[_BRIGHTNESS], augmentation.brightness),
+        contrast=_around_one(u[_CONTRAST], augmentation.contrast),
+        saturation=_around_one(u[_SATURATION], augmentation.saturation),
         hue=_between(u[_HUE], -augmentation.hue, augmentation.hue),
         jitter_order=np.argsort(u[_JITTER_ORDER].T, axis=1, kind="stable"),
         grayscale=u[_GRAYSCALE] < augmentation.grayscale_probability,
@@ -138,38 +142,33 @@ def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (high - low) * u
 
 
+def _around_one(u: np.ndarray, reach: float) -> np.ndarray:
+    return _between(u, max(0.0, 1 - reach), 1 + reach)
+
+
 def _crop(
     augmentation: ViewAugmentation, u: np.ndarray, heights: np.ndarray, widths: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """Draw crops as torchvision's RandomResizedCrop: the first of ten tries that fits into the image, else a central crop.
 
-    All ten tries are computed for every image: cheaper than a loop, and the number of draws does not depend on the
-    image.
+    All ten tries are computed for every image: cheaper than a loop, and the number of draws does not depend on the image.
     """
     area = _between(u[_CROP_AREA], *augmentation.crop_scale) * heights * widths  # [tries, n]
     ratio = np.exp(_between(u[_CROP_RATIO], *np.log(augmentation.crop_ratio)))
     tried_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     tried_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (tried_widths > 0) & (tried_widths <= widths) & (tried_heights > 0) & (tried_heights <= heights)
-    first, image = np.argmax(fits, axis=0), np.arange(len(widths))
-    central_height, central_width = _central_crop(augmentation.crop_ratio, heights, widths)
-    height = np.where(fits.any(axis=0), tried_heights[first, image], central_height)
-    width = np.where(fits.any(axis=0), tried_widths[first, image], central_width)
+    any_fits, first, image = fits.any(axis=0), np.argmax(fits, axis=0), np.arange(len(widths))
+    low, high = augmentation.crop_ratio  # of the central crop, the largest that they allow
+    central_height = np.where(widths < low * heights, np.rint(widths / low), heights).astype(np.int64)
+    central_width = np.where(widths > high * heights, np.rint(heights * high), widths).astype(np.int64)
+    height = np.where(any_fits, tried_heights[first, image], central_height)
+    width = np.where(any_fits, tried_widths[first, image], central_width)
     top = np.floor(u[_TOP] * (heights - height + 1)).astype(np.int64)
     left = np.floor(u[_LEFT] * (widths - width + 1)).astype(np.int64)
-    top = np.where(fits.any(axis=0), top, (heights - height) // 2)
-    left = np.where(fits.any(axis=0), left, (widths - width) // 2)
+    top = np.where(any_fits, top, (heights - height) // 2)
+    left = np.where(any_fits, left, (widths - width) // 2)
     return top, left, height, width
-
-
-def _central_crop(
-    crop_ratio: tuple[float, float], heights: np.ndarray, widths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (heights, widths) of the largest crop with a width / height in `crop_ratio`."""
-    low, high = crop_ratio
-    height = np.where(widths < low * heights, np.rint(widths / low), heights).astype(np.int64)
-    width = np.where(widths > high * heights, np.rint(heights * high), widths).astype(np.int64)
-    return height, width
 
 
 def normalize(views_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

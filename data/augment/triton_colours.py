@@ -1,4 +1,4 @@
-"""Applies all that follows crop and resize, on a GPU: colours, blur, solarize and flip, in four Triton kernels a view.
+"""Applies colours, blur, solarize and flip to resized crops on a GPU, in four Triton kernels a view.
 
     mean gray at the moment of the contrast -> jitter and grayscale -> blur along rows -> blur along columns, solarize, flip
 
@@ -138,18 +138,12 @@ def _blur(
 @triton.jit
 def _adjust(r, g, b, operation, row, mean):
     """Blend with black (brightness), the mean gray (contrast) or each pixel's gray (saturation), or turn the hue in HSV."""
-    if operation == 0:
-        factor = tl.load(row + 4)
-        r, g, b = _blend(0.0, r, factor), _blend(0.0, g, factor), _blend(0.0, b, factor)
-    elif operation == 1:
-        factor = tl.load(row + 5)
-        r, g, b = _blend(mean, r, factor), _blend(mean, g, factor), _blend(mean, b, factor)
-    elif operation == 2:
-        factor = tl.load(row + 6)
-        gray = _gray(r, g, b)
-        r, g, b = _blend(gray, r, factor), _blend(gray, g, factor), _blend(gray, b, factor)
-    elif operation == 3:
+    if operation == 3:
         r, g, b = _turn(r, g, b, tl.load(row + 7))
+    elif operation >= 0:
+        factor = tl.load(row + 4 + operation.to(tl.int32))
+        other = tl.where(operation == 0, 0.0, tl.where(operation == 1, mean, _gray(r, g, b)))
+        r, g, b = _blend(other, r, factor), _blend(other, g, factor), _blend(other, b, factor)
     return r, g, b
 
 
@@ -170,14 +164,8 @@ def _turn(r, g, b, hue):
     high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     chroma = tl.maximum(high - low, 1.0)
     # div_rn: the quotients land on whole numbers, which plain division on a GPU may miss by a bit.
-    from_red, from_green, from_blue = (
-        tl.div_rn(high - r, chroma),
-        tl.div_rn(high - g, chroma),
-        tl.div_rn(high - b, chroma),
-    )
-    h = tl.where(
-        r == high, from_blue - from_green, tl.where(g == high, 2 + from_red - from_blue, 4 + from_green - from_red)
-    )
+    red, green, blue = tl.div_rn(high - r, chroma), tl.div_rn(high - g, chroma), tl.div_rn(high - b, chroma)
+    h = tl.where(r == high, blue - green, tl.where(g == high, 2 + red - blue, 4 + green - red))
     h = tl.div_rn(h, 6.0) + 1
     h = tl.where(high > low, tl.floor((h - tl.floor(h)) * 255), 0.0) + hue
     h = tl.div_rn(tl.where(h >= 256, h - 256, h) * 6, 255.0)

@@ -1,7 +1,6 @@
 """Opens images: `open_source` reads a folder, tar shards, a torchvision data set or generated images, by its path.
 
-A source knows how many images it has, their labels and class names, and reads one image by its index. A new kind of source is
-a module of its own here, with a branch in `open` and `location`.
+A source knows how many images it has, their labels and class names, and reads one image by its index.
 """
 
 from crossbatch.data.sources.open import Source, has_evaluation_split, open_source, prepare

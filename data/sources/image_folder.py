@@ -1,4 +1,4 @@
-"""A folder of class folders, as ImageNet is usually unpacked:
+"""Reads a folder of class folders, as ImageNet is usually unpacked:
 
     root/class_a/anything.jpg
     root/class_a/deeper/anything.png
@@ -9,19 +9,19 @@ index i is the same image on every machine. Names that begin with a dot are igno
 `._x.jpg`).
 
 The listing takes 16 bytes an image plus its name: 47 MB for ImageNet's 1.28 million. It is current as long as the time of
-change of every folder below the root is the same; a file system sets it when an entry comes, goes or is renamed. The check
-costs one stat per folder and none per file. The listing leaves out the sizes of files: a stat for each of them is most of the
-time that listing takes on a network disk.
+change of every folder below the root is the same; a file system sets it when an entry comes, goes or is renamed. So the check
+costs one stat per folder and none per file, which is most of the time that listing takes on a network disk.
 """
 
 import os
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from crossbatch.data.decode import decode
-from crossbatch.data.sources.listing import Arrays, cache_file, cached, pack_names, unpack_names
+from crossbatch.data.sources.listing import Arrays, Names, cached, pack_names
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # compared in lower case
 _VERSION = 1  # of the listing
@@ -38,14 +38,10 @@ class ImageFolder:
 
     def __init__(self, root: str | Path, cache: Path | None = None):
         self._root = str(root)
-        arrays = cached(
-            cache_file(cache, root) if cache else None,
-            lambda arrays: _is_current(self._root, arrays),
-            lambda: _list(self._root),
-        )
-        self.class_names = unpack_names(arrays, "classes").unpack()
-        self.labels = arrays["labels"]
-        self._names = unpack_names(arrays, "names")
+        listing = cached(root, cache, lambda arrays: _is_current(self._root, arrays), lambda: _list(self._root))
+        self.class_names = Names(listing, "classes").unpack()
+        self.labels = listing["labels"]
+        self._names = Names(listing, "names")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,15 +68,24 @@ def list_classes(root: str | Path) -> list[str]:
 def _list(root: str) -> tuple[Arrays, int]:
     """Return the listing, and the latest change of any folder in it (ns)."""
     changes = {"": os.stat(root).st_mtime_ns}  # noqa: PTH116
-    class_names = list_classes(root)
-    per_class = [_relative_names(root, name, changes) for name in class_names]
-    _require_images(root, class_names, per_class)
-    labels = np.repeat(np.arange(len(per_class), dtype=np.int64), [len(names) for names in per_class])
+    images = {name: _relative_names(root, name, changes) for name in list_classes(root)}
+    if not images:
+        raise ValueError(
+            f"{root} has no class folders; expected are images as {root}/<class>/<file>, with one folder (of any name) if "
+            f"there are no classes"
+        )
+    empty = [name for name, names in images.items() if not names]
+    if empty:
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise ValueError(
+            f"{root}: {len(empty)} of {len(images)} class folders hold no images ({', '.join(EXTENSIONS)}): {shown}; "
+            f"fill or remove them"
+        )
     arrays = {
         "version": np.array(_VERSION),
-        "labels": labels,
-        **pack_names("names", (name for names in per_class for name in names)),
-        **pack_names("classes", class_names),
+        "labels": np.repeat(np.arange(len(images), dtype=np.int64), [len(names) for names in images.values()]),
+        **pack_names("names", chain.from_iterable(images.values())),
+        **pack_names("classes", images),
         **pack_names("folders", changes),
         "changes_ns": np.array(list(changes.values()), dtype=np.int64),
     }
@@ -114,30 +119,6 @@ def _relative_names(root: str, class_name: str, changes: dict[str, int]) -> list
 
 
 def _is_current(root: str, arrays: Arrays) -> bool:
-    folders, changes_ns = unpack_names(arrays, "folders"), arrays["changes_ns"]
-    labels, classes = arrays["labels"], len(unpack_names(arrays, "classes"))
-    whole = (
-        int(arrays["version"]) == _VERSION
-        and labels.dtype == np.int64
-        and len(labels) == len(unpack_names(arrays, "names"))
-        and 0 <= labels.min() <= labels.max() < classes
-    )
-    return whole and all(
-        os.stat(f"{root}/{folders[i]}").st_mtime_ns == changes_ns[i]  # noqa: PTH116
-        for i in range(len(folders))
-    )
-
-
-def _require_images(root: str, class_names: list[str], per_class: list[list[str]]) -> None:
-    if not class_names:
-        raise ValueError(
-            f"{root} has no class folders; expected are images as {root}/<class>/<file>, with one folder (of any name) if "
-            f"there are no classes"
-        )
-    empty = [name for name, names in zip(class_names, per_class, strict=True) if not names]
-    if empty:
-        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise ValueError(
-            f"{root}: {len(empty)} of {len(class_names)} class folders hold no images ({', '.join(EXTENSIONS)}): {shown}; "
-            f"fill or remove them"
-        )
+    folders = Names(arrays, "folders").unpack()
+    changes_ns = [os.stat(f"{root}/{folder}").st_mtime_ns for folder in folders]  # noqa: PTH116
+    return int(arrays["version"]) == _VERSION and changes_ns == arrays["changes_ns"].tolist()

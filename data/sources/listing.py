@@ -9,11 +9,11 @@ folder and writes the file again.
 """
 
 import contextlib
-import errno
+import io
 import logging
 import os
-import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable
 from hashlib import sha256
@@ -29,25 +29,10 @@ _log = logging.getLogger(__name__)
 
 
 class Names:
-    """Stores an immutable list of strings, which may be file names that are not valid UTF-8.
+    """Reads the list of strings that `pack_names` stored in a listing under `field`."""
 
-    `text` holds all names joined (uint8), `stops` where each ends (int64 [len]).
-    """
-
-    def __init__(self, text: np.ndarray, stops: np.ndarray):
-        if text.dtype != np.uint8 or stops.dtype != np.int64 or text.ndim != 1 or stops.ndim != 1:
-            raise ValueError("names must be bytes (uint8) and their ends (int64)")
-        ends = int(stops[-1]) if len(stops) else 0
-        if ends != len(text) or (np.diff(stops, prepend=0) < 0).any():
-            raise ValueError("the ends of the names must rise to the length of the text")
-        self.text, self.stops = text, stops
-
-    @classmethod
-    def pack(cls, names: Iterable[str]) -> "Names":
-        """Join `names` into the two arrays."""
-        encoded = [os.fsencode(name) for name in names]
-        stops = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), stops)
+    def __init__(self, arrays: Arrays, field: str):
+        self.text, self.stops = arrays[field], arrays[f"{field}_stops"]
 
     def __len__(self) -> int:
         return len(self.stops)
@@ -62,64 +47,56 @@ class Names:
 
 
 def pack_names(field: str, names: Iterable[str]) -> Arrays:
-    """Return `names` as two entries of a listing, which `unpack_names` reads."""
-    packed = Names.pack(names)
-    return {field: packed.text, f"{field}_stops": packed.stops}
-
-
-def unpack_names(arrays: Arrays, field: str) -> Names:
-    """Return the names that `pack_names` stored under `field`."""
-    return Names(arrays[field], arrays[f"{field}_stops"])
+    """Return `names`, which need not be valid UTF-8, as two entries of a listing: their bytes joined, and where each ends."""
+    encoded = [os.fsencode(name) for name in names]
+    stops = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    return {field: np.frombuffer(b"".join(encoded), dtype=np.uint8), f"{field}_stops": stops}
 
 
 def save(file: Path, arrays: Arrays) -> None:
     """Write `arrays` to `file`, which is complete or absent at any moment. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    draft = file.with_name(f".{uuid.uuid4().hex}.npz")
     try:
-        with os.fdopen(descriptor, "wb") as opened:
-            np.savez(opened, **arrays)  # pyright: ignore[reportArgumentType]  (its last keyword is a bool)
-        Path(draft).chmod(0o644)  # mkstemp's 600 would keep a shared data set from others
-        Path(draft).replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(draft).unlink()
-        raise
+        np.savez(draft, **arrays)  # pyright: ignore[reportArgumentType]  (its last keyword is a bool)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def load(file: Path) -> Arrays:
     """Return what `save` wrote. Raises OSError if it cannot be read, ValueError if it is damaged or something else."""
+    content = io.BytesIO(file.read_bytes())
     try:
-        with zipfile.ZipFile(file) as archive:
-            # All checksums first: numpy would allocate whatever a damaged header claims.
-            if archive.testzip() is not None:
-                raise ValueError("damaged")
-        with np.load(file, allow_pickle=False) as arrays:
+        # All checksums first: numpy would allocate whatever a damaged header claims.
+        if zipfile.ZipFile(content).testzip() is not None:
+            raise ValueError("a checksum is wrong")
+        content.seek(0)
+        with np.load(content, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # zipfile parses in plain Python: damage may raise anything
-        damage = (None, errno.EINVAL)  # zipfile's own OSErrors, and a seek to nowhere
-        if isinstance(error, OSError) and error.errno not in damage:
-            raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def cache_file(cache: Path, root: str | Path) -> Path:
-    """Return the file in the folder `cache` that keeps the listing of `root`."""
-    absolute = os.path.abspath(root)  # noqa: PTH100  (unlike resolve, it asks no disk)
-    return cache / f"{Path(absolute).name}-{sha256(os.fsencode(absolute)).hexdigest()[:16]}.npz"
-
-
-def cached(file: Path | None, is_current: Callable[[Arrays], bool], make: Callable[[], tuple[Arrays, int]]) -> Arrays:
-    """Return the listing in `file` if `is_current` says that nothing has changed since; otherwise make it and keep it.
+def cached(
+    root: str | Path,
+    cache: Path | None,
+    is_current: Callable[[Arrays], bool],
+    make: Callable[[], tuple[Arrays, int]],
+) -> Arrays:
+    """Return the listing of `root` in the folder `cache` while it is right; otherwise make it and keep it.
 
     Args:
-        file: where the listing is kept; None makes it each time.
-        is_current: may raise KeyError, TypeError, ValueError or OSError for "no".
+        root: the folder that is listed.
+        cache: where the listing is kept; None makes it each time.
+        is_current: whether nothing has changed since; may raise KeyError, TypeError, ValueError or OSError for "no".
         make: returns the listing and the latest time of change (ns) of what it describes. A folder that has changed
             within the last two seconds may change again without a new timestamp, so its listing is not kept.
     """
-    if file is None:
+    if cache is None:
         return make()[0]
+    absolute = os.path.abspath(root)  # noqa: PTH100  (unlike resolve, it asks no disk)
+    file = cache / f"{Path(absolute).name}-{sha256(os.fsencode(absolute)).hexdigest()[:16]}.npz"
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
         arrays = load(file)
         if is_current(arrays):

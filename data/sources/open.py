@@ -1,31 +1,23 @@
-"""Turns a data path into a `Source`: images by index, with their labels.
-
-    /some/folder                                  a folder with train/ and, to evaluate on, val/ or test/; these hold
-                                                  <class>/<image> (image_folder) or tar shards (shards)
-    cifar10://DIR, cifar100://DIR,                the files of torchvision.datasets in DIR (torchvision_sets)
-    flowers://DIR, pets://DIR
-    synthetic://1000?size=64&classes=10           1000 images computed from their index (synthetic); no disk
-    shapes://DIR?train=4000&val=800&size=64       small labelled drawings, which `prepare` writes into DIR (shapes)
+"""Turns a data path into a `Source`: images by index, with their labels. `open_source` lists the paths.
 
 A new kind of source is a class with the members of `Source` in a module of its own, with a branch here and in `location`.
 """
 
 import contextlib
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from crossbatch.data.sources import torchvision_sets
 from crossbatch.data.sources.image_folder import ImageFolder, list_classes
-from crossbatch.data.sources.location import Location, parse
+from crossbatch.data.sources.location import parse
 from crossbatch.data.sources.shapes import write_shapes
 from crossbatch.data.sources.shards import Shards, list_shards
 from crossbatch.data.sources.synthetic import Synthetic
 
 SPLITS = {"train": ("train",), "eval": ("val", "test")}  # the folders a split may lie in, the first that exists
-_WITH_BOTH_SPLITS = ("synthetic", *torchvision_sets.SCHEMES)
 _TREE = (
     "expected\n"
     "  {root}/train/<class>/<image>.jpg   (jpg, jpeg, png, webp, bmp)\n"
@@ -36,6 +28,7 @@ _TREE = (
 )
 
 
+@runtime_checkable
 class Source(Protocol):
     """Gives images by index. Must pickle, as each worker gets a copy; several threads may call `read` and `open` at once."""
 
@@ -68,39 +61,49 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
         ValueError: `path` is malformed, or its images cannot be downloaded or written.
         OSError: a folder cannot be read.
     """
-    location = parse(path)
-    if location.scheme in torchvision_sets.SCHEMES:
-        torchvision_sets.download_set(location.scheme, location.target)
-    if location.scheme == "shapes":
-        options = {name: value for name, value in location.options.items() if value is not None}
+    scheme, target, options = parse(path)
+    if scheme in torchvision_sets.SCHEMES:
+        torchvision_sets.download_set(scheme, target)
+    if scheme == "shapes":
         try:
-            write_shapes(location.target, **options)
+            write_shapes(target, **options)
         except OSError as error:
-            raise ValueError(f"cannot write {location.target} ({error}); name a folder that can be written") from error
-    if cache is not None and location.scheme in ("", "shapes"):
-        root = Path(location.target)
-        _open_folder(_split_folder(root, "train"), cache)
+            raise ValueError(f"cannot write {target} ({error}); name a folder that can be written") from error
+    if cache is not None and scheme in ("", "shapes"):
+        _open_folder(_split_folder(Path(target), "train"), cache)
         with contextlib.suppress(ValueError):  # raised again when somebody evaluates
-            _open_folder(_split_folder(root, "eval"), cache)
+            _open_folder(_split_folder(Path(target), "eval"), cache)
 
 
 def has_evaluation_split(path: str | Path) -> bool:
     """Return whether `open_source(path, "eval")` has something to open. Raises ValueError if `path` is malformed."""
-    location = parse(path)
-    return location.scheme in _WITH_BOTH_SPLITS or any(Path(location.target, name).is_dir() for name in SPLITS["eval"])
+    scheme, target, _ = parse(path)
+    both = scheme == "synthetic" or scheme in torchvision_sets.SCHEMES
+    return both or any(Path(target, name).is_dir() for name in SPLITS["eval"])
 
 
 def open_source(path: str | Path, split: str = "train", cache: Path | None = None, download: bool = False) -> Source:
     """Open the training images (`split` "train") or the evaluation images ("eval") of `path`.
 
+        /data/imagenet                            a folder with train/ and, to evaluate, val/ or test/; these hold
+                                                  <class>/<image> or tar shards in webdataset's conventions
+        cifar10://DIR, cifar100://DIR,            the files of torchvision.datasets in the folder DIR
+        flowers://DIR, pets://DIR
+        synthetic://1000?size=64&classes=10       1000 images computed from their index, without a disk
+        shapes://DIR?train=4000&val=800&size=64   small labelled drawings, generated into DIR
+
     Args:
-        path: a folder or a URL, as described at the top of this module.
+        path: a folder, or one of the above.
         split: "train" or "eval".
         cache: a folder that keeps what was found in `path`, until that changes; None lists the files each time.
         download: first download or generate the images if they are not there, as `prepare` does. Among several
             processes, let one of them do so before the others open `path`.
 
+    Returns:
+        a `Source`: its length, `labels` (int64 [len]), `class_names`, and images by index.
+
     Raises:
+        TypeError: `path` is neither a str nor a Path.
         ValueError: `path` is not there, malformed, or not laid out as expected.
         OSError: a folder cannot be read.
     """
@@ -108,27 +111,20 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
         raise ValueError(f"`split` (={split!r}) must be one of {', '.join(SPLITS)}")
     if download:
         prepare(path, cache)
-    location = parse(path)
-    if location.scheme == "synthetic":
-        return _open_synthetic(location, split)
-    if location.scheme in torchvision_sets.SCHEMES:
-        return torchvision_sets.open_set(location.scheme, location.target, split)
-    root = Path(location.target)
-    if location.scheme == "shapes" and not root.exists():
+    scheme, target, options = parse(path)
+    if scheme == "synthetic":
+        count = int(target) if split == "train" else options["eval"] or max(int(target) // 10, 1)
+        return Synthetic(count, options["size"], options["classes"], split=int(split == "eval"))
+    if scheme in torchvision_sets.SCHEMES:
+        return torchvision_sets.open_set(scheme, target, split)
+    root = Path(target)
+    if scheme == "shapes" and not root.exists():
         raise ValueError(f"{root} does not exist; write it with open_source(path, download=True) or prepare(path)")
     folder = _split_folder(root, split)
     source = _open_folder(folder, cache)
     if split == "eval":
         _match_classes(_split_folder(root, "train"), folder, source, cache)
     return source
-
-
-def _open_synthetic(location: Location, split: str) -> Synthetic:
-    count, size, classes = int(location.target), location.options["size"], location.options["classes"]
-    assert size is not None and classes is not None
-    if split == "train":
-        return Synthetic(count, size, classes, split=0)
-    return Synthetic(location.options["eval"] or max(count // 10, 1), size, classes, split=1)
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -167,7 +163,7 @@ def _match_classes(train: Path, folder: Path, source: ImageFolder | Shards, cach
     these must lie in the range of the training labels.
     """
     training = Shards(train, cache) if list_shards(train) else None
-    names = training.class_names if training else list_classes(train)
+    trained, evaluated = training.class_names if training else list_classes(train), source.class_names
     shards = [opened for opened in (training, source) if isinstance(opened, Shards)]
     for opened in shards:
         if not opened.has_labels:
@@ -175,25 +171,21 @@ def _match_classes(train: Path, folder: Path, source: ImageFolder | Shards, cach
                 f"the shards in {opened.folder} have no labels (members <key>.cls), which evaluation needs; add them, or "
                 f"move {folder} away"
             )
-    if all(opened.has_class_names for opened in shards):
-        _require_same_names(train, names, folder, source.class_names)
-    elif len(source.class_names) > len(names):
+    if not all(opened.has_class_names for opened in shards):
+        if len(evaluated) > len(trained):
+            raise ValueError(
+                f"{folder} has labels up to {len(evaluated) - 1}, {train} only up to {len(trained) - 1}; the two must number "
+                f"the same classes"
+            )
+    elif trained != evaluated:
+        only = {train: sorted({*trained} - {*evaluated}), folder: sorted({*evaluated} - {*trained})}
+        shown = [
+            f"only in {where}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for where, names in only.items()
+            if names
+        ]
         raise ValueError(
-            f"{folder} has labels up to {len(source.class_names) - 1}, {train} only up to {len(names) - 1}; the two must "
-            f"number the same classes"
+            f"{train} and {folder} have different classes ({'; '.join(shown) or 'the same names in another order'}); labels "
+            f"are numbered by the names, so make the two lists equal"
         )
-    source.class_names = names
-
-
-def _require_same_names(train: Path, trained: list[str], folder: Path, evaluated: list[str]) -> None:
-    if trained == evaluated:
-        return
-    differences = [
-        f"only in {where}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
-        for where, names in ((train, set(trained) - set(evaluated)), (folder, set(evaluated) - set(trained)))
-        if names
-    ] or ["the same names in another order"]
-    raise ValueError(
-        f"{train} and {folder} have different classes ({'; '.join(differences)}); labels are numbered by the names, so make "
-        f"the two lists equal"
-    )
+    source.class_names = trained

@@ -1,4 +1,4 @@
-"""Tar shards: a folder of `*.tar` files in webdataset's conventions, with random access.
+"""Reads tar shards, a folder of `*.tar` files in webdataset's conventions, with random access.
 
 A network disk that is slow with a million small files is quick with a hundred large ones. Members that follow each other and
 share a key (the path up to the first dot of the file name) are one sample. `jpg`, `jpeg`, `png` or `webp` is its image and
@@ -7,9 +7,9 @@ share a key (the path up to the first dot of the file name) are one sample. `jpg
     train/index.npz
     train/train-000000.tar    [0000.cls][0000.jpg] [0001.cls][0001.jpg] ... [blocks of zeros]
 
-An index says where each image lies, so that any order can be read, and a run resumed, without passing over what comes before.
-`index.npz` is written by `shard_writer`, with the class names. Other shards are scanned once, and the result is kept in the
-cache for as long as names, sizes and times of change of the shards stay the same.
+An index says where each image lies, so that any order can be read. `index.npz` is written by `shard_writer`, with the class
+names. Other shards are scanned once, and the result is kept in the cache for as long as names, sizes and times of change of
+the shards stay the same.
 
 No image ever gets another one's label. A shard that is damaged when it is scanned, or whose size differs from the index, is an
 error. Each read compares a checksum of the image's header and of the whole label member with the index, so that an image of a
@@ -21,7 +21,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from crossbatch.data.decode import BrokenImage, decode
-from crossbatch.data.sources.listing import Arrays, cache_file, cached, load, pack_names, save, unpack_names
+from crossbatch.data.sources.listing import Arrays, Names, cached, load, pack_names, save
 
 INDEX = "index.npz"
 _VERSION = 1  # of the index
@@ -43,6 +43,7 @@ _SCANNERS = 16  # threads: scanning waits for a disk
 _OPEN_FILES = 64  # of one process; each is opened once as long as it is among the last read
 # Places are bytes from the start of the shard; those of a label are 0 where there is none.
 _IMAGE = np.dtype([("offsets", "i8"), ("lengths", "u4"), ("label_offsets", "i8"), ("labels", "i8"), ("checks", "u4")])
+_COLUMNS = _IMAGE.names or ()
 
 
 class Shards:
@@ -55,22 +56,19 @@ class Shards:
 
     def __init__(self, folder: str | Path, cache: Path | None = None):
         self.folder = Path(folder)
-        arrays = _read_index(self.folder, cache)
-        self._shards = unpack_names(arrays, "shards").unpack()
-        self._ends = np.cumsum(arrays["counts"])  # of each shard's images
-        self._names = unpack_names(arrays, "names")
-        self.labels, self._checks = arrays["labels"], arrays["checks"]
-        self._offsets, self._lengths, self._label_offsets = (
-            arrays[field] for field in ("offsets", "lengths", "label_offsets")
-        )
-        self.class_names = unpack_names(arrays, "classes").unpack()
+        index = _read_index(self.folder, cache)
+        self._shards = Names(index, "shards").unpack()
+        self._ends = np.cumsum(index["counts"])  # of each shard's images
+        self._names = Names(index, "names")
+        self._index = [index[column] for column in _COLUMNS]
+        self.labels = index["labels"]
+        self.class_names = Names(index, "classes").unpack()
         self.has_class_names = bool(self.class_names)  # else the labels are numbers, as webdataset has them
         self.has_labels = bool((self.labels != _NO_LABEL).any())
         if not self.has_labels:
             self.labels, self.class_names = np.zeros_like(self.labels), ["unlabelled"]
         if not self.class_names:
             self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
-        self._open = functools.lru_cache(_OPEN_FILES)(_ShardFile)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,12 +81,12 @@ class Shards:
         """Return the member of image `index`. Raises OSError, and BrokenImage if it is not what the index says."""
         if self.labels[index] == _NO_LABEL:
             raise BrokenImage("no label: no .cls member of the same key beside it")
+        offset, length, label_offset, _, check = (int(column[index]) for column in self._index)
         file = self._open(self.folder / self._shard(index))
-        offset, length = int(self._offsets[index]), int(self._lengths[index])
         member = file.read(offset - _BLOCK, _BLOCK + length)
         if len(member) < _BLOCK + length:
             raise BrokenImage(f"the shard is cut off: this image should end at byte {offset + length}")
-        if file.checksum(member[:_BLOCK], int(self._label_offsets[index])) != self._checks[index]:
+        if file.checksum(member[:_BLOCK], label_offset) != check:
             raise BrokenImage(f"the shard is not what its index describes; if it was rewritten, remove {INDEX}")
         return member[_BLOCK:]
 
@@ -99,12 +97,12 @@ class Shards:
     def _shard(self, index: int) -> str:
         return self._shards[int(np.searchsorted(self._ends, index, side="right"))]
 
+    @functools.cached_property
+    def _open(self) -> Callable[[Path], "_ShardFile"]:
+        return functools.lru_cache(_OPEN_FILES)(_ShardFile)
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_open"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._open = functools.lru_cache(_OPEN_FILES)(_ShardFile)
 
 
 def list_shards(folder: Path) -> list[str]:
@@ -119,21 +117,21 @@ def list_shards(folder: Path) -> list[str]:
 
 def write_index(folder: Path, class_names: list[str]) -> None:
     """Scan the shards in `folder` and write `index.npz` beside them; no `class_names` means that labels are just numbers."""
-    arrays, _ = _scan_all(folder, class_names)
-    del arrays["changes_ns"]  # of this copy of the shards
-    save(folder / INDEX, arrays)
+    index, _ = _scan_all(folder, class_names)
+    del index["changes_ns"]  # of this copy of the shards
+    save(folder / INDEX, index)
 
 
 class _ShardFile:
     """Keeps a shard open for positioned reads, which threads and forked processes may share. Closes when nobody holds it."""
 
     def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._file = path.open("rb", buffering=0)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`, fewer where the file ends."""
-        data = os.pread(self._descriptor, length, offset)
-        while len(data) < length and (more := os.pread(self._descriptor, length - len(data), offset + len(data))):
+        data = os.pread(self._file.fileno(), length, offset)
+        while len(data) < length and (more := os.pread(self._file.fileno(), length - len(data), offset + len(data))):
             data += more
         return data
 
@@ -143,64 +141,63 @@ class _ShardFile:
         return zlib.crc32(image_header, zlib.crc32(label_member))
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+        if hasattr(self, "_file"):
+            self._file.close()
 
 
 def _read_index(folder: Path, cache: Path | None) -> Arrays:
     """Load the index from beside the shards or from `cache`, or scan the shards."""
-    file, shards = folder / INDEX, list_shards(folder)
+    file = folder / INDEX
+    if not file.exists():
+        return cached(folder, cache, lambda index: _is_current(folder, index), lambda: _scan_all(folder, []))
     try:
-        arrays = load(file)
-        _require_consistent(arrays)
-    except FileNotFoundError:
-        cached_file = cache_file(cache, folder) if cache else None
-        return cached(cached_file, lambda arrays: _is_current(folder, arrays), lambda: _scan_all(folder, []))
+        index = load(file)
+        _require_consistent(index)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}); remove it, and the shards are scanned") from error
-    indexed = dict(zip(unpack_names(arrays, "shards").unpack(), arrays["sizes"].tolist(), strict=True))
-    found = dict(zip(shards, (status.st_size for status in _statuses(folder, shards)), strict=True))
-    differing = sorted(name for name in {*indexed, *found} if indexed.get(name) != found.get(name))
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{file} is not the index of these shards: {name} has {found.get(name, 'no')} bytes in the folder and "
-            f"{indexed.get(name, 'no')} in the index; remove {file}, and the shards are scanned, or bring back the shards it "
-            f"was written for"
-        )
-    return arrays
+    indexed = dict(zip(Names(index, "shards").unpack(), index["sizes"].tolist(), strict=True))
+    found = {name: (folder / name).stat().st_size for name in list_shards(folder)}
+    for name in sorted({*indexed, *found}):
+        if indexed.get(name) != found.get(name):
+            raise ValueError(
+                f"{file} is not the index of these shards: {name} has {found.get(name, 'no')} bytes in the folder and "
+                f"{indexed.get(name, 'no')} in the index; remove {file}, and the shards are scanned, or bring back the shards "
+                f"it was written for"
+            )
+    return index
 
 
-def _is_current(folder: Path, arrays: Arrays) -> bool:
-    _require_consistent(arrays)
-    names = list_shards(folder)
-    now = [(status.st_size, status.st_mtime_ns) for status in _statuses(folder, names)]
-    then = list(zip(arrays["sizes"].tolist(), arrays["changes_ns"].tolist(), strict=True))
-    return unpack_names(arrays, "shards").unpack() == names and now == then
+def _is_current(folder: Path, index: Arrays) -> bool:
+    _require_consistent(index)
+    found = _facts(folder, list_shards(folder))
+    return all(np.array_equal(index[field], values) for field, values in found.items())
 
 
-def _require_consistent(arrays: Arrays) -> None:
-    """Raise ValueError or KeyError unless the index is one of ours and points into its shards."""
-    if int(arrays["version"]) != _VERSION:
-        raise ValueError(f"its version is {arrays['version']}, this program reads {_VERSION}")
-    counts, sizes, num_images = arrays["counts"], arrays["sizes"], len(unpack_names(arrays, "names"))
-    lengths = {len(arrays[field]) for field in _IMAGE.names or ()} | {int(counts.sum())}
-    if lengths != {num_images} or not num_images or not len(counts) == len(sizes) == len(arrays["shards_stops"]):
+def _facts(folder: Path, shards: list[str]) -> Arrays:
+    """Return the names, sizes and times of change (ns) of shards: while these are the same, so is what a scan found."""
+    statuses = [(folder / name).stat() for name in shards]
+    return {
+        **pack_names("shards", shards),
+        "sizes": np.array([status.st_size for status in statuses], dtype=np.int64),
+        "changes_ns": np.array([status.st_mtime_ns for status in statuses], dtype=np.int64),
+    }
+
+
+def _require_consistent(index: Arrays) -> None:
+    """Raise ValueError or KeyError unless the index is one of ours and whole."""
+    if int(index["version"]) != _VERSION:
+        raise ValueError(f"its version is {index['version']}, this program reads {_VERSION}")
+    num_images, num_classes = len(Names(index, "names")), len(Names(index, "classes")) or 10**6
+    if {len(index[column]) for column in _COLUMNS} | {int(index["counts"].sum())} != {num_images}:
         raise ValueError("its columns differ in length")
-    num_classes = len(unpack_names(arrays, "classes")) or 10**6
-    labels, ends = arrays["labels"], arrays["offsets"] + arrays["lengths"]
-    if labels.min() < _NO_LABEL or labels.max() >= num_classes or (ends > np.repeat(sizes, counts)).any():
-        raise ValueError("a label or a place is out of range")
-
-
-def _statuses(folder: Path, names: list[str]) -> list[os.stat_result]:
-    return [(folder / name).stat() for name in names]
+    if index["labels"].min() < _NO_LABEL or index["labels"].max() >= num_classes:
+        raise ValueError("a label is out of range")
 
 
 def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
     """Return what an index holds, by the headers of all shards, and the latest time of change of a shard (ns)."""
     shards = list_shards(folder)
-    statuses = _statuses(folder, shards)
+    facts = _facts(folder, shards)
     with ThreadPoolExecutor(_SCANNERS) as threads:
         scans = list(threads.map(_scan, (folder / name for name in shards)))
     images = np.concatenate([found for _, found in scans])
@@ -209,17 +206,15 @@ def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
             f"the {len(shards)} tar files in {folder} hold no images; expected are members such as 0000.jpg (or jpeg, png, "
             f"webp) and 0000.cls, its label as a number"
         )
-    arrays = {
+    index = {
         "version": np.array(_VERSION),
-        **pack_names("shards", shards),
-        "sizes": np.array([status.st_size for status in statuses], dtype=np.int64),
-        "changes_ns": np.array([status.st_mtime_ns for status in statuses], dtype=np.int64),
+        **facts,
         "counts": np.array([len(names) for names, _ in scans], dtype=np.int64),
         **pack_names("names", chain.from_iterable(names for names, _ in scans)),
-        **{field: images[field].copy() for field in _IMAGE.names or ()},
+        **{column: images[column].copy() for column in _COLUMNS},
         **pack_names("classes", class_names),
     }
-    return arrays, int(arrays["changes_ns"].max())
+    return index, int(facts["changes_ns"].max())
 
 
 def _scan(shard: Path) -> tuple[list[str], np.ndarray]:
@@ -249,20 +244,20 @@ def _scan(shard: Path) -> tuple[list[str], np.ndarray]:
 def _members(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yield (key, extension, member) of the files in a shard. Raises ValueError if it does not end as a tar file does."""
     end = 0
-    with shard.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    end, parts = tar.offset, _MEMBER.fullmatch(member.name)
-                    if parts is not None and member.isreg() and not member.issparse():
-                        yield parts[1], parts[2].lower(), member
-            whole = file.seek(0, os.SEEK_END) - end >= _BLOCK
+    try:
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                end, parts = tar.offset, _MEMBER.fullmatch(member.name)
+                if parts is not None and member.isreg() and not member.issparse():
+                    yield parts[1], parts[2].lower(), member
+            # tarfile takes a damaged header for the end of the archive.
             file.seek(end)
-            whole = whole and not any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(1 << 20), b""))
-            reason = "" if whole else "the end of the archive, zeros, is not there"
-        except OSError:
-            raise
-        except Exception as error:  # tarfile parses in plain Python: damage may raise anything
-            reason = f"{type(error).__name__}: {error}"
-    if reason:
-        raise ValueError(f"{shard} is cut off or damaged after byte {end} ({reason}); write it again, or move it away")
+            rest = file.read()
+            if len(rest) < _BLOCK or rest.strip(b"\0"):
+                raise ValueError("the end of the archive, zeros, is not there")
+    except OSError:
+        raise
+    except Exception as error:  # tarfile parses in plain Python: damage may raise anything
+        raise ValueError(
+            f"{shard} is cut off or damaged after byte {end} ({error}); write it again, or move it away"
+        ) from error

@@ -14,7 +14,7 @@ _GRID = 6  # the noise is a grid of this side, enlarged: cheap at any image size
 
 
 class Synthetic:
-    """Computes `count` square images of side `size` in `classes` classes; a `Source`. `split`: 0 train, 1 eval."""
+    """Computes `count` square images of side `size` in `classes` classes; a `Source`. `split` is 0 to train, 1 to evaluate."""
 
     has_labels = True
 

@@ -1,4 +1,4 @@
-"""Damaged input on purpose, for sources and for every backend: image files, and tar shards.
+"""Makes damaged input for the tests of sources and of every backend: image files, and tar shards.
 
 `damaged_files` yields (name, bytes) of files that lie under an image's name in somebody's data set. Most are broken, some only
 look strange; who reads them gives an image or reports a broken one, and neither crashes nor hangs. `WHOLE` names those that PIL
@@ -41,7 +41,7 @@ WHOLE = {  # of damaged_files: what is no damage
 
 
 def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
-    """Smooth colours with some noise, the same each time."""
+    """Draw smooth colours with some noise, the same each time."""
     y, x = np.mgrid[:height, :width]
     noise = np.random.default_rng(0).integers(0, 40, (height, width, 3))
     pixels = np.stack([x * 200 // width, y * 200 // height, (x + y) * 200 // (width + height)], axis=2) + noise
@@ -55,7 +55,7 @@ def encoded(image: Image.Image, file_format: str, **options) -> bytes:
 
 
 def damaged_files(count: int = 300, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """At least `count` files: the known kinds first, then random truncations, flipped bits, holes and splices."""
+    """Yield at least `count` files: the known kinds first, then random truncations, flipped bits, holes and splices."""
     kinds = {**_strange(), **_broken()}
     yield from kinds.items()
     numbers = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ def damaged_files(count: int = 300, seed: int = 0) -> Iterator[tuple[str, bytes]
 
 
 def _strange() -> dict[str, bytes]:
-    """Whole images that are not what their names or a quick look say."""
+    """Return whole images that are not what their names or a quick look say."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     sixteen = Image.fromarray(np.asarray(picture(mode="L")).astype(np.uint16) * 257)
@@ -129,7 +129,7 @@ def _broken() -> dict[str, bytes]:
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """Return a PNG that claims a size and holds next to nothing."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -154,7 +154,7 @@ def _flipped(content: bytes, numbers: np.random.Generator) -> bytes:
 
 
 def _flipped_header(content: bytes, numbers: np.random.Generator) -> bytes:
-    """Several bits, in the first 100 bytes."""
+    """Flip several bits in the first 100 bytes."""
     damaged = bytearray(content)
     for place in numbers.integers(0, min(100, len(content)), 4):
         damaged[int(place)] ^= 1 << int(numbers.integers(8))
@@ -162,7 +162,7 @@ def _flipped_header(content: bytes, numbers: np.random.Generator) -> bytes:
 
 
 def _hole(content: bytes, numbers: np.random.Generator) -> bytes:
-    """Zeros in the middle, as after a crash."""
+    """Put zeros in the middle, as after a crash."""
     start = int(numbers.integers(len(content)))
     length = min(int(numbers.integers(1, 512)), len(content) - start)
     return content[:start] + bytes(length) + content[start + length :]
@@ -174,7 +174,7 @@ def _missing(content: bytes, numbers: np.random.Generator) -> bytes:
 
 
 def _spliced(content: bytes, numbers: np.random.Generator) -> bytes:
-    """The start of the file, then noise."""
+    """Keep the start of the file and let noise follow."""
     start = int(numbers.integers(1, len(content)))
     return content[:start] + numbers.bytes(len(content) - start)
 
@@ -189,7 +189,7 @@ SAMPLE_BYTES = 5 * 512  # header, label, header, two blocks of image
 
 
 def payload(shard: int, number: int) -> bytes:
-    """What stands in a shard for the image `number`: it is never decoded. All shards have keys and sizes alike."""
+    """Return what stands for image `number` of a shard. It is never decoded; all shards have keys and sizes alike."""
     return b"shard %d image %02d " % (shard, number) * 40
 
 
@@ -198,7 +198,7 @@ def label_of(shard: int, number: int) -> int:
 
 
 def shard(which: int) -> bytes:
-    """A whole shard, in webdataset's order of members."""
+    """Return a whole shard, in webdataset's order of members."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for number in range(SAMPLES):
@@ -214,7 +214,7 @@ def shard(which: int) -> bytes:
 
 
 def damaged_shards(count: int = 100, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """What `shard(0)` can have become."""
+    """Yield what `shard(0)` can have become, by name."""
     whole, numbers = shard(0), np.random.default_rng(seed)
     yield "empty", b""
     yield "text", b"This is not an archive.\n" * 100

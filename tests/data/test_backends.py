@@ -1,4 +1,4 @@
-"""The fast backends against the reference on PIL: the same crops, colours, order and broken images."""
+"""Compares the fast backends with the reference on PIL: the same crops, colours, order and broken images."""
 
 import os
 from dataclasses import replace
@@ -25,7 +25,7 @@ FAST = ["opencv", DALI]
 
 
 def photo(number: int, width: int, height: int) -> Image.Image:
-    """Colourful and smooth, with edges: what a JPEG of a scene is like at this scale."""
+    """Draw something colourful and smooth with edges, as a JPEG of a scene is at this scale."""
     random = np.random.default_rng(number)
     coarse = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
     image = coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -65,7 +65,7 @@ def read(root: Path, backend: str, augmentations=VIEWS, batch: int = 24, start: 
 
 
 def difference(found: list, want: list) -> torch.Tensor:
-    """Mean absolute difference of every view, as a part of the value range: [batches, 2, n]."""
+    """Return the mean absolute difference of every view, as a part of the value range: [batches, 2, n]."""
     pairs = zip(found, want, strict=True)
     return torch.stack([(a.views.cpu().float() - b.views.float()).abs().mean((2, 3, 4)) / 255 for a, b in pairs])
 
@@ -109,7 +109,7 @@ def test_views_on_a_gpu_agree_with_the_reference(photos, backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_crops_agree_to_a_pixel(tmp_path, backend):
-    """Of pictures whose red is the column and whose green is the row, a crop says where it is from."""
+    """Red is the column here and green the row, so that a crop says where it is from."""
     (tmp_path / "train/a").mkdir(parents=True)
     y, x = np.mgrid[:200, :250]
     picture = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
@@ -133,7 +133,7 @@ def test_batches_from_the_middle_and_on_other_ranks_are_the_same(photos, backend
 
 @pytest.mark.parametrize("backend", FAST)
 def test_the_same_images_are_broken_and_replaced_alike(tmp_path, backend):
-    """320 damaged files through the whole loader; also nothing crashes and nothing hangs."""
+    """320 damaged files go through the whole loader; nothing crashes and nothing hangs."""
     folder = tmp_path / "train/a"
     folder.mkdir(parents=True)
     for number, (name, data) in enumerate(damaged_files(320)):
@@ -158,15 +158,20 @@ def test_the_same_images_are_broken_and_replaced_alike(tmp_path, backend):
 
 
 def test_dali_that_refuses_a_file_gets_what_pil_sees(photos, monkeypatch):
-    """As for a JPEG that only PIL reads: here every file is one, to DALI."""
+    """DALI refuses every file here, as it would a JPEG that only PIL reads."""
     dali_backend = pytest.importorskip("crossbatch.data.augment.dali")
     want = read(photos, "dali")
-    monkeypatch.setattr(dali_backend, "encoded", lambda source, index: dali_backend.Encoded(os.urandom(64), 60, 60))
+    original, refused = dali_backend.encoded, dali_backend.Encoded(os.urandom(64), 60, 60)
+
+    def encoded(source, index, by_pil=False):
+        return original(source, index, by_pil) if by_pil else refused
+
+    monkeypatch.setattr(dali_backend, "encoded", encoded)
     assert difference(read(photos, "dali"), want).max() < 0.005
 
 
 def test_dali_reads_a_file_once(tmp_path):
-    """Also one that PIL must decode for it."""
+    """This holds for a file that PIL must decode for it, too."""
     dali_backend = pytest.importorskip("crossbatch.data.augment.dali")
 
     class Counted:
@@ -189,7 +194,7 @@ def test_compiled_colour_kernels():
 
 @pytest.mark.parametrize("blur", [0.0, 1.0])
 def test_colour_kernels(blur):
-    """All but the blur to PIL's bits, save for a float on the edge between two bytes."""
+    """All but the blur equals PIL's bits, save for a float on the edge between two bytes."""
     pytest.importorskip("triton")
     from crossbatch.data.augment import triton_colours as colour_cuda
 

@@ -1,4 +1,4 @@
-"""counter.py: pinned values, and numbers that look independent along every word of the key."""
+"""Tests counter.py: pinned values, and numbers that look independent along every word of the key."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ N = 20_000
 
 
 def splitmix64(seed: int, count: int) -> list[int]:
-    """The published generator with its state, in plain Python integers."""
+    """Compute the published generator with its state, in plain Python integers."""
     state, outputs = seed, []
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) % 2**64

@@ -1,4 +1,4 @@
-"""A fuzz test of the sources on all of damage.py: an image or a BrokenImage, no crash, no hang, no wrong label."""
+"""Feeds all of damage.py to the sources, which give an image or a BrokenImage: no crash, no hang, no wrong label."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ READABLE = {"no_end.png", "exif_garbage.jpg", "taller_than_its_data.jpg"}  # dam
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> ImageFolder:
-    """All damaged files, in turn under three classes."""
+    """Write all damaged files, in turn under three classes."""
     root = tmp_path_factory.mktemp("damaged")
     for number, (name, content) in enumerate(damage.damaged_files(340)):
         path = root / "abc"[number % 3] / name
@@ -48,7 +48,7 @@ def test_files(folder):
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> bytes:
-    """Of shard(0) and shard(1) as they should be."""
+    """Return the index of shard(0) and shard(1) as they should be."""
     root = tmp_path_factory.mktemp("whole")
     for number, name in enumerate(("a.tar", "b.tar")):
         (root / name).write_bytes(damage.shard(number))
@@ -57,7 +57,7 @@ def index(tmp_path_factory) -> bytes:
 
 
 def shards(root: Path, content: bytes, index: bytes | None) -> Shards:
-    """`content` in the place of shard(0), beside the whole shard(1), and the index from before the damage or none."""
+    """Open `content` in the place of shard(0), beside the whole shard(1), with the index from before the damage or none."""
     (root / "a.tar").write_bytes(content)
     (root / "b.tar").write_bytes(damage.shard(1))
     if index is not None:
@@ -70,7 +70,7 @@ PAYLOADS = np.array([np.frombuffer(damage.payload(*image), np.uint8) for image i
 
 
 def nearest(read: bytes) -> tuple[int, int] | None:
-    """(shard, number) of the payload that `read` is, were some of its bytes damaged; None if it is too much so."""
+    """Return (shard, number) of the payload that `read` was before some bytes were damaged; None if too many were."""
     if len(read) != PAYLOADS.shape[1]:
         return None
     distances = (np.frombuffer(read, np.uint8) != PAYLOADS).sum(axis=1)
@@ -78,14 +78,14 @@ def nearest(read: bytes) -> tuple[int, int] | None:
 
 
 def label_is_damaged(content: bytes, number: int) -> bool:
-    """Whether the text of the label of shard(0)'s image has changed. Without an index nothing can tell."""
+    """Return whether the label's text of an image in shard(0) has changed. Without an index nothing can tell."""
     place = number * damage.SAMPLE_BYTES + 512
     return content[place : place + 1] != damage.shard(0)[place : place + 1]
 
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_shards(tmp_path, index, indexed):
-    """An error when they are opened, a broken image, or the right label."""
+    """Damage shows as an error when shards are opened or as a broken image, or the label is right."""
     refused, broken, fine = [], 0, 0
     for name, content in damage.damaged_shards(150):
         start = time.monotonic()
@@ -114,7 +114,7 @@ def test_shards(tmp_path, index, indexed):
 
 
 def test_an_index_of_another_shard(tmp_path, index):
-    """Keys, sizes and names alike: every image whose label differs is noticed."""
+    """Keys, sizes and names are alike, and yet every image with another label is noticed."""
     source = shards(tmp_path, damage.shard(1), index)
     for image in range(damage.SAMPLES):
         assert damage.label_of(0, image) != damage.label_of(1, image)

@@ -1,4 +1,4 @@
-"""decode.py: every kind of file becomes RGB or a BrokenImage."""
+"""Tests decode.py: every kind of file becomes RGB or a BrokenImage."""
 
 import io
 
@@ -12,7 +12,7 @@ GRAYS = [51, 204]
 
 
 def encoded(mode: str, file_format: str = "PNG", **options) -> bytes:
-    """A 2 x 1 image, dark gray and light gray, stored in the given mode."""
+    """Encode a 2 x 1 image, dark gray and light gray, in the given mode."""
     gray = Image.fromarray(np.array([GRAYS], dtype=np.uint8))
     if mode == "I;16":
         image = Image.fromarray(np.array([GRAYS], dtype=np.uint16) << 8)

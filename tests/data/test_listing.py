@@ -1,4 +1,4 @@
-"""listing.py and its use by ImageFolder: what is kept is used while it is right, and only then."""
+"""Tests listing.py and its use by ImageFolder: what is kept is used while it is right, and only then."""
 
 import os
 import pickle
@@ -15,18 +15,14 @@ from crossbatch.data.sources.listing import Names
 
 def test_names():
     names = ["", "a.jpg", "名前/ü.png", os.fsdecode(b"latin1-\xe9.jpg"), "a.jpg"]
-    packed = Names.pack(names)
-    assert packed.unpack() == names and len(packed) == 5
-    assert Names.pack([]).unpack() == []
-    with pytest.raises(ValueError, match="rise to the length"):
-        Names(packed.text, packed.stops[::-1].copy())
-    with pytest.raises(ValueError, match="uint8"):
-        Names(packed.text.astype(np.int64), packed.stops)
+    packed = listing.pack_names("x", names)
+    assert Names(packed, "x").unpack() == names and len(Names(packed, "x")) == 5
+    assert Names(listing.pack_names("x", []), "x").unpack() == []
 
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Two classes, one nested folder, all unchanged for an hour."""
+    """Make two classes and a nested folder, all unchanged for an hour."""
     for name in ("a/1.jpg", "a/deep/2.jpg", "b/3.jpg"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).touch()
@@ -35,7 +31,7 @@ def root(tmp_path) -> Path:
 
 
 def age(root: Path, seconds: float = 3600):
-    """Sets the times of change of all folders back, as if `seconds` had passed."""
+    """Set the times of change of all folders back, as if `seconds` had passed."""
     then = time.time() - seconds
     for folder in [root, *root.rglob("*/")]:
         os.utime(folder, (then, then))
@@ -47,7 +43,7 @@ def names(source: ImageFolder) -> list[str]:
 
 @pytest.fixture
 def listings(monkeypatch) -> list[str]:
-    """Grows with every real listing."""
+    """Return a list that grows with every real listing."""
     calls, original = [], image_folder._list
     monkeypatch.setattr(image_folder, "_list", lambda root: calls.append(root) or original(root))
     return calls
@@ -101,7 +97,7 @@ def test_folders_do_not_share_a_listing(root, tmp_path):
 
 
 def test_every_damaged_listing_is_made_again(root, tmp_path, listings):
-    """Truncated, flipped, emptied: the listing that comes out is right, whatever lay in the cache."""
+    """The listing is right whatever lay in the cache: files truncated, flipped, emptied."""
     expected = names(ImageFolder(root, cache=tmp_path / "cache"))
     (file,) = (tmp_path / "cache").iterdir()
     whole, numbers = file.read_bytes(), np.random.default_rng(0)
@@ -135,7 +131,7 @@ def test_writing_leaves_whole_files_only(tmp_path, monkeypatch):
     listing.save(tmp_path / "x.npz", {"a": np.arange(3)})
 
     def fails(file, **arrays):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(listing.np, "savez", fails)

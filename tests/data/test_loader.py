@@ -1,4 +1,4 @@
-"""loader.py: the same batches from any position with any number of workers, and what happens when things break."""
+"""Tests loader.py: the same batches from any position with any number of workers, and what happens when things break."""
 
 import multiprocessing
 import os
@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import FakeData
 
 from crossbatch.data import workers as stream
 from crossbatch.data.augment.parameters import draw_parameters, moco_v3_augmentations
 from crossbatch.data.augment.pil import augment, evaluation_image
-from crossbatch.data.decode import BrokenImage
+from crossbatch.data.decode import BrokenImage, encode_bmp
 from crossbatch.data.loader import Batch, EvaluationLoader, SkipLimitExceeded, TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import open_source
@@ -28,7 +29,7 @@ AUGMENTATIONS = moco_v3_augmentations(8, 0.2)
 
 
 class Damaged(Synthetic):
-    """Synthetic images of which some raise, as damaged files do."""
+    """Holds synthetic images, some of which raise as damaged files do."""
 
     def __init__(self, count: int, broken: dict[int, Exception], size: int = 12):
         super().__init__(count, size)
@@ -41,7 +42,7 @@ class Damaged(Synthetic):
 
 
 class Deadly(Synthetic):
-    """Image 40 kills the process that opens it, as the kernel does when memory runs out."""
+    """Holds an image 40 that kills the process that opens it, as the kernel does when memory runs out."""
 
     def open(self, index: int):
         if index == 40:
@@ -65,14 +66,14 @@ def make(workers: int = 0, source=None, batch: int = 24, world_size: int = 1, ra
 
 
 def children() -> set[int]:
-    """This process's children, without the ranks that other tests share (`RankPool`)."""
+    """Return this process's children, without the ranks that other tests share (`RankPool`)."""
     found = multiprocessing.active_children()
     return {process.pid for process in found if process.pid and not process.name.startswith("rank ")}
 
 
 @pytest.fixture(scope="module")
 def two_epochs() -> list[Batch]:
-    """Epochs 0 and 1 of `make()`, four batches each, read in this process."""
+    """Return epochs 0 and 1 of `make()`, four batches each, read in this process."""
     reference = make()
     return [*reference.epoch(0), *reference.epoch(1)]
 
@@ -317,8 +318,9 @@ def test_bad_positions_and_recipes():
         next(make().epoch(0, 5))
     with pytest.raises(ValueError, match="share one image_size"):
         TrainLoader(Synthetic(10), 5, augmentations=(AUGMENTATIONS[0], moco_v3_augmentations(16, 0.2)[1]))
-    with pytest.raises(ValueError, match=r"`num_images`.*smaller than `global_batch`"):
-        TrainLoader(Synthetic(10), 11)
+    for wrong in (0, 11):
+        with pytest.raises(ValueError, match=rf"`batch_size` \(={wrong}\) must be in \[1, 10\], the number of images"):
+            TrainLoader(Synthetic(10), wrong)
     for wrong in ({}, {"batch_size": 5, "sampler": GlobalBatchSampler(0, 10, 5)}):
         with pytest.raises(ValueError, match="either `batch_size` or `sampler`"):
             TrainLoader(Synthetic(10), **wrong)
@@ -330,7 +332,7 @@ def test_bad_positions_and_recipes():
 
 
 def test_three_lines_are_a_loader():
-    """With MoCo v3's two views, labels, the order of seed 0; the context manager ends the workers."""
+    """They give MoCo v3's two views, labels and the order of seed 0; the context manager ends the workers."""
     source = open_source("synthetic://100?size=12")
     with TrainLoader(source, batch_size=24, image_size=8, workers=2) as loader:
         batches = list(loader.epoch(1))
@@ -371,6 +373,12 @@ def test_ranks_are_those_of_torch_distributed(two_ranks):
     assert [a + b for a, b in zip(first, second, strict=True)] == batches_on_this_rank()
 
 
+def test_a_batch_that_the_ranks_cannot_share(monkeypatch):
+    monkeypatch.setattr("crossbatch.data.loader._world_size_and_rank", lambda: (3, 0))
+    with pytest.raises(ValueError, match=r"`batch_size` \(=8\) must be divisible by the number of ranks \(=3\)"):
+        next(TrainLoader(Synthetic(40, 12), batch_size=8, image_size=8).epoch(0))
+
+
 def test_ranks_that_change_are_noticed(monkeypatch):
     loader = TrainLoader(Synthetic(40, 12), batch_size=8, image_size=8)
     next(loader.epoch(0))
@@ -407,7 +415,52 @@ def test_evaluation_without_a_readable_image():
         list(EvaluationLoader(source, 16, np.arange(4), batch_size=2, workers=0))
 
 
-@pytest.mark.parametrize(("arguments", "said"), [({"image_size": 0}, "image_size"), ({"augmentations": []}, "empty")])
-def test_views_that_cannot_be_are_refused(arguments, said):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"image_size": 0}, "image_size"),
+        ({"augmentations": []}, "empty"),
+        ({"workers": -1}, r"`workers` \(=-1\) must be at least 0"),
+        ({"max_skipped_fraction": 2}, r"`max_skipped_fraction` \(=2\) must be in \[0, 1\]"),
+        ({"backend": "pil"}, "one of auto, dali, opencv, torchvision"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
         TrainLoader(Synthetic(32, 16, 2), batch_size=16, **arguments)
+
+
+class Wrapped:
+    """Makes a map-style data set a source, as docs/data.md does."""
+
+    has_labels = True
+
+    def __init__(self, dataset, labels, class_names):
+        self.dataset, self.labels, self.class_names = dataset, np.asarray(labels, dtype=np.int64), class_names
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return f"image {index}"
+
+    def open(self, index):
+        return self.dataset[index][0].convert("RGB")
+
+    def read(self, index):
+        return encode_bmp(self.open(index))
+
+
+def test_a_data_set_of_torchvision_that_is_wrapped():
+    dataset = FakeData(12, (3, 20, 20))
+    with TrainLoader(Wrapped(dataset, range(12), ["x"] * 12), batch_size=4, image_size=8, workers=1) as loader:
+        batches = list(loader.epoch(0))
+    assert sorted(label for batch in batches if batch.labels is not None for label in batch.labels.tolist()) == [
+        *range(12)
+    ]
+
+
+@pytest.mark.parametrize("source", ["synthetic://100", FakeData(4), None])
+def test_what_is_no_source_is_refused(source):
+    with pytest.raises(TypeError, match=rf"`source` is a {type(source).__name__}, must be a Source: give open_source"):
+        TrainLoader(source, batch_size=4)

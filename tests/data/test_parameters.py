@@ -1,4 +1,4 @@
-"""parameters.py: a pure function of its key, inside the image, and distributed like torchvision's transforms."""
+"""Tests parameters.py: a pure function of its key, inside the image, and distributed like torchvision's transforms."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -103,7 +103,7 @@ def test_jitter_orders_are_all_permutations_equally_often():
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (32, 32), (500, 90)])
 def test_crops_are_random_resized_crops(height, width):
-    """Area, ratio and place against torchvision's own draws; 500 x 90 is narrow enough to exercise the retries."""
+    """Area, ratio and place are distributed as torchvision's own draws; 500 x 90 is narrow enough to exercise the retries."""
     torch.manual_seed(0)
     image, n = Image.new("RGB", (width, height)), 4000
     scale, ratio = [0.2, 1.0], [3 / 4, 4 / 3]

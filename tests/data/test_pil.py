@@ -1,4 +1,4 @@
-"""pil.py against the same composition written with torchvision's own functions."""
+"""Compares pil.py with the same composition written with torchvision's own functions."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,8 +10,9 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms import functional as TF
 
+from crossbatch.data.augment.backends import make_views
 from crossbatch.data.augment.parameters import ViewParameters, draw_parameters, moco_v3_augmentations
-from crossbatch.data.augment.pil import augment, evaluation_image, make_views
+from crossbatch.data.augment.pil import augment, evaluation_image
 
 AUGMENTATIONS = moco_v3_augmentations(32, 0.2)
 
@@ -22,7 +23,7 @@ def photo(seed: int, size=(45, 37)) -> Image.Image:
 
 
 def with_torchvision(image: Any, p: ViewParameters, row: int, image_size: int) -> np.ndarray:
-    """MoCo v3's pipeline, operation by operation, with the drawn parameters."""
+    """Apply MoCo v3's pipeline, operation by operation, with the drawn parameters."""
     box = [int(a[row]) for a in (p.crop_top, p.crop_left, p.crop_height, p.crop_width)]
     image = TF.resized_crop(image, *box, size=[image_size, image_size])
     if p.jitter[row]:
@@ -70,8 +71,8 @@ def test_solarize_threshold():
 def test_two_views_are_the_views_of_each_image():
     images = [photo(0), photo(1, (20, 90)), photo(2, (1, 1))]
     indices = np.array([5, 900, 2])
-    views = make_views(images, AUGMENTATIONS, 3, 4, indices)
-    assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8 and views.is_contiguous()
+    views = make_views(augment, images, AUGMENTATIONS, 3, 4, indices)
+    assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8
     sizes = np.array([37, 90, 1]), np.array([45, 20, 1])
     for view in range(2):
         p = draw_parameters(AUGMENTATIONS[view], 3, 4, indices, view, *sizes)
@@ -84,7 +85,7 @@ def test_two_views_are_the_views_of_each_image():
 def test_the_source_image_is_not_changed():
     image = photo(0)
     before = image.tobytes()
-    make_views([image] * 8, AUGMENTATIONS, 0, 0, np.arange(8))
+    make_views(augment, [image] * 8, AUGMENTATIONS, 0, 0, np.arange(8))
     assert image.tobytes() == before
 
 

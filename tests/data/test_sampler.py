@@ -1,4 +1,4 @@
-"""sampler.py: every image once, the same global order on any number of ranks."""
+"""Tests sampler.py: every image once, the same global order on any number of ranks."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from crossbatch.data.sampler import GlobalBatchSampler, evaluation_share
 
 
 def epoch_of(epoch: int, size: int, batch: int, world_size: int, window: int = 0) -> np.ndarray:
-    """The global order of an epoch, put together from all ranks."""
+    """Return the global order of an epoch, put together from all ranks."""
     ranks = [GlobalBatchSampler(3, size, batch, world_size, rank, window) for rank in range(world_size)]
     return np.concatenate([o.batch(epoch, step) for step in range(ranks[0].steps_per_epoch) for o in ranks])
 
@@ -93,7 +93,7 @@ def test_a_shuffle_window_keeps_all_other_promises(size, window):
 
 
 def test_a_window_reads_few_places_and_mixes_them():
-    """A window of 1024 images is 32 runs of 32 neighbours, from all over, in no order; each epoch others meet."""
+    """A window of 1024 images holds 32 runs of 32 neighbours from all over, in no order; other runs meet in each epoch."""
     order = GlobalBatchSampler(0, 32_000, 1024, shuffle_window=1024)
     together = []
     for epoch in (0, 1):

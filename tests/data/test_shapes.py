@@ -1,4 +1,4 @@
-"""shapes.py: deterministic, written whole or not at all, and not solvable by comparing pixels."""
+"""Tests shapes.py: deterministic, written whole or not at all, and not solvable by comparing pixels."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_raw_pixels_say_little():
-    """1-NN and 20-NN on raw pixels; 6000 + 800 images of 64 px give 30 % and 29 %, chance 12.5 %."""
+    """1-NN and 20-NN on raw pixels stay low; 6000 + 800 images of 64 px give 30 % and 29 %, chance is 12.5 %."""
     names = list(SHAPES)
 
     def pixels(split: int, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""shards.py, its index and its writer: webdataset's conventions, and never an image with another one's label."""
+"""Tests shards.py, its index and its writer: webdataset's conventions, and never an image with another one's label."""
 
 import errno
 import importlib.util
@@ -24,7 +24,7 @@ from crossbatch.data.sources.synthetic import Synthetic
 
 
 def content(number: int, salt: bytes = b"") -> bytes:
-    """Bytes that stand for image `number`; reading does not decode."""
+    """Return bytes that stand for image `number`; reading does not decode."""
     return (b"image %d " % number + salt) * (10 + number)
 
 
@@ -42,7 +42,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
 
 
 def samples(numbers, salt: bytes = b"", start: int = 0) -> list[tuple[str, bytes]]:
-    """webdataset's order: extensions sorted."""
+    """Return the members of samples in webdataset's order: extensions sorted."""
     return [
         member
         for number in numbers
@@ -52,7 +52,7 @@ def samples(numbers, salt: bytes = b"", start: int = 0) -> list[tuple[str, bytes
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two shards of six images in three classes, with an index."""
+    """Write two shards of six images in three classes, with an index."""
     write_tar(tmp_path / "train/a-0.tar", samples(range(6)))
     write_tar(tmp_path / "train/a-1.tar", samples(range(6, 12)))
     write_index(tmp_path / "train", ["x", "y", "z"])
@@ -66,7 +66,7 @@ def assert_whole(source: Shards, numbers=range(12)):
 
 
 def assert_no_wrong_label(source: Shards, salt: bytes = b"") -> int:
-    """What can be read has its own label. Returns how many can."""
+    """Assert that what can be read has its own label, and return how many images can."""
     readable = 0
     for index in range(len(source)):
         try:
@@ -170,7 +170,7 @@ def test_an_image_without_its_label_is_broken(tmp_path):
 
 
 def test_a_shard_that_is_cut_off(folder):
-    """At every 100th byte: an error with an index, as its size differs, and without one, unless only the end is missing."""
+    """Cut at every 100th byte, it is refused: by its size with an index, and without one unless only the end is missing."""
     index, whole = (folder / INDEX).read_bytes(), (folder / "a-1.tar").read_bytes()
     for size in range(0, 6 * SAMPLE + 1000, 100):
         (folder / "a-1.tar").write_bytes(whole[:size])
@@ -200,7 +200,7 @@ def test_a_hole_of_zeros_in_the_middle_is_not_the_end(folder):
 
 
 def test_exchanged_shards_are_noticed_at_each_read(tmp_path):
-    """The worst case: same names, same sizes, same keys, other images and labels."""
+    """This is the worst case: same names, sizes and keys, other images and labels."""
     for number, salt in enumerate((b"p", b"q")):
         relabelled = [
             (name, b"%d" % number if name.endswith("cls") else data) for name, data in samples(range(6), salt)
@@ -256,7 +256,7 @@ def test_an_index_that_cannot_be_read_is_not_called_damaged(folder, monkeypatch)
     def gone(*_):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(listing.zipfile, "ZipFile", gone)
+    monkeypatch.setattr(listing.Path, "read_bytes", gone)
     with pytest.raises(OSError, match="Stale"):
         listing.load(folder / INDEX)
 
@@ -303,7 +303,7 @@ def test_bytes_per_image(tmp_path):
 
 @pytest.fixture
 def images(tmp_path) -> ImageFolder:
-    """JPEG, PNG under a JPEG's name, BMP, a broken file, a text file: 5 images, 3 of them whole."""
+    """Write a JPEG, a PNG under a JPEG's name, a BMP, a broken file and a text file: 5 images, 3 of them whole."""
     rng = np.random.default_rng(0)
     for number, (name, file_format) in enumerate((("a/1.jpg", "JPEG"), ("a/2.jpg", "PNG"), ("b/3.bmp", "BMP"))):
         path = tmp_path / "images" / name

@@ -1,4 +1,4 @@
-"""open.py and image_folder.py: what is opened, and what is said when it cannot be."""
+"""Tests open.py and image_folder.py: what is opened, and what is said when it cannot be."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ def write(path: Path, colour=(200, 30, 60), size=(6, 4), **options):
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """Two classes, b before a on disk, four formats, upper case, a nested folder, and things to ignore."""
+    """Write two classes, b before a on disk, four formats, upper case, a nested folder, and things to ignore."""
     write(tmp_path / "train/b/2.PNG", (0, 0, 255))
     write(tmp_path / "train/b/10.bmp", (0, 255, 0))
     write(tmp_path / "train/a/z.webp", lossless=True)
@@ -161,6 +161,15 @@ def test_malformed_paths(path, message):
         open_source(path, "train")
 
 
+@pytest.mark.parametrize("path", [None, 7])
+def test_a_path_that_is_none(path):
+    for function in (open_source, prepare, has_evaluation_split):
+        with pytest.raises(
+            TypeError, match=rf"`path` is a {type(path).__name__}, must be a str or a Path; give a folder"
+        ):
+            function(path)
+
+
 def rejected(path: Path, split: str = "train") -> str:
     with pytest.raises(ValueError) as caught:
         open_source(path, split)
@@ -208,7 +217,7 @@ def test_cifar_in_a_folder(tmp_path):
 
 
 def as_shards(tree: Path, split: str, with_names: bool):
-    """Replaces a split of the tree by shards."""
+    """Replace a split of the tree by shards."""
     images = (tree / split).rename(tree / "images")
     write_shards(ImageFolder(images), tree / split, images_per_shard=3)
     shutil.rmtree(images)

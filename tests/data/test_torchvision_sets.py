@@ -1,4 +1,4 @@
-"""torchvision_sets.py, on small files in the formats of the data sets, beside torchvision's own reading of the same."""
+"""Tests torchvision_sets.py on small files in the formats of the data sets, beside torchvision's own reading of the same."""
 
 import hashlib
 import os
@@ -24,14 +24,14 @@ needs_real_data = pytest.mark.skipif(REAL_DATA is None, reason="CROSSBATCH_REAL_
 
 
 def both(path: str):
-    """Training and evaluation images, the latter as a worker gets them."""
+    """Return training and evaluation images, the latter as a worker gets them."""
     assert has_evaluation_split(path)
     return open_source(path), pickle.loads(pickle.dumps(open_source(path, "eval")))
 
 
 @pytest.fixture(autouse=True)
 def network(monkeypatch) -> list:
-    """The timeouts of all attempts to reach one, which fail."""
+    """Let all attempts to reach a network fail; return a list that collects their timeouts."""
     timeouts = []
 
     def refused(*args, **options):
@@ -54,7 +54,7 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch, pixels) -> Path:
-    """Seven training and three test images, with checksums of their own."""
+    """Write seven training and three test images, with checksums of their own."""
 
     def write(name: str, content: dict) -> list[str]:
         data = pickle.dumps(content)
@@ -111,7 +111,7 @@ PARTS = {"trnid": [3, 1], "valid": [7, 4], "tstid": [2, 12, 5, 9]}
 
 @pytest.fixture
 def flowers(tmp_path, monkeypatch) -> Path:
-    """As the authors pack it; torchvision accepts any content."""
+    """Write a set as the authors pack it; torchvision accepts any content."""
     root = tmp_path / "flowers"
     (root / "jpg").mkdir(parents=True)
     scipy.io.savemat(root / "setid.mat", {name: np.array([ids], dtype=np.uint16) for name, ids in PARTS.items()})

@@ -123,6 +123,13 @@ def test_all_ranks_must_find_the_same_images(tmp_path, two_ranks):
     assert all("rank 1: crossbatch.data.path" in said for said in found["none"])
 
 
+def test_a_path_that_is_not_given():
+    with pytest.raises(
+        InputError, match=r"path: not given; allowed: a folder with train/.* or cifar10://.*shapes://; give"
+    ):
+        labelled_sources(None)
+
+
 def test_a_folder_without_evaluation_images(tmp_path):
     prepare(f"shapes://{tmp_path / 'images'}?train=8&val=8&size=8")
     Path(tmp_path / "images/val").rename(tmp_path / "images/elsewhere")
