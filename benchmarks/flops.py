@@ -19,13 +19,13 @@ UNKNOWN = "unknown"
 
 def count(call: Callable[[], Any]) -> int:
     """Make one call and return its FLOPs."""
-    from crossbatch.models.batchformer import ops  # registers the operators
+    from crossbatch.models.batchformer import fused  # registers the operators
 
     mapping = {
         torch.ops.crossbatch.batchformer_attention: _attention,
         torch.ops.crossbatch.batchformer_attention_backward: _attention_backward,
     }
-    assert ops.attention is not None
+    assert fused.attention is not None
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
     return counter.get_total_flops()

@@ -139,31 +139,28 @@ def _blocks(
     step_b, step_r = max(1, _BLOCK // (R * K)), max(1, _BLOCK // K)
     row_words = hash_words(hash_words(rows_BR) ^ seeds_B.unsqueeze(-1))
     column_words = hash_words(columns_BK)
-    hash_in_place = _Hash()
+    # As tensors, or every operation of a block would convert a Python number.
+    rounds = [
+        [torch.tensor(number, dtype=torch.int32) for number in (shift, (1 << (32 - shift)) - 1, signed(factor))]
+        for shift, factor in ROUNDS
+    ]
     for b in range(0, B, step_b):
         for r in range(0, R, step_r):
             at = slice(b, b + step_b), slice(r, r + step_r)
             if mask.probability == 0:
                 yield at, None
                 continue
-            words = hash_in_place(row_words[at].unsqueeze(-1) ^ column_words[at[0]].unsqueeze(1))
+            words = row_words[at].unsqueeze(-1) ^ column_words[at[0]].unsqueeze(1)
+            _hash_in_place(words, rounds)
             factors = torch.empty(words.shape, dtype=wide_dtype(x_BRK))
             yield at, torch.ge(words, mask.threshold, out=factors).mul_(1 / (1 - mask.probability))
 
 
-class _Hash:
-    """Compute `hash_words` without allocating memory or converting a Python number for every operation."""
-
-    def __init__(self):
-        self.rounds = [
-            [torch.tensor(number, dtype=torch.int32) for number in (shift, (1 << (32 - shift)) - 1, signed(factor))]
-            for shift, factor in ROUNDS
-        ]
-
-    def __call__(self, words: Tensor) -> Tensor:
-        shifted = torch.empty_like(words)
-        for shift, low_bits, factor in self.rounds:
-            torch.bitwise_right_shift(words, shift, out=shifted)
-            words.bitwise_xor_(shifted.bitwise_and_(low_bits)).mul_(factor)
-        torch.bitwise_right_shift(words, LAST_SHIFT, out=shifted)
-        return words.bitwise_xor_(shifted.bitwise_and_((1 << (32 - LAST_SHIFT)) - 1))
+def _hash_in_place(words: Tensor, rounds: list[list[Tensor]]) -> None:
+    """Compute `hash_words` with one more tensor of the same size."""
+    shifted = torch.empty_like(words)
+    for shift, low_bits, factor in rounds:
+        torch.bitwise_right_shift(words, shift, out=shifted)
+        words.bitwise_xor_(shifted.bitwise_and_(low_bits)).mul_(factor)
+    torch.bitwise_right_shift(words, LAST_SHIFT, out=shifted)
+    words.bitwise_xor_(shifted.bitwise_and_((1 << (32 - LAST_SHIFT)) - 1))

@@ -16,7 +16,6 @@ from crossbatch.models.batchformer import (
     DropoutKey,
     fused,
     keep_mask,
-    ops,
     passes_triton,
     reference,
     sdpa,
@@ -35,7 +34,7 @@ def passes(request, monkeypatch):
     """Runs fused operators with these passes, on this device, and interpreted kernels in few, large programs."""
     name, device = request.param
     if name != "cpu":
-        monkeypatch.setattr(ops, "_passes", lambda _: passes_triton)
+        monkeypatch.setattr(fused, "_passes", lambda _: passes_triton)
     if name != "cpu" and device == "cpu":
         monkeypatch.setattr(passes_triton, "ELEMENTS", 1 << 18)
         # A head of a group of 257 makes two tiles of rows.
@@ -162,7 +161,7 @@ def test_features_are_dropped_as_the_hash_says(passes):
     ones, zeros = torch.ones(S, Q, C, device=passes), torch.zeros(S, Q, C, device=passes)
     hidden = fused.bias_relu(zeros, ones[0, 0], mask)
     y = ones.clone().requires_grad_()
-    _, total, _, _ = ops.add_norm(zeros, y, ones[0, 0], zeros[0, 0], 1e-5, mask.seeds_V, 0.5, 40)
+    _, total, _, _ = fused.add_norm_op(zeros, y, ones[0, 0], zeros[0, 0], 1e-5, mask.seeds_V, 0.5, 40)
     columns = torch.arange(C, dtype=torch.int32)
     for s in range(S):
         view, group = divmod(s, A)
@@ -219,7 +218,7 @@ def test_operators_are_registered_as_torch_wants_them(name):
         "bias_relu": (x, vector, seeds, 0.5, 0),
         "add_norm": (x, y, vector, vector, 1e-5, seeds, 0.5, 0),
     }
-    torch.library.opcheck(getattr(ops, name), arguments[name])
+    torch.library.opcheck(getattr(fused, f"{name}_op"), arguments[name])
 
 
 def test_torch_compile_takes_the_layer_whole():
