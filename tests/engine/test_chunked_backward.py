@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from crossbatch.engine.chunked import chunked_backward
+from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.norm import ViewBatchNorm
 
 ROWS, PIXELS, WIDTH = 10, 8, 16
@@ -248,6 +249,13 @@ def test_features_without_gradient_pass_through():
     assert_same(gradients(module), want[1])
 
 
+def test_a_batchformer_in_evaluation_or_in_the_loss_is_no_matter():
+    backbone, mix = nn.Sequential(nn.Linear(4, 4), BatchFormer(4, 2).eval()), BatchFormer(4, 6)
+    chunked_backward(backbone, torch.randn(2, 6, 4), lambda f: mix(f, 0, 0).square().mean(), chunk=2)
+    assert all(p.grad is not None for p in (*backbone[0].parameters(), *mix.parameters()))
+    assert not backbone[1]._forward_pre_hooks
+
+
 def test_a_backbone_that_is_not_repeatable_is_found_out():
     class Restless(nn.Linear):
         calls = 0
@@ -272,8 +280,10 @@ class Frozen(nn.Identity): ...
         ({"views": ()}, ValueError, r"views: given shapes \[\]"),
         ({"views": torch.randn(4)}, ValueError, r"views: given shapes \[\[4\]\]"),
         ({"views": (torch.randn(3, 4), torch.randn(2, 4))}, ValueError, "must have the same number of rows"),
-        ({"views": ("images",)}, TypeError, "views: given a sequence of str"),
+        ({"views": ("images",)}, TypeError, r"views: given \['str'\]"),
+        ({"views": [torch.randn(3, 4)] * 2}, TypeError, r"views: given list; allowed: .* torch.stack\(views\)"),
         ({"backbone": F.relu}, TypeError, "backbone: given function; allowed: an nn.Module"),
+        ({"backbone": nn.Sequential(nn.Linear(4, 4), BatchFormer(4, 2))}, ValueError, "backbone: calls a BatchFormer"),
         ({"backbone": Frozen()}, ValueError, "backbone: its features carry no gradient"),
         ({"backbone": nn.LSTM(4, 4)}, TypeError, "backbone: returned tuple; allowed: a tensor or a tuple of tensors"),
         (

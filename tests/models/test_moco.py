@@ -211,6 +211,49 @@ def test_arguments_that_cannot_be(arguments, message):
         MoCo(**arguments)
 
 
+class Twofold(Small):
+    """A backbone as those of detection: a tuple of features."""
+
+    def forward(self, images):
+        return self.body(images), images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"temprature": 0.2}, TypeError, "temprature is no argument of MoCo; .*did you mean 'temperature'"),
+        ({"num_features": 12.0}, TypeError, r"num_features is 12\.0; it must be an integer"),
+        ({"num_features": 0}, ValueError, "num_features is 0; it must be at least 1"),
+    ],
+)
+def test_misspelt_arguments_and_numbers_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        MoCo(Small(), **HEADS, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "arguments", "message"),
+    [
+        (
+            Small(),
+            (torch.zeros(4, 3, 9, 9),),
+            "part is a Tensor; allowed: loss, features, embed, contrast; .*'loss', images",
+        ),
+        (Small(), ("los", torch.zeros(4, 3, 9, 9)), "part is 'los'; allowed: loss"),
+        (Small(), ("loss", torch.zeros(3, 3, 9, 9), 0, 0), r"images are \[3, 3, 9, 9\]; they must be \[2n, 3, H, W\]"),
+        (Twofold(), ("loss", torch.zeros(4, 3, 9, 9), 0, 0), "backbone returned a tuple for 4 images; it must return"),
+        (
+            nn.Flatten(),
+            ("loss", torch.zeros(4, 3, 9, 9), 0, 0),
+            r"backbone returned \[4, 243\] .*num_features\] = \[4, 12\]",
+        ),
+    ],
+)
+def test_calls_that_cannot_be(backbone, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MoCo(backbone, num_features=12, **HEADS)(*arguments)
+
+
 def test_parameters_that_are_elsewhere_are_not_averaged_silently():
     model = MoCo(Small(), **HEADS)
     model.online.projector.get_parameter("0.weight").data = torch.empty(0)  # as ZeRO-3 leaves it

@@ -282,6 +282,14 @@ def test_errors(shape, message):
         ViewBatchNorm(C)(torch.zeros(shape))
 
 
+def test_a_number_of_views_that_cannot_be():
+    with pytest.raises(ValueError, match="num_views is 0; it must be at least 1"):
+        ViewBatchNorm(C, num_views=0)
+    for make in (lambda: ViewBatchNorm(C, num_views=2.0), lambda: convert_norms(nn.Linear(3, 3), 2.0)):  # pyright: ignore
+        with pytest.raises(TypeError, match=r"num_views is 2\.0; it must be an integer"):
+            make()
+
+
 def test_features_of_sequences_are_those_of_images():
     x, dy = batch((8, C, 6), seed=8)
     ys, dxs, reference = expected(x.unsqueeze(-1).chunk(2), dy.unsqueeze(-1).chunk(2))
