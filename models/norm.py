@@ -263,15 +263,7 @@ class _ViewNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean_VC: Tensor,
-        var_VC: Tensor,
-        eps: float,
-        count: int,
-        collective: Collective,
+        ctx, x, weight, bias, mean_VC, var_VC, eps: float, count: int, collective: Collective
     ) -> Tensor:
         ctx.count, ctx.collective = count, collective
         invstd_VC = (var_VC + eps).rsqrt()

@@ -72,7 +72,7 @@ def attention_backward_op(
     grads = _contiguous_like(q), _contiguous_like(k), _contiguous_like(v)
     with torch.autocast(q.device.type, enabled=False):
         mask = Mask(seeds, probability, first_row, first_column)
-        tiles.backward(grad, q, k, v, out, lse, mask, grads, _passes(q))
+        tiles.backward(grad, (q, k, v), out, lse, mask, grads, _passes(q))
     return grads
 
 

@@ -19,11 +19,11 @@ _BLOCK = 1 << 18
 Index = tuple[slice, slice]
 
 
-def softmax_dropout(scores_BRG: Tensor, scale: float, lse_BR: Tensor, area: Area, dtype: torch.dtype) -> Tensor:
-    """Return dropout(softmax(scale * scores)), in place; fill `lse_BR`."""
+def softmax_dropout(scores_BRG: Tensor, lse_BR: Tensor, area: Area, dtype: torch.dtype) -> Tensor:
+    """Return dropout(softmax(area.scale * scores)), in place; fill `lse_BR`."""
     assert scores_BRG.dtype == dtype
     for at, keep in _attention_blocks(scores_BRG, area):
-        block = scores_BRG[at].mul_(scale)
+        block = scores_BRG[at].mul_(area.scale)
         highest = block.amax(-1, keepdim=True)
         total = block.sub_(highest).exp_().sum(-1, keepdim=True)
         lse_BR[at].copy_((total.log() + highest).squeeze(-1))
@@ -34,22 +34,16 @@ def softmax_dropout(scores_BRG: Tensor, scale: float, lse_BR: Tensor, area: Area
 
 
 def softmax_dropout_backward(
-    scores_BRG: Tensor,
-    gradient_BRG: Tensor,
-    scale: float,
-    lse_BR: Tensor,
-    delta_BR: Tensor,
-    area: Area,
-    dtype: torch.dtype,
+    scores_BRG: Tensor, gradient_BRG: Tensor, lse_BR: Tensor, delta_BR: Tensor, area: Area, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return (P M, dS) of `tiles.backward` from scores and dP, in place."""
     assert scores_BRG.dtype == dtype
     for at, keep in _attention_blocks(scores_BRG, area):
         probabilities, gradient = scores_BRG[at], gradient_BRG[at]
-        probabilities.mul_(scale).sub_(lse_BR[at].unsqueeze(-1)).exp_()
+        probabilities.mul_(area.scale).sub_(lse_BR[at].unsqueeze(-1)).exp_()
         if keep is not None:
             gradient.mul_(keep)
-        gradient.sub_(delta_BR[at].unsqueeze(-1)).mul_(probabilities).mul_(scale)
+        gradient.sub_(delta_BR[at].unsqueeze(-1)).mul_(probabilities).mul_(area.scale)
         if keep is not None:
             probabilities.mul_(keep)
     return scores_BRG, gradient_BRG

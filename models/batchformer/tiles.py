@@ -15,6 +15,8 @@ from torch import Tensor
 from crossbatch.models.batchformer.dropout import Mask
 from crossbatch.models.batchformer.reference import wide, wide_dtype
 
+Tensors = tuple[Tensor, Tensor, Tensor]  # of q, k and v
+
 # Elements: 2 MiB of fp32 for a core's cache; 32 MiB for a GPU (not yet measured).
 TILE = {"cpu": 1 << 19, "cuda": 1 << 23}
 
@@ -28,6 +30,7 @@ class Area(NamedTuple):
     rows: int  # Q
     first_head: int  # of S * H
     first_row: int  # of Q
+    scale: float  # of the scores
 
 
 class _Block(NamedTuple):
@@ -44,10 +47,10 @@ class _Block(NamedTuple):
 
     def tiles(self, q_SHQD: Tensor, lse_SHQ: Tensor, mask: Mask) -> Iterator[tuple[slice, Area, Tensor]]:
         """Yield the rows of each tile, its place, and its part [B, R] of the log-sum-exp."""
-        S, H, Q, _ = q_SHQD.shape
+        S, H, Q, D = q_SHQD.shape
         for start in range(0, Q, self.rows):
             rows = slice(start, min(start + self.rows, Q))
-            area = Area(mask, S, H, Q, self.sequences.start * H + self.heads.start, start)
+            area = Area(mask, S, H, Q, self.sequences.start * H + self.heads.start, start, D**-0.5)
             yield rows, area, lse_SHQ[self.sequences, self.heads, rows].flatten(0, 1)
 
 
@@ -56,27 +59,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, out: Tensor, lse: Tenso
     for block in _blocks(q, k):
         q_b, k_b, v_b = (block.of(x) for x in (q, k, v))
         for rows, area, lse_r in block.tiles(q, lse, mask):
-            kept = passes.softmax_dropout(_product(q_b[:, rows], k_b.mT), q.shape[-1] ** -0.5, lse_r, area, v_b.dtype)
+            kept = passes.softmax_dropout(_product(q_b[:, rows], k_b.mT), lse_r, area, v_b.dtype)
             _store(out, block, rows, torch.bmm(kept, v_b))
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Mask,
-    grads: tuple[Tensor, Tensor, Tensor],
-    passes: ModuleType,
+    grad: Tensor, qkv: Tensors, out: Tensor, lse: Tensor, mask: Mask, grads: Tensors, passes: ModuleType
 ) -> None:
     """Fill `grads`, the gradients of q, k and v.
 
     With P the probabilities, M the mask / (1 - p), dO = grad and dP = dO V^T: dV = (P M)^T dO,
     dS = P (dP M - rowsum(dO O)) / sqrt(D), dQ = dS K, dK = dS^T Q (Dao et al. 2022, "FlashAttention", appendix B.2 and B.4).
     """
-    dq, dk, dv = grads
+    (q, k, v), (dq, dk, dv) = qkv, grads
     for block in _blocks(q, k):
         q_b, k_b, v_b, grad_b = (block.of(x) for x in (q, k, v, grad))
         dk_b = dv_b = None
@@ -84,9 +79,7 @@ def backward(
             q_r, grad_r, out_r = q_b[:, rows], grad_b[:, rows], out[block.sequences, block.heads, rows].flatten(0, 1)
             delta = (wide(grad_r) * out_r).sum(-1)
             scores, gradient = _product(q_r, k_b.mT), _product(grad_r, v_b.mT)
-            kept, gradient = passes.softmax_dropout_backward(
-                scores, gradient, q.shape[-1] ** -0.5, lse_r, delta, area, v_b.dtype
-            )
+            kept, gradient = passes.softmax_dropout_backward(scores, gradient, lse_r, delta, area, v_b.dtype)
             _store(dq, block, rows, torch.bmm(gradient, k_b))
             dk_b, dv_b = _add(dk_b, gradient.mT, q_r), _add(dv_b, kept.mT, grad_r)
         assert dk_b is not None and dv_b is not None

@@ -39,10 +39,10 @@ def compile_instead(kernel, *args, grid, warmup, num_warps=4, **constants):
 
 
 def passes(dtype: torch.dtype) -> None:
-    area = tiles.Area(MASK, 2, 2, 256, 0, 0)
+    area = tiles.Area(MASK, 2, 2, 256, 0, 0, 1.0)
     scores, rows = torch.zeros(4, 256, 256), torch.zeros(4, 256)
-    passes_triton.softmax_dropout(scores, 1.0, rows, area, dtype)
-    passes_triton.softmax_dropout_backward(scores, scores, 1.0, rows, rows, area, dtype)
+    passes_triton.softmax_dropout(scores, rows, area, dtype)
+    passes_triton.softmax_dropout_backward(scores, scores, rows, rows, area, dtype)
     x, vector = torch.zeros(2, 16, 2048), torch.zeros(2048)
     passes_triton.bias_relu(x.to(dtype), vector, MASK)
     passes_triton.bias_relu_backward(x.to(dtype), x.to(dtype), 0.5)
