@@ -151,13 +151,12 @@ def backward_in_chunks(
     Args:
         chunks: what `forward` takes, in the order of the batch.
         num_views: V; features of a chunk of m samples have V*m rows, view-major.
-        backbone: holds the batch norms, and the parameters whose devices draw random numbers.
-        forward: the first pass: (chunk, with_grad) -> features, each [V*m, ...] or 0-dim.
-        forward_again: (chunk, is_last) -> the features again, with gradient; it may leave out trailing ones that have none.
-        loss_of_features: features [V, n, ...] of the local batch -> a scalar.
-        backward: (scalar, is_last); `is_last` marks the last call of the step. A scale that it applies reaches all gradients
-            once.
-        compare: raise RuntimeError if a second pass gives features unlike those of the first.
+        backbone: holds the batch norms, and parameters on the devices that draw random numbers.
+        forward: turns (chunk, with_grad) into features, each [V*m, ...] or 0-dim.
+        forward_again: turns (chunk, is_last) into the same with gradient, perhaps without trailing ones that have none.
+        loss_of_features: turns features [V, n, ...] of the local batch into a scalar.
+        backward: takes (scalar, is_last). A scale that it applies reaches all gradients once.
+        compare: whether to raise RuntimeError if a second pass gives features unlike those of the first.
     """
     *earlier, last = chunks
     replays = [Replay(backbone) for _ in earlier]

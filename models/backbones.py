@@ -23,7 +23,7 @@ else:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a ViT; `conv_stem` replaces the patch projection."""
+    """Hold the sizes of a ViT; `conv_stem` replaces the patch projection."""
 
     embed_dim: int
     depth: int = 12
@@ -79,20 +79,12 @@ def build_backbone(
     """
     args = dict(backbone_args or {})
     if family(arch) == "resnet":
-        return _build_resnet(arch, stem, stop_grad_conv1, args)
-    return _build_vit(arch, image_size, stem, stop_grad_conv1, args)
+        from crossbatch.models import resnet
 
-
-def _build_resnet(arch: str, stem: str, stop_grad_conv1: bool, args: dict[str, float]) -> "ResNet":
-    from crossbatch.models import resnet
-
-    if stop_grad_conv1:
-        raise ValueError(f"stop_grad_conv1 is true, but {arch} has no patch projection to freeze; set it to false")
-    _check_args(arch, args, integers=("width",))
-    return resnet.build(arch, stem=stem, width=int(args.get("width", 64)))
-
-
-def _build_vit(arch: str, image_size: int, stem: str, stop_grad_conv1: bool, args: dict[str, float]) -> "ViT":
+        if stop_grad_conv1:
+            raise ValueError(f"stop_grad_conv1 is true, but {arch} has no patch projection to freeze; set it to false")
+        _check_args(arch, args, integers=("width",))
+        return resnet.ResNet(*resnet.BLOCKS[arch], width=int(args.get("width", 64)), stem=stem)
     from crossbatch.models import vit
 
     layout = LAYOUTS[arch]

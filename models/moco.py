@@ -87,7 +87,7 @@ class Heads(nn.Module):
 
 
 class MoCo(ShardableModel):
-    """Train a backbone by MoCo v3: adds projector, predictor, momentum encoder and, if asked, BatchFormer.
+    """Train a backbone by MoCo v3: add projector, predictor, momentum encoder and, if asked, BatchFormer.
 
     In a training loop: `out = moco.loss(images, step, seed)`, `out.loss.backward()`, an optimizer step over the parameters
     that require a gradient, then `moco.update_momentum(0.99)`. In DDP call `ddp("loss", images, step, seed)` instead.
@@ -188,7 +188,9 @@ class MoCo(ShardableModel):
             if batchformer_mode == "ema":
                 self.momentum.batchformer = mix()
         self.momentum.requires_grad_(False)
-        self.copy_to_momentum()
+        with torch.no_grad():
+            for _, online, average in self.momentum_pairs():
+                average.copy_(online)
         key_batchformer = self.momentum.batchformer or self.batchformer
         # In a tuple, or their parameters would be registered twice.
         self._heads = (
@@ -203,12 +205,6 @@ class MoCo(ShardableModel):
         if self.batchformer is not None:
             online |= {f"batchformer.{name}": p for name, p in self.batchformer.named_parameters()}
         return [(name, online[name], average) for name, average in self.momentum.named_parameters()]
-
-    @torch.no_grad()
-    def copy_to_momentum(self) -> None:
-        """Start the momentum encoder at the online parameters."""
-        for _, online, average in self.momentum_pairs():
-            average.copy_(online)
 
     @torch.no_grad()
     def update_momentum(self, m: float) -> None:

@@ -103,7 +103,9 @@ class ViewBatchNorm(_BatchNorm):
         if input.dim() == 3:
             return self.forward(input.unsqueeze(-1)).squeeze(-1)
         count = self._values_per_channel(input)
-        x = _dense(input)
+        # In one of the two memory formats that the kernels are fast for.
+        is_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        x = input if is_last else input.contiguous()
         with torch.no_grad():
             known = self.statistics if self.statistics is not None else {}
             if self not in known:
@@ -115,6 +117,7 @@ class ViewBatchNorm(_BatchNorm):
         return normalised
 
     def _check_input_dim(self, input: Tensor) -> None:
+        """Raise ValueError unless `input` has one of the shapes of `forward`."""
         if input.dim() not in (2, 3, 4) or input.shape[1] != self.num_features:
             c = self.num_features
             raise ValueError(
@@ -185,10 +188,9 @@ def convert_norms(model: nn.Module, num_views: int = 2, process_group: dist.Proc
     for name, norm in norms.items():
         if (reason := _reason_against(norm)) is not None:
             raise ValueError(f"norm {name or 'model'!r} ({type(norm).__name__}) cannot be converted: {reason}")
-    converted: dict[nn.Module, ViewBatchNorm] = {}  # a norm used in several places stays one
+    # By norm, since one that is used in several places stays one.
+    converted = {norm: _converted(norm, num_views, process_group) for norm in norms.values()}
     for name, norm in norms.items():
-        if norm not in converted:
-            converted[norm] = _converted(norm, num_views, process_group)
         if name == "":
             return converted[norm]
         parent, _, child = name.rpartition(".")
@@ -255,6 +257,7 @@ def reuse_batch_stats(model: nn.Module, statistics: Statistics) -> Iterator[None
 
 
 def _norms(model: nn.Module) -> list[ViewBatchNorm]:
+    """Return all norms of this kind in `model`."""
     return [module for module in model.modules() if isinstance(module, ViewBatchNorm)]
 
 
@@ -298,11 +301,6 @@ class _ViewNormalise(torch.autograd.Function):
         for view, means_2C, dx_v in zip(per_view, sums_V2C / ctx.count, _split(dx, views), strict=True):
             input_gradient(*view, weight_C, means_2C, out=dx_v)
         return dx, dweight, dbias, None, None, None, None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Return `x` in one of the two memory formats that the kernels are fast for: unchanged, if it is in one."""
-    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def _split(x: Tensor, num_views: int) -> Tensor:

@@ -14,7 +14,7 @@ from crossbatch.models.collective import Collective
 
 
 class ShardableModel(nn.Module, ABC):
-    """A network with an online part, which is trained, and perhaps a momentum part, which follows it."""
+    """Combine an online network, which is trained, with perhaps a momentum network, which follows it."""
 
     parts: tuple[str, ...]  # names of the methods that `forward` calls
     collective: Collective

@@ -18,7 +18,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not impor
 
 
 class Situation(NamedTuple):
-    """Everything that the choice of a kernel depends on."""
+    """Hold everything that the choice of a kernel depends on."""
 
     device: str
     capability: tuple[int, int] | None = None  # of a GPU

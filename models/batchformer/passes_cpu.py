@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from crossbatch.models.batchformer.dropout import LAST_SHIFT, ROUNDS, Mask, hash_words, signed
+from crossbatch.models.batchformer.dropout import LAST_SHIFT, ROUNDS, Mask, hash_words, signed, threshold
 from crossbatch.models.batchformer.reference import wide, wide_dtype
 from crossbatch.models.batchformer.tiles import Area
 
@@ -147,7 +147,7 @@ def _blocks(
             words = row_words[at].unsqueeze(-1) ^ column_words[at[0]].unsqueeze(1)
             _hash_in_place(words, rounds)
             factors = torch.empty(words.shape, dtype=wide_dtype(x_BRK))
-            yield at, torch.ge(words, mask.threshold, out=factors).mul_(1 / (1 - mask.probability))
+            yield at, torch.ge(words, threshold(mask.probability), out=factors).mul_(1 / (1 - mask.probability))
 
 
 def _hash_in_place(words: Tensor, rounds: list[list[Tensor]]) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossbatch.models.batchformer.dropout import Mask
+from crossbatch.models.batchformer.dropout import Mask, threshold
 from crossbatch.models.batchformer.reference import wide_dtype
 from crossbatch.models.batchformer.tiles import Area
 
@@ -122,7 +122,7 @@ def _rows(mask: Mask, sequences: int, rows: int) -> tuple[int, ...]:
 
 
 def _drops(mask: Mask) -> tuple[Tensor, int, float, bool]:
-    return mask.seeds_V, mask.threshold, 1 / (1 - mask.probability), mask.probability > 0
+    return mask.seeds_V, threshold(mask.probability), 1 / (1 - mask.probability), mask.probability > 0
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def type_of(value) -> str:
 
 
 def compile_instead(kernel, *args, grid, warmup, num_warps=4, **constants):
-    """In place of `JITFunction.run`."""
+    """Compile where `JITFunction.run` would launch."""
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
     names = [(i, p.name) for i, p in enumerate(kernel.params) if not p.is_constexpr]
     signature = {p.name: "constexpr" if p.is_constexpr else type_of(values[p.name]) for p in kernel.params}

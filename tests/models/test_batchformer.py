@@ -156,14 +156,14 @@ def test_calls_that_cannot_be(shape, arguments, message):
 
 
 def ddp_gradients(model, x):
-    """Gradients of one step in DDP, in a training loop that is not ours."""
+    """Return the gradients of one step in DDP, in a training loop that is not ours."""
     ddp = torch.nn.parallel.DistributedDataParallel(model)  # it must outlive the backward pass
     ddp(x).square().mean().backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
 class Network(torch.nn.Module):
-    """Somebody else's: a backbone, BatchFormer, a head."""
+    """Stand in for somebody else's network: a backbone, BatchFormer, a head."""
 
     def __init__(self, group_size):
         super().__init__()
@@ -192,7 +192,7 @@ def test_in_ddp_two_ranks_equal_one_process(two_ranks, group_size):
 
 
 def _rank_part(features, weight, group_size, state):
-    """Output and gradients on this rank, for the global batch `features` [V, B, C] cut over the ranks."""
+    """Return output and gradients on this rank for the global batch `features` [V, B, C] cut over the ranks."""
     layer = BatchFormer(features.shape[-1], group_size, dropout=0.5, process_group=torch.distributed.group.WORLD)
     layer.load_state_dict(state)
     n = features.shape[1] // layer.collective.world_size

@@ -31,7 +31,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 @pytest.fixture
 def passes(request, monkeypatch):
-    """Runs fused operators with these passes, on this device, and interpreted kernels in few, large programs."""
+    """Run fused operators with these passes, on this device, and interpreted kernels in few, large programs."""
     name, device = request.param
     if name != "cpu":
         monkeypatch.setattr(fused, "_passes", lambda _: passes_triton)
@@ -53,7 +53,7 @@ def error(got, want):
 
 
 def layer_results(kernel, dtype, views, n, dim, group_size, dropout, device):
-    """Output and gradients, by name; the input is not contiguous."""
+    """Return output and gradients by name; the input is not contiguous."""
     torch.manual_seed(0)
     layer = BatchFormer(dim, group_size, dropout=dropout, kernel=kernel)
     x, weight = torch.randn(views, dim, n).mT, torch.randn(views, n, dim)
@@ -82,7 +82,7 @@ def test_error_is_at_most_twice_that_of_torch(passes, views, n, dim, group_size,
 
 
 def plain_attention(q, k, v, mask):
-    """As torch operators compute it in the dtype given, probabilities in fp32."""
+    """Compute attention by torch operators in the dtype given, probabilities in fp32."""
     (S, H, Q, D), G = q.shape, k.shape[2]
     probabilities = (q @ k.mT * D**-0.5).float().softmax(-1)
     if mask.probability:
@@ -251,7 +251,7 @@ def test_a_kernel_that_cannot_run_says_why():
     "capabilities", [["70"], pytest.param(["80", "90", "100"], marks=pytest.mark.slow)], ids="-".join
 )
 def test_kernels_compile_for_gpus_that_are_not_here(capabilities):
-    """Down to machine code, at the width of a ResNet-50; each fits the smallest shared memory (sm_86: 99 KiB)."""
+    """They compile down to machine code at the width of a ResNet-50; each fits the smallest shared memory (sm_86: 99 KiB)."""
     script = Path(__file__).with_name("compile_batchformer_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run(

@@ -118,7 +118,7 @@ def test_feature_std_reads_0_for_collapse_and_1_for_spread():
 
 
 class Small(nn.Module):
-    """Somebody else's backbone, with torch's norms."""
+    """Stand in for somebody else's backbone, with torch's norms."""
 
     num_features = 12
 
@@ -145,7 +145,7 @@ def step_of_a_loop(model, optimizer, call, images, step):
 
 
 def trained(images, wrap):
-    """Losses and state of three steps with a backbone that is not ours, in a loop that is not ours."""
+    """Return losses and state of three steps with a backbone that is not ours, in a loop that is not ours."""
     torch.manual_seed(0)
     model = MoCo(Small(), **HEADS)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -165,7 +165,7 @@ def trained_in_ddp(images):
 
 
 def test_a_backbone_of_ones_own_in_ddp_on_two_ranks_equals_one_process(two_ranks):
-    """Norms, keys, groups of BatchFormer that span the ranks, masks and the moving average."""
+    """That covers norms, keys, groups of BatchFormer that span the ranks, masks and the moving average."""
     torch.manual_seed(1)
     images = torch.randn(3, 2, 8, 3, 9, 9)
     losses, want = trained(images, lambda model: lambda x, step: model.loss(x, step, 5))
@@ -212,7 +212,7 @@ def test_arguments_that_cannot_be(arguments, message):
 
 
 class Twofold(Small):
-    """A backbone as those of detection: a tuple of features."""
+    """Return a tuple, as backbones for detection do."""
 
     def forward(self, images):
         return self.body(images), images
