@@ -144,10 +144,11 @@ class BatchFormer(nn.Module):
                 graphs and torch.compile.
 
         Raises:
-            ValueError: if the features have another shape or no rows, or `group_size` fits neither the local nor the global
-                batch.
+            ValueError: for features of another shape; in training also for none, or if `group_size` fits neither the local nor
+                the global batch.
         """
-        if features.dim() not in (2, 3) or features.shape[-1] != self.width or 0 in features.shape:
+        is_empty = self.training and 0 in features.shape
+        if features.dim() not in (2, 3) or features.shape[-1] != self.width or is_empty:
             raise ValueError(
                 f"features are {list(features.shape)}; they must be [n, {self.width}] or [V, n, {self.width}], n >= 1"
             )

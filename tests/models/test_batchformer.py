@@ -119,7 +119,7 @@ def test_one_view_without_its_axis_and_evaluation():
     layer, x = BatchFormer(8, 3), torch.randn(6, 8)
     assert layer.kernel_on("cpu") == layer.kernel_on(torch.device("cpu"))
     assert torch.equal(layer(x, seed=1, step=2), layer(x.unsqueeze(0), seed=1, step=2)[0])
-    assert layer.eval()(x) is x
+    assert layer.eval()(x) is x and layer(x[:0]).shape == (0, 8)
 
 
 @pytest.mark.parametrize(
