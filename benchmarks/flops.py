@@ -16,7 +16,7 @@ from crossbatch.engine.planning.catalogue import CARDS, GPUS
 
 def count(call: Callable[[], Any]) -> int:
     """Make one call and return its FLOPs."""
-    import crossbatch.models.batchformer.ops  # noqa: F401, registers the operators
+    import crossbatch.models.batchformer.fused  # noqa: F401, registers the operators
 
     mapping = {
         torch.ops.crossbatch.batchformer_attention: _attention,

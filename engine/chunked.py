@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.norm import Statistics, ViewBatchNorm, reuse_batch_stats, set_num_chunks
 
 Chunk = TypeVar("Chunk")
@@ -41,7 +42,7 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # backbones that have 
 
 def chunked_backward(
     backbone: nn.Module,
-    views: Tensor | Sequence[Tensor],
+    views: Tensor | Tensors,
     loss_of_features: Callable[[Any], Tensor],
     *,
     chunk: int,
@@ -54,7 +55,7 @@ def chunked_backward(
     Replaces the forward and backward pass of a training loop; the gradients equal those of the unchunked step up to rounding,
     and are added to `.grad` as `loss.backward()` would. Call `optimizer.step()` (or `engine.step()`) afterwards.
 
-    `backbone` may be a plain module, wrapped in DistributedDataParallel, sharded by `fully_shard` (FSDP2), or a DeepSpeed
+    `backbone` may be a plain module, one wrapped in DistributedDataParallel, sharded by `fully_shard` (FSDP2), or a DeepSpeed
     engine (ZeRO 0 to 3): gradients are exchanged once a step, with the last chunk. Dropout draws the same numbers in both
     passes (torch's generators on the CPU and on CUDA are restored), and an enclosing `torch.autocast` holds for both. The
     statistics of an nn.BatchNorm or nn.SyncBatchNorm are those of one chunk, and each chunk moves the running ones once.
@@ -82,8 +83,8 @@ def chunked_backward(
 
     Raises:
         TypeError: `backbone`, `views`, the features or the loss are of a wrong type, or `backbone` is wrapped in FSDP1.
-        ValueError: `chunk` is below 1, `views` is empty or has tensors of unequal length, the features carry no gradient, or
-            the loss is not a scalar that depends on them.
+        ValueError: `chunk` is below 1, `views` is empty or has tensors of unequal length, the features carry no gradient,
+            the loss is not a scalar that depends on them, or `backbone` calls a `BatchFormer`, which belongs into the loss.
         RuntimeError: in the first call, gradients differ between ranks (nothing averages them), or the second pass of a chunk
             gave other features than the first (the backbone draws random numbers that torch does not know of).
     """
@@ -99,7 +100,7 @@ def chunked_backward(
     def forward(inputs: Tensors, with_grad: bool, is_last: bool) -> Tensors:
         nonlocal single
         rows = inputs[0].flatten(0, 1) if stacked else inputs[0]
-        with torch.set_grad_enabled(with_grad), sync.exchanging(is_last):
+        with torch.set_grad_enabled(with_grad), sync.exchanging(is_last), _batchformers_refused(backbone):
             output = backbone(rows, *inputs[1:])
         single = isinstance(output, Tensor)
         features = (output,) if isinstance(output, Tensor) else output
@@ -145,22 +146,20 @@ def backward_in_chunks(
     backward: Callable[[Tensor, bool], None],
     compare: bool = False,
 ) -> Tensor:
-    """Run the cut step through callables; returns the detached loss.
+    """Run the cut step through callables, and return the detached loss.
 
     Args:
         chunks: what `forward` takes, in the order of the batch.
         num_views: V; features of a chunk of m samples have V*m rows, view-major.
-        backbone: holds the batch norms, and the parameters whose devices draw random numbers.
-        forward: (chunk, with_grad) -> features, each [V*m, ...] or 0-dim; the first pass.
-        forward_again: (chunk, is_last) -> the features again, with gradient; it may leave out trailing ones that have none.
-        loss_of_features: features [V, n, ...] of the local batch -> a scalar.
-        backward: (scalar, is_last); the call with `is_last` is the last one of the step. If it multiplies the scalar, the
-            scale reaches all gradients once.
-        compare: raise RuntimeError if a second pass gives features unlike those of the first.
+        backbone: holds the batch norms, and parameters on the devices that draw random numbers.
+        forward: turns (chunk, with_grad) into features, each [V*m, ...] or 0-dim.
+        forward_again: turns (chunk, is_last) into the same with gradient, perhaps without trailing ones that have none.
+        loss_of_features: turns features [V, n, ...] of the local batch into a scalar.
+        backward: takes (scalar, is_last). A scale that it applies reaches all gradients once.
+        compare: whether to raise RuntimeError if a second pass gives features unlike those of the first.
     """
     *earlier, last = chunks
-    devices = _cuda_devices(backbone) if earlier else []
-    replays = [Replay(backbone, devices) for _ in earlier]
+    replays = [Replay(backbone) for _ in earlier]
     parts = []
     for chunk, replay in zip(earlier, replays, strict=True):
         with replay.first():
@@ -193,18 +192,23 @@ def backward_in_chunks(
 
 
 class Replay:
-    """Makes a later pass of a chunk through `module` repeat its first one: random numbers and batch norm statistics.
+    """Let a second pass of a chunk through `module` repeat its first one: random numbers and batch norm statistics.
 
     A `ViewBatchNorm` takes its statistics from the first pass, without communication. Other batch norms compute theirs again
     from the same images, and leave their running statistics alone the second time.
     """
 
-    def __init__(self, module: nn.Module, cuda_devices: list[int]):
-        self._module, self._devices = module, cuda_devices
+    def __init__(self, module: nn.Module):
+        self._module = module
         self._statistics: Statistics = {}
+        self._devices: list[int] = []  # on which the module may draw random numbers
+        if torch.cuda.is_initialized():
+            used = {p.get_device() for p in module.parameters() if p.is_cuda}
+            self._devices = sorted(used | {torch.cuda.current_device()})
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
+        """Contain the first forward pass."""
         self._cpu_state = torch.get_rng_state()
         self._cuda_states = [torch.cuda.get_rng_state(device) for device in self._devices]
         with reuse_batch_stats(self._module, self._statistics):
@@ -226,7 +230,7 @@ class Replay:
 
 @contextlib.contextmanager
 def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
-    """Batch norms in training go on normalising by their batch, but their running statistics stay."""
+    """Let batch norms in training normalise by their batch, but leave their running statistics alone."""
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -237,18 +241,27 @@ def _running_stats_frozen(module: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _cuda_devices(module: nn.Module) -> list[int]:
-    """CUDA devices on which `module` may draw random numbers."""
-    if not torch.cuda.is_initialized():
-        return []
-    return sorted({p.get_device() for p in module.parameters() if p.is_cuda} | {torch.cuda.current_device()})
+@contextlib.contextmanager
+def _batchformers_refused(backbone: nn.Module) -> Iterator[None]:
+    """Raise ValueError where a BatchFormer in training is called: what it mixes must be groups of the whole batch."""
+
+    def refuse(module: nn.Module, _: object) -> None:
+        if module.training:
+            raise ValueError(
+                "backbone: calls a BatchFormer, which would mix the images of a chunk, and of its views, instead of the groups "
+                "of the batch; call it in loss_of_features, on features [V, n, C]"
+            )
+
+    handles = [m.register_forward_pre_hook(refuse) for m in backbone.modules() if isinstance(m, BatchFormer)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _join(pieces: Tensors, num_views: int) -> Tensor:
-    """Join the features of chunks, each [V*m, ...], to those of the batch, [V, n, ...]; an output without rows stays as it is.
-
-    Raises ValueError if an output without rows depends on the chunk: then no single value stands for the whole batch.
-    """
+    """Join features of chunks, each [V*m, ...], to those of the batch, [V, n, ...]; an output without rows stays as it is."""
     if pieces[-1].dim() == 0:
         if any(not torch.equal(piece, pieces[-1]) for piece in pieces):
             raise ValueError(
@@ -260,7 +273,7 @@ def _join(pieces: Tensors, num_views: int) -> Tensor:
 
 
 def _split_gradient(leaf: Tensor, pieces: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradient of `leaf`, [V, n, ...], chunk by chunk, each [V*m, ...] as its piece."""
+    """Split the gradient of `leaf`, [V, n, ...], into those of its chunks, each [V*m, ...] as its piece."""
     if leaf.grad is None:
         return [None] * len(pieces)
     if leaf.dim() == 0:
@@ -273,9 +286,7 @@ def _split_gradient(leaf: Tensor, pieces: Sequence[Tensor]) -> list[Tensor | Non
 def _inject(features: Tensors, gradients: Sequence[Tensor | None]) -> Tensor:
     """Return a scalar whose backward pass gives `features` these gradients, however the scalar is scaled."""
     pairs = [(f, g) for f, g in zip(features, gradients, strict=False) if g is not None]
-    injected = _Inject.apply([g for _, g in pairs], *(f for f, _ in pairs))
-    assert isinstance(injected, Tensor)
-    return injected
+    return _Inject.apply([g for _, g in pairs], *(f for f, _ in pairs))  # pyright: ignore[reportReturnType]
 
 
 class _Inject(torch.autograd.Function):
@@ -292,14 +303,14 @@ class _Inject(torch.autograd.Function):
 
 
 class _GradientSync:
-    """Gradients of a backbone that stay on their rank until the last chunk, whatever the backbone is wrapped in."""
+    """Keep gradients of a backbone on their rank until the last chunk, whatever the backbone is wrapped in."""
 
     def __init__(
         self, backbone: nn.Module, backward: Callable[[Tensor], object] | None, process_group: dist.ProcessGroup | None
     ):
         if not isinstance(backbone, nn.Module):
             raise TypeError(
-                f"backbone: given {type(backbone).__name__}; allowed: an nn.Module, in which wrappers such as DDP can be found"
+                f"backbone: given {type(backbone).__name__}; allowed: an nn.Module, perhaps wrapped (DDP, FSDP2, DeepSpeed)"
             )
         modules = list(backbone.modules())
         if any(isinstance(module, FullyShardedDataParallel) for module in modules):
@@ -359,28 +370,25 @@ class _GradientSync:
     def check(self, parameters_of_loss: Sequence[nn.Parameter], over_ranks: bool) -> None:
         """Raise where gradients would be wrong without a word: scaled ones, and ones that nothing averages."""
         named = list(self.backbone.named_parameters())
+        known = {id(parameter) for _, parameter in named}
+        others = [p for p in parameters_of_loss if id(p) not in known]
         if self.engine is not None:
-            known = {id(parameter) for _, parameter in named}
-            parameters_of_loss = [p for p in parameters_of_loss if id(p) not in known]
             named = []  # DeepSpeed averages them, and keeps the averages elsewhere
             scale = getattr(self.engine.optimizer, "loss_scale", 1.0)
-            if parameters_of_loss and scale != 1:
+            if others and scale != 1:
                 raise ValueError(
                     f"loss_of_features: uses parameters that the DeepSpeed engine does not know, and their gradients are "
                     f"scaled by its loss scale (={scale:g}); put them into the engine's module, or train in bf16"
                 )
-        known = {id(parameter) for _, parameter in named}
-        named += [(f"{list(p.shape)} in loss_of_features", p) for p in parameters_of_loss if id(p) not in known]
+        named += [(f"{list(p.shape)} in loss_of_features", p) for p in others]
         if over_ranks and not self.accumulating and dist.is_available() and dist.is_initialized():
             _check_equal([(name, p) for name, p in named if p.requires_grad and not isinstance(p, DTensor)], self.group)
 
 
 def _deepspeed_engine(backbone: nn.Module, modules: Sequence[nn.Module]) -> Any:
-    """The engine that `backbone` is, or None. Does not import DeepSpeed: where it was not imported, there is no engine."""
+    """Return the engine that `backbone` is, or None; where DeepSpeed was not imported, there is none."""
     deepspeed: Any = sys.modules.get("deepspeed")
-    engines: list[Any] = (
-        [m for m in modules if isinstance(m, deepspeed.DeepSpeedEngine)] if deepspeed is not None else []
-    )
+    engines: list[Any] = [m for m in modules if deepspeed and isinstance(m, deepspeed.DeepSpeedEngine)]
     if not engines:
         # DeepSpeed marks the parameters of ZeRO 1 and 2 by the one attribute, those of ZeRO 3 by the other.
         if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in backbone.parameters()):
@@ -388,10 +396,10 @@ def _deepspeed_engine(backbone: nn.Module, modules: Sequence[nn.Module]) -> Any:
         return None
     if engines != [backbone]:
         raise TypeError("backbone: contains a DeepSpeed engine; allowed: the engine itself, wrapped in nothing")
-    if engines[0].gradient_accumulation_steps() != 1:
+    if (accumulated := engines[0].gradient_accumulation_steps()) != 1:
         raise ValueError(
-            f"backbone: its DeepSpeed engine has gradient_accumulation_steps = {engines[0].gradient_accumulation_steps()}; "
-            f"set it to 1, and `chunk` to what fits into memory"
+            f"backbone: its DeepSpeed engine has gradient_accumulation_steps = {accumulated}; set it to 1, and `chunk` to "
+            f"what fits into memory"
         )
     return engines[0]
 
@@ -401,10 +409,10 @@ def _check_equal(named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup |
     if not named or dist.get_world_size(group) == 1:
         return
     device = named[0][1].device
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch.stack(
-        [zero if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.float64).to(device) for _, p in named]
-    )
+    norms = torch.zeros(len(named), dtype=torch.float64, device=device)
+    for i, (_, p) in enumerate(named):
+        if p.grad is not None:
+            norms[i] = torch.linalg.vector_norm(p.grad, dtype=torch.float64)
     extremes = torch.stack((norms, -norms))
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     largest, smallest = extremes[0], -extremes[1]
@@ -412,23 +420,23 @@ def _check_equal(named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup |
     if any(different):
         names = [name for (name, _), differs in zip(named, different, strict=True) if differs]
         raise RuntimeError(
-            f"chunked_backward: the gradients of {len(names)} parameters differ between ranks ({', '.join(names[:3])}, ...), "
-            f"so nothing averages them. Pass the wrapped backbone (DDP, fully_shard or a DeepSpeed engine, not its .module) "
-            f"and wrap modules that loss_of_features uses as well; or, if you average gradients after this call, pass "
-            f"check_sync=False."
+            f"backbone: gradients of {len(names)} parameters differ between ranks ({', '.join(names[:3])}, ...), so nothing "
+            f"averages them. Pass the wrapped backbone (DDP, fully_shard or a DeepSpeed engine, not its .module) and wrap "
+            f"modules that loss_of_features uses as well; or, if you average gradients after this call, pass check_sync=False."
         )
 
 
-def _split(views: Tensor | Sequence[Tensor], chunk: int) -> tuple[list[Tensors], bool]:
-    """Chunks of at most `chunk` samples, each a tuple of tensors, and whether they are [V, m, ...] (or [m, ...])."""
+def _split(views: Tensor | Tensors, chunk: int) -> tuple[list[Tensors], bool]:
+    """Return chunks of at most `chunk` samples, each a tuple of tensors, and whether these are [V, m, ...] (or [m, ...])."""
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk: given {chunk!r}; allowed: an integer >= 1")
     stacked = isinstance(views, Tensor)
-    tensors: Tensors = (views,) if isinstance(views, Tensor) else tuple(views)
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
+    tensors = (views,) if isinstance(views, Tensor) else views
+    if not isinstance(tensors, tuple) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        kinds = [type(tensor).__name__ for tensor in tensors] if isinstance(tensors, tuple) else type(views).__name__
         raise TypeError(
-            f"views: given a sequence of {kinds}; allowed: a tensor [V, n, ...] or a tuple of tensors [n, ...]"
+            f"views: given {kinds}; allowed: a tensor [V, n, ...], for a list of views torch.stack(views), or a tuple of "
+            f"tensors [n, ...], one for each argument of the backbone"
         )
     dim = 1 if stacked else 0
     shapes = [list(tensor.shape) for tensor in tensors]
@@ -444,6 +452,7 @@ def _split(views: Tensor | Sequence[Tensor], chunk: int) -> tuple[list[Tensors],
 
 
 def _check_norms(backbone: nn.Module, num_views: int) -> None:
+    """Raise ValueError for a ViewBatchNorm that expects another number of views."""
     for name, norm in backbone.named_modules():
         if isinstance(norm, ViewBatchNorm) and norm.num_views != num_views:
             raise ValueError(
@@ -453,6 +462,7 @@ def _check_norms(backbone: nn.Module, num_views: int) -> None:
 
 
 def _check_features(features: Any, rows: int, with_grad: bool) -> None:
+    """Raise TypeError or ValueError unless a backbone returned tensors of so many rows, with gradient if asked."""
     if not isinstance(features, (tuple, list)) or not all(isinstance(feature, Tensor) for feature in features):
         raise TypeError(f"backbone: returned {type(features).__name__}; allowed: a tensor or a tuple of tensors")
     for feature in features:
@@ -465,6 +475,7 @@ def _check_features(features: Any, rows: int, with_grad: bool) -> None:
 
 
 def _check_loss(loss: Any) -> None:
+    """Raise TypeError or ValueError unless `loss` is a scalar tensor with a gradient."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_of_features: returned {type(loss).__name__}; allowed: a scalar tensor")
     if loss.dim():
@@ -476,6 +487,7 @@ def _check_loss(loss: Any) -> None:
 
 
 def _compare(first: Tensors, again: Tensors) -> None:
+    """Raise RuntimeError if a second pass gave features unlike those of the first."""
     for before, after in zip(first, again, strict=False):
         if (after.detach().float() - before.float()).norm() > 1e-2 * before.float().norm():
             raise RuntimeError(
@@ -485,7 +497,7 @@ def _compare(first: Tensors, again: Tensors) -> None:
 
 
 def _parameters_of(loss: Tensor) -> list[nn.Parameter]:
-    """The parameters that `loss` was computed from, down to the leaves of its graph."""
+    """Return the parameters that `loss` was computed from: the leaves of its graph."""
     seen, found = set(), []
     to_visit = [loss.grad_fn]
     while to_visit:

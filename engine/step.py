@@ -27,7 +27,7 @@ Output = TypeVar("Output")
 
 @dataclass
 class Progress:
-    """What a run remembers besides tensors; data position, schedules and random numbers follow from it."""
+    """Count what a run remembers besides tensors; data position, schedules and random numbers follow from it."""
 
     step: int = 0  # batches trained on
     updates: int = 0  # of these, the ones whose gradients were finite
@@ -63,7 +63,7 @@ class Progress:
 
 @dataclass
 class StepResult(Generic[Output]):
-    """What one training step computed on this rank, and with which rates.
+    """Hold what one training step computed on this rank, and with which rates.
 
     Attributes:
         output: the loss and its parts, without a graph.
@@ -78,18 +78,13 @@ class StepResult(Generic[Output]):
 
 
 class TrainStep:
-    """One step of pretraining a call; what varies is an argument or in `progress`, so a resumed run repeats the same steps.
+    """Run one step of pretraining per call; what varies is an argument or in `progress`, so a resumed run repeats its steps.
 
     A step whose gradients are not finite changes nothing: not the optimizer, not the schedules (they count `updates`), not the
     moving average. With fp16 that is how the loss scale is found.
 
-    Args:
-        backend: the sharded model and its optimizer.
-        cfg: the resolved configuration.
-        device: where the model lives.
-        steps_per_epoch: of the data, for the schedules.
-        chunk: images that the backbone sees at once, at most. The chunks of a step differ by one image at most.
-        timer: measures the parts of every step; None: they are only marked for torch.profiler.
+    The backbone sees at most `chunk` images at once; the chunks of a step differ by one image at most. `steps_per_epoch` is for
+    the schedules. Without a `timer`, the parts of a step are only marked for torch.profiler.
     """
 
     def __init__(
@@ -118,31 +113,29 @@ class TrainStep:
 
     def __call__(self, views: torch.Tensor) -> StepResult[MoCoOutput]:
         """Train on uint8 views [2, n, 3, H, W]."""
-        with self.span(WHOLE):
-            return self._train(views)
-
-    def _train(self, views: torch.Tensor) -> StepResult[MoCoOutput]:
         progress = self.progress
-        output = self._in_one_chunk(views) if self.chunks == 1 else self._in_chunks(views)
-        output.loss = output.loss.detach()
-        lr, momentum = self.learning_rate(progress.updates), None
-        set_learning_rate(self.backend.optimizer, lr)
-        with self.span("optimizer"):
-            grad_norm = self.backend.step(progress.loss_scale)
-        if progress.finished(grad_norm, self.cfg.precision):
-            # The originals update the average at the start of the next step, with that step's momentum: the same numbers.
-            momentum = self.momentum(progress.updates)
-            with self.span("moving average"):
-                self.backend.update_momentum(momentum)
+        with self.span(WHOLE):
+            output = self._in_one_chunk(views) if self.chunks == 1 else self._in_chunks(views)
+            output.loss = output.loss.detach()
+            lr, momentum = self.learning_rate(progress.updates), None
+            set_learning_rate(self.backend.optimizer, lr)
+            with self.span("optimizer"):
+                grad_norm = self.backend.step(progress.loss_scale)
+            if progress.finished(grad_norm, self.cfg.precision):
+                # The originals update the average at the start of the next step, with that step's momentum: the same numbers.
+                momentum = self.momentum(progress.updates)
+                with self.span("moving average"):
+                    self.backend.update_momentum(momentum)
         return StepResult(output, grad_norm, {"lr": lr, "momentum": momentum})
 
     def _in_one_chunk(self, views: torch.Tensor) -> MoCoOutput:
+        """Run forward and backward of the whole local batch at once."""
         output = self.backend("loss", self._to_device(views), self.progress.step, self.seed)
         self._backward(output.loss, is_last=True)
         return output
 
     def _in_chunks(self, views: torch.Tensor) -> MoCoOutput:
-        """Forward and backward of the same, with the activations of one chunk in memory at a time."""
+        """Run forward and backward of the same with the activations of one chunk in memory at a time."""
         outputs: list[MoCoOutput] = []
 
         def forward(chunk: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,9 +151,8 @@ class TrainStep:
             outputs.append(self.backend("contrast", online, momentum, self.progress.step, self.seed))
             return outputs[0].loss
 
-        chunks = views.tensor_split(self.chunks, dim=1)
         backward_in_chunks(
-            chunks,
+            views.tensor_split(self.chunks, dim=1),
             len(views),
             self.backend.model.chunked_module,
             forward,
@@ -186,7 +178,7 @@ class TrainStep:
         return encoder_momentum(epoch, settings.momentum.base, settings.schedule.epochs, settings.momentum.cosine)
 
     def _to_device(self, views: torch.Tensor) -> torch.Tensor:
-        """uint8 [2, n, 3, H, W] -> normalised fp32 [2n, 3, H, W], both views in one tensor, view-major."""
+        """Turn uint8 [2, n, 3, H, W] into normalised fp32 [2n, 3, H, W], both views in one tensor, view-major."""
         with self.span("host to device"):
             # View by view: of a chunk, only each view is one piece of (pinned) memory that can be copied as it is.
             images = torch.cat([view.to(self.device, non_blocking=True) for view in views])

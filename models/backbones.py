@@ -4,12 +4,13 @@ A new backbone needs `num_features`, a builder below, and a family of heads (`cr
 are imported when a network is built.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
+
+from crossbatch.models.arguments import check_choice, list_allowed
 
 if TYPE_CHECKING:
     from crossbatch.models.resnet import ResNet
@@ -22,7 +23,7 @@ else:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a ViT; `conv_stem` replaces the patch projection."""
+    """Hold the sizes of a ViT; `conv_stem` replaces the patch projection."""
 
     embed_dim: int
     depth: int = 12
@@ -44,8 +45,7 @@ ARCHS: tuple[str, ...] = (*RESNETS, *LAYOUTS)
 
 def family(arch: str) -> str:
     """Return "resnet" or "vit", which decides the heads. Raises ValueError for a name that is not in ARCHS."""
-    if arch not in ARCHS:
-        raise ValueError(f"arch is {arch!r}; {_allowed(arch, ARCHS)}")
+    check_choice("arch", arch, ARCHS)
     return "resnet" if arch in RESNETS else "vit"
 
 
@@ -64,7 +64,7 @@ def build_backbone(
     stop_grad_conv1: bool = False,
     backbone_args: Mapping[str, float] | None = None,
 ) -> Backbone:
-    """Build a randomly initialised backbone: [n, 3, image_size, image_size] -> [n, num_features], an attribute of it.
+    """Build a randomly initialised backbone: [n, 3, image_size, image_size] -> [n, backbone.num_features].
 
     Args:
         arch: one of ARCHS.
@@ -79,20 +79,12 @@ def build_backbone(
     """
     args = dict(backbone_args or {})
     if family(arch) == "resnet":
-        return _build_resnet(arch, stem, stop_grad_conv1, args)
-    return _build_vit(arch, image_size, stem, stop_grad_conv1, args)
+        from crossbatch.models import resnet
 
-
-def _build_resnet(arch: str, stem: str, stop_grad_conv1: bool, args: dict[str, float]) -> "ResNet":
-    from crossbatch.models import resnet
-
-    if stop_grad_conv1:
-        raise ValueError(f"stop_grad_conv1 is true, but {arch} has no patch projection to freeze; set it to false")
-    _check_args(arch, args, integers=("width",))
-    return resnet.build(arch, stem=stem, width=int(args.get("width", 64)))
-
-
-def _build_vit(arch: str, image_size: int, stem: str, stop_grad_conv1: bool, args: dict[str, float]) -> "ViT":
+        if stop_grad_conv1:
+            raise ValueError(f"stop_grad_conv1 is true, but {arch} has no patch projection to freeze; set it to false")
+        _check_args(arch, args, integers=("width",))
+        return resnet.ResNet(*resnet.BLOCKS[arch], width=int(args.get("width", 64)), stem=stem)
     from crossbatch.models import vit
 
     layout = LAYOUTS[arch]
@@ -109,7 +101,7 @@ def _check_args(arch: str, args: dict[str, float], integers: tuple[str, ...], re
     for key, value in args.items():
         if key not in integers + reals:
             raise ValueError(
-                f"backbone_args has {key!r}, which {arch} does not take; {_allowed(key, integers + reals)}"
+                f"backbone_args has {key!r}, which {arch} does not take; {list_allowed(key, integers + reals)}"
             )
         number = isinstance(value, int if key in integers else (int, float)) and not isinstance(value, bool)
         if not number or value <= 0:
@@ -130,10 +122,3 @@ def _check_layout(arch: str, layout: Layout, image_size: int) -> None:
     if dim % divisor:
         reason = "a conv stem starts at embed_dim / 8 channels" if layout.conv_stem else "positions come in 4 quarters"
         raise ValueError(f"backbone_args.embed_dim is {dim}; it must be divisible by {divisor}: {reason}")
-
-
-def _allowed(given: object, allowed: Iterable[str]) -> str:
-    allowed = tuple(allowed)
-    nearest = difflib.get_close_matches(str(given), allowed, n=1)
-    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-    return f"allowed: {', '.join(allowed)}{hint}"

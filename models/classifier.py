@@ -28,7 +28,7 @@ class Network(nn.Module):
 
 
 class Classifier(ShardableModel):
-    """A network that is trained, and its moving average.
+    """Hold a network that is trained, and its moving average.
 
     Args:
         backbone: network with the weights to start from; it belongs to the classifier from then on.
@@ -37,8 +37,11 @@ class Classifier(ShardableModel):
             (Huang et al., 2016).
         averaged: whether there is a moving average.
 
-    Raises ValueError for `drop_path` with a ResNet, which has none.
+    Raises:
+        ValueError: for `drop_path` with a ResNet, which has none.
     """
+
+    parts = ("logits", "average_logits")
 
     def __init__(self, backbone: Backbone, num_classes: int, drop_path: float = 0.0, averaged: bool = False):
         super().__init__()

@@ -19,12 +19,12 @@ class Collective:
 
     @property
     def rank(self) -> int:
-        """Number of this process, from 0."""
+        """Return the number of this process, from 0."""
         return 0
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
+        """Return the number of processes."""
         return 1
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -83,9 +83,7 @@ class GroupCollective(Collective):
         return shard
 
     def __deepcopy__(self, memo: dict) -> "GroupCollective":
-        return GroupCollective(
-            self.process_group
-        )  # process groups cannot be copied; moving averages of models are copies
+        return GroupCollective(self.process_group)  # a process group cannot be copied, but models are
 
 
 class _GatherWithGradient(torch.autograd.Function):

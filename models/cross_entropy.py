@@ -30,13 +30,12 @@ def cross_entropy_over_keys(queries_nD: Tensor, keys_BD: Tensor, labels_n: Tenso
         ValueError: if the keys require a gradient, which this function does not compute; for other shapes than these, no rows
             or no keys; or if the temperature is not positive.
     """
-    shapes = (
-        f"queries_nD are {list(queries_nD.shape)}, keys_BD {list(keys_BD.shape)} and labels_n {list(labels_n.shape)}"
-    )
-    if queries_nD.dim() != 2 or keys_BD.dim() != 2 or queries_nD.shape[1] != keys_BD.shape[1]:
-        raise ValueError(f"{shapes}; allowed: [n, D], [B, D] and [n]")
-    if labels_n.shape != queries_nD.shape[:1] or 0 in (len(queries_nD), len(keys_BD)):
-        raise ValueError(f"{shapes}; allowed: [n, D], [B, D] and [n], with at least one row and one key")
+    fits = queries_nD.dim() == keys_BD.dim() == 2 and queries_nD.shape[1] == keys_BD.shape[1]
+    if not fits or labels_n.shape != queries_nD.shape[:1] or 0 in (len(queries_nD), len(keys_BD)):
+        raise ValueError(
+            f"queries_nD are {list(queries_nD.shape)}, keys_BD {list(keys_BD.shape)} and labels_n {list(labels_n.shape)}; "
+            f"allowed: [n, D], [B, D] and [n], with at least one row and one key"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed: > 0")
     if keys_BD.requires_grad:

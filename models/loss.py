@@ -71,12 +71,10 @@ def contrastive_loss(
     Raises:
         ValueError: for other shapes, no images, a temperature that is not positive, or keys that require a gradient.
     """
-    if queries.dim() != 3 or len(queries) != 2 or queries.shape != keys.shape:
-        raise ValueError(f"queries are {list(queries.shape)} and keys {list(keys.shape)}; both must be [2, n, D]")
-    if queries.shape[1] == 0:
-        raise ValueError(f"queries are {list(queries.shape)}; there must be at least one image")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; allowed: > 0")
+    if queries.dim() != 3 or len(queries) != 2 or queries.shape[1] == 0 or queries.shape != keys.shape:
+        raise ValueError(
+            f"queries are {list(queries.shape)} and keys {list(keys.shape)}; both must be [2, n, D], n >= 1"
+        )
     if keys.requires_grad:
         raise ValueError("keys require a gradient, which they would not get; compute them under torch.no_grad()")
     collective = GroupCollective(process_group)
@@ -86,25 +84,16 @@ def contrastive_loss(
 def loss_of_streams(
     q_VSnD: Tensor, k_VSnD: Tensor, kind: BatchFormerLoss, temperature: float, collective: Collective
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Compute the loss of the local rows; its mean over the ranks is the loss of the global batch.
+    """Compute the loss, the terms and the similarities of `MoCoOutput` from queries and keys of any floating dtype.
 
-    Args:
-        q_VSnD: predictions of the online encoder, any floating dtype; S is 2 with BatchFormer and 1 without.
-        k_VSnD: keys of the momentum encoder.
-        kind: which terms are added.
-        temperature: T.
-        collective: gathers the keys of all views and streams at once.
-
-    Returns:
-        The loss (fp32 scalar); its terms by name, undivided and detached, e.g. "q1o_k2b"; and the collapse signals
-        "positive_similarity" and "negative_similarity" of the original stream (mean cosines, detached).
+    S is 2 with BatchFormer and 1 without. One gather takes the keys of all views and streams to all ranks.
     """
     with torch.autocast(q_VSnD.device.type, enabled=False):
         q = F.normalize(q_VSnD.float(), dim=-1)
         keys = F.normalize(k_VSnD.detach().float(), dim=-1)
         if kind == "mean_with_self":
             keys = torch.cat((keys, q.detach()[:, 1:]), dim=1)  # the b queries are keys too
-        keys_VSBD = _gather(keys, collective)
+        keys_VSBD = collective.all_gather(keys).permute(1, 2, 0, 3, 4).flatten(2, 3)  # from [W, V, S, n, D]
         terms = {
             name: 2 * temperature * cross_entropy_over_keys(query, key, labels, temperature)
             for name, query, key, labels in _pairs(q, keys_VSBD, kind, collective)
@@ -112,11 +101,6 @@ def loss_of_streams(
         loss = torch.stack(list(terms.values())).sum() / _DIVISORS.get(kind, 1)
         signals = _similarities(q.detach(), keys_VSBD, collective)
     return loss, {name: term.detach() for name, term in terms.items()}, signals
-
-
-def _gather(keys_VSnD: Tensor, collective: Collective) -> Tensor:
-    everyone = collective.all_gather(keys_VSnD)  # [W, V, S, n, D]
-    return everyone.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def _pairs(
@@ -141,6 +125,7 @@ def _pairs(
 
 
 def _similarities(q_VSnD: Tensor, keys_VSBD: Tensor, collective: Collective) -> dict[str, Tensor]:
+    """Return the mean cosine of queries with their own keys, and with all other keys, before BatchFormer."""
     n, batch = q_VSnD.shape[2], keys_VSBD.shape[2]
     q, keys = q_VSnD[:, 0], keys_VSBD[:, 0].flip(0)  # every view beside the keys of the other
     own = keys[:, collective.rank * n : (collective.rank + 1) * n]

@@ -15,6 +15,7 @@ Shapes: V views, n local images, S streams (o and b), C backbone features, D wid
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossbatch.models.arguments import check_choice, check_positive_integer, list_allowed
 from crossbatch.models.backbones import Backbone, build_backbone, family
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
 from crossbatch.models.collective import Collective, GroupCollective
@@ -39,7 +41,15 @@ MODES = ("trained", "released", "ema")
 
 @dataclass
 class MoCoOutput:
-    """Result of one step besides gradients; every tensor but `loss` is a detached scalar of the local rows."""
+    """Hold what one step computed from this rank's images. All tensors are fp32 scalars, detached except for `loss`.
+
+    Attributes:
+        loss: the loss, with its graph. The mean over the ranks is the loss of the global batch.
+        terms: every term before it is divided, by name: "q1o_k2b" are the queries of view 1 before BatchFormer ("o") against
+            the keys of view 2 after it ("b"); with `batchformer_loss="joint"` "q1_k2" and "q2_k1".
+        signals: signs of a collapse: "feature_std" (see `feature_std`), and the mean cosines of queries with keys of the same
+            image ("positive_similarity") and of other images ("negative_similarity").
+    """
 
     loss: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -47,22 +57,19 @@ class MoCoOutput:
 
 
 class Encoder(nn.Module):
-    """Backbone and projector; `batchformer` only where the momentum encoder keeps its own copy."""
+    """Hold a backbone and its projector, and a BatchFormer where the momentum encoder keeps its own copy."""
 
-    backbone: Backbone
-
-    def __init__(self, backbone: nn.Module, num_features: int, projector: nn.Module):
+    def __init__(self, backbone: Backbone, num_features: int, projector: nn.Module):
         super().__init__()
-        self.backbone, self.num_features = backbone, num_features  # pyright: ignore[reportAttributeAccessIssue]
-        self.projector = projector
+        self.backbone, self.num_features, self.projector = backbone, num_features, projector
         self.batchformer: BatchFormer | None = None
 
 
 class Heads(nn.Module):
     """Turn backbone features [V*n, C] of one encoder into queries or keys [V*S*n, D].
 
-    BatchFormer, projector and predictor in one module from tensors to a tensor, so that it can be captured
-    (`crossbatch.models.cuda_graph`). Parameters belong to `MoCo`.
+    It is one module from tensors to a tensor so that it can be captured (`crossbatch.models.cuda_graph`). Parameters belong to
+    `MoCo`.
     """
 
     def __init__(self, batchformer: BatchFormer | None, heads: Sequence[nn.Module], with_grad: bool):
@@ -80,14 +87,14 @@ class Heads(nn.Module):
 
 
 class MoCo(ShardableModel):
-    """Online encoder, momentum encoder, predictor and BatchFormer.
+    """Train a backbone by MoCo v3: add projector, predictor, momentum encoder and, if asked, BatchFormer.
 
     In a training loop: `out = moco.loss(images, step, seed)`, `out.loss.backward()`, an optimizer step over the parameters
     that require a gradient, then `moco.update_momentum(0.99)`. In DDP call `ddp("loss", images, step, seed)` instead.
 
     Args:
-        backbone: a name (see `build_backbone`), or a module that turns [n, 3, H, W] into [n, num_features]. A module belongs
-            to MoCo from then on: its batch norms are replaced (`convert_norms`), the momentum encoder starts as its copy.
+        backbone: a name (see `build_backbone`), or a module that turns [n, 3, H, W] into a tensor [n, num_features]. A module
+            belongs to MoCo from then on: its batch norms are replaced (`convert_norms`), the momentum encoder is a copy.
         num_features: width of the features of a module; by default its attribute `num_features`.
         heads: "resnet" or "vit", the kind of projector and predictor (see `crossbatch.models.heads`); by default that of
             the name, and "resnet" for a module.
@@ -108,8 +115,11 @@ class MoCo(ShardableModel):
         backbone_options: image_size, stem, stop_grad_conv1, backbone_args of `build_backbone`, with a name only.
 
     Raises:
+        TypeError: for a keyword argument that does not exist, or a `num_features` that is no integer.
         ValueError: for arguments that cannot be combined; the message begins with the argument.
     """
+
+    parts = ("loss", "features", "embed", "contrast")
 
     def __init__(
         self,
@@ -131,8 +141,12 @@ class MoCo(ShardableModel):
         **backbone_options: Any,
     ):
         super().__init__()
-        _check_choice("batchformer_loss", batchformer_loss, LOSSES)
-        _check_choice("batchformer_mode", batchformer_mode, MODES)
+        known = [*inspect.signature(MoCo).parameters][:-1] + [*inspect.signature(build_backbone).parameters][1:]
+        for name in backbone_options:
+            if name not in known:
+                raise TypeError(f"{name} is no argument of MoCo; {list_allowed(name, known)}")
+        check_choice("batchformer_loss", batchformer_loss, LOSSES)
+        check_choice("batchformer_mode", batchformer_mode, MODES)
         if isinstance(backbone, str):
             if num_features is not None:
                 raise ValueError(f"num_features is {num_features}, but {backbone} has its own; leave it out")
@@ -142,18 +156,20 @@ class MoCo(ShardableModel):
                 name = next(iter(backbone_options))
                 raise ValueError(f"{name} is given with a module, but only a named backbone takes it; leave it out")
             backbone, heads = convert_norms(backbone, NUM_VIEWS), heads or "resnet"
-        _check_choice("heads", heads, FAMILIES)
+        check_choice("heads", heads, FAMILIES)
         self.batchformer_loss: BatchFormerLoss = batchformer_loss
         self.temperature = temperature
 
         def encoder(given: str | nn.Module) -> Encoder:
             network = build_backbone(given, **backbone_options) if isinstance(given, str) else given
-            width = num_features or getattr(network, "num_features", None)
-            if not isinstance(width, int):
+            width: Any = getattr(network, "num_features", None) if num_features is None else num_features
+            if width is None:
                 raise ValueError(
                     f"num_features is not given, and {type(network).__name__} has no such attribute; give it"
                 )
-            return Encoder(network, width, build_projector(heads, width, mlp_dim, projection_dim))
+            check_positive_integer("num_features", width)
+            projector = build_projector(heads, width, mlp_dim, projection_dim)
+            return Encoder(network, width, projector)  # pyright: ignore[reportArgumentType] (any module will do)
 
         self.online = encoder(backbone)
         self.momentum = encoder(backbone if isinstance(backbone, str) else copy.deepcopy(backbone))
@@ -172,7 +188,9 @@ class MoCo(ShardableModel):
             if batchformer_mode == "ema":
                 self.momentum.batchformer = mix()
         self.momentum.requires_grad_(False)
-        self.copy_to_momentum()
+        with torch.no_grad():
+            for _, online, average in self.momentum_pairs():
+                average.copy_(online)
         key_batchformer = self.momentum.batchformer or self.batchformer
         # In a tuple, or their parameters would be registered twice.
         self._heads = (
@@ -187,12 +205,6 @@ class MoCo(ShardableModel):
         if self.batchformer is not None:
             online |= {f"batchformer.{name}": p for name, p in self.batchformer.named_parameters()}
         return [(name, online[name], average) for name, average in self.momentum.named_parameters()]
-
-    @torch.no_grad()
-    def copy_to_momentum(self) -> None:
-        """Start the momentum encoder at the online parameters."""
-        for _, online, average in self.momentum_pairs():
-            average.copy_(online)
 
     @torch.no_grad()
     def update_momentum(self, m: float) -> None:
@@ -235,10 +247,21 @@ class MoCo(ShardableModel):
         """Compute the loss of this rank's images against the keys of all ranks.
 
         Args:
-            images: [2n, 3, H, W], the first views of all n images, then their second views.
+            images: [2n, 3, H, W], the first views of all n images, then their second views, normalised, in the dtype of the
+                parameters (fp32).
             step: number of the step; step and seed are the key of BatchFormer's dropout masks, equal keys give equal masks.
             seed: see `step`.
+
+        Returns:
+            The loss with its graph, its terms and the signs of a collapse; all scalars. See `MoCoOutput`.
+
+        Raises:
+            ValueError: if `images` have another shape, or the backbone returns anything but a tensor [2n, num_features].
         """
+        if images.dim() != 4 or not len(images) or len(images) % NUM_VIEWS:
+            raise ValueError(
+                f"images are {list(images.shape)}; they must be [2n, 3, H, W], both views of n >= 1 images"
+            )
         return self.contrast(*self.features(images, with_grad=True), step, seed)
 
     def features(self, images: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -250,38 +273,32 @@ class MoCo(ShardableModel):
 
     def embed(self, images: Tensor) -> Tensor:
         """Turn images [m, 3, H, W] into features [m, C] of the online backbone."""
-        return self.online.backbone(images)
+        features, want = self.online.backbone(images), [len(images), self.online.num_features]
+        if not isinstance(features, Tensor) or list(features.shape) != want:
+            given = list(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise ValueError(
+                f"backbone returned {given} for {want[0]} images; it must return [n, num_features] = {want}"
+            )
+        return features
 
     def contrast(self, online_NC: Tensor, momentum_NC: Tensor, step: int, seed: int) -> MoCoOutput:
         """Compute the batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
         with self.span("batch-wide part"):
-            return self._contrast(online_NC, momentum_NC, step, seed)
-
-    def _contrast(self, online_NC: Tensor, momentum_NC: Tensor, step: int, seed: int) -> MoCoOutput:
-        seeds = [DropoutKey(seed, step, stream).dropout_seeds(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
-        if self.cuda_graph and self._graphs is None:
-            self._graphs = capture(self._heads, ((online_NC, seeds[0]), (momentum_NC, seeds[1])))
-        to_queries, to_keys = self._graphs or self._heads
-        queries, keys = to_queries(online_NC, seeds[0]), to_keys(momentum_NC, seeds[1])
-        loss, terms, signals = loss_of_streams(
-            _unstack(queries, online_NC),
-            _unstack(keys, momentum_NC),
-            self.batchformer_loss,
-            self.temperature,
-            self.collective,
-        )
-        signals["feature_std"] = feature_std(online_NC.detach())
-        return MoCoOutput(loss, terms, signals)
-
-
-def _unstack(rows: Tensor, features_NC: Tensor) -> Tensor:
-    """Split [V*S*n, D] into [V, S, n, D]."""
-    return rows.unflatten(0, (NUM_VIEWS, len(rows) // len(features_NC), -1))
-
-
-def _check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
-    if given not in allowed:
-        raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}")
+            seeds = [DropoutKey(seed, step, stream).dropout_seeds(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
+            if self.cuda_graph and self._graphs is None:
+                self._graphs = capture(self._heads, ((online_NC, seeds[0]), (momentum_NC, seeds[1])))
+            to_queries, to_keys = self._graphs or self._heads
+            queries, keys = to_queries(online_NC, seeds[0]), to_keys(momentum_NC, seeds[1])
+            streams = len(queries) // len(online_NC)
+            loss, terms, signals = loss_of_streams(
+                queries.unflatten(0, (NUM_VIEWS, streams, -1)),
+                keys.unflatten(0, (NUM_VIEWS, streams, -1)),
+                self.batchformer_loss,
+                self.temperature,
+                self.collective,
+            )
+            signals["feature_std"] = feature_std(online_NC.detach())
+            return MoCoOutput(loss, terms, signals)
 
 
 def feature_std(features_NC: Tensor) -> Tensor:

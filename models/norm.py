@@ -38,6 +38,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from crossbatch.models.arguments import check_positive_integer
 from crossbatch.models.collective import Collective, GroupCollective
 
 SLOT_ROWS = 128  # at least, see `_in_slots`
@@ -50,10 +51,6 @@ class ViewBatchNorm(_BatchNorm):
     equals nn.BatchNorm2d applied to each view of the concatenated ranks in turn: running statistics too are updated view
     after view. In evaluation it is nn.BatchNorm2d.
 
-    Input: [V*n, C], [V*n, C, L] or [V*n, C, H, W], view-major (all images of view 1, then all of view 2), in fp32, bf16 or fp16
-    (statistics are fp32 all the same), contiguous or channels_last, with equally many rows on every rank. Output: the same
-    shape, dtype and memory format.
-
     Args:
         num_features: number C of channels.
         eps: added to the variance.
@@ -64,14 +61,10 @@ class ViewBatchNorm(_BatchNorm):
         num_views: number V of views in a batch; 1 gives nn.SyncBatchNorm (which has no CPU version).
         process_group: as in nn.SyncBatchNorm; None means all ranks, or this process alone without torch.distributed.
 
-    Raises ValueError for `momentum=None` (a cumulative average); in training, if V does not divide the rows, or if a channel
-    has only one value.
+    Raises:
+        TypeError: if `num_views` is not an integer.
+        ValueError: if `num_views` is below 1, or `momentum` is None (a cumulative average).
     """
-
-    collective: Collective
-    num_views: int
-    num_chunks: int
-    statistics: "Statistics | None"  # of the batch that is passing, see `reuse_batch_stats`
 
     def __init__(
         self,
@@ -87,28 +80,44 @@ class ViewBatchNorm(_BatchNorm):
     ):
         if momentum is None:
             raise ValueError("momentum is None, but ViewBatchNorm has no cumulative average; give a number, e.g. 0.1")
-        if num_views < 1:
-            raise ValueError(f"num_views is {num_views}; it must be at least 1")
+        check_positive_integer("num_views", num_views)
         super().__init__(num_features, eps, momentum, affine, device=device, dtype=dtype)
-        self.num_views = num_views
-        self.num_chunks, self.statistics = 1, None
-        self.collective = GroupCollective(process_group)
+        self.num_views, self.num_chunks = num_views, 1
+        self.statistics: Statistics | None = None  # of the batch that is passing, see `reuse_batch_stats`
+        self.collective: Collective = GroupCollective(process_group)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalise a batch; the result has the shape, dtype and memory format of `input`.
+
+        Args:
+            input: [V*n, C], [V*n, C, L] or [V*n, C, H, W], view-major (all images of view 1, then all of view 2), with equally
+                many rows on every rank; fp16, bf16 or fp32 with fp32 parameters (statistics are fp32 all the same), or fp64
+                with fp64 parameters; contiguous or channels_last.
+
+        Raises:
+            ValueError: for other shapes; in training, if V does not divide the rows, or if a channel has only one value.
+        """
         self._check_input_dim(input)
         if not self.training:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if input.dim() == 3:
             return self.forward(input.unsqueeze(-1)).squeeze(-1)
         count = self._values_per_channel(input)
-        x = _dense(input)
+        # In one of the two memory formats that the kernels are fast for.
+        is_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        x = input if is_last else input.contiguous()
         with torch.no_grad():
-            mean_VC, var_VC = self._known_statistics(x, count)
+            known = self.statistics if self.statistics is not None else {}
+            if self not in known:
+                known[self] = self._measure(x)
+                self._track(*known[self], count)
+            mean_VC, var_VC = known[self]
         normalised = _ViewNormalise.apply(x, self.weight, self.bias, mean_VC, var_VC, self.eps, count, self.collective)
         assert isinstance(normalised, Tensor)
         return normalised
 
     def _check_input_dim(self, input: Tensor) -> None:
+        """Raise ValueError unless `input` has one of the shapes of `forward`."""
         if input.dim() not in (2, 3, 4) or input.shape[1] != self.num_features:
             c = self.num_features
             raise ValueError(
@@ -128,38 +137,27 @@ class ViewBatchNorm(_BatchNorm):
             )
         return count
 
-    def _known_statistics(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return what an earlier pass of this batch found, or else measure `x` and update the running statistics."""
-        if self.statistics is not None and self in self.statistics:
-            return self.statistics[self]
-        mean_VC, var_VC = self._statistics(x)
-        self._track(mean_VC, var_VC * (count / (count - 1)))
-        if self.statistics is not None:
-            self.statistics[self] = mean_VC, var_VC
-        return mean_VC, var_VC
-
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each view over all ranks, each [V, C]."""
-        local_V2C = torch.stack([_statistics(x_v) for x_v in _split(x, self.num_views)])
+        local_V2C = torch.stack([_local_statistics(x_v) for x_v in _split(x, self.num_views)])
         if self.collective.world_size == 1:
             return local_V2C[:, 0], local_V2C[:, 1]
         mean_WVC, var_WVC = self.collective.all_gather(local_V2C).unbind(2)
         mean_VC = mean_WVC.mean(0)
         return mean_VC, var_WVC.mean(0) + (mean_WVC - mean_VC).square().mean(0)
 
-    def _track(self, mean_VC: Tensor, unbiased_var_VC: Tensor) -> None:
+    def _track(self, mean_VC: Tensor, var_VC: Tensor, count: int) -> None:
         """Update the running statistics as V successive calls would; k chunks together weigh as much as one batch."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
         kept = (1 - self.momentum) ** (1 / self.num_chunks)
-        for mean_C, var_C in zip(mean_VC, unbiased_var_VC, strict=True):
+        for mean_C, var_C in zip(mean_VC, var_VC * (count / (count - 1)), strict=True):
             self.running_mean.mul_(kept).add_(mean_C, alpha=1 - kept)
             self.running_var.mul_(kept).add_(var_C, alpha=1 - kept)
         self.num_batches_tracked.add_(self.num_views)
 
     def extra_repr(self) -> str:
-        affine = self.weight is not None
-        return f"{self.num_features}, eps={self.eps}, affine={affine}, num_views={self.num_views}"
+        return f"{super().extra_repr()}, num_views={self.num_views}"
 
 
 Statistics = dict[ViewBatchNorm, tuple[Tensor, Tensor]]  # mean and biased variance, each [V, C]
@@ -180,17 +178,19 @@ def convert_norms(model: nn.Module, num_views: int = 2, process_group: dist.Proc
         `model`, or the new norm if `model` itself is one.
 
     Raises:
-        ValueError: for batch norms that ViewBatchNorm cannot stand for (3-d or lazy ones, subclasses of nn.BatchNorm2d with a
-            forward pass of their own, momentum=None, track_running_stats=False), before anything is changed.
+        TypeError: if `num_views` is not an integer.
+        ValueError: if `num_views` is below 1, and for batch norms that ViewBatchNorm cannot stand for (3-d or lazy ones,
+            subclasses of nn.BatchNorm2d with a forward pass of their own, momentum=None, track_running_stats=False), before
+            anything is changed.
     """
+    check_positive_integer("num_views", num_views)
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
     for name, norm in norms.items():
         if (reason := _reason_against(norm)) is not None:
             raise ValueError(f"norm {name or 'model'!r} ({type(norm).__name__}) cannot be converted: {reason}")
-    converted: dict[nn.Module, ViewBatchNorm] = {}  # a norm used in several places stays one
+    # By norm, since one that is used in several places stays one.
+    converted = {norm: _converted(norm, num_views, process_group) for norm in norms.values()}
     for name, norm in norms.items():
-        if norm not in converted:
-            converted[norm] = _converted(norm, num_views, process_group)
         if name == "":
             return converted[norm]
         parent, _, child = name.rpartition(".")
@@ -199,6 +199,7 @@ def convert_norms(model: nn.Module, num_views: int = 2, process_group: dist.Proc
 
 
 def _reason_against(norm: _BatchNorm) -> str | None:
+    """Say why `norm` cannot be converted; None means that it can."""
     if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, ViewBatchNorm):
         return "only nn.BatchNorm1d, nn.BatchNorm2d and nn.SyncBatchNorm can; replace it by one of these"
     if not norm.track_running_stats or norm.running_mean is None:
@@ -209,6 +210,7 @@ def _reason_against(norm: _BatchNorm) -> str | None:
 
 
 def _converted(norm: _BatchNorm, num_views: int, process_group: dist.ProcessGroup | None) -> ViewBatchNorm:
+    """Return a new norm with the parameters, buffers and mode of `norm`."""
     group = getattr(norm, "process_group", None) if process_group is None else process_group
     assert norm.momentum is not None
     new = ViewBatchNorm(
@@ -255,6 +257,7 @@ def reuse_batch_stats(model: nn.Module, statistics: Statistics) -> Iterator[None
 
 
 def _norms(model: nn.Module) -> list[ViewBatchNorm]:
+    """Return all norms of this kind in `model`."""
     return [module for module in model.modules() if isinstance(module, ViewBatchNorm)]
 
 
@@ -263,15 +266,7 @@ class _ViewNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean_VC: Tensor,
-        var_VC: Tensor,
-        eps: float,
-        count: int,
-        collective: Collective,
+        ctx, x, weight, bias, mean_VC, var_VC, eps: float, count: int, collective: Collective
     ) -> Tensor:
         ctx.count, ctx.collective = count, collective
         invstd_VC = (var_VC + eps).rsqrt()
@@ -308,18 +303,13 @@ class _ViewNormalise(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None, None
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Return `x` in one of the two memory formats that the kernels are fast for: unchanged, if it is in one."""
-    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
 def _split(x: Tensor, num_views: int) -> Tensor:
     """Split [V*n, C, ...] -> [V, n, C, ...]: each view is a run of rows, so dense in the memory format of `x`."""
     return x.unflatten(0, (num_views, -1))
 
 
 def _in_dtype(parameter: Tensor | None, like_VC: Tensor, default: float) -> Tensor:
-    """Return a [C] parameter in the dtype of the statistics, or `default` everywhere if the norm has none."""
+    """Return a parameter [C] in the dtype of the statistics, or `default` everywhere if the norm has none."""
     return torch.full_like(like_VC[0], default) if parameter is None else parameter.to(like_VC.dtype)
 
 
@@ -327,7 +317,7 @@ def _in_dtype(parameter: Tensor | None, like_VC: Tensor, default: float) -> Tens
 # `native_batch_norm` family takes half-precision inputs with fp32 parameters on every device.
 
 
-def _statistics(x: Tensor) -> Tensor:
+def _local_statistics(x: Tensor) -> Tensor:
     """Return mean and biased variance on this rank, [2, C], in fp32 (in fp64 for fp64)."""
     # `batch_norm_update_stats` returns the dtype of the running statistics that it is given; these are scrap. It is
     # 3 to 10 times faster than torch.var_mean over (0, 2, 3): 2.7 against 9.3 ms contiguous, 1.0 against 9.6 ms
@@ -386,7 +376,7 @@ def _input_gradient(
 def _input_gradient_cuda(
     dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor, weight_C: Tensor, means_2C: Tensor, out: Tensor
 ) -> None:
-    """Do the same by the kernel of torch's SyncBatchNorm, which rounds once (it matters in bf16)."""
+    """Write dx by the kernel of torch's SyncBatchNorm, which rounds once (it matters in bf16)."""
     mean_dy_C, mean_dy_xhat_C = means_2C
     one = torch.ones(1, dtype=torch.int32, device=x.device)  # the kernel divides sums by their count
     out.copy_(

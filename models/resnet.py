@@ -18,7 +18,7 @@ from crossbatch.models.norm import Statistics, ViewBatchNorm, reuse_batch_stats
 
 STEMS = ("imagenet", "small")
 
-_BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
     "resnet34": (BasicBlock, [3, 4, 6, 3]),
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
@@ -82,9 +82,3 @@ class _Checkpointed(nn.Sequential):
 
             input = checkpoint(block, input, use_reentrant=False, context_fn=contexts)  # pyright: ignore
         return input
-
-
-def build(arch: str, *, width: int = 64, stem: str = "imagenet") -> ResNet:
-    """Build the backbone of that name (one of `backbones.RESNETS`), randomly initialised."""
-    block, num_blocks = _BLOCKS[arch]
-    return ResNet(block, num_blocks, width, stem)

@@ -14,8 +14,9 @@ from crossbatch.models.collective import Collective
 
 
 class ShardableModel(nn.Module, ABC):
-    """A network with an online part, which is trained, and perhaps a momentum part, which follows it."""
+    """Combine an online network, which is trained, with perhaps a momentum network, which follows it."""
 
+    parts: tuple[str, ...]  # names of the methods that `forward` calls
     collective: Collective
     autocast_dtype: torch.dtype | None = None  # of `forward`; None: whatever is in force around it
     span: Callable[[str], AbstractContextManager] = record_function  # contains a named part of the step
@@ -25,8 +26,17 @@ class ShardableModel(nn.Module, ABC):
 
         Autocast begins here because DeepSpeed switches off one that surrounds the call of its engine. It begins anew in each
         call, or it would remember weights that it cast without gradient.
+
+        Raises:
+            ValueError: if `part` is not the name of a part.
         """
-        with autocast(args[0].device.type, self.autocast_dtype):
+        if not isinstance(part, str) or part not in self.parts:
+            given = repr(part) if isinstance(part, str) else f"a {type(part).__name__}"
+            raise ValueError(
+                f"part is {given}; allowed: {', '.join(self.parts)}; then its arguments, as in model({self.parts[0]!r}, images)"
+            )
+        device = next((argument.device.type for argument in args if isinstance(argument, torch.Tensor)), "cpu")
+        with autocast(device, self.autocast_dtype):
             return getattr(self, part)(*args)
 
     @property

@@ -5,35 +5,20 @@
     sdpa       torch's scaled_dot_product_attention, for dropout 0
     reference  a few lines of fp32: runs everywhere
 
-All three have the functions of `reference`. "auto" takes the first that runs.
+A kernel is a module with the three functions of `reference`. "auto" takes the first that runs.
 """
 
 import importlib.util
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-from crossbatch.models.batchformer.dropout import Mask
 
 NAMES = ("fused", "sdpa", "reference")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 
 
-class Kernel(Protocol):
-    """A module with the three functions of `reference`."""
-
-    def attention(self, q_SHQD: Tensor, k_SHGD: Tensor, v_SHGD: Tensor, mask: Mask) -> Tensor: ...
-
-    def bias_relu(self, x_SQC: Tensor, bias_C: Tensor, mask: Mask) -> Tensor: ...
-
-    def add_norm(
-        self, x_SQC: Tensor, y_SQC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float, mask: Mask
-    ) -> Tensor: ...
-
-
 class Situation(NamedTuple):
-    """Everything that the choice of a kernel depends on."""
+    """Hold everything that the choice of a kernel depends on."""
 
     device: str
     capability: tuple[int, int] | None = None  # of a GPU
@@ -41,6 +26,7 @@ class Situation(NamedTuple):
 
     @staticmethod
     def on(device: torch.device, dropout: float) -> "Situation":
+        """Return the situation of a layer on `device`."""
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         return Situation(device.type, capability, dropout)
 
@@ -74,8 +60,8 @@ def choose(name: str, situation: Situation) -> str:
 
 def explain(name: str, situation: Situation) -> tuple[str, str]:
     """Return the kernel for `name` and why it was chosen; for "auto", why no other."""
+    chosen = choose(name, situation)
     if name != "auto":
-        return choose(name, situation), "as configured"
-    against = {kernel: reason_against(kernel, situation) for kernel in NAMES}
-    reasons = [f"{kernel}: {reason}" for kernel, reason in against.items() if reason is not None]
-    return choose(name, situation), "; ".join(reasons) or "runs here"
+        return chosen, "as configured"
+    reasons = [f"{kernel}: {reason}" for kernel in NAMES if (reason := reason_against(kernel, situation))]
+    return chosen, "; ".join(reasons) or "runs here"

@@ -45,7 +45,7 @@ def signed(word: int) -> int:
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """Everything that a mask depends on besides view, place, row and column; the parts are hashed in this order."""
+    """Hold what a mask depends on besides view, place, row and column; the parts are hashed in this order."""
 
     seed: int
     step: int
@@ -72,7 +72,7 @@ def random_seeds(views: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Mask:
-    """Dropout at one place of the layer, for S sequences: the A groups of this rank of view 0, those of view 1, ...
+    """Describe dropout at one place of the layer, for S sequences: the A groups of this rank of view 0, those of view 1, ...
 
     Row i and column j of a sequence stand at consecutive global positions: in group a, at first_row + a * rows + i and at
     first_column + a * columns + j. In the attention, row (i, head h) has the number position * heads + h and columns are
@@ -83,11 +83,6 @@ class Mask:
     probability: float
     first_row: int = 0
     first_column: int = 0
-
-    @property
-    def threshold(self) -> int:
-        """Return the smallest hash, read as a signed integer, that survives."""
-        return threshold(self.probability)
 
     def rows(self, sequences: int, rows: int) -> Tensor:
         """Return the global positions of rows, int32 [S, rows]."""

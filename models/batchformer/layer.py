@@ -13,13 +13,16 @@ Shapes: V views, n local images, G images of a group, Q rows computed here (G, o
 (views x groups here), C features, H heads.
 """
 
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossbatch.models.arguments import check_positive_integer
 from crossbatch.models.batchformer import fused, reference, sdpa
-from crossbatch.models.batchformer.dispatch import Kernel, Situation, choose, explain
+from crossbatch.models.batchformer.dispatch import Situation, choose, explain
 from crossbatch.models.batchformer.dropout import (
     AFTER_ATTENTION,
     AFTER_MLP,
@@ -32,11 +35,11 @@ from crossbatch.models.batchformer.dropout import (
 )
 from crossbatch.models.collective import Collective, GroupCollective, gather_with_gradient
 
-KERNELS: dict[str, Kernel] = {"fused": fused, "sdpa": sdpa, "reference": reference}
+KERNELS: dict[str, ModuleType] = {"fused": fused, "sdpa": sdpa, "reference": reference}
 
 
 class BatchAttention(nn.Module):
-    """Multi-head attention of Q rows over the G images of their group; parameters as in `nn.MultiheadAttention`."""
+    """Let Q rows attend to the G images of their group; parameters as in `nn.MultiheadAttention`."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -47,8 +50,8 @@ class BatchAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, own_SQC: Tensor, group_SGC: Tensor, kernel: Kernel, mask: Mask) -> Tensor:
-        """Return [S, Q, C]."""
+    def forward(self, own_SQC: Tensor, group_SGC: Tensor, kernel: ModuleType, mask: Mask) -> Tensor:
+        """Return the attention's output, [S, Q, C]."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if group_SGC is own_SQC:
             q, k, v = self._heads(F.linear(own_SQC, weight, bias), 3)
@@ -64,21 +67,23 @@ class BatchAttention(nn.Module):
 
 
 class MaskedRelu(nn.Linear):
-    """Compute dropout(relu(x weight^T + bias))."""
+    """Compute dropout(relu(x weight^T + bias)). A module, since ZeRO-3 gathers parameters where a forward is called."""
 
-    def forward(self, input: Tensor, kernel: Kernel, mask: Mask) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input: Tensor, kernel: ModuleType, mask: Mask) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return kernel.bias_relu(F.linear(input, self.weight), self.bias, mask)
 
 
 class AddNorm(nn.LayerNorm):
     """Compute LayerNorm(x + dropout(y))."""
 
-    def forward(self, x: Tensor, y: Tensor, kernel: Kernel, mask: Mask) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: Tensor, y: Tensor, kernel: ModuleType, mask: Mask) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return kernel.add_norm(x, y, self.weight, self.bias, self.eps, mask)
 
 
 class BatchFormer(nn.Module):
     """Mix the features of the images of a group by attention; in evaluation, return them unchanged.
+
+    Features may be fp32 or fp64, as the parameters are; inside `torch.autocast` also fp16 or bf16. The result is fp32 at least.
 
     Args:
         width: number C of features; `num_heads` divides it.
@@ -86,11 +91,12 @@ class BatchFormer(nn.Module):
             a multiple of it that divides the global batch; ranks hold equally many images.
         num_heads: number of attention heads.
         dropout: share of elements to drop, in [0, 1), at the four places of an encoder layer.
-        kernel: "auto" or one of `dispatch.NAMES`.
+        kernel: "fused", "sdpa" (for dropout 0 only), "reference", or "auto", which takes the first of them that runs.
         process_group: ranks that hold the global batch; None means all ranks, or this process alone without
             torch.distributed.
 
     Raises:
+        TypeError: if `width`, `group_size` or `num_heads` is not an integer.
         ValueError: for arguments that do not fit together, or a kernel that cannot run.
     """
 
@@ -105,10 +111,10 @@ class BatchFormer(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
-        if num_heads < 1 or width < 1 or width % num_heads:
-            raise ValueError(f"width is {width}, but it must be a positive multiple of num_heads (={num_heads})")
-        if group_size < 1:
-            raise ValueError(f"group_size is {group_size}; it must be at least 1")
+        for name, value in (("width", width), ("group_size", group_size), ("num_heads", num_heads)):
+            check_positive_integer(name, value)
+        if width % num_heads:
+            raise ValueError(f"width is {width}, but it must be a multiple of num_heads (={num_heads})")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout:g}; it must be at least 0 and less than 1")
         choose(kernel, Situation("cpu", dropout=dropout))
@@ -120,9 +126,9 @@ class BatchFormer(nn.Module):
         self.norm1 = AddNorm(width)
         self.norm2 = AddNorm(width)
 
-    def kernel_on(self, device: torch.device) -> tuple[str, str]:
+    def kernel_on(self, device: torch.device | str) -> tuple[str, str]:
         """Return the kernel that computes on `device`, and why."""
-        return explain(self.kernel, Situation.on(device, self.dropout))
+        return explain(self.kernel, Situation.on(torch.device(device), self.dropout))
 
     def forward(
         self, features: Tensor, seed: int | None = None, step: int | None = None, *, dropout_seeds: Tensor | None = None
@@ -138,11 +144,13 @@ class BatchFormer(nn.Module):
                 graphs and torch.compile.
 
         Raises:
-            ValueError: if the features have another width, or `group_size` fits neither the local nor the global batch.
+            ValueError: for features of another shape; in training also for none, or if `group_size` fits neither the local nor
+                the global batch.
         """
-        if features.dim() not in (2, 3) or features.shape[-1] != self.width:
+        is_empty = self.training and 0 in features.shape
+        if features.dim() not in (2, 3) or features.shape[-1] != self.width or is_empty:
             raise ValueError(
-                f"features are {list(features.shape)}; they must be [n, {self.width}] or [V, n, {self.width}]"
+                f"features are {list(features.shape)}; they must be [n, {self.width}] or [V, n, {self.width}], n >= 1"
             )
         if not self.training:
             return features

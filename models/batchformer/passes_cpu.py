@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from crossbatch.models.batchformer.dropout import LAST_SHIFT, ROUNDS, Mask, hash_words, signed
+from crossbatch.models.batchformer.dropout import LAST_SHIFT, ROUNDS, Mask, hash_words, signed, threshold
 from crossbatch.models.batchformer.reference import wide, wide_dtype
 from crossbatch.models.batchformer.tiles import Area
 
@@ -19,11 +19,11 @@ _BLOCK = 1 << 18
 Index = tuple[slice, slice]
 
 
-def softmax_dropout(scores_BRG: Tensor, scale: float, lse_BR: Tensor, area: Area, dtype: torch.dtype) -> Tensor:
-    """Return dropout(softmax(scale * scores)), in place; fill `lse_BR`."""
+def softmax_dropout(scores_BRG: Tensor, lse_BR: Tensor, area: Area, dtype: torch.dtype) -> Tensor:
+    """Return dropout(softmax(area.scale * scores)), in place; fill `lse_BR`."""
     assert scores_BRG.dtype == dtype
     for at, keep in _attention_blocks(scores_BRG, area):
-        block = scores_BRG[at].mul_(scale)
+        block = scores_BRG[at].mul_(area.scale)
         highest = block.amax(-1, keepdim=True)
         total = block.sub_(highest).exp_().sum(-1, keepdim=True)
         lse_BR[at].copy_((total.log() + highest).squeeze(-1))
@@ -34,22 +34,16 @@ def softmax_dropout(scores_BRG: Tensor, scale: float, lse_BR: Tensor, area: Area
 
 
 def softmax_dropout_backward(
-    scores_BRG: Tensor,
-    gradient_BRG: Tensor,
-    scale: float,
-    lse_BR: Tensor,
-    delta_BR: Tensor,
-    area: Area,
-    dtype: torch.dtype,
+    scores_BRG: Tensor, gradient_BRG: Tensor, lse_BR: Tensor, delta_BR: Tensor, area: Area, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return (P M, dS) of `tiles.backward` from scores and dP, in place."""
     assert scores_BRG.dtype == dtype
     for at, keep in _attention_blocks(scores_BRG, area):
         probabilities, gradient = scores_BRG[at], gradient_BRG[at]
-        probabilities.mul_(scale).sub_(lse_BR[at].unsqueeze(-1)).exp_()
+        probabilities.mul_(area.scale).sub_(lse_BR[at].unsqueeze(-1)).exp_()
         if keep is not None:
             gradient.mul_(keep)
-        gradient.sub_(delta_BR[at].unsqueeze(-1)).mul_(probabilities).mul_(scale)
+        gradient.sub_(delta_BR[at].unsqueeze(-1)).mul_(probabilities).mul_(area.scale)
         if keep is not None:
             probabilities.mul_(keep)
     return scores_BRG, gradient_BRG
@@ -139,31 +133,28 @@ def _blocks(
     step_b, step_r = max(1, _BLOCK // (R * K)), max(1, _BLOCK // K)
     row_words = hash_words(hash_words(rows_BR) ^ seeds_B.unsqueeze(-1))
     column_words = hash_words(columns_BK)
-    hash_in_place = _Hash()
+    # As tensors, or every operation of a block would convert a Python number.
+    rounds = [
+        [torch.tensor(number, dtype=torch.int32) for number in (shift, (1 << (32 - shift)) - 1, signed(factor))]
+        for shift, factor in ROUNDS
+    ]
     for b in range(0, B, step_b):
         for r in range(0, R, step_r):
             at = slice(b, b + step_b), slice(r, r + step_r)
             if mask.probability == 0:
                 yield at, None
                 continue
-            words = hash_in_place(row_words[at].unsqueeze(-1) ^ column_words[at[0]].unsqueeze(1))
+            words = row_words[at].unsqueeze(-1) ^ column_words[at[0]].unsqueeze(1)
+            _hash_in_place(words, rounds)
             factors = torch.empty(words.shape, dtype=wide_dtype(x_BRK))
-            yield at, torch.ge(words, mask.threshold, out=factors).mul_(1 / (1 - mask.probability))
+            yield at, torch.ge(words, threshold(mask.probability), out=factors).mul_(1 / (1 - mask.probability))
 
 
-class _Hash:
-    """Compute `hash_words` without allocating memory or converting a Python number for every operation."""
-
-    def __init__(self):
-        self.rounds = [
-            [torch.tensor(number, dtype=torch.int32) for number in (shift, (1 << (32 - shift)) - 1, signed(factor))]
-            for shift, factor in ROUNDS
-        ]
-
-    def __call__(self, words: Tensor) -> Tensor:
-        shifted = torch.empty_like(words)
-        for shift, low_bits, factor in self.rounds:
-            torch.bitwise_right_shift(words, shift, out=shifted)
-            words.bitwise_xor_(shifted.bitwise_and_(low_bits)).mul_(factor)
-        torch.bitwise_right_shift(words, LAST_SHIFT, out=shifted)
-        return words.bitwise_xor_(shifted.bitwise_and_((1 << (32 - LAST_SHIFT)) - 1))
+def _hash_in_place(words: Tensor, rounds: list[list[Tensor]]) -> None:
+    """Compute `hash_words` with one more tensor of the same size."""
+    shifted = torch.empty_like(words)
+    for shift, low_bits, factor in rounds:
+        torch.bitwise_right_shift(words, shift, out=shifted)
+        words.bitwise_xor_(shifted.bitwise_and_(low_bits)).mul_(factor)
+    torch.bitwise_right_shift(words, LAST_SHIFT, out=shifted)
+    words.bitwise_xor_(shifted.bitwise_and_((1 << (32 - LAST_SHIFT)) - 1))

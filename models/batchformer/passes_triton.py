@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossbatch.models.batchformer.dropout import Mask
+from crossbatch.models.batchformer.dropout import Mask, threshold
 from crossbatch.models.batchformer.reference import wide_dtype
 from crossbatch.models.batchformer.tiles import Area
 
@@ -19,30 +19,24 @@ ELEMENTS = 1024  # of a program at once, or a whole row of C features
 _PARTIAL_SUMS = 264  # programs that sum over rows: two for each of an H100's multiprocessors
 
 
-def softmax_dropout(scores_BRG: Tensor, scale: float, lse_BR: Tensor, area: Area, dtype: torch.dtype) -> Tensor:
-    """Return dropout(softmax(scale * scores)) in `dtype`, in place where that is the scores'; fill `lse_BR`."""
+def softmax_dropout(scores_BRG: Tensor, lse_BR: Tensor, area: Area, dtype: torch.dtype) -> Tensor:
+    """Return dropout(softmax(area.scale * scores)) in `dtype`, in place where that is the scores'; fill `lse_BR`."""
     (B, R, G), block = scores_BRG.shape, _block(scores_BRG.shape[-1], ELEMENTS)
     out = scores_BRG if scores_BRG.dtype == dtype else torch.empty_like(scores_BRG, dtype=dtype)
-    numbers = scale, B * R, R, G, *_place(area), *_drops(area.mask)
+    numbers = area.scale, B * R, R, G, *_place(area), *_drops(area.mask)
     _launch(_softmax_dropout, _grid(B * R, block), scores_BRG, out, lse_BR, *numbers, **block)
     return out
 
 
 def softmax_dropout_backward(
-    scores_BRG: Tensor,
-    gradient_BRG: Tensor,
-    scale: float,
-    lse_BR: Tensor,
-    delta_BR: Tensor,
-    area: Area,
-    dtype: torch.dtype,
+    scores_BRG: Tensor, gradient_BRG: Tensor, lse_BR: Tensor, delta_BR: Tensor, area: Area, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return (P M, dS) of `tiles.backward` in `dtype` from scores and dP, in place where that is theirs."""
     (B, R, G), block = scores_BRG.shape, _block(scores_BRG.shape[-1], ELEMENTS)
     same = scores_BRG.dtype == dtype
     kept, ds = (x if same else torch.empty_like(x, dtype=dtype) for x in (scores_BRG, gradient_BRG))
     tensors = scores_BRG, gradient_BRG, kept, ds, lse_BR, delta_BR.contiguous()
-    numbers = scale, B * R, R, G, *_place(area), *_drops(area.mask)
+    numbers = area.scale, B * R, R, G, *_place(area), *_drops(area.mask)
     _launch(_softmax_dropout_backward, _grid(B * R, block), *tensors, *numbers, **block)
     return kept, ds
 
@@ -128,7 +122,7 @@ def _rows(mask: Mask, sequences: int, rows: int) -> tuple[int, ...]:
 
 
 def _drops(mask: Mask) -> tuple[Tensor, int, float, bool]:
-    return mask.seeds_V, mask.threshold, 1 / (1 - mask.probability), mask.probability > 0
+    return mask.seeds_V, threshold(mask.probability), 1 / (1 - mask.probability), mask.probability > 0
 
 
 @triton.jit

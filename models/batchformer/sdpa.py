@@ -13,6 +13,6 @@ add_norm, bias_relu = reference.add_norm, reference.bias_relu
 
 
 def attention(q_SHQD: Tensor, k_SHGD: Tensor, v_SHGD: Tensor, mask: Mask) -> Tensor:
-    """See `reference.attention`."""
+    """Compute what `reference.attention` does."""
     assert not mask.probability
     return F.scaled_dot_product_attention(q_SHQD, k_SHGD, v_SHGD)

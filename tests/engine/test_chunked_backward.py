@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from crossbatch.engine.chunked import chunked_backward
+from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.norm import ViewBatchNorm
 
 ROWS, PIXELS, WIDTH = 10, 8, 16
 
 
 class SmallViT(nn.Module):
-    """Images [n, 3, 8, 8] -> features [n, 16], with dropout in both passes' way."""
+    """Turn images [n, 3, 8, 8] into features [n, 16], with dropout in both passes' way."""
 
     def __init__(self, dropout: float = 0.2):
         super().__init__()
@@ -31,7 +32,7 @@ class SmallViT(nn.Module):
 
 
 class Towers(nn.Module):
-    """Images [n, 3, 8, 8] and tokens [n, 5] -> two features [n, 16] and a scale, as open_clip's model."""
+    """Turn images [n, 3, 8, 8] and tokens [n, 5] into two features [n, 16] and a scale, as open_clip's model."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +44,7 @@ class Towers(nn.Module):
 
 
 class WithHead(nn.Module):
-    """One module for all, as one DeepSpeed engine holds it: images -> features, features -> projections."""
+    """Hold all modules, as one DeepSpeed engine holds it: images -> features, features -> projections."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +55,7 @@ class WithHead(nn.Module):
 
 
 def nt_xent(features_VnC: torch.Tensor) -> torch.Tensor:
-    """SimCLR's loss over the local batch (Chen et al., 2020, equation 1), temperature 0.5."""
+    """Return SimCLR's loss over the local batch (Chen et al., 2020, equation 1), temperature 0.5."""
     z = F.normalize(features_VnC.flatten(0, 1), dim=-1)
     similarity = (z @ z.T / 0.5).fill_diagonal_(-1e9)
     n = len(z) // 2
@@ -83,7 +84,7 @@ def gradients(module: nn.Module) -> dict[str, Any]:
 
 
 def unchunked(module: nn.Module, views, loss_of_features) -> tuple[torch.Tensor, dict]:
-    """The same step in plain torch."""
+    """Run the same step in plain torch."""
     module = copy.deepcopy(module)
     if isinstance(views, torch.Tensor):
         loss = loss_of_features(module(views.flatten(0, 1)).unflatten(0, (len(views), -1)))
@@ -248,6 +249,13 @@ def test_features_without_gradient_pass_through():
     assert_same(gradients(module), want[1])
 
 
+def test_a_batchformer_in_evaluation_or_in_the_loss_is_no_matter():
+    backbone, mix = nn.Sequential(nn.Linear(4, 4), BatchFormer(4, 2).eval()), BatchFormer(4, 6)
+    chunked_backward(backbone, torch.randn(2, 6, 4), lambda f: mix(f, 0, 0).square().mean(), chunk=2)
+    assert all(p.grad is not None for p in (*backbone[0].parameters(), *mix.parameters()))
+    assert not backbone[1]._forward_pre_hooks
+
+
 def test_a_backbone_that_is_not_repeatable_is_found_out():
     class Restless(nn.Linear):
         calls = 0
@@ -272,8 +280,10 @@ class Frozen(nn.Identity): ...
         ({"views": ()}, ValueError, r"views: given shapes \[\]"),
         ({"views": torch.randn(4)}, ValueError, r"views: given shapes \[\[4\]\]"),
         ({"views": (torch.randn(3, 4), torch.randn(2, 4))}, ValueError, "must have the same number of rows"),
-        ({"views": ("images",)}, TypeError, "views: given a sequence of str"),
+        ({"views": ("images",)}, TypeError, r"views: given \['str'\]"),
+        ({"views": [torch.randn(3, 4)] * 2}, TypeError, r"views: given list; allowed: .* torch.stack\(views\)"),
         ({"backbone": F.relu}, TypeError, "backbone: given function; allowed: an nn.Module"),
+        ({"backbone": nn.Sequential(nn.Linear(4, 4), BatchFormer(4, 2))}, ValueError, "backbone: calls a BatchFormer"),
         ({"backbone": Frozen()}, ValueError, "backbone: its features carry no gradient"),
         ({"backbone": nn.LSTM(4, 4)}, TypeError, "backbone: returned tuple; allowed: a tensor or a tuple of tensors"),
         (
@@ -306,7 +316,7 @@ def test_wrong_arguments_are_named(arguments, error, message):
 
 
 def wrapped(kind: str, module: nn.Module, **options):
-    """`module` wrapped as a user would, and what steps it."""
+    """Return `module` wrapped as a user would, and what steps it."""
     if kind.startswith("zero"):
         import deepspeed
 
@@ -347,7 +357,7 @@ MODELS = {"simclr": (lambda: SmallViT(0.0), two_views), "clip": (Towers, pairs),
 
 
 def foreign_loop(kind: str, model: str, chunk: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Three steps of somebody else's loop on this rank: losses, and the weights at the end."""
+    """Run three steps of somebody else's loop on this rank; return losses and the weights at the end."""
     torch.manual_seed(0)
     build, data = MODELS[model]
     module = build()
@@ -410,7 +420,7 @@ def test_under_a_wrapper_weights_are_those_of_one_process(two_ranks, plain, kind
 
 
 def reductions(kind: str, chunk: int) -> int:
-    """How many times a step on this rank sums over ranks, once everything is warm."""
+    """Count how many times a step on this rank sums over ranks, once everything is warm."""
     torch.manual_seed(0)
     wrapper, optimizer = wrapped(kind, SmallViT(0.0))
     events: Any = ()
@@ -430,7 +440,7 @@ def test_gradients_are_exchanged_once_a_step(two_ranks, kind):
 
 
 def in_a_trap(trap: str) -> str:
-    """What `chunked_backward` says on this rank to a loop that would drift apart, or to one that is right."""
+    """Return what `chunked_backward` says on this rank to a loop that would drift apart, or to one that is right."""
     torch.manual_seed(0)
     views, head = two_views(dist.get_rank()), nn.Linear(WIDTH, 8)
     net = DistributedDataParallel(WithHead().backbone)
@@ -525,7 +535,7 @@ def test_what_deepspeed_would_compute_wrongly_is_refused(one_rank, case, message
 
 
 def after_a_failure(kind: str) -> bool:
-    """Whether a step is as it should be after one in which the loss raised."""
+    """Tell whether a step is as it should be after one in which the loss raised."""
     torch.manual_seed(0)
     module = SmallViT(0.0)
     want = unchunked(module, two_views(), nt_xent)[1]

@@ -67,7 +67,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def in_one(tmp_path_factory, pools):
-    """Losses and parameters of one rank and one chunk, by group size."""
+    """Return losses and parameters of one rank and one chunk by group size."""
     known = {}
 
     def get(group_size: int):
@@ -128,7 +128,7 @@ def test_fp16_in_chunks_is_fp16_in_one(tmp_path, pools, backend):
     ids=name_of,
 )
 def test_checkpointed_activations_change_nothing(tmp_path, pools, model, backend):
-    """Nor do running statistics see a batch twice."""
+    """Running statistics do not see a batch twice either."""
     overrides = [*model, *ADAMW, *backend]
     runs = {}
     for checkpointed in ("false", "true"):
@@ -142,7 +142,7 @@ def test_checkpointed_activations_change_nothing(tmp_path, pools, model, backend
 
 
 def step_of_resnet(overrides: list[str], out: str, alone: bool) -> tuple[float, dict]:
-    """One step on this rank: the global loss and the gradient-updated parameters."""
+    """Take one step on this rank; return the global loss and the gradient-updated parameters."""
     world = world_from_environment()
     run = resolve(load_config(None, [*BASE, *LARGE, *RESNET, *ADAMW, *overrides]), world.size, Device("cpu"))
     trainer = pretrainer(run, out, "none", 2)
@@ -172,7 +172,7 @@ def test_a_resnet_in_chunks_is_ranks_that_keep_their_norms_to_themselves(tmp_pat
 
 
 def run_with_little_memory(out: str, chunk: int, rows: int, until_call: int) -> str:
-    """A run whose backbone runs out of memory above `rows` rows, and always from call `until_call` on; why it stopped."""
+    """Train with a backbone that runs out of memory above `rows` rows and from call `until_call` on; return why it stopped."""
     from crossbatch.models import MoCo
 
     run = resolve(

@@ -27,7 +27,7 @@ STEPS_PER_EPOCH = 2
 
 
 class PlainBackend(Backend):
-    """One process, nothing sharded, nothing wrapped."""
+    """Train in one process, nothing sharded, nothing wrapped."""
 
     def __init__(self, model, run):
         self.model = model
@@ -225,7 +225,7 @@ def test_a_step_returns_the_rates_that_it_used(run):
 
 
 def recorded_rates(out: str) -> list[list[float | None]]:
-    """Rates that a run in fp16 used on this rank; its first steps overflow."""
+    """Return the rates that a run in fp16 used on this rank; its first steps overflow."""
     used: list[list[float | None]] = []
     update = Backend.update_momentum
 
@@ -267,7 +267,7 @@ def test_a_step_lets_go_of_its_backend(run):
 
 
 def collectives_of_a_step(loss) -> tuple[dict[str, int], dict[str, int]]:
-    """How often two ranks speak in the forward and backward pass of a ResNet-50 (narrow: only the layers count)."""
+    """Count how often two ranks speak in the forward and backward pass of a ResNet-50 (narrow: only the layers count)."""
     counts: list[str] = []
 
     class Counting(GroupCollective):
@@ -295,7 +295,7 @@ def collectives_of_a_step(loss) -> tuple[dict[str, int], dict[str, int]]:
 
 @pytest.mark.parametrize("loss", ["none", "sum"])
 def test_a_step_of_resnet50_speaks_seldom(pools, loss):
-    """One gather per norm for both views, one for all keys. torch's SyncBatchNorm, view by view, needs 222 and 112.
+    """Each norm gathers once for both views, and all keys once. torch's SyncBatchNorm, view by view, needs 222 and 112.
 
     53 norms in each backbone, 2 in each projector, 1 in the predictor. BatchFormer's groups fit a rank here and send nothing.
     """

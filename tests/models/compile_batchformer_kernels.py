@@ -24,7 +24,7 @@ def type_of(value) -> str:
 
 
 def compile_instead(kernel, *args, grid, warmup, num_warps=4, **constants):
-    """In place of `JITFunction.run`."""
+    """Compile where `JITFunction.run` would launch."""
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
     names = [(i, p.name) for i, p in enumerate(kernel.params) if not p.is_constexpr]
     signature = {p.name: "constexpr" if p.is_constexpr else type_of(values[p.name]) for p in kernel.params}
@@ -39,10 +39,10 @@ def compile_instead(kernel, *args, grid, warmup, num_warps=4, **constants):
 
 
 def passes(dtype: torch.dtype) -> None:
-    area = tiles.Area(MASK, 2, 2, 256, 0, 0)
+    area = tiles.Area(MASK, 2, 2, 256, 0, 0, 1.0)
     scores, rows = torch.zeros(4, 256, 256), torch.zeros(4, 256)
-    passes_triton.softmax_dropout(scores, 1.0, rows, area, dtype)
-    passes_triton.softmax_dropout_backward(scores, scores, 1.0, rows, rows, area, dtype)
+    passes_triton.softmax_dropout(scores, rows, area, dtype)
+    passes_triton.softmax_dropout_backward(scores, scores, rows, rows, area, dtype)
     x, vector = torch.zeros(2, 16, 2048), torch.zeros(2048)
     passes_triton.bias_relu(x.to(dtype), vector, MASK)
     passes_triton.bias_relu_backward(x.to(dtype), x.to(dtype), 0.5)

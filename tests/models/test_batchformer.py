@@ -117,25 +117,25 @@ def test_masks_drawn_without_a_key_are_those_of_the_backward_pass():
 def test_one_view_without_its_axis_and_evaluation():
     torch.manual_seed(0)
     layer, x = BatchFormer(8, 3), torch.randn(6, 8)
+    assert layer.kernel_on("cpu") == layer.kernel_on(torch.device("cpu"))
     assert torch.equal(layer(x, seed=1, step=2), layer(x.unsqueeze(0), seed=1, step=2)[0])
-    assert layer.eval()(x) is x
+    assert layer.eval()(x) is x and layer(x[:0]).shape == (0, 8)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"width": 6, "group_size": 2}, r"width is 6, but .* num_heads \(=4\)"),
-        ({"width": 8, "group_size": 0}, "group_size is 0; it must be at least 1"),
-        ({"width": 8, "group_size": 2, "dropout": 1.0}, "dropout is 1; it must be at least 0 and less than 1"),
-        (
-            {"width": 8, "group_size": 2, "kernel": "flash"},
-            "kernel is 'flash', but there is no such kernel; allowed: auto",
-        ),
+        ({"width": 6}, ValueError, r"width is 6, but .* num_heads \(=4\)"),
+        ({"width": 8.0}, TypeError, "width is 8.0; it must be an integer"),
+        ({"group_size": 0}, ValueError, "group_size is 0; it must be at least 1"),
+        ({"group_size": 2.0}, TypeError, "group_size is 2.0; it must be an integer"),
+        ({"dropout": 1.0}, ValueError, "dropout is 1; it must be at least 0 and less than 1"),
+        ({"kernel": "flash"}, ValueError, "kernel is 'flash', but there is no such kernel; allowed: auto"),
     ],
 )
-def test_arguments_that_cannot_be(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        BatchFormer(**arguments)
+def test_arguments_that_cannot_be(arguments, error, message):
+    with pytest.raises(error, match=message):
+        BatchFormer(**{"width": 8, "group_size": 2, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,7 @@ def test_arguments_that_cannot_be(arguments, message):
         ((5, 8), {}, r"group_size is 4, but there are 5 images on each of 1 rank\(s\); it must divide 5, or be"),
         ((2, 8), {}, "group_size is 4, but there are 2 images"),
         ((4, 9), {}, r"features are \[4, 9\]; they must be \[n, 8\] or \[V, n, 8\]"),
+        ((0, 8), {}, r"features are \[0, 8\]; they must be .*, n >= 1"),
         ((4, 8), {"seed": 1}, "seed is 1 and step is None; give both or neither"),
         ((4, 8), {"dropout_seeds": torch.zeros(4, 2, dtype=torch.int32)}, r"must be int32 \[4, 1\]"),
         ((4, 8), {"seed": 1, "step": 2, "dropout_seeds": torch.zeros(4, 1, dtype=torch.int32)}, "give one of them"),
@@ -155,14 +156,14 @@ def test_calls_that_cannot_be(shape, arguments, message):
 
 
 def ddp_gradients(model, x):
-    """Gradients of one step in DDP, in a training loop that is not ours."""
+    """Return the gradients of one step in DDP, in a training loop that is not ours."""
     ddp = torch.nn.parallel.DistributedDataParallel(model)  # it must outlive the backward pass
     ddp(x).square().mean().backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
 class Network(torch.nn.Module):
-    """Somebody else's: a backbone, BatchFormer, a head."""
+    """Stand in for somebody else's network: a backbone, BatchFormer, a head."""
 
     def __init__(self, group_size):
         super().__init__()
@@ -191,7 +192,7 @@ def test_in_ddp_two_ranks_equal_one_process(two_ranks, group_size):
 
 
 def _rank_part(features, weight, group_size, state):
-    """Output and gradients on this rank, for the global batch `features` [V, B, C] cut over the ranks."""
+    """Return output and gradients on this rank for the global batch `features` [V, B, C] cut over the ranks."""
     layer = BatchFormer(features.shape[-1], group_size, dropout=0.5, process_group=torch.distributed.group.WORLD)
     layer.load_state_dict(state)
     n = features.shape[1] // layer.collective.world_size

@@ -16,7 +16,6 @@ from crossbatch.models.batchformer import (
     DropoutKey,
     fused,
     keep_mask,
-    ops,
     passes_triton,
     reference,
     sdpa,
@@ -32,10 +31,10 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 @pytest.fixture
 def passes(request, monkeypatch):
-    """Runs fused operators with these passes, on this device, and interpreted kernels in few, large programs."""
+    """Run fused operators with these passes, on this device, and interpreted kernels in few, large programs."""
     name, device = request.param
     if name != "cpu":
-        monkeypatch.setattr(ops, "_passes", lambda _: passes_triton)
+        monkeypatch.setattr(fused, "_passes", lambda _: passes_triton)
     if name != "cpu" and device == "cpu":
         monkeypatch.setattr(passes_triton, "ELEMENTS", 1 << 18)
         # A head of a group of 257 makes two tiles of rows.
@@ -54,7 +53,7 @@ def error(got, want):
 
 
 def layer_results(kernel, dtype, views, n, dim, group_size, dropout, device):
-    """Output and gradients, by name; the input is not contiguous."""
+    """Return output and gradients by name; the input is not contiguous."""
     torch.manual_seed(0)
     layer = BatchFormer(dim, group_size, dropout=dropout, kernel=kernel)
     x, weight = torch.randn(views, dim, n).mT, torch.randn(views, n, dim)
@@ -83,7 +82,7 @@ def test_error_is_at_most_twice_that_of_torch(passes, views, n, dim, group_size,
 
 
 def plain_attention(q, k, v, mask):
-    """As torch operators compute it in the dtype given, probabilities in fp32."""
+    """Compute attention by torch operators in the dtype given, probabilities in fp32."""
     (S, H, Q, D), G = q.shape, k.shape[2]
     probabilities = (q @ k.mT * D**-0.5).float().softmax(-1)
     if mask.probability:
@@ -162,7 +161,7 @@ def test_features_are_dropped_as_the_hash_says(passes):
     ones, zeros = torch.ones(S, Q, C, device=passes), torch.zeros(S, Q, C, device=passes)
     hidden = fused.bias_relu(zeros, ones[0, 0], mask)
     y = ones.clone().requires_grad_()
-    _, total, _, _ = ops.add_norm(zeros, y, ones[0, 0], zeros[0, 0], 1e-5, mask.seeds_V, 0.5, 40)
+    _, total, _, _ = fused.add_norm_op(zeros, y, ones[0, 0], zeros[0, 0], 1e-5, mask.seeds_V, 0.5, 40)
     columns = torch.arange(C, dtype=torch.int32)
     for s in range(S):
         view, group = divmod(s, A)
@@ -219,7 +218,7 @@ def test_operators_are_registered_as_torch_wants_them(name):
         "bias_relu": (x, vector, seeds, 0.5, 0),
         "add_norm": (x, y, vector, vector, 1e-5, seeds, 0.5, 0),
     }
-    torch.library.opcheck(getattr(ops, name), arguments[name])
+    torch.library.opcheck(getattr(fused, f"{name}_op"), arguments[name])
 
 
 def test_torch_compile_takes_the_layer_whole():
@@ -252,7 +251,7 @@ def test_a_kernel_that_cannot_run_says_why():
     "capabilities", [["70"], pytest.param(["80", "90", "100"], marks=pytest.mark.slow)], ids="-".join
 )
 def test_kernels_compile_for_gpus_that_are_not_here(capabilities):
-    """Down to machine code, at the width of a ResNet-50; each fits the smallest shared memory (sm_86: 99 KiB)."""
+    """They compile down to machine code at the width of a ResNet-50; each fits the smallest shared memory (sm_86: 99 KiB)."""
     script = Path(__file__).with_name("compile_batchformer_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run(

@@ -16,7 +16,7 @@ SIZES = {
 
 
 def trained(cuda_graph: bool, device: str, autocast: bool, steps: int = 3):
-    """Losses, and then gradients and buffers, of some steps of SGD."""
+    """Return losses, and then gradients and buffers, of some steps of SGD."""
     torch.manual_seed(0)
     model = MoCo("resnet18", **SIZES, batchformer_loss="sum", cuda_graph=cuda_graph).to(device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -14,7 +14,7 @@ def num_parameters(model):
 
 
 def structure(head):
-    """One word per layer: sizes of a Linear, "norm" with or without affine, "relu"."""
+    """Return one word per layer: sizes of a Linear, "norm" with or without affine, "relu"."""
     words = []
     for layer in head:
         if isinstance(layer, nn.Linear):
@@ -71,7 +71,7 @@ def test_predictor_count():
     ],
 )
 def test_count_of_the_whole_model(arch, count):
-    """Both encoders and the predictor, momentum and frozen parameters included."""
+    """Both encoders and the predictor count, momentum and frozen parameters included."""
     with torch.device("meta"):
         backbone = build_backbone(arch)
         projector = build_projector(family(arch), backbone.num_features, 4096, 256)

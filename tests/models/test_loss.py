@@ -19,7 +19,7 @@ def unit(x):
 
 
 def ctr(q, k, temperature):
-    """2T * mean_i -log softmax_j(q_i . k_j / T)[i], row by row."""
+    """Return 2T * mean_i -log softmax_j(q_i . k_j / T)[i], row by row."""
     q, k = unit(q.double()), unit(k.double())
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(q)):
@@ -87,7 +87,7 @@ def test_the_public_form_is_the_loss_without_batchformer():
 
 
 def _contrast_of_rank(q, k):
-    """Loss and gradient of this rank's half of the images, in a group of its own and in that of all ranks."""
+    """Return loss and gradient of this rank's half of the images, in a group of its own and in that of all ranks."""
     rank = torch.distributed.get_rank()
     alone = [torch.distributed.new_group([0]), torch.distributed.new_group([1])][rank]
     assert isinstance(alone, torch.distributed.ProcessGroup)
@@ -187,7 +187,7 @@ def test_cross_entropy_in_tiles_is_the_plain_formula(rows_at_once, temperature, 
 
 
 class Peak(TorchDispatchMode):
-    """`bytes`: the largest sum of all storages that operators have made and that are alive."""
+    """Record in `bytes` the largest sum of all storages that operators have made and that are alive."""
 
     def __init__(self):
         super().__init__()

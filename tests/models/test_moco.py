@@ -118,7 +118,7 @@ def test_feature_std_reads_0_for_collapse_and_1_for_spread():
 
 
 class Small(nn.Module):
-    """Somebody else's backbone, with torch's norms."""
+    """Stand in for somebody else's backbone, with torch's norms."""
 
     num_features = 12
 
@@ -145,7 +145,7 @@ def step_of_a_loop(model, optimizer, call, images, step):
 
 
 def trained(images, wrap):
-    """Losses and state of three steps with a backbone that is not ours, in a loop that is not ours."""
+    """Return losses and state of three steps with a backbone that is not ours, in a loop that is not ours."""
     torch.manual_seed(0)
     model = MoCo(Small(), **HEADS)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -165,7 +165,7 @@ def trained_in_ddp(images):
 
 
 def test_a_backbone_of_ones_own_in_ddp_on_two_ranks_equals_one_process(two_ranks):
-    """Norms, keys, groups of BatchFormer that span the ranks, masks and the moving average."""
+    """That covers norms, keys, groups of BatchFormer that span the ranks, masks and the moving average."""
     torch.manual_seed(1)
     images = torch.randn(3, 2, 8, 3, 9, 9)
     losses, want = trained(images, lambda model: lambda x, step: model.loss(x, step, 5))
@@ -209,6 +209,49 @@ def test_the_momentum_encoder_starts_equal_and_follows_exactly():
 def test_arguments_that_cannot_be(arguments, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         MoCo(**arguments)
+
+
+class Twofold(Small):
+    """Return a tuple, as backbones for detection do."""
+
+    def forward(self, images):
+        return self.body(images), images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"temprature": 0.2}, TypeError, "temprature is no argument of MoCo; .*did you mean 'temperature'"),
+        ({"num_features": 12.0}, TypeError, r"num_features is 12\.0; it must be an integer"),
+        ({"num_features": 0}, ValueError, "num_features is 0; it must be at least 1"),
+    ],
+)
+def test_misspelt_arguments_and_numbers_that_are_none(arguments, error, message):
+    with pytest.raises(error, match=message):
+        MoCo(Small(), **HEADS, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "arguments", "message"),
+    [
+        (
+            Small(),
+            (torch.zeros(4, 3, 9, 9),),
+            "part is a Tensor; allowed: loss, features, embed, contrast; .*'loss', images",
+        ),
+        (Small(), ("los", torch.zeros(4, 3, 9, 9)), "part is 'los'; allowed: loss"),
+        (Small(), ("loss", torch.zeros(3, 3, 9, 9), 0, 0), r"images are \[3, 3, 9, 9\]; they must be \[2n, 3, H, W\]"),
+        (Twofold(), ("loss", torch.zeros(4, 3, 9, 9), 0, 0), "backbone returned a tuple for 4 images; it must return"),
+        (
+            nn.Flatten(),
+            ("loss", torch.zeros(4, 3, 9, 9), 0, 0),
+            r"backbone returned \[4, 243\] .*num_features\] = \[4, 12\]",
+        ),
+    ],
+)
+def test_calls_that_cannot_be(backbone, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MoCo(backbone, num_features=12, **HEADS)(*arguments)
 
 
 def test_parameters_that_are_elsewhere_are_not_averaged_silently():

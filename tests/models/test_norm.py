@@ -16,7 +16,7 @@ SHAPES = [(12, C), (12, C, 3, 7), (2, C, 4, 4)]  # the last: one image per view
 
 
 class Counting(Collective):
-    """Passes on to another collective and notes the shape of what travels."""
+    """Pass on to another collective and note the shape of what travels."""
 
     def __init__(self, inner: Collective):
         self.inner = inner
@@ -40,7 +40,7 @@ class Counting(Collective):
 
 
 def randomise(norm):
-    """Parameters and running statistics that a slip would show in."""
+    """Set parameters and running statistics to values that a slip would show in."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in norm.state_dict().values():
@@ -49,7 +49,7 @@ def randomise(norm):
 
 
 def batch(shape, seed):
-    """An input far from mean 0 and variance 1, in which views differ, and the gradient of the output."""
+    """Return an input far from mean 0 and variance 1, in which views differ, and the gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     x, dy = torch.randn((2, *shape), generator=generator)
     x = x * 3 + torch.arange(C).view(1, C, *(1,) * (len(shape) - 2))
@@ -58,7 +58,7 @@ def batch(shape, seed):
 
 
 def expected(x_views, dy_views, affine=True, momentum=0.1):
-    """torch's norm in float64, once per view: [y per view], [dx per view], and the module with grads and statistics."""
+    """Run torch's norm in float64, once per view: [y per view], [dx per view], and the module with grads and statistics."""
     make = nn.BatchNorm1d if x_views[0].dim() == 2 else nn.BatchNorm2d
     norm = make(C, momentum=momentum, affine=affine)
     randomise(norm)
@@ -111,7 +111,7 @@ def test_one_process(shape, affine, num_views):
 
 
 def run_rank(shape, memory_format):
-    """One rank's share: y, dx, the module and the shapes of its messages."""
+    """Return one rank's share: y, dx, the module and the shapes of its messages."""
     collective = Counting(GroupCollective())
     x, dy = batch(shape, seed=10 + collective.rank)
     x = x.contiguous(memory_format=memory_format).requires_grad_()
@@ -189,7 +189,7 @@ def test_memory_format_is_kept():
 
 
 class Twins(Collective):
-    """Two ranks with the same images."""
+    """Act as two ranks with the same images."""
 
     @property
     def world_size(self):
@@ -282,6 +282,14 @@ def test_errors(shape, message):
         ViewBatchNorm(C)(torch.zeros(shape))
 
 
+def test_a_number_of_views_that_cannot_be():
+    with pytest.raises(ValueError, match="num_views is 0; it must be at least 1"):
+        ViewBatchNorm(C, num_views=0)
+    for make in (lambda: ViewBatchNorm(C, num_views=2.0), lambda: convert_norms(nn.Linear(3, 3), 2.0)):  # pyright: ignore
+        with pytest.raises(TypeError, match=r"num_views is 2\.0; it must be an integer"):
+            make()
+
+
 def test_features_of_sequences_are_those_of_images():
     x, dy = batch((8, C, 6), seed=8)
     ys, dxs, reference = expected(x.unsqueeze(-1).chunk(2), dy.unsqueeze(-1).chunk(2))
@@ -339,7 +347,7 @@ def test_a_norm_alone_a_norm_in_two_places_and_a_second_conversion():
 
 
 class Activated(nn.BatchNorm2d):
-    """As timm's BatchNormAct2d: a forward pass of its own."""
+    """Have a forward pass of its own, as timm's BatchNormAct2d."""
 
     def forward(self, input):
         return super().forward(input).relu()
@@ -362,12 +370,12 @@ def test_norms_that_cannot_be_converted_are_refused_before_anything_is_changed(n
 
 
 def step_alone(model, views):
-    """One process, torch's own norms, a view at a time."""
+    """Run one process with torch's own norms, a view at a time."""
     return torch.cat([model(view) for view in views])
 
 
 def trained(model, call, images, labels):
-    """Parameters and buffers after two steps of a training loop that is not ours."""
+    """Return parameters and buffers after two steps of a training loop that is not ours."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x, y in zip(images, labels, strict=True):
         optimizer.zero_grad()
@@ -399,7 +407,7 @@ def test_a_torchvision_resnet_in_ddp_on_two_ranks_equals_one_process(two_ranks, 
 
 
 def statistics_in_groups(x):
-    """Running mean on this rank with a group of its own, and after a deep copy, with the group and without."""
+    """Return the running mean on this rank with a group of its own, and after a deep copy, with the group and without."""
     rank = torch.distributed.get_rank()
     alone = [torch.distributed.new_group([0]), torch.distributed.new_group([1])][rank]
     norms = [convert_norms(nn.BatchNorm1d(C), 1, group) for group in (alone, None)]  # pyright: ignore[reportArgumentType]

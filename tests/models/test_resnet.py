@@ -15,7 +15,7 @@ ARCHS = ["resnet18", "resnet34", "resnet50", "resnet101"]
 
 
 def build(arch, **arguments) -> Any:
-    """Any: the tests look deep inside."""
+    """Return a network as Any, since the tests look deep inside."""
     return build_backbone(arch, **arguments)
 
 

@@ -16,7 +16,7 @@ TINY_CONV = {"embed_dim": 48, "depth": 2, "num_heads": 4}
 
 
 def build(arch, **arguments) -> Any:
-    """Any: the tests look deep inside."""
+    """Return a network as Any, since the tests look deep inside."""
     return build_backbone(arch, **arguments)
 
 
@@ -72,7 +72,7 @@ def test_positions(image_size):
 
 
 def assert_uniform(weight, bound):
-    """Uniform in +-bound: nothing outside, something close to it, and the right standard deviation."""
+    """Assert uniform values in +-bound: nothing outside, something close to it, and the right standard deviation."""
     assert 0.99 * bound < weight.abs().max() <= bound * (1 + 1e-6)
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(weight.numel()))
 
