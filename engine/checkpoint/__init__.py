@@ -1,4 +1,4 @@
-"""Checkpoints that load at any world size, stage and backend, and that a crash at any moment cannot spoil.
+"""Saves checkpoints that load at any world size, stage and backend, and that a crash at any moment cannot spoil.
 
     checkpoints/
       step-00001200/
@@ -23,7 +23,7 @@ ZeRO or FSDP2.
 
 from crossbatch.engine.checkpoint.async_writer import AsyncCheckpointWriter
 from crossbatch.engine.checkpoint.changes import check_allowed
-from crossbatch.engine.checkpoint.directory import Keep, candidates, clean, create_run_directory, find
+from crossbatch.engine.checkpoint.directory import Keep, candidates, create_run_directory, find
 from crossbatch.engine.checkpoint.resume import Resumed, resume
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable, read, read_manifest, write
 
@@ -35,7 +35,6 @@ __all__ = [
     "Unreadable",
     "candidates",
     "check_allowed",
-    "clean",
     "create_run_directory",
     "find",
     "read",

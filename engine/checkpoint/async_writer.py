@@ -65,9 +65,9 @@ class AsyncCheckpointWriter:
         `finished` tells how it ended.
         """
         self.wait()
+        wait = wait or not self.asynchronous
         start = time.perf_counter()
-        slices = shares(held, dist.get_rank(), dist.get_world_size())
-        copied = self._copy(slices)
+        copied = self._copy(shares(held, dist.get_rank(), dist.get_world_size()))
         stalled_s = time.perf_counter() - start
 
         def work() -> None:
@@ -80,13 +80,12 @@ class AsyncCheckpointWriter:
             except Exception as raised:
                 error = str(raised)
             seconds = time.perf_counter() - start
-            stalled = seconds if wait or not self.asynchronous else stalled_s
-            self._outcome = Outcome(manifest.step, error, manifest.num_bytes, seconds, stalled)
+            self._outcome = Outcome(manifest.step, error, manifest.num_bytes, seconds, seconds if wait else stalled_s)
 
         # A daemon, so that a rank that has to leave does not wait for a write that the others have left.
         self._thread = threading.Thread(target=work, name=f"checkpoint of step {manifest.step}", daemon=True)
         self._thread.start()
-        if wait or not self.asynchronous:
+        if wait:
             self.wait()
 
     def finished(self) -> Outcome | None:

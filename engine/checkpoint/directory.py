@@ -87,15 +87,10 @@ def create_run_directory(out: Path) -> None:
     """
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        clean(out / "checkpoints")
+        for leftover in (out / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose a writable folder") from None
-
-
-def clean(directory: Path) -> None:
-    """Delete what interrupted saves left."""
-    for leftover in directory.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def commit(aside: Path, directory: Path, step: int, keep: Keep) -> None:

@@ -1,4 +1,4 @@
-"""Parameter groups by name and original shape, made before any sharding backend flattens a tensor."""
+"""Makes parameter groups by name and original shape, before any sharding backend flattens a tensor."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase

@@ -1,4 +1,4 @@
-"""The passes of LARS on a GPU: one Triton kernel each over all segments, wherever they lie in memory.
+"""Makes the passes of LARS on a GPU, with Triton kernels over all segments, wherever they lie in memory.
 
 Segments are cut into chunks, one program each. A table on the GPU tells a program where its chunk of w, g and v lies, so
 neither the number of parameters nor the way they are stored costs a launch. The table travels from pinned memory
@@ -107,6 +107,7 @@ def _finish(runs, segments, partial, chunks, sums, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _update(table, chunks, gains, momentum, decay, step, late_decay, BLOCK: tl.constexpr):
+    """Update w and v of one chunk as `Update` describes."""
     chunk = tl.program_id(0)
     w_at, g_at, v_at = _at(table, 0, chunks, chunk), _at(table, 1, chunks, chunk), _at(table, 2, chunks, chunk)
     length = tl.load(table + 3 * chunks + chunk).to(tl.int32)

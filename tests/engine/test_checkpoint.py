@@ -252,7 +252,7 @@ def test_a_power_cut_between_any_two_file_operations_leaves_a_good_checkpoint(tm
         candidates = checkpoint.candidates(out, "auto")
         assert candidates and all(good(path) for path in candidates)
         found.append(candidates[0].name)
-        checkpoint.clean(out / "checkpoints")  # the next attempt does so at its start
+        checkpoint.create_run_directory(out)  # the next attempt does so at its start
         save(out / "checkpoints", 4, Keep(1))
         assert sorted(path.name for path in (out / "checkpoints").glob("*")) == ["latest", "step-00000004"]
     assert (
