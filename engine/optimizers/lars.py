@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Variant = Literal["moco-v3", "larc", "mlperf"]
-DEFAULT_EPS = 1e-8
 GROUP_KEYS = (
     "params",
     "param_names",
@@ -161,7 +160,7 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust_coefficient: float = 0.001,
         variant: Variant = "moco-v3",
-        eps: float = DEFAULT_EPS,
+        eps: float = 1e-8,
         clip_trust_ratio: bool = False,
         decay_after_momentum: bool = False,
     ):
@@ -329,7 +328,7 @@ def _check_values(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"LARS: {name} is part of variant {only}, not of {variant}; set variant={only!r} or leave it out"
             )
-    if variant == "moco-v3" and group["eps"] != DEFAULT_EPS:
+    if variant == "moco-v3" and group["eps"] != 1e-8:  # the default
         raise ValueError("LARS: eps is part of variants larc and mlperf, not of moco-v3; leave it out or set variant")
     for name in ("lr", "weight_decay", "momentum", "trust_coefficient", "eps"):
         if not 0 <= group[name] < float("inf"):
