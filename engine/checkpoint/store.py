@@ -154,7 +154,7 @@ def _write_slices(path: Path, staged: Slices) -> tuple[dict[str, int], list[Slic
 
 def describe_slices(slices: list[SliceInFile], shapes: Mapping[str, list[int]]) -> dcp.Metadata:
     """Return the content of `.metadata`, after asserting that every element of every tensor is in exactly one slice."""
-    tensors: dict[str, dcp.STORAGE_TYPES] = {}
+    tensors: dict[str, Any] = {}
     places, ends = {}, {}
     for name, start, length, dtype, file, offset in sorted(slices, key=lambda found: (found.name, found.start)):
         end = ends.setdefault(name, 0)

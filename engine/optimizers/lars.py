@@ -79,7 +79,8 @@ class Layout:
         cuts = {cut for parameter in adapts for cut in _cuts(parameter)}
         if len(cuts) > 1:
             raise ValueError(f"LARS: parameters are sharded over more than one mesh dimension: {cuts}; use one")
-        mesh, dim = next(iter(cuts), (None, 0))
+        uncut: Any = (None, 0)
+        mesh, dim = next(iter(cuts), uncut)
         segments = {
             p: [Segment(number, 0, local(p).numel(), mesh.size(dim) if cuts and not _cuts(p) else 1)]
             for number, p in enumerate(adapts)
