@@ -72,7 +72,7 @@ def _snapshot(backend: Backend, config: dict, step: int) -> Snapshot:
 
 def _save_by_hand(snapshot: Snapshot, file: Path) -> None:
     with file.open("wb") as stream:
-        torch.save({name: held.pieces[0].local for name, held in snapshot.held.items()}, stream)
+        torch.save({name: held.slices[0].local for name, held in snapshot.held.items()}, stream)
         stream.flush()
         os.fsync(stream.fileno())
 

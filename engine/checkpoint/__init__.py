@@ -1,4 +1,4 @@
-"""Checkpoints that load at any world size, stage and backend, and that a crash at any moment cannot spoil.
+"""Saves checkpoints that load at any world size, stage and backend, and that a crash at any moment cannot spoil.
 
     checkpoints/
       step-00001200/
@@ -13,34 +13,30 @@ ranks hold, and reads the slices that it needs from any file. So nothing is gath
 ZeRO or FSDP2.
 
     directory     finds, keeps and drops checkpoints, and touches files in an order that makes a save safe
-    slices        names the state of this rank, decides which slices it writes, and describes them to DCP
+    slices        names the state of this rank, and decides which slices it writes
     store         writes and reads one checkpoint
     async_writer  saves in the background while training goes on
+    schedule      decides when a run saves, and reports how each save ended
     resume        chooses the checkpoint that a run continues from, and fills the backend from it
     changes       says which keys of the configuration a resumed run may change
 """
 
-from crossbatch.engine.checkpoint.async_writer import AsyncCheckpointWriter, Outcome
+from crossbatch.engine.checkpoint.async_writer import AsyncCheckpointWriter
 from crossbatch.engine.checkpoint.changes import check_allowed
-from crossbatch.engine.checkpoint.directory import Keep, candidates, clean, create_run_directory, find
+from crossbatch.engine.checkpoint.directory import Keep, candidates, create_run_directory, find
 from crossbatch.engine.checkpoint.resume import Resumed, resume
-from crossbatch.engine.checkpoint.slices import local_state, random_state
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable, read, read_manifest, write
 
 __all__ = [
     "AsyncCheckpointWriter",
     "Keep",
     "Manifest",
-    "Outcome",
     "Resumed",
     "Unreadable",
     "candidates",
     "check_allowed",
-    "clean",
     "create_run_directory",
     "find",
-    "local_state",
-    "random_state",
     "read",
     "read_manifest",
     "resume",

@@ -1,4 +1,4 @@
-"""Saving a checkpoint while training goes on.
+"""Saves a checkpoint while training goes on.
 
 Training stops only while this rank's slices are copied into host memory that is kept for the purpose (on a GPU: pinned, and
 filled by the copy engine). A thread then writes them. It has a gloo group of its own, so that its messages never mix with
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from crossbatch.engine.checkpoint.directory import Keep
 from crossbatch.engine.checkpoint.slices import Slices, shares
@@ -55,7 +54,7 @@ class AsyncCheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank is still writing."""
+        """Return whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(
@@ -66,9 +65,9 @@ class AsyncCheckpointWriter:
         `finished` tells how it ended.
         """
         self.wait()
+        wait = wait or not self.asynchronous
         start = time.perf_counter()
-        slices = shares(held, dist.get_rank(), dist.get_world_size())
-        copied = self._copy(slices)
+        copied = self._copy(shares(held, dist.get_rank(), dist.get_world_size()))
         stalled_s = time.perf_counter() - start
 
         def work() -> None:
@@ -78,16 +77,15 @@ class AsyncCheckpointWriter:
                     torch.cuda.set_device(copied.device)  # a new thread is on GPU 0, and would take memory there
                     copied.synchronize()
                 write(self.directory, self._host, manifest, config, self.keep, self._group, self.token)
-            except (CheckpointException, Exception) as raised:
-                error = _one_line(raised)
+            except Exception as raised:
+                error = str(raised)
             seconds = time.perf_counter() - start
-            stalled = seconds if wait or not self.asynchronous else stalled_s
-            self._outcome = Outcome(manifest.step, error, manifest.num_bytes, seconds, stalled)
+            self._outcome = Outcome(manifest.step, error, manifest.num_bytes, seconds, seconds if wait else stalled_s)
 
         # A daemon, so that a rank that has to leave does not wait for a write that the others have left.
         self._thread = threading.Thread(target=work, name=f"checkpoint of step {manifest.step}", daemon=True)
         self._thread.start()
-        if wait or not self.asynchronous:
+        if wait:
             self.wait()
 
     def finished(self) -> Outcome | None:
@@ -110,24 +108,14 @@ class AsyncCheckpointWriter:
 
     def _copy(self, slices: Slices) -> torch.cuda.Event | None:
         """Copy `slices` into host memory, and return the event of the GPU that tells when that is done."""
-        on_gpu = any(values.is_cuda for values in slices.values())
         if self._host.keys() != slices.keys():
             self._host = {
                 key: torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
                 for key, values in slices.items()
             }
         torch._foreach_copy_([self._host[key] for key in slices], list(slices.values()), non_blocking=True)
-        if not on_gpu:
+        if not any(values.is_cuda for values in slices.values()):
             return None
         copied = torch.cuda.Event()
         copied.record()
         return copied
-
-
-def _one_line(error: BaseException) -> str:
-    """Return an error as one line, with the rank where DCP knows it."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(
-            f"rank {rank}: {type(raised).__name__}: {raised}" for rank, (raised, _) in error.failures.items()
-        )
-    return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What a run may change in its configuration when it is resumed.
+"""Says what a run may change in its configuration when it is resumed.
 
 Keys that the schema declares `resumable` may change: they say only how the same numbers are computed, watched or kept. Any
 other change, from the seed to the length of the schedule, makes another run and has to be accepted with --allow-change.

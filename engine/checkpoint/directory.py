@@ -1,4 +1,4 @@
-"""The directory `checkpoints/`: which checkpoints are in it, and in which order files are touched.
+"""Finds, keeps and drops checkpoints in `checkpoints/`, and touches files in an order that survives crashes.
 
 A checkpoint is written under a name that starts with a dot, synced, and renamed. Only then does `latest` move, and an older
 checkpoint goes: it is renamed to a dotted name before its files are deleted. So whatever has a plain name is complete, unless
@@ -56,39 +56,28 @@ def candidates(out: Path, resume: str) -> list[Path]:
     given = Path(resume)
     if given.name.startswith("step-") and given.is_dir():
         return [given]
-    found = _newest_first(given / "checkpoints")
-    if not found:
-        raise InputError(
-            f"--resume {resume}: {'no checkpoint in it' if given.exists() else 'no such path'}; allowed: auto, none, a run "
-            f"directory with checkpoints/, or one of its checkpoints/step-N"
-        )
-    return found
+    return _found_in(given, "--resume", "auto, none, ")
 
 
 def find(path: Path, key: str) -> Path:
     """Return the newest checkpoint of a run directory, or `path` if it is one itself. Raises InputError that names `key`."""
-    if (path / MANIFEST).is_file():
-        return path
-    found = _newest_first(path / "checkpoints")
+    return path if (path / MANIFEST).is_file() else _found_in(path, key)[0]
+
+
+def _found_in(run: Path, key: str, also_allowed: str = "") -> list[Path]:
+    """Return the checkpoints of a run directory, newest first; raise InputError that names `key` if there are none."""
+    found = _newest_first(run / "checkpoints")
     if not found:
         raise InputError(
-            f"{key} {path}: {'no checkpoint in it' if path.exists() else 'no such path'}; allowed: a run directory with "
-            f"checkpoints/, or one of its checkpoints/step-N"
+            f"{key} {run}: {'no checkpoint in it' if run.exists() else 'no such path'}; allowed: {also_allowed}a run directory "
+            f"with checkpoints/, or one of its checkpoints/step-N"
         )
-    return found[0]
+    return found
 
 
-def commit(aside: Path, directory: Path, step: int, keep: Keep) -> None:
-    """Give the finished checkpoint `aside` its name in `directory`, move `latest`, and drop checkpoints that are not kept."""
-    target = directory / name_of(step)
-    _sync(aside)
-    if target.exists():  # from an earlier attempt that was not resumed from
-        _remove(target)
-    aside.rename(target)
-    _sync(directory)
-    write_atomically(directory / "latest", target.name + "\n")
-    for old in _dropped(directory, step, keep):
-        _remove(old)
+def _newest_first(directory: Path) -> list[Path]:
+    steps = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(steps, key=step_of, reverse=True)
 
 
 def create_run_directory(out: Path) -> None:
@@ -98,32 +87,31 @@ def create_run_directory(out: Path) -> None:
     """
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        clean(out / "checkpoints")
+        for leftover in (out / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose a writable folder") from None
 
 
-def clean(directory: Path) -> None:
-    """Delete what interrupted saves left."""
-    for leftover in directory.glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def commit(aside: Path, directory: Path, step: int, keep: Keep) -> None:
+    """Give the finished checkpoint `aside` its name in `directory`, move `latest`, and drop checkpoints that are not kept.
 
-
-def _newest_first(directory: Path) -> list[Path]:
-    steps = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-    return sorted(steps, key=step_of, reverse=True)
-
-
-def _dropped(directory: Path, step: int, keep: Keep) -> list[Path]:
-    """Return the checkpoints to drop after the save of `step`.
-
-    Later ones are among them: they belong to a history that this run was resumed from before.
+    Checkpoints of later steps go, too: they belong to a history that this run was resumed from before.
     """
+    target = directory / name_of(step)
+    _sync(aside)
+    if target.exists():  # from an earlier attempt that was not resumed from
+        _remove(target)
+    aside.rename(target)
+    _sync(directory)
+    write_atomically(directory / "latest", target.name + "\n")
     everything = _newest_first(directory)
-    older = [path for path in everything if step_of(path) <= step]
-    marked = [path for path in older if keep.every_steps and step_of(path) % keep.every_steps == 0]
-    kept = [*older[: keep.newest], *marked]
-    return [path for path in everything if path not in kept]
+    until_now = [path for path in everything if step_of(path) <= step]
+    kept = until_now[: keep.newest]
+    kept += [path for path in until_now if keep.every_steps and step_of(path) % keep.every_steps == 0]
+    for old in everything:
+        if old not in kept:
+            _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -1,7 +1,8 @@
-"""Choosing the checkpoint that a run continues from, and filling the backend from it."""
+"""Chooses the checkpoint that a run continues from, and fills the backend from it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,16 @@ def resume(
     """
     passed_over: list[str] = []
     for checkpoint in candidates:
-        opened, errors = on_every_rank(lambda checkpoint=checkpoint: _open(checkpoint), Unreadable)
+        opened, errors = on_every_rank(partial(_open, checkpoint), Unreadable)
         if opened is not None and not errors:
             manifest, saved = opened
-            _check_same_run(checkpoint, manifest, saved, config, images, allowed, schema)
+            changed = differences(saved, config, allowed, schema)
+            if manifest.images != images and "crossbatch.data.path" not in allowed:
+                changed.append(f"crossbatch.data.path: held {manifest.images} images, holds {images}")
+            _check_same_run(checkpoint, changed)
             held = local_state(backend)
             _check_same_tensors(checkpoint, manifest, held)
-            _, errors = on_every_rank(lambda checkpoint=checkpoint, held=held: fill(checkpoint, held), Unreadable)
+            _, errors = on_every_rank(partial(fill, checkpoint, held), Unreadable)
             if not errors:
                 backend.sync_master_weights(manifest.progress["updates"])
                 _restore_random_state(checkpoint, manifest)
@@ -70,17 +74,6 @@ def resume(
     return None
 
 
-def _restore_random_state(checkpoint: Path, manifest: Manifest) -> None:
-    """Restore the random generators of this rank, if as many ranks wrote the checkpoint."""
-    states = random_state()
-    if any(manifest.shapes.get(name) != list(state.shape) for name, state in states.items()):
-        return
-    fill(checkpoint, states)
-    torch.set_rng_state(states["random.cpu"].pieces[0].local)
-    if "random.cuda" in states:
-        torch.cuda.set_rng_state(states["random.cuda"].pieces[0].local)
-
-
 def _open(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
     """Return manifest and configuration; the ranks divide the files of the checkpoint and check them."""
     manifest, config = read_manifest(checkpoint)
@@ -88,18 +81,17 @@ def _open(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:
     return manifest, config
 
 
-def _check_same_run(
-    checkpoint: Path,
-    manifest: Manifest,
-    saved: dict[str, Any],
-    config: dict[str, Any],
-    images: int,
-    allowed: Iterable[str],
-    schema: type,
-) -> None:
-    changed = differences(saved, config, allowed, schema)
-    if manifest.images != images and "crossbatch.data.path" not in allowed:
-        changed.append(f"crossbatch.data.path: held {manifest.images} images, holds {images}")
+def _restore_random_state(checkpoint: Path, manifest: Manifest) -> None:
+    """Restore the random generators of this rank, if as many ranks wrote the checkpoint."""
+    states = random_state()
+    if all(manifest.shapes.get(name) == list(state.shape) for name, state in states.items()):
+        fill(checkpoint, states)
+        torch.set_rng_state(states["random.cpu"].slices[0].local)
+        if "random.cuda" in states:
+            torch.cuda.set_rng_state(states["random.cuda"].slices[0].local)
+
+
+def _check_same_run(checkpoint: Path, changed: list[str]) -> None:
     if changed:
         keys = " ".join(f"--allow-change {difference.split(':')[0]}" for difference in changed)
         raise InputError(

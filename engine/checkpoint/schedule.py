@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 
 from crossbatch import RunStopped, __version__
-from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Manifest, Outcome, local_state, random_state
+from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Manifest
+from crossbatch.engine.checkpoint.slices import local_state, random_state
 from crossbatch.engine.run_log import Log
 from crossbatch.engine.sharding import Backend, LocalShards
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint is made of, at one step."""
+    """Holds what a checkpoint is made of, at one step."""
 
     held: dict[str, LocalShards]
     manifest: Manifest
@@ -22,11 +23,13 @@ class Snapshot(NamedTuple):
     def of(backend: Backend, config: dict[str, Any], **facts: Any) -> "Snapshot":
         """Return the snapshot of `backend` as it is now; `facts` are fields of `Manifest`."""
         held = local_state(backend) | random_state()
-        shapes = {name: list(tensor.shape) for name, tensor in held.items()}
-        versions = {"crossbatch": __version__, "torch": torch.__version__}
-        return Snapshot(
-            held, Manifest(shapes=shapes, versions=versions, world_size=config["world_size"], **facts), config
+        manifest = Manifest(
+            shapes={name: list(tensor.shape) for name, tensor in held.items()},
+            versions={"crossbatch": __version__, "torch": torch.__version__},
+            world_size=config["world_size"],
+            **facts,
         )
+        return Snapshot(held, manifest, config)
 
 
 class CheckpointSchedule:
@@ -93,21 +96,18 @@ class CheckpointSchedule:
             return None
         if outcome.error is None:
             self._saved_step = outcome.step
-            self._log_saved(outcome)
+            gigabytes = outcome.num_bytes / 1e9
+            self.log.note(
+                f"saved step {outcome.step}: {gigabytes:.3g} GB in {outcome.seconds:.1f} s, "
+                f"training waited {outcome.stalled_s:.2g} s"
+            )
+            values = {"gigabytes": gigabytes, "seconds": outcome.seconds, "stalled_s": outcome.stalled_s}
+            self.log.scalars({f"checkpoint/{name}": value for name, value in values.items()}, outcome.step)
         else:
             self.log.warn(
                 f"step {outcome.step} could not be saved: {outcome.error}; the last good checkpoint is {self._last_good()}"
             )
         return outcome.error
-
-    def _log_saved(self, outcome: Outcome) -> None:
-        gigabytes = outcome.num_bytes / 1e9
-        self.log.note(
-            f"saved step {outcome.step}: {gigabytes:.3g} GB in {outcome.seconds:.1f} s, "
-            f"training waited {outcome.stalled_s:.2g} s"
-        )
-        values = {"gigabytes": gigabytes, "seconds": outcome.seconds, "stalled_s": outcome.stalled_s}
-        self.log.scalars({f"checkpoint/{name}": value for name, value in values.items()}, outcome.step)
 
     def _last_good(self) -> str:
         return "none" if self._saved_step is None else f"step {self._saved_step}"

@@ -1,38 +1,37 @@
-"""Reading and writing of one checkpoint: DCP's plan and `.metadata`, and the slices as plain bytes.
+"""Writes and reads one checkpoint: slices as plain bytes, and `.metadata`, which says where each of them is.
 
-DCP would write every slice with torch.save and read it with torch.load. That takes 1 ms of Python a slice, for a ResNet-50
-most of a second in which the thread of training has to wait. Plain bytes take a tenth, and only what is wanted is read.
-DCP's reader also unpickles `.metadata`. The reader here lets a pickle make the few classes that belong in it and nothing else,
-so nothing in a checkpoint can run code. Every file has a checksum (CRC-32, 1.8 GB/s on a core).
+`.metadata` is that of torch.distributed.checkpoint (DCP). Its writer and reader are not used: they take 1 ms of Python a slice,
+for a ResNet-50 most of a second in which the thread of training has to wait, and unpickle whatever is in `.metadata`. The
+reader here lets a pickle make the few classes that belong in it and nothing else, so nothing in a checkpoint can run code.
+DCP knows a tensor as a box and a rank's part of it as a smaller box. ZeRO cuts through the middle of rows, so the box here is
+the flattened tensor, and a part of it is a slice. Every file has a checksum (CRC-32, 1.8 GB/s on a core).
 """
 
 import contextlib
+import functools
 import json
 import os
 import pickle
 import shutil
-import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint import metadata as dcp
 
 from crossbatch.engine.checkpoint.directory import CONFIG, MANIFEST, Keep, commit, name_of
-from crossbatch.engine.checkpoint.slices import SliceLoadPlanner, Slices, SliceSavePlanner
-from crossbatch.engine.runtime.atomic_files import write_atomically
-from crossbatch.engine.sharding import LocalShards
+from crossbatch.engine.checkpoint.slices import Slices
+from crossbatch.engine.runtime.atomic_files import replace_atomically, write_atomically
+from crossbatch.engine.sharding import FlatSlice, LocalShards
 
 FORMAT = 2
 METADATA = ".metadata"
+
+T = TypeVar("T")
 
 
 class Unreadable(Exception):
@@ -64,6 +63,17 @@ class Manifest:
         return sum(file["bytes"] for file in self.files.values())
 
 
+class SliceInFile(NamedTuple):
+    """Locates a slice of a flattened tensor in a file, `offset` bytes from its start."""
+
+    name: str
+    start: int
+    length: int
+    dtype: torch.dtype
+    file: str
+    offset: int
+
+
 def write(
     directory: Path,
     staged: Slices,
@@ -85,71 +95,79 @@ def write(
         token: a text, the same on all ranks, that tells the files of this attempt from those of an interrupted one.
 
     Raises:
-        dcp.api.CheckpointException: if a rank cannot write.
-        RuntimeError: if a rank has gone.
+        RuntimeError: if a rank cannot write, with the rank and the reason, or if a rank has gone.
     """
+    rank = 0 if group is None else dist.get_rank(group)
     aside = directory / f".{name_of(manifest.step)}.{token}.tmp"
-    sizes = {name: torch.Size(shape).numel() for name, shape in manifest.shapes.items()}
-    writer = _Writer(aside, directory, manifest, config, keep)
+
+    def finish() -> None:
+        if rank == 0:
+            slices = [found for _, found_slices in written for found in found_slices]
+            manifest.files = {f"{number}.bin": described for number, (described, _) in enumerate(written)}
+            with replace_atomically(aside / METADATA) as temporary:
+                temporary.write_bytes(pickle.dumps(describe_slices(slices, manifest.shapes)))
+            write_atomically(aside / CONFIG, json.dumps(config, indent=2) + "\n")
+            manifest.files |= {name: _describe(aside / name) for name in (METADATA, CONFIG)}
+            write_atomically(aside / MANIFEST, _to_json(manifest))
+            check_sizes(aside, manifest)
+            commit(aside, directory, manifest.step, keep)
+
     try:
-        if group is None:
-            _write_alone(writer, SliceSavePlanner(staged, sizes))
-        else:
-            dcp.save({}, storage_writer=writer, planner=SliceSavePlanner(staged, sizes), process_group=group)
+        written = _on_all(lambda: _write_slices(aside / f"{rank}.bin", staged), group)
+        _on_all(finish, group)
     finally:
-        if writer.is_coordinator:
+        if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_alone(writer: "_Writer", planner: SliceSavePlanner) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+def _on_all(function: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """Call `function` on every rank and return all results; if it fails on any rank, raise RuntimeError on all of them."""
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    outcomes: list[Any] = [(result, error)]
+    if group is not None:
+        outcomes *= dist.get_world_size(group)
+        dist.all_gather_object(outcomes, (result, error), group)
+    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
+    if errors:
+        raise RuntimeError("; ".join(errors))
+    return [result for result, _ in outcomes]
 
 
-class _Writer(dcp.FileSystemWriter):
-    """Adds checksums, our two JSON files and the rename to DCP's writer."""
+def _write_slices(path: Path, staged: Slices) -> tuple[dict[str, int], list[SliceInFile]]:
+    """Write slices one after the other, as they are in memory; return size and checksum of the file, and what is where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    slices, crc, size = [], 0, 0
+    with path.open("wb") as file:
+        for (name, start), values in staged.items():
+            data = _bytes(values)
+            file.write(data)
+            slices.append(SliceInFile(name, start, values.numel(), values.dtype, path.name, size))
+            crc, size = zlib.crc32(data, crc), size + len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "crc32": crc}, slices
 
-    def __init__(self, aside: Path, directory: Path, manifest: Manifest, config: dict[str, Any], keep: Keep):
-        super().__init__(aside)
-        self.aside, self.directory, self.manifest, self.config, self.keep = aside, directory, manifest, config, keep
-        self.is_coordinator = False
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-        self.is_coordinator = is_coordinator
-
-    def storage_meta(self) -> None:
-        """Store nothing, where DCP would note the path and a random number."""
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future:
-        """Write this rank's slices one after the other, as they are in memory; the last result describes the file."""
-        name = f"{plan.storage_data.prefix.strip('_')}.bin"
-        results, crc, size = [], 0, 0
-        with (self.aside / name).open("wb") as file:
-            for item in plan.items:
-                values = planner.resolve_data(item)
-                assert isinstance(values, torch.Tensor)
-                data = _bytes(values)
-                file.write(data)
-                results.append(WriteResult(item.index, len(data), (name, size)))
-                crc, size = zlib.crc32(data, crc), size + len(data)
-            file.flush()
-            os.fsync(file.fileno())
-        results.append(WriteResult(MetadataIndex(name), 0, {"bytes": size, "crc32": crc}))
-        done: Future = Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: dcp.Metadata, results: list[list[WriteResult]]) -> None:
-        """Complete the checkpoint and give it its name; rank 0 calls it when all ranks have written."""
-        self.manifest.files = {one_rank[-1].index.fqn: one_rank[-1].storage_data for one_rank in results}
-        super().finish(metadata, [one_rank[:-1] for one_rank in results])
-        write_atomically(self.aside / CONFIG, json.dumps(self.config, indent=2) + "\n")
-        self.manifest.files |= {name: _describe(self.aside / name) for name in (METADATA, CONFIG)}
-        write_atomically(self.aside / MANIFEST, _to_json(self.manifest))
-        check_sizes(self.aside, self.manifest)
-        commit(self.aside, self.directory, self.manifest.step, self.keep)
+def describe_slices(slices: list[SliceInFile], shapes: Mapping[str, list[int]]) -> dcp.Metadata:
+    """Return the content of `.metadata`, after asserting that every element of every tensor is in exactly one slice."""
+    tensors: dict[str, Any] = {}
+    places, ends = {}, {}
+    for name, start, length, dtype, file, offset in sorted(slices, key=lambda found: (found.name, found.start)):
+        end = ends.setdefault(name, 0)
+        assert start == end, f"{name}: elements {min(start, end)} to {max(start, end)} are held by no rank or by two"
+        ends[name] = start + length
+        if name not in tensors:
+            size = torch.Size([torch.Size(shapes[name]).numel()])
+            tensors[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype), size, [])
+        tensors[name].chunks.append(dcp.ChunkStorageMetadata(torch.Size([start]), torch.Size([length])))
+        places[dcp.MetadataIndex(name, (start,))] = (file, offset)
+    for name, shape in shapes.items():
+        assert ends.get(name, 0) == torch.Size(shape).numel(), f"{name}: the last elements are held by no rank"
+    return dcp.Metadata(tensors, storage_data=places)
 
 
 def _to_json(manifest: Manifest) -> str:
@@ -218,13 +236,31 @@ def check_contents(checkpoint: Path, manifest: Manifest, rank: int = 0, world_si
 def fill(checkpoint: Path, held: Mapping[str, LocalShards]) -> None:
     """Copy values from the checkpoint into the memory of `held`, by name. Raises Unreadable."""
     try:
-        reader = _Reader(checkpoint)
-        metadata = reader.read_metadata()
-        reader.set_up_storage_reader(metadata, True)
-        planner = SliceLoadPlanner(held, metadata)
-        reader.read_data(planner.create_local_plan(), planner).wait()
-    except (OSError, RuntimeError, KeyError, AssertionError, EOFError, pickle.UnpicklingError) as error:
+        metadata = _read_metadata(checkpoint)
+        with contextlib.ExitStack() as stack:
+            open_file = functools.cache(lambda name: stack.enter_context((checkpoint / name).open("rb")))
+            for name, tensor in held.items():
+                for wanted in tensor.slices:
+                    _fill_slice(wanted, name, metadata, open_file)
+    except (OSError, KeyError, AssertionError) as error:
         raise Unreadable(f"damaged: {error}") from None
+
+
+def _fill_slice(wanted: FlatSlice, name: str, metadata: Any, open_file: Callable[[str], Any]) -> None:
+    """Read from every stored slice of the tensor `name` what overlaps with the wanted one."""
+    stored, end = metadata.state_dict_metadata[name], wanted.start + wanted.local.numel()
+    assert wanted.local.dtype == stored.properties.dtype, f"{name} is in {stored.properties.dtype}"
+    for chunk in stored.chunks:
+        first, last = max(wanted.start, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
+        if first < last:
+            file_name, offset = metadata.storage_data[dcp.MetadataIndex(name, chunk.offsets)]
+            target = wanted.local[first - wanted.start : last - wanted.start]
+            values = target if target.is_cpu else torch.empty_like(target, device="cpu")
+            file = open_file(file_name)
+            file.seek(offset + (first - chunk.offsets[0]) * values.element_size())
+            assert file.readinto(_bytes(values)) == values.nbytes, f"{file_name} is too short"
+            if values is not target:
+                target.copy_(values)
 
 
 def read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
@@ -240,9 +276,9 @@ def read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """
     manifest, _ = read_manifest(checkpoint)
     check_contents(checkpoint, manifest)
-    stored = _Reader(checkpoint).read_metadata().state_dict_metadata
+    stored: Any = _read_metadata(checkpoint).state_dict_metadata
     tensors = {
-        name: torch.empty(shape, dtype=stored[name].properties.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        name: torch.empty(shape, dtype=stored[name].properties.dtype)
         for name, shape in manifest.shapes.items()
         if name.startswith(prefix)
     }
@@ -250,57 +286,32 @@ def read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads what `_Writer` wrote, and only the bytes that are wanted."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        try:
-            with (Path(self.path) / METADATA).open("rb") as file:
-                return _MetadataUnpickler(file).load()
-        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise Unreadable(f"damaged: {METADATA}: {error}") from None
-
-    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future:
-        with contextlib.ExitStack() as stack:
-            files = {}
-            for item in plan.items:
-                name, offset = self.storage_data[item.storage_index]
-                if name not in files:
-                    files[name] = stack.enter_context((Path(self.path) / name).open("rb"))
-                target = planner.resolve_tensor(item)
-                values = target if target.is_cpu else torch.empty_like(target, device="cpu")
-                files[name].seek(offset + item.storage_offsets[0] * values.element_size())
-                if files[name].readinto(_bytes(values)) != values.nbytes:
-                    raise Unreadable(f"damaged: {name} is too short")
-                if values is not target:
-                    target.copy_(values)
-        done: Future = Future()
-        done.set_result(None)
-        return done
-
-
 def _bytes(values: torch.Tensor) -> memoryview:
     """Return the memory of a 1-D CPU tensor."""
     return memoryview(values.detach().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
+def _read_metadata(checkpoint: Path) -> dcp.Metadata:
+    try:
+        with (checkpoint / METADATA).open("rb") as file:
+            return _MetadataUnpickler(file).load()
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise Unreadable(f"damaged: {METADATA}: {error}") from None
+
+
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes what DCP puts into `.metadata`, and refuses anything else."""
+    """Makes what belongs in `.metadata`, and refuses anything else."""
+
+    _CLASSES = ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex")
+    _ALLOWED = frozenset(
+        [("torch", "Size"), ("torch.serialization", "_get_layout")]
+        + [(dcp.__name__, name) for name in (*_CLASSES, "_MEM_FORMAT_ENCODING")]
+    )
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        for module, names in _IN_METADATA.items():
-            if module.__name__ == module_name and global_name in names:
-                return getattr(module, global_name)
-        if module_name == "torch" and isinstance(getattr(torch, global_name, None), (torch.dtype, torch.layout)):
-            return getattr(torch, global_name)
+        is_constant = module_name == "torch" and isinstance(
+            getattr(torch, global_name, None), (torch.dtype, torch.layout)
+        )
+        if is_constant or (module_name, global_name) in self._ALLOWED:
+            return super().find_class(module_name, global_name)
         raise pickle.UnpicklingError(f".metadata asks for {module_name}.{global_name}, which does not belong in it")
-
-
-_IN_METADATA = {
-    dcp_metadata: (
-        *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex"),
-        "_MEM_FORMAT_ENCODING",
-    ),
-    torch: ("Size",),
-    torch.serialization: ("_get_layout",),
-}

@@ -186,6 +186,11 @@ def _check_lars(config: Config) -> None:
                     f"optimizer.params.{name}: given true with optimizer.params.variant {params.variant}; allowed: false; "
                     f"set the variant to {variant}"
                 )
+        if params.variant == "moco-v3" and params.eps != LarsConfig().eps:
+            raise InputError(
+                f"optimizer.params.eps: given {params.eps} with optimizer.params.variant moco-v3, which has none; remove it or "
+                f"set the variant to larc or mlperf"
+            )
 
 
 def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:

@@ -1,6 +1,6 @@
-"""LARS (You, Gitman, Ginsburg 2017), layer-wise adaptive rates for large batches, exact under every kind of sharding.
+"""LARS (You, Gitman, Ginsburg 2017) gives every layer its own learning rate; here it is exact under every kind of sharding.
 
-LARS multiplies the update of each parameter w with two or more dimensions by a trust ratio q. With gradient g, weight decay
+It multiplies the update of each parameter w with two or more dimensions by a trust ratio q. With gradient g, weight decay
 wd, trust coefficient tc, momentum m, learning rate lr and velocity v:
 
     moco-v3   d = g + wd w     q = tc ||w|| / ||d||                        v = m v + q d               w = w - lr v
@@ -33,6 +33,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Variant = Literal["moco-v3", "larc", "mlperf"]
+GROUP_KEYS = (
+    "params",
+    "param_names",
+    "name",
+    "lr_scale",
+    "initial_lr",
+)  # beside the arguments; schedulers read the last two
 
 
 class Segment(NamedTuple):
@@ -66,33 +73,26 @@ class Layout:
 
         Raises:
             ValueError: if parameters are sharded over several mesh dimensions, which would take several all-reduces.
-            TypeError: if a parameter is not in fp32 or fp64.
         """
         for parameter in adapts:
             _check_not_flattened(parameter)
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise TypeError(
-                    f"LARS: a parameter of shape {list(parameter.shape)} is in {parameter.dtype}; allowed: float32, float64; "
-                    f"keep parameters in float32 and compute in lower precision with torch.autocast"
-                )
         cuts = {cut for parameter in adapts for cut in _cuts(parameter)}
         if len(cuts) > 1:
             raise ValueError(f"LARS: parameters are sharded over more than one mesh dimension: {cuts}; use one")
-        mesh, dim = next(iter(cuts), (None, 0))
+        uncut: Any = (None, 0)
+        mesh, dim = next(iter(cuts), uncut)
         segments = {
-            p: [Segment(number, 0, local(p).numel(), 1 if mesh is None or _cuts(p) else mesh.size(dim))]
+            p: [Segment(number, 0, local(p).numel(), mesh.size(dim) if cuts and not _cuts(p) else 1)]
             for number, p in enumerate(adapts)
         }
         needs_norms = frozenset(p for p, does in adapts.items() if does)
-        if mesh is None:
-            return Layout(segments, list(adapts.values()), needs_norms, None)
 
         def all_reduce(sums: Tensor) -> Tensor:
             total = sums.to(mesh.device_type)  # CPUOffloadPolicy keeps parameters in host memory
             dist.all_reduce(total, group=mesh.get_group(dim))
             return total.to(sums.device)
 
-        return Layout(segments, list(adapts.values()), needs_norms, all_reduce)
+        return Layout(segments, list(adapts.values()), needs_norms, all_reduce if cuts else None)
 
 
 class Work(NamedTuple):
@@ -120,7 +120,9 @@ class Update(NamedTuple):
 
 
 class LARS(torch.optim.Optimizer):
-    """Implements LARS for plain torch, DDP and FSDP2 (`fully_shard`); with DeepSpeed ZeRO, call `lars_for_zero(engine)` once.
+    """LARS scales the update of each weight matrix by a trust ratio, in plain torch, DDP and FSDP2 (`fully_shard`).
+
+    Under DeepSpeed ZeRO, call `lars_for_zero(engine)` once; forgotten, the first step raises.
 
     Which parameters adapt (have a trust ratio and weight decay) follows from their shape when they are given: those with two
     or more dimensions do, biases and norms do not. So `LARS(model.parameters(), lr=0.1, weight_decay=1e-6)` is right. A group
@@ -128,13 +130,13 @@ class LARS(torch.optim.Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or groups, as for any optimizer of torch. Every other argument is also a key of
-            a group.
+            a group. Further keys, except `name`, `lr_scale` and `initial_lr`, are refused.
         lr: learning rate. MoCo v3 multiplies a base rate of 0.3 to 0.6 by batch size / 256.
         weight_decay: added to the gradient of the parameters that adapt.
         momentum: decay of the velocity.
         trust_coefficient: factor tc of the trust ratio, tc ||w|| / ||gradient||.
         variant: the formula, "moco-v3", "larc" or "mlperf"; see the module's docstring.
-        eps: added to the denominator of the trust ratio by `larc` and `mlperf`.
+        eps: added to the denominator of the trust ratio (`larc` and `mlperf` only).
         clip_trust_ratio: makes lr a ceiling (`larc` only).
         decay_after_momentum: keeps the weight decay out of the velocity (`mlperf` only).
 
@@ -145,8 +147,10 @@ class LARS(torch.optim.Optimizer):
     The state of a tensor is `mu`, the velocity, with the tensor's shape and placement.
 
     Raises:
-        ValueError: for values out of range, and for parameters that FSDP1 has flattened.
+        ValueError: for values out of range, keys of a group that it does not know, and parameters that FSDP1 has flattened.
     """
+
+    layout: Layout | None = None
 
     def __init__(
         self,
@@ -162,7 +166,6 @@ class LARS(torch.optim.Optimizer):
         decay_after_momentum: bool = False,
     ):
         self.adapts: dict[Tensor, bool] = {}
-        self.layout: Layout | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -178,6 +181,13 @@ class LARS(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and decide from the shapes of its parameters which of them adapt."""
+        allowed = (*self.defaults, *GROUP_KEYS)
+        for key in param_group:
+            if key not in allowed:
+                raise ValueError(
+                    f"LARS: a parameter group has the key {key!r}; allowed: {', '.join(allowed)}; keys that are only yours can "
+                    f"be set in optimizer.param_groups afterwards"
+                )
         _check_values({**self.defaults, **param_group})
         with warnings.catch_warnings():  # torch warns of a parameter that is given twice, and then updates it twice
             warnings.filterwarnings("error", "optimizer contains a parameter group with duplicate parameters")
@@ -193,14 +203,8 @@ class LARS(torch.optim.Optimizer):
         self.layout = None
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which makes a layout of its own at its first step."""
         return {**super().__getstate__(), "adapts": self.adapts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("layout", None)
-        for group in self.param_groups:  # a state dict of an older version may lack some
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -208,6 +212,8 @@ class LARS(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: if `param_groups` hold tensors that were not given, as DeepSpeed ZeRO's flat partitions are.
+            TypeError: if parameters are not in fp32 (on a CPU also fp64), or in another type than gradient or velocity.
+            ValueError: if a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -216,7 +222,7 @@ class LARS(torch.optim.Optimizer):
         groups = [group for group in self.param_groups if group["params"]]
         if not groups:
             return loss
-        self._check_known(groups)
+        self._check_tensors(groups)
         if self.layout is None:
             self.layout = Layout.of_parameters(self.adapts)
         work = [self._work(group, self.layout) for group in groups]
@@ -232,13 +238,13 @@ class LARS(torch.optim.Optimizer):
             sums = self.layout.all_reduce(sums)
         for group, (adapting, others) in zip(groups, work, strict=True):
             if adapting:
-                passes.update(adapting, _adapting_update(group, sums))
-            if others:
-                passes.update(others, _plain_update(group, sums))
+                passes.update(adapting, _formula(group, _trust_ratios(group, sums), group["weight_decay"]))
+            if others:  # SGD with momentum
+                passes.update(others, _formula(group, torch.ones_like(sums[0]), 0.0))
         return loss
 
-    def _check_known(self, groups: list[dict[str, Any]]) -> None:
-        """Raise RuntimeError for tensors that were not given and that no layout explains."""
+    def _check_tensors(self, groups: list[dict[str, Any]]) -> None:
+        """Raise for tensors that were not given and that no layout explains, and for types that the passes do not know."""
         known = self.adapts if self.layout is None else self.layout.segments
         for tensor in (tensor for group in groups for tensor in group["params"]):
             if tensor not in known:
@@ -248,6 +254,23 @@ class LARS(torch.optim.Optimizer):
                     f"partitions: call crossbatch.lars_for_zero(engine) once after deepspeed.initialize. (If this was raised "
                     f"inside deepspeed.initialize: with fp16 or bf16, set zero_optimization.stage to 1 or more.)"
                 )
+            if tensor.dtype not in ((torch.float32,) if tensor.is_cuda else (torch.float32, torch.float64)):
+                raise TypeError(
+                    f"LARS: a parameter of shape {list(tensor.shape)} is in {tensor.dtype}; allowed: float32, on a CPU also "
+                    f"float64; keep parameters in float32 and compute in lower precision with torch.autocast"
+                )
+            if tensor.grad is not None and tensor.grad.is_sparse:
+                raise ValueError(
+                    f"LARS: the gradient of a parameter of shape {list(tensor.shape)} is sparse; allowed: dense; build the "
+                    f"embedding with sparse=False"
+                )
+            for name, other in (("gradient", tensor.grad), ("velocity", self.state.get(tensor, {}).get("mu"))):
+                if other is not None and (other.dtype, other.device) != (tensor.dtype, tensor.device):
+                    raise TypeError(
+                        f"LARS: a parameter of shape {list(tensor.shape)} is in {tensor.dtype} on {tensor.device}, its {name} "
+                        f"in {other.dtype} on {other.device}; allowed: the same; convert or move the model before the first "
+                        f"step, or build LARS again"
+                    )
 
     def _work(self, group: dict[str, Any], layout: Layout) -> tuple[list[Work], list[Work]]:
         """Return what this rank holds of the group's parameters: of those that adapt, and of the others."""
@@ -275,23 +298,11 @@ def original_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _adapting_update(group: dict[str, Any], sums: Tensor) -> Update:
-    """Return the update with trust ratio and weight decay."""
-    inside, step = _rates(group)
-    late, decay = group["decay_after_momentum"], group["weight_decay"]
-    gains = _trust_ratios(group, sums) * inside
+def _formula(group: dict[str, Any], ratios: Tensor, decay: float) -> Update:
+    """Return the update of the group's variant with the trust ratios q, [parameters]."""
+    gains, step = (ratios * group["lr"], -1.0) if group["variant"] == "mlperf" else (ratios, -group["lr"])
+    late = group["decay_after_momentum"]
     return Update(group["momentum"], gains, 0.0 if late else decay, step, decay if late else 0.0)
-
-
-def _plain_update(group: dict[str, Any], sums: Tensor) -> Update:
-    """Return the update of biases and norms: SGD with momentum, without decay."""
-    inside, step = _rates(group)
-    return Update(group["momentum"], torch.full_like(sums[0], inside), 0.0, step, 0.0)
-
-
-def _rates(group: dict[str, Any]) -> tuple[float, float]:
-    """Return the factor of what enters the velocity, and the factor of the velocity that enters the parameter."""
-    return (group["lr"], -1.0) if group["variant"] == "mlperf" else (1.0, -group["lr"])
 
 
 def _trust_ratios(group: dict[str, Any], sums: Tensor) -> Tensor:
@@ -318,6 +329,8 @@ def _check_values(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"LARS: {name} is part of variant {only}, not of {variant}; set variant={only!r} or leave it out"
             )
+    if variant == "moco-v3" and group["eps"] != 1e-8:  # the default
+        raise ValueError("LARS: eps is part of variants larc and mlperf, not of moco-v3; leave it out or set variant")
     for name in ("lr", "weight_decay", "momentum", "trust_coefficient", "eps"):
         if not 0 <= group[name] < float("inf"):
             raise ValueError(f"LARS: {name} is {group[name]}; allowed: >= 0 and finite")

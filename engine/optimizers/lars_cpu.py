@@ -1,4 +1,4 @@
-"""The two passes of LARS on a CPU; each reads and writes memory once.
+"""Makes the two passes of LARS on a CPU; each goes through memory once.
 
 The first goes block by block through the cache and reads w and g. The second is the kernel of torch.optim.SGD(fused=True): it
 reads w, g and v and writes w and v. That makes 7 values per element, where SGD with momentum and foreach moves 8.

@@ -1,4 +1,4 @@
-"""The passes of LARS on a GPU: one Triton kernel each over all segments, wherever they lie in memory.
+"""Makes the passes of LARS on a GPU, with Triton kernels over all segments, wherever they lie in memory.
 
 Segments are cut into chunks, one program each. A table on the GPU tells a program where its chunk of w, g and v lies, so
 neither the number of parameters nor the way they are stored costs a launch. The table travels from pinned memory
@@ -26,7 +26,7 @@ def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
     """
     if not work:
         return
-    table, runs = _table(work), _runs(work)
+    table, runs = (_to_device(array, work) for array in _tables(work))
     partial = torch.empty(2, table.shape[1], dtype=torch.float64, device=table.device)
     _squares[(table.shape[1],)](table, partial, table.shape[1], decay, BLOCK=_BLOCK)
     _finish[(runs.shape[1],)](runs, runs.shape[1], partial, table.shape[1], sums, sums.shape[1], BLOCK=_BLOCK)
@@ -36,41 +36,31 @@ def update(work: list[Work], formula: Update) -> None:
     """Update this rank's segments as `Update` describes."""
     if not work:
         return
-    table, gains = _table(work), formula.gains.float()
+    table, gains = _to_device(_tables(work)[0], work), formula.gains.float()
     _update[(table.shape[1],)](
         table, table.shape[1], gains, formula.momentum, formula.decay, formula.step, formula.late_decay, BLOCK=_BLOCK
     )
 
 
-def _table(work: list[Work]) -> Tensor:
-    """Return [5, chunks]: addresses of w, g and v, number of elements, number of the parameter."""
-    if any(flat.dtype != torch.float32 for segment in work for flat in segment[2:]):
-        raise TypeError("LARS on a GPU keeps parameters, gradients and velocities in fp32.")
+def _tables(work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
+    """Return two tables, of the chunks and of the segments.
+
+    [5, chunks]: addresses of w, g and v, number of elements, number of the parameter.
+    [4, segments]: first chunk, number of chunks, number of the parameter, ranks that hold the same elements.
+    """
     addresses = np.array([[flat.data_ptr() for flat in segment[2:]] for segment in work], dtype=np.int64).T
-    lengths, chunks = _lengths_and_chunks(work)
+    numbers, copies, lengths = np.array([(s.number, s.copies, len(s.parameter)) for s in work], dtype=np.int64).T
+    chunks = -(-lengths // _CHUNK)
+    first = np.cumsum(chunks) - chunks
     segment = np.repeat(np.arange(len(work)), chunks)
-    start = (np.arange(len(segment)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * _CHUNK
-    numbers = np.array([segment.number for segment in work])
-    table = np.concatenate(
-        (addresses[:, segment] + 4 * start, [np.minimum(_CHUNK, lengths[segment] - start), numbers[segment]])
-    )
-    return _to_device(table, work)
-
-
-def _runs(work: list[Work]) -> Tensor:
-    """Return [4, segments]: first chunk, number of chunks, number of the parameter, ranks that hold the same elements."""
-    _, chunks = _lengths_and_chunks(work)
-    numbers = [segment.number for segment in work]
-    return _to_device(np.stack((np.cumsum(chunks) - chunks, chunks, numbers, [s.copies for s in work])), work)
-
-
-def _lengths_and_chunks(work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(segment.parameter) for segment in work])
-    return lengths, -(-lengths // _CHUNK)
+    start = (np.arange(len(segment)) - first[segment]) * _CHUNK
+    sizes = np.minimum(_CHUNK, lengths[segment] - start)
+    table = np.concatenate((addresses[:, segment] + 4 * start, [sizes, numbers[segment]]))
+    return table, np.stack((first, chunks, numbers, copies))
 
 
 def _to_device(table: np.ndarray, work: list[Work]) -> Tensor:
-    device, host = work[0].parameter.device, torch.from_numpy(table.astype(np.int64))
+    device, host = work[0].parameter.device, torch.from_numpy(table)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
@@ -117,6 +107,7 @@ def _finish(runs, segments, partial, chunks, sums, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _update(table, chunks, gains, momentum, decay, step, late_decay, BLOCK: tl.constexpr):
+    """Update w and v of one chunk as `Update` describes."""
     chunk = tl.program_id(0)
     w_at, g_at, v_at = _at(table, 0, chunks, chunk), _at(table, 1, chunks, chunk), _at(table, 2, chunks, chunk)
     length = tl.load(table + 3 * chunks + chunk).to(tl.int32)

@@ -1,4 +1,4 @@
-"""What the engine asks of a sharding backend."""
+"""Defines what the engine asks of a sharding backend, and the state that an optimizer keeps for a tensor."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from crossbatch.engine.optimizers import LARS
 from crossbatch.models import ShardableModel
 
 
@@ -19,10 +20,10 @@ class FlatSlice:
 
 @dataclass(frozen=True)
 class LocalShards:
-    """Holds this rank's part of a tensor of `shape`; `replicated` tells whether every rank holds all of it."""
+    """Holds this rank's slices of a flattened tensor of `shape`; `replicated` tells whether every rank holds all of it."""
 
     shape: torch.Size
-    pieces: list[FlatSlice]
+    slices: list[FlatSlice]
     replicated: bool
 
     @staticmethod
@@ -81,12 +82,33 @@ class Backend(ABC):
     def update_momentum(self, momentum: float) -> None:
         """Set average = momentum * average + (1 - momentum) * online, in fp32, each rank on its own shards."""
         pairs = [(online, average) for _, online, average in self.model.momentum_pairs() if online.requires_grad]
-        if not pairs:
-            return
-        online = [self.local_parameter(online) for online, _ in pairs]
-        average = [self.local_parameter(average) for _, average in pairs]
-        torch._foreach_lerp_(average, online, weight=1 - momentum)
+        if pairs:
+            online, average = ([self.local_parameter(p) for p in side] for side in zip(*pairs, strict=True))
+            torch._foreach_lerp_(average, online, weight=1 - momentum)
 
     def local_buffers(self) -> dict[str, LocalShards]:
         """Return the running statistics, which every rank holds."""
         return {name: LocalShards.whole(buffer) for name, buffer in self.model.named_buffers()}
+
+
+def state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return the names of the state tensors that have a parameter's shape."""
+    return ("mu",) if isinstance(optimizer, LARS) else ("exp_avg", "exp_avg_sq")
+
+
+def ensured_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the state of a tensor that the optimizer steps on; start it at zero, as the first step would, if there is none."""
+    state = optimizer.state[tensor]
+    for key in state_keys(optimizer):
+        if key not in state:
+            state[key] = torch.zeros_like(tensor)
+    if not isinstance(optimizer, LARS) and "step" not in state:
+        state["step"] = torch.zeros((), device=tensor.device)  # where fused AdamW wants it
+    return state
+
+
+def set_step_count(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the number of steps that AdamW's bias correction counts, which is the same for all tensors."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(step)

@@ -1,4 +1,4 @@
-"""The backend of FSDP2.
+"""Shards with FSDP2.
 
 Stage 0 replicates (a shard dimension of one), stages 1 and 2 keep parameters gathered until the backward pass, and stage 3
 reshards them after every forward pass. The online and the momentum encoder are wrapped in the same places, so their shards
@@ -18,8 +18,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from crossbatch.engine.optimizers.lars import local
-from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
-from crossbatch.engine.sharding.backend import Backend, FlatSlice, LocalShards
+from crossbatch.engine.sharding.backend import (
+    Backend,
+    FlatSlice,
+    LocalShards,
+    ensured_state,
+    set_step_count,
+    state_keys,
+)
 from crossbatch.models import ShardableModel
 
 
@@ -67,7 +73,10 @@ class FsdpBackend(Backend):
 
     def step(self, scale: float) -> float:
         gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        norm = self._norm(gradients) / scale
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        if self._sharded:
+            dist.all_reduce(square)  # one for all; the norm of a DTensor would take one per parameter
+        norm = math.sqrt(square.item()) / scale
         if math.isfinite(norm):
             factor = min(1.0, self._clip / (norm + 1e-6)) / scale if self._clip else 1 / scale
             if factor != 1:
@@ -75,13 +84,6 @@ class FsdpBackend(Backend):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _norm(self, gradients: list[torch.Tensor]) -> float:
-        """Return the norm over all shards, with one all-reduce. (DTensor's own would take one per parameter.)"""
-        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        if self._sharded:
-            dist.all_reduce(square)
-        return math.sqrt(square.item())
 
     def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         return local(parameter.detach())
@@ -92,12 +94,11 @@ class FsdpBackend(Backend):
 
     def local_optimizer_state(self) -> dict[str, dict[str, LocalShards]]:
         self._reshard()
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                state = ensured_state(self.optimizer, parameter)
-                found[name] = {key: _shards(state[key]) for key in state_keys(self.optimizer)}
-        return found
+        states = {
+            name: ensured_state(self.optimizer, p) for name, p in self.model.named_parameters() if p.requires_grad
+        }
+        keys = state_keys(self.optimizer)
+        return {name: {key: _shards(state[key]) for key in keys} for name, state in states.items()}
 
     def sync_master_weights(self, updates: int) -> None:
         set_step_count(self.optimizer, updates)

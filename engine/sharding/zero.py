@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO, stages 0-3, in fp32: autocast lowers the precision of the computation, never that of the state.
+"""Shards with DeepSpeed ZeRO, stages 0-3, in fp32: autocast lowers the precision of the computation, never that of the state.
 
 DeepSpeed sees one micro-batch a step. The momentum encoder lives inside the wrapped model, so stage 3 partitions it exactly
 like the online one.
@@ -16,8 +16,14 @@ from torch import nn
 
 from crossbatch.engine.optimizers import LARS
 from crossbatch.engine.optimizers.lars import original_shape
-from crossbatch.engine.optimizers.state import ensured_state, set_step_count, state_keys
-from crossbatch.engine.sharding.backend import Backend, FlatSlice, LocalShards
+from crossbatch.engine.sharding.backend import (
+    Backend,
+    FlatSlice,
+    LocalShards,
+    ensured_state,
+    set_step_count,
+    state_keys,
+)
 from crossbatch.engine.sharding.zero_layout import ZeroLayout, lars_for_zero
 from crossbatch.models import ShardableModel
 
@@ -91,7 +97,14 @@ class ZeroBackend(Backend):
         return parameter.ds_tensor if self.stage == 3 else parameter.data  # pyright: ignore[reportAttributeAccessIssue]
 
     def local_parameters(self) -> dict[str, LocalShards]:
-        return {name: self._parameter_shards(parameter) for name, parameter in self.model.named_parameters()}
+        if self.stage < 3:
+            return {name: LocalShards.whole(parameter) for name, parameter in self.model.named_parameters()}
+        shards = {}
+        for name, parameter in self.model.named_parameters():
+            start, numel = self._layout.even_cut(parameter)
+            slices = [FlatSlice(start, self.local_parameter(parameter).data.view(-1)[:numel])]
+            shards[name] = LocalShards(original_shape(parameter), slices, self._layout.replicated)
+        return shards
 
     def local_optimizer_state(self) -> dict[str, dict[str, LocalShards]]:
         return {name: self._state_shards(parameter) for name, parameter in self._trainable().items()}
@@ -100,21 +113,12 @@ class ZeroBackend(Backend):
         """Copy the parameters into the fp32 copies that stages 1-3 step on, too."""
         for parameter in self._trainable().values():
             for flat, flat_start, start, numel in self._layout.slices(parameter):
-                source = self.local_parameter(parameter).view(-1)
-                flat.data.view(-1)[flat_start : flat_start + numel].copy_(
-                    source[start if self.stage < 3 else 0 :][:numel]
-                )
+                source = self.local_parameter(parameter).view(-1)[0 if self.stage == 3 else start :]
+                flat.data.view(-1)[flat_start:][:numel].copy_(source[:numel])
         set_step_count(self._layout.stepping, updates)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def _parameter_shards(self, parameter: Any) -> LocalShards:
-        if self.stage < 3:
-            return LocalShards.whole(parameter)
-        start, numel = self._layout.even_cut(parameter)
-        slices = [FlatSlice(start, parameter.ds_tensor.data.view(-1)[:numel])]
-        return LocalShards(original_shape(parameter), slices, self._layout.replicated)
 
     def _state_shards(self, parameter: Any) -> dict[str, LocalShards]:
         optimizer = self._layout.stepping
@@ -122,13 +126,11 @@ class ZeroBackend(Backend):
         for flat, flat_start, start, numel in self._layout.slices(parameter):
             state = ensured_state(optimizer, flat)
             for key in slices:
-                slices[key].append(FlatSlice(start, state[key].view(-1)[flat_start : flat_start + numel]))
+                slices[key].append(FlatSlice(start, state[key].view(-1)[flat_start:][:numel]))
         shape, replicated = original_shape(parameter), self._layout.replicated
         return {key: LocalShards(shape, found, replicated) for key, found in slices.items()}
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:
-    """Drop two warnings: about an optimizer that has not read the cut, and about the outputs of the whole model, which has no
-    parameters outside of its parts.
-    """
+    """Drop two warnings that do not apply: our LARS knows the cut, and the whole model owns no parameters of its own."""
     return not any(text in record.getMessage() for text in ("untested optimizer", "unknown inputs or outputs type"))

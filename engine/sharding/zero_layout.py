@@ -1,4 +1,4 @@
-"""Who holds what in an engine of DeepSpeed: where the elements of a parameter lie in the tensors that its optimizer steps on.
+"""Finds where the elements of each parameter lie in the tensors that the optimizer of a DeepSpeed engine steps on.
 
     stage 0     everything everywhere
     stage 1, 2  parameters everywhere; the optimizer steps on this rank's run of one flat fp32 copy per group
@@ -10,9 +10,11 @@ With bf16 or fp16, the flat copies are still in fp32, cut alike. With `offload_o
 are DeepSpeed's own and may change, so `ZeroLayout` checks over all ranks that it reads them rightly.
 """
 
+import contextlib
 import importlib
+import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from crossbatch.engine.optimizers.lars import LARS, Layout, Segment, original_shape
 
-Engine = TypeVar("Engine")
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class ZeroSlice(NamedTuple):
@@ -55,7 +58,7 @@ class ZeroLayout:
         self._group = getattr(self._optimizer, "dp_process_group", None)
         self.replicated = self.stage == 0 or dist.get_world_size(self._group) == 1
         _refuse_unknown_engine(engine, self)
-        self._check(list(parameters))
+        self._check_tables(list(parameters))
 
     def flats(self) -> list[Tensor]:
         """Return the flat tensors of stages 1 to 3 that the optimizer steps on."""
@@ -112,14 +115,14 @@ class ZeroLayout:
         needs_norms = frozenset(flat for flat, ranks in zip(flats, anywhere, strict=True) if ranks)
         return Layout(segments, does, needs_norms, None if self.replicated else self.all_reduce)
 
-    def _check(self, parameters: list[Tensor]) -> None:
+    def _check_tables(self, parameters: list[Tensor]) -> None:
         """Check that we read DeepSpeed's tables rightly: over all ranks, every element is in exactly one run."""
         want = [float(original_shape(parameter).numel()) for parameter in parameters]
-        try:
-            held = [float(sum(_checked(run).numel for run in self.slices(parameter))) for parameter in parameters]
-        except (AttributeError, LookupError, TypeError, ValueError):
-            held = [float("nan")] * len(want)  # also on the ranks that find nothing wrong
-        found = torch.tensor(held, dtype=torch.float64)
+        found = torch.full((len(want),), float("nan"), dtype=torch.float64)  # the sum tells the other ranks
+        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+            runs = [list(self.slices(parameter)) for parameter in parameters]
+            if all(run.flat_start + run.numel <= run.flat.numel() for run in itertools.chain(*runs)):
+                found = torch.tensor([sum(run.numel for run in of_one) for of_one in runs], dtype=torch.float64)
         if (found if self.stage == 0 else self.all_reduce(found)).tolist() != want:
             raise RuntimeError(
                 f"DeepSpeed {_version()} cuts parameters in a way that crossbatch does not know; use another version of it, "
@@ -127,8 +130,8 @@ class ZeroLayout:
             )
 
 
-def lars_for_zero(engine: Engine) -> Engine:
-    """Tell the LARS inside an engine of DeepSpeed which parameters its flat partitions hold, and return the engine.
+def lars_for_zero(engine: "DeepSpeedEngine") -> "DeepSpeedEngine":
+    """Tell the LARS inside a DeepSpeed engine which parameters its flat partitions hold, and return the engine.
 
     ```
     optimizer = LARS(model.parameters(), lr=0.1, weight_decay=1e-6)
@@ -139,11 +142,23 @@ def lars_for_zero(engine: Engine) -> Engine:
     bf16 and fp16 (where DeepSpeed keeps fp32 copies), and `offload_optimizer` to "cpu". DeepSpeed wants
     `"zero_allow_untested_optimizer": true` and, with `offload_optimizer`, `"zero_force_ds_cpu_optimizer": false`.
 
+    Args:
+        engine: the first value that `deepspeed.initialize` returned; it was given the LARS as `optimizer`.
+
+    Returns:
+        The same engine, changed in place.
+
     Raises:
+        TypeError: if `engine` is something else, for example the model.
         ValueError: if the engine's optimizer is not a `crossbatch.LARS`.
         RuntimeError: if DeepSpeed keeps the parameters in a way that is not known here; names the version.
     """
-    optimizer: Any = engine.optimizer  # pyright: ignore[reportAttributeAccessIssue]
+    if not hasattr(engine, "zero_optimization_stage"):
+        raise TypeError(
+            f"lars_for_zero: engine is a {type(engine).__name__}; allowed: the first value of deepspeed.initialize, "
+            f"as in `engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)`"
+        )
+    optimizer: Any = engine.optimizer
     lars = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(lars, LARS):
         raise ValueError(
@@ -168,12 +183,6 @@ def _refuse_unknown_engine(engine: Any, layout: ZeroLayout) -> None:
     found = [reason for reason, applies in reasons.items() if applies]
     if found:
         raise RuntimeError(f"DeepSpeed {_version()}: crossbatch does not support {found[0]}")
-
-
-def _checked(run: ZeroSlice) -> ZeroSlice:
-    if run.flat_start + run.numel > run.flat.numel():
-        raise ValueError("a run ends behind its flat tensor")
-    return run
 
 
 def _version() -> str:

@@ -17,7 +17,7 @@ from crossbatch import InputError
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
 from crossbatch.engine.checkpoint.changes import differences, fixed_values
-from crossbatch.engine.checkpoint.slices import SliceSavePlanner, shares
+from crossbatch.engine.checkpoint.slices import shares
 from crossbatch.engine.checkpoint.store import read_manifest
 from crossbatch.engine.config import Config, FinetuneConfig, load_config, resumable_keys, to_dict
 from crossbatch.engine.config.evaluation import LinearConfig
@@ -151,12 +151,13 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         checkpoint.read(folder, "parameters.")
 
 
-def test_slices_must_cover_every_element_once():
+def test_slices_must_cover_every_element_once(tmp_path):
     whole = torch.arange(6.0)
     for slices in ({0: whole[:3]}, {0: whole[:4], 3: whole[3:]}, {2: whole[2:]}):
-        planner = SliceSavePlanner({("a", start): values for start, values in slices.items()}, {"a": 6})
-        with pytest.raises(AssertionError, match="held by no rank"):
-            planner.create_global_plan([planner.create_local_plan()])
+        staged = {("a", start): values for start, values in slices.items()}
+        with pytest.raises(RuntimeError, match="held by no rank"):
+            checkpoint.write(tmp_path, staged, manifest_of(2, {"a": [6]}), {"world_size": 1}, Keep(1))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_shares_cover_what_all_ranks_hold():
@@ -251,7 +252,7 @@ def test_a_power_cut_between_any_two_file_operations_leaves_a_good_checkpoint(tm
         candidates = checkpoint.candidates(out, "auto")
         assert candidates and all(good(path) for path in candidates)
         found.append(candidates[0].name)
-        checkpoint.clean(out / "checkpoints")  # the next attempt does so at its start
+        checkpoint.create_run_directory(out)  # the next attempt does so at its start
         save(out / "checkpoints", 4, Keep(1))
         assert sorted(path.name for path in (out / "checkpoints").glob("*")) == ["latest", "step-00000004"]
     assert (

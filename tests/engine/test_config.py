@@ -240,6 +240,12 @@ def test_the_table_for_users_is_that_of_the_schema():
         ),
         (["optimizer.params.decay_after_momentum=true"], 1, CPU, ["decay_after_momentum", "set the variant to mlperf"]),
         (
+            ["optimizer.params.eps=0.1"],
+            1,
+            CPU,
+            ["optimizer.params.eps: given 0.1", "moco-v3", "set the variant to larc"],
+        ),
+        (
             ["crossbatch.sharding=fsdp", "zero_optimization.overlap_comm=true"],
             1,
             CPU,

@@ -236,6 +236,9 @@ def test_forgetting_lars_for_zero_raises(pools, ranks, stage):
 
 def refused() -> list[str]:
     messages = []
+    for wrong in (network(), (network(), None)):
+        with pytest.raises(TypeError, match=r"lars_for_zero: engine is a .*; allowed: .* deepspeed\.initialize"):
+            lars_for_zero(wrong)  # pyright: ignore[reportArgumentType]
     engine = initialize(1, optimizer=torch.optim.SGD)
     with pytest.raises(ValueError, match="lars_for_zero") as error:
         lars_for_zero(engine)
@@ -384,6 +387,17 @@ def test_groups_by_name():
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             lars_param_groups(model, **wrong)
+
+
+def test_the_longest_whole_name_decides():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(11)))
+    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
+    for scales in ({"1": 0.1, "10": 0.2, "10.bias": 0.3}, {"10.bias": 0.3, "10.": 0.2, "1.": 0.1}):
+        groups = lars_param_groups(model, lr=1.0, lr_scales=scales)
+        found = {names[p]: g["lr"] for g in groups for p in g["params"] if g["lr"] != 1.0}
+        assert found == {"1.weight": 0.1, "1.bias": 0.1, "10.weight": 0.2, "10.bias": 0.3}
+    with pytest.raises(ValueError, match=r"'1' fits no trainable parameter, or none that no longer name fits"):
+        lars_param_groups(model, lr=1.0, lr_scales={"1": 0.1, "1.": 0.2})
 
 
 def test_the_import_is_light():

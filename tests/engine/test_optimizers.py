@@ -150,12 +150,40 @@ def test_lars_refuses_what_it_does_not_know():
         LARS([p], lr=1.0, clip_trust_ratio=True)
     with pytest.raises(ValueError, match="weight_decay is -1; allowed: >= 0"):
         LARS([{"params": [p], "weight_decay": -1}], lr=1.0)
+    with pytest.raises(ValueError, match="eps is part of variants larc and mlperf, not of moco-v3"):
+        LARS([p], lr=1.0, eps=0.1)
+    with pytest.raises(ValueError, match=r"has the key 'adapt'; allowed: lr, weight_decay, .*, adapts, params"):
+        LARS([{"params": [p], "adapt": False}], lr=1.0)
     optimizer = LARS([p], lr=1.0)
     optimizer.param_groups[0]["params"] = [torch.ones(4, requires_grad=True)]
     with pytest.raises(RuntimeError, match=r"shape \[4\] that is not one of the parameters.*lars_for_zero"):
         optimizer.step()
     with pytest.raises(TypeError, match=r"in torch\.bfloat16; allowed: float32"):
         LARS([torch.ones(2, 2, dtype=torch.bfloat16)], lr=1.0).step()
+
+
+def test_lars_refuses_sparse_gradients():
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(
+        ValueError, match=r"shape \[4, 2\] is sparse; allowed: dense; build the embedding with sparse=False"
+    ):
+        LARS(embedding.parameters(), lr=1.0).step()
+
+
+def test_a_model_may_change_its_type_before_the_first_step_only():
+    model = torch.nn.Linear(3, 2)
+    optimizer = LARS(model.parameters(), lr=1.0)
+    for dtype in (torch.float64, torch.float64, torch.float32):
+        model.to(dtype)
+        model(torch.ones(1, 3, dtype=dtype)).sum().backward()
+        if dtype == torch.float64:
+            optimizer.step()
+            assert optimizer.state[model.weight]["mu"].dtype == torch.float64
+    with pytest.raises(
+        TypeError, match=r"in torch\.float32 on cpu, its velocity in torch\.float64 on cpu; allowed: the same"
+    ):
+        optimizer.step()
 
 
 def model_and_config(*overrides):
