@@ -16,7 +16,7 @@ import torch
 from benchmarks.measure import compare, in_new_process, over, peak_mib
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
-from crossbatch.engine.config import Device, autocast_dtype, resolve_precision
+from crossbatch.engine.config import Device, autocast_dtype, choose_precision
 from crossbatch.models import autocast
 from crossbatch.models.batchformer import BatchFormer, DropoutKey, fused
 from crossbatch.models.batchformer.dispatch import NAMES, Situation, reason_against
@@ -51,7 +51,7 @@ def _names(compiled: bool) -> list[str]:
 def _layer(name: str, G: int, C: int) -> Callable[[], torch.Tensor]:
     """Return a call of the layer in the precision of this device; the input has a gradient."""
     device = Device.detect()
-    dtype = autocast_dtype(resolve_precision("auto", device))
+    dtype = autocast_dtype(choose_precision("auto", device)[0])
     torch.manual_seed(0)
     x = torch.randn(1, G, C, device=device.type, requires_grad=True)
     if name in NAMES:
@@ -74,7 +74,7 @@ def _backward(forward: Callable[[], torch.Tensor]) -> None:
 
 
 def _settings(G: int, C: int) -> dict:
-    return {"G": G, "C": C, "heads": 4, "precision": resolve_precision("auto", Device.detect())}
+    return {"G": G, "C": C, "heads": 4, "precision": choose_precision("auto", Device.detect())[0]}
 
 
 def _time(G: int, C: int, names: list[str], seconds: float) -> Iterator[Row]:

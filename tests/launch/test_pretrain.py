@@ -61,6 +61,7 @@ def test_dry_run_of_the_main_recipe(monkeypatch, capsys):
         "sharding": "zero",
         "zero_stage": 1,
         "precision": "fp32",
+        "device": "CPU",
     }
 
 
