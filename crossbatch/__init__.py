@@ -57,7 +57,7 @@ __all__ = [
 
 
 class InputError(ValueError):
-    """Says that the user's input was wrong; the commands print the message without a traceback and exit with code 2.
+    """The user's input was wrong; the commands print the message without a traceback and exit with code 2.
 
     The message names where (key path, flag or file), what was given, what is allowed, and what to change in the input; trying
     again without that change fails again.
@@ -65,7 +65,7 @@ class InputError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """Says that the run stopped itself (non-finite loss, lost data) with everything saved; the commands exit with code 3."""
+    """The run stopped itself (non-finite loss, lost data) with everything saved; the commands exit with code 3."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Flags that the commands share, and the flags of the released code of MoCo v3 and BatchFormer as aliases of keys."""
+"""Declare the flags that commands share, and the flags of MoCo v3's and BatchFormer's released code as aliases of keys."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ ALIASES: list[Alias] = [
     (("-p", "--print-freq"), "crossbatch.log.every_steps", int),
     (("--epochs",), "crossbatch.schedule.epochs", int),
     (("--warmup-epochs",), "crossbatch.schedule.warmup_epochs", float),
-    (("--optimizer",), "optimizer.type", str),
+    (("--optimizer",), "optimizer.type", lambda name: {"lars": "LARS", "adamw": "AdamW"}.get(name, name)),
     (("--lr", "--learning-rate"), "optimizer.params.base_lr", float),
     (("--wd", "--weight-decay"), "optimizer.params.weight_decay", float),
     (("--momentum",), "optimizer.params.momentum", float),
@@ -102,14 +102,11 @@ def positive(text: str) -> int:
 
 def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> list[str]:
     """Return what the flags say as key=value pairs: data, aliases, then --set in its order."""
-    pairs = []
     data = arguments.data or arguments.data_positional
-    if data:
-        pairs.append(f"crossbatch.data.path={json.dumps(data)}")
+    pairs = [f"crossbatch.data.path={json.dumps(data)}"] if data else []
     for _, path, kind in aliases:
         value = getattr(arguments, path)
         if value is not None:
-            value = {"lars": "LARS", "adamw": "AdamW"}.get(value, value) if path == "optimizer.type" else value
             pairs.append(f"{path}={json.dumps(value) if kind is str else value}")
     return pairs + arguments.set
 

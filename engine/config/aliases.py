@@ -1,4 +1,4 @@
-"""Former names of keys, which recipes, --set and the config.json of old runs may use."""
+"""Translate former names of keys, which recipes, --set and the config.json of old runs may use."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ ALIASES = {
 
 
 class Pairs(list):
-    """A JSON object as its (key, value) pairs, so that a key that is given twice can still be seen."""
+    """Holds a JSON object as its (key, value) pairs, so that a key that is given twice can still be seen."""
 
 
 def current_path(path: str) -> str:

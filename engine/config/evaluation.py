@@ -20,7 +20,7 @@ NOT_SAID = "if the checkpoint does not say"
 
 
 class FrozenModelConfig(Section):
-    """Names the network. What the checkpoint says of itself (most say everything) cannot be contradicted."""
+    """Declares the keys that name a network. What its checkpoint says of itself, mostly everything, cannot be contradicted."""
 
     checkpoint: str | None = key(None, CHECKPOINT, resumable=True)
     arch: str | None = key(None, f"backbone, {NOT_SAID}")

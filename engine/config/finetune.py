@@ -75,7 +75,7 @@ class FinetuneConfig(schema.DeepSpeedConfig):
 
 @dataclass(frozen=True)
 class ResolvedFinetune(Resolved[FinetuneSection, FinetuneOptimizerConfig]):
-    """A configuration of fine-tuning without "auto", and the numbers that follow from it."""
+    """Holds a configuration of fine-tuning without "auto", and the numbers that follow from it."""
 
     config: FinetuneConfig
 

@@ -16,7 +16,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 class Section(BaseModel):
-    """A section of a recipe: it cannot be changed, takes no "8" for 8 nor 1 for true, and no key that is not declared."""
+    """Holds a section of a recipe: it cannot be changed, takes no "8" for 8 nor 1 for true, and no key that is not declared."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 

@@ -16,7 +16,7 @@ from crossbatch.models.loss import chance_loss
 
 @dataclass(frozen=True)
 class Device:
-    """The hardware of a rank, as far as a configuration depends on it."""
+    """Describes the hardware of a rank, as far as a configuration depends on it."""
 
     type: str  # "cuda" or "cpu"
     has_bf16: bool = True
@@ -36,7 +36,7 @@ Optimizer = TypeVar("Optimizer")
 
 @dataclass(frozen=True)
 class Resolved(Generic[Crossbatch, Optimizer]):
-    """A configuration without "auto", and the numbers that follow from it for any kind of training."""
+    """Holds a configuration without "auto", and the numbers that follow from it for any kind of training."""
 
     config: Any
     world_size: int
@@ -79,7 +79,7 @@ class Resolved(Generic[Crossbatch, Optimizer]):
 
 @dataclass(frozen=True)
 class ResolvedConfig(Resolved[CrossbatchConfig, OptimizerConfig]):
-    """A configuration of pretraining without "auto", and the numbers that follow from it."""
+    """Holds a configuration of pretraining without "auto", and the numbers that follow from it."""
 
     config: Config
     group_size: int | None  # None without BatchFormer
