@@ -94,8 +94,11 @@ def _asked(given: argparse.Namespace) -> _Asked | None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if given.dist_backend not in (None, backend):
         raise InputError(f"--dist-backend: given {given.dist_backend}; allowed here: {backend}; leave it out")
-    names = ("multiprocessing_distributed", "world_size", "rank", "gpu", "nproc_per_node", "dist_url")
-    asked = {name: value for name in names if (value := getattr(given, name)) not in (None, False, -1)}
+    numbers = ("world_size", "rank", "gpu", "nproc_per_node")
+    asked = {name: getattr(given, name) for name in numbers if getattr(given, name) not in (None, -1)}
+    asked |= {
+        name: getattr(given, name) for name in ("multiprocessing_distributed", "dist_url") if getattr(given, name)
+    }
     if "RANK" in os.environ and asked.get("dist_url") == "env://":
         del asked["dist_url"]
     if not asked:
