@@ -24,8 +24,6 @@ from crossbatch.engine.pretrained.formats import FORMATS
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, output_folder, overrides, positive
 
-_NAMED = 10  # broken images that are named
-
 
 def main() -> None:
     """Run the subcommand. Raises InputError."""
@@ -61,7 +59,7 @@ def shards(arguments: argparse.Namespace) -> None:
         if has_evaluation_split(arguments.data):
             folders["eval"] = arguments.output / "val"
         sources = {split: open_source(arguments.data, split) for split in folders}
-    for folder in (*folders.values(), *(path.with_name(f"{path.name}.writing") for path in folders.values())):
+    for folder in folders.values():
         if folder.exists():
             raise InputError(f"--output: {folder} exists already; remove it or give another folder")
     for split, folder in folders.items():
@@ -71,7 +69,7 @@ def shards(arguments: argparse.Namespace) -> None:
                 written = write_shards(sources[split], folder, arguments.images_per_shard, arguments.seed, advance)
             except OSError as error:
                 raise InputError(f"--output: cannot write {folder}: {error}; give a folder with room") from error
-        for name in written.skipped[:_NAMED]:
+        for name in written.skipped[:10]:
             print(f"left out, broken: {name}", file=sys.stderr)
         if not written.images:
             raise InputError(

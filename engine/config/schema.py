@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BeforeValidator, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
 from crossbatch.engine.config.keys import Auto, Section, key
 from crossbatch.models.loss import BatchFormerLoss
@@ -206,17 +206,10 @@ class OffloadConfig(Section):
     pin_memory: bool = key(True, "use page-locked host memory, for faster copies")
 
 
-def _no_bool(value: Any) -> Any:
-    """Refuse true, which counts as 1 in a Literal of numbers."""
-    if isinstance(value, bool):
-        raise ValueError("a number is needed")
-    return value
-
-
 class ZeroConfig(Section):
     """Declares how state is sharded: both shardings read `stage`; the other keys are DeepSpeed's, and FSDP2 refuses them."""
 
-    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = key(
+    stage: Annotated[int, Ge(0), Le(3)] = key(
         0, "0: replicate everything; 1: shard the optimizer's state; 2: also the gradients; 3: also the parameters"
     )
     overlap_comm: bool | None = key(None, "reduce gradients while the backward pass runs")

@@ -46,7 +46,10 @@ def write(folder: Path, text: str) -> Path:
         ('{"crossbatch": {"epochs": 5}}', ["crossbatch.epochs", "did you mean crossbatch.schedule.epochs?"]),
         ('{"optimizer": {"type": "AdamW", "params": {"momentum": 0.9}}}', ["optimizer.params.momentum", "no such key"]),
         ('{"zero_optimization": {"stag": 1}}', ["zero_optimization.stag", "zero_optimization.stage"]),
-        ('{"zero_optimization": {"stage": 4}}', ["zero_optimization.stage", "given 4", "0 or 1 or 2 or 3"]),
+        (
+            '{"zero_optimization": {"stage": 4}}',
+            ["zero_optimization.stage", "given 4", "a whole number (>= 0 and <= 3)"],
+        ),
         ('{"zero_optimization": {"stage": true}}', ["zero_optimization.stage", "given True"]),
         ('{"optimizer": {"type": "SGD"}}', ["optimizer.type", "'SGD'", '"LARS" or "AdamW"']),
         (
