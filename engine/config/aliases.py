@@ -51,7 +51,10 @@ def rename(value: Any, path: str = "") -> Any:
             raise InputError(f"{given}: given twice; allowed: once; remove one of the two")
         names.add(name)
         current, inner = current_path(given), rename(inner, given)
-        check_agreement(current, section.setdefault(current.rpartition(".")[2], inner), inner)
+        key = current.rpartition(".")[2]
+        if key in section:
+            check_agreement(current, section[key], inner)
+        section[key] = inner
     return section
 
 
