@@ -9,7 +9,7 @@ import torch
 from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config.load import to_dict
-from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig, ZeroConfig
+from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig
 from crossbatch.engine.config.user_input import user_input
 from crossbatch.models.loss import chance_loss
 
@@ -59,11 +59,6 @@ class Resolved(Generic[Crossbatch, Optimizer]):
     def optimizer(self) -> Optimizer:
         """Return the section `optimizer` of the configuration."""
         return self.config.optimizer
-
-    @property
-    def zero_optimization(self) -> ZeroConfig:
-        """Return the section `zero_optimization` of the configuration."""
-        return self.config.zero_optimization
 
     @property
     def train_batch_size(self) -> int:
