@@ -159,7 +159,7 @@ def check_training(config: Any, world_size: int) -> None:
     if offload != "none" and (sharding == "fsdp" or zero.stage == 0):
         raise InputError(
             f"zero_optimization.offload_optimizer.device: given {offload} with crossbatch.sharding {sharding} and "
-            f"zero_optimization.stage {zero.stage}; allowed: none, or with sharding zero and stage 1 to 3 cpu; set it to none"
+            f"zero_optimization.stage {zero.stage}; allowed: none, or cpu with sharding zero and stage 1 to 3; set it to none"
         )
     for name, value in to_dict(zero).items() if sharding == "fsdp" else ():
         if name not in ("stage", "offload_optimizer"):
