@@ -1,14 +1,12 @@
-"""Packaging. Every dependency is here for one reason, given beside it."""
+"""Build the package. Every dependency is here for one reason, given beside it."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-version = next(
-    line.split('"')[1]
-    for line in Path(__file__).with_name("crossbatch").joinpath("__init__.py").read_text().splitlines()
-    if line.startswith("__version__")
-)
+package = Path(__file__).with_name("crossbatch").joinpath("__init__.py").read_text(encoding="utf-8")
+(version,) = re.findall(r'^__version__ = "(.*)"', package, flags=re.MULTILINE)
 
 setup(
     name="crossbatch",

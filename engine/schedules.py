@@ -1,4 +1,4 @@
-"""Learning rate and encoder momentum as functions of the fractional epoch, as in MoCo v3 (Chen et al., 2021).
+"""Compute learning rate and encoder momentum from the fractional epoch, as MoCo v3 does (Chen et al., 2021).
 
 They depend on the step alone, so a resumed run needs no scheduler state.
 """

@@ -3,10 +3,12 @@
 Each command is the module of this package with its name, the same that `python launch/pretrain.py` runs.
 """
 
+import argparse
 import importlib
 import sys
 
 from crossbatch import __version__
+from crossbatch.launch.arguments import ArgumentParser
 
 COMMANDS = {
     "pretrain": "pretrain a backbone with MoCo v3 and BatchFormer",
@@ -21,19 +23,12 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Dispatch `sys.argv[1]` to the command of that name; exit code 2 for any other."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name == "--version":
-        print(__version__)
-        return
-    if name not in COMMANDS:
-        lines = [f"  {command:<10} {what}" for command, what in COMMANDS.items()]
-        text = "\n".join(["usage: crossbatch COMMAND [--help] ...", "", *lines])
-        if name in ("-h", "--help"):
-            print(text)
-            return
-        print(f"error: crossbatch: given {name!r}; allowed: {', '.join(COMMANDS)}\n\n{text}", file=sys.stderr)
-        sys.exit(2)
+    """Run the command that `sys.argv[1]` names with the arguments that follow; exit code 2 for any other name."""
+    what = "\n".join(f"  {command:<10} {meaning}" for command, meaning in COMMANDS.items())
+    parser = ArgumentParser(prog="crossbatch", description=what, usage="crossbatch COMMAND [--help] ...")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    name = parser.parse_args(sys.argv[1:2] or ["--help"]).command
     from crossbatch.engine.runtime.exit_codes import run_main
 
     module = importlib.import_module(f"crossbatch.launch.{name}")

@@ -1,4 +1,4 @@
-"""Flags that the commands share, and the flags of the released code of MoCo v3 and BatchFormer as aliases of keys."""
+"""Declare the flags that commands share, and the flags of MoCo v3's and BatchFormer's released code as aliases of keys."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from crossbatch import InputError
 
@@ -21,7 +21,7 @@ ALIASES: list[Alias] = [
     (("-p", "--print-freq"), "crossbatch.log.every_steps", int),
     (("--epochs",), "crossbatch.schedule.epochs", int),
     (("--warmup-epochs",), "crossbatch.schedule.warmup_epochs", float),
-    (("--optimizer",), "optimizer.type", str),
+    (("--optimizer",), "optimizer.type", lambda name: {"lars": "LARS", "adamw": "AdamW"}.get(name, name)),
     (("--lr", "--learning-rate"), "optimizer.params.base_lr", float),
     (("--wd", "--weight-decay"), "optimizer.params.weight_decay", float),
     (("--momentum",), "optimizer.params.momentum", float),
@@ -38,7 +38,7 @@ ALIASES: list[Alias] = [
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that takes flags only as they are spelt in its help, and shows the description with its line breaks.
+    """Parses flags only as they are spelt in its help, shows the description with its line breaks, and keeps errors short.
 
     argparse takes any unambiguous beginning of a flag, so that a flag that is added later can break a command that ran.
     """
@@ -47,40 +47,50 @@ class ArgumentParser(argparse.ArgumentParser):
         settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings}
         super().__init__(*arguments, **settings)
 
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong without the usage, which can fill a screen, and exit with code 2."""
+        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+
 
 def add_config_flags(
     parser: argparse.ArgumentParser, aliases: list[Alias] = ALIASES, title: str = "the originals' flags"
 ) -> None:
     """Add --deepspeed_config, --set, --data and the aliases; `overrides` turns them into key=value pairs."""
+    from crossbatch.engine.config.aliases import current_path  # late: `crossbatch --help` should not import torch
+
     parser.add_argument("--deepspeed_config", metavar="F", help="recipe, e.g. ds_configs/bs4096.json")
     parser.add_argument(
         "--set", metavar="path=value", action="append", default=[], help="override a key; repeatable, applied last"
     )
     parser.add_argument("--data", metavar="DIR", help="crossbatch.data.path")
     parser.add_argument("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    # The deepspeed launcher adds this one.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group(f"{title}, as aliases of configuration keys")
     for flags, path, kind in aliases:
+        key = current_path(path)
+        meaning = key if key == path else f"{key}, by the released code's number for it"
         if kind is None:
-            group.add_argument(*flags, dest=path, action="store_const", const="true", help=path)
+            group.add_argument(*flags, dest=path, action="store_const", const="true", help=meaning)
         else:
-            group.add_argument(*flags, dest=path, type=kind, metavar="X", help=path)
+            group.add_argument(*flags, dest=path, type=kind, metavar="X", help=meaning)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a command whose result can be continued: --out and --resume."""
+    parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default runs/<recipe>-<time>)")
+    what = "auto (default): continue what is in --out; none: start anew; or a path to continue from"
+    # The released code of MoCo v3 writes '' for none.
+    parser.add_argument("--resume", metavar="X", type=lambda text: text or "none", default="auto", help=what)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a command that trains step by step: --out, --steps, --resume, --allow-change."""
-    parser.add_argument("--out", metavar="DIR", type=Path, help="run directory (default runs/<recipe>-<time>)")
-    parser.add_argument(
-        "--steps", metavar="N", type=positive, help="stop at optimizer step N, counted from the start of the run"
-    )
-    parser.add_argument(
-        "--resume", metavar="auto|none|DIR", type=resume, default="auto", help="what to continue (default auto)"
-    )
-    parser.add_argument(
-        "--allow-change", metavar="KEY", action="append", default=[], help="resume although KEY changed; repeatable"
-    )
+    """Add the flags of a command that trains step by step: --out, --resume, --steps, --allow-change."""
+    add_output_flags(parser)
+    what = "stop at optimizer step N, counted from the start of the run"
+    parser.add_argument("--steps", metavar="N", type=positive, help=what)
+    what = "resume although KEY changed; repeatable"
+    parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=what)
 
 
 def positive(text: str) -> int:
@@ -90,35 +100,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def resume(text: str) -> str:
-    """Read the value of --resume, as a type for argparse; the released code of MoCo v3 writes '' for none."""
-    return text or "none"
-
-
 def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> list[str]:
     """Return what the flags say as key=value pairs: data, aliases, then --set in its order."""
-    pairs = []
     data = arguments.data or arguments.data_positional
-    if data:
-        pairs.append(f"crossbatch.data.path={json.dumps(data)}")
+    pairs = [f"crossbatch.data.path={json.dumps(data)}"] if data else []
     for _, path, kind in aliases:
         value = getattr(arguments, path)
         if value is not None:
-            value = {"lars": "LARS", "adamw": "AdamW"}.get(value, value) if path == "optimizer.type" else value
             pairs.append(f"{path}={json.dumps(value) if kind is str else value}")
     return pairs + arguments.set
 
 
-def default_out(recipe: str | None, name: str) -> Path:
-    """Return the folder that a command writes to without --out; `name` stands in for the recipe's."""
-    return Path("runs") / f"{Path(recipe).stem if recipe else name}-{time.strftime('%Y%m%d-%H%M%S')}"
+def output_folder(arguments: argparse.Namespace, name: str) -> Path:
+    """Return --out or, without it, runs/<recipe>-<time>; `name` stands in for the recipe's.
 
-
-def writable_folder(path: Path) -> Path:
-    """Return `path` if it can be created and written; checked before any data is opened. Raises InputError."""
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    Raises:
+        InputError: if it cannot be created and written, which is found out before any data is opened.
+    """
+    recipe = Path(arguments.deepspeed_config or name).stem
+    path = arguments.out or Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--out {path}: {existing} is not a writable folder; choose another with --out")
     return path

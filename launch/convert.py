@@ -1,4 +1,4 @@
-"""Converts data to tar shards, and checkpoints to and from the formats of other programs.
+"""Convert data to tar shards, and checkpoints to and from the formats of other programs.
 
 python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards
 python launch/convert.py import checkpoint_0099.pth.tar --out runs/continued --data /data/imagenet -a resnet50 -b 4096 ...
@@ -9,6 +9,7 @@ python launch/convert.py export --checkpoint checkpoint_0299.pth.tar --to timm -
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,23 +17,22 @@ from rich.progress import Progress
 
 from crossbatch import InputError
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
-from crossbatch.data.sources.shard_writer import Written, write_shards
+from crossbatch.data.sources.shard_writer import write_shards
 from crossbatch.engine.config import Device, load_config, resolve, user_input
 from crossbatch.engine.config.evaluation import ExportConfig
 from crossbatch.engine.pretrained.formats import FORMATS
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides, writable_folder
-
-_NAMED = 10  # broken images that are named
+from crossbatch.launch.arguments import ArgumentParser, add_config_flags, output_folder, overrides, positive
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
+    """Run the subcommand. Raises InputError."""
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_shards(commands)
-    add_import(commands)
-    add_export(commands)
-    return parser.parse_args()
+    for add in (add_shards, add_import, add_export):
+        add(commands)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
 
 
 def add_shards(commands) -> None:
@@ -46,49 +46,38 @@ def add_shards(commands) -> None:
     )
     parser.add_argument("--data", metavar="DIR", required=True, help="what to read: a folder or cifar10://DIR, ...")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
-    parser.add_argument("--images-per-shard", metavar="N", type=int, default=5000, help="default 5000")
+    parser.add_argument("--images-per-shard", metavar="N", type=positive, default=5000, help="default 5000")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order in the shards; default 0")
     parser.set_defaults(run=shards)
 
 
 def shards(arguments: argparse.Namespace) -> None:
     """Write the training and evaluation images as shards. Raises InputError."""
-    if arguments.images_per_shard < 1:
-        raise InputError(f"--images-per-shard: given {arguments.images_per_shard}; allowed: >= 1")
     folders = {"train": arguments.output / "train"}
     with user_input("--data"):
         prepare(arguments.data)
         if has_evaluation_split(arguments.data):
             folders["eval"] = arguments.output / "val"
         sources = {split: open_source(arguments.data, split) for split in folders}
-    for folder in (*folders.values(), *(path.with_name(f"{path.name}.writing") for path in folders.values())):
+    for folder in folders.values():
         if folder.exists():
             raise InputError(f"--output: {folder} exists already; remove it or give another folder")
     for split, folder in folders.items():
         with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task(str(folder), total=len(sources[split]))
+            advance = partial(progress.advance, progress.add_task(str(folder), total=len(sources[split])))
             try:
-                written = write_shards(
-                    sources[split],
-                    folder,
-                    arguments.images_per_shard,
-                    arguments.seed,
-                    lambda done, task=task, progress=progress: progress.advance(task, done),
-                )
+                written = write_shards(sources[split], folder, arguments.images_per_shard, arguments.seed, advance)
             except OSError as error:
                 raise InputError(f"--output: cannot write {folder}: {error}; give a folder with room") from error
-        report(folder, written)
+        for name in written.skipped[:10]:
+            print(f"left out, broken: {name}", file=sys.stderr)
+        if not written.images:
+            raise InputError(
+                f"--data: none of the {len(written.skipped)} images for {folder} can be read; nothing written"
+            )
+        left_out = f", {len(written.skipped)} broken images left out" if written.skipped else ""
+        print(f"{folder}: {written.images} images in {written.shards} shards{left_out}")
     print(f"next: python launch/pretrain.py --deepspeed_config ds_configs/bs4096.json --data {arguments.output}")
-
-
-def report(folder: Path, written: Written) -> None:
-    """Print what was written, with the first broken images. Raises InputError if no image could be read."""
-    for name in written.skipped[:_NAMED]:
-        print(f"left out, broken: {name}", file=sys.stderr)
-    if not written.images:
-        raise InputError(f"--data: none of the {len(written.skipped)} images for {folder} can be read; nothing written")
-    left_out = f", {len(written.skipped)} broken images left out" if written.skipped else ""
-    print(f"{folder}: {written.images} images in {written.shards} shards{left_out}")
 
 
 def add_import(commands) -> None:
@@ -118,13 +107,13 @@ def import_legacy(arguments: argparse.Namespace) -> None:
         )
     with user_input("crossbatch.data.path"):
         num_images = len(open_source(path, download=True))
-    notes = import_file(arguments.file, cfg, num_images, writable_folder(arguments.out))
-    print("\n".join(notes))
+    print("\n".join(import_file(arguments.file, cfg, num_images, output_folder(arguments, "import"))))
     print(f"next: python launch/pretrain.py --out {arguments.out} and the same recipe, flags and data")
 
 
 def add_export(commands) -> None:
     """Add `convert.py export`, which writes a checkpoint in the format of another program."""
+    formats = {"moco-v3": "to continue with the released code", **FORMATS}
     parser = commands.add_parser(
         "export",
         help="write a checkpoint in another format",
@@ -132,7 +121,6 @@ def add_export(commands) -> None:
         "write a backbone, of a run or of anything that launch/knn.py takes.",
         epilog="example: python launch/convert.py export --checkpoint runs/bs4096 --to torchvision --output resnet50.pth",
     )
-    formats = {"moco-v3": "to continue with the released code", **FORMATS}
     parser.add_argument("--checkpoint", metavar="DIR|FILE", type=Path, required=True, help="what to export")
     parser.add_argument(
         "--to", choices=formats, required=True, help="; ".join(f"{name}: {what}" for name, what in formats.items())
@@ -148,28 +136,22 @@ def add_export(commands) -> None:
 
 def export_checkpoint(arguments: argparse.Namespace) -> None:
     """Write a checkpoint in the format that --to names. Raises InputError."""
-    pairs = [f"crossbatch.model.checkpoint={json.dumps(str(arguments.checkpoint))}"]
-    for name in ("arch", "encoder"):
-        if getattr(arguments, name) is not None:
-            pairs.append(f"crossbatch.model.{name}={getattr(arguments, name)}")
-    pairs += arguments.set
+    named = {"arch": arguments.arch, "encoder": arguments.encoder}
+    pairs = [f"crossbatch.model.{name}={value}" for name, value in named.items() if value is not None] + arguments.set
     if arguments.to == "moco-v3":
-        if len(pairs) > 1:
-            raise InputError(f"--to moco-v3: writes the whole run, and {pairs[1]} would change nothing; leave it out")
         from crossbatch.engine.pretrained.moco_v3 import export_file
 
-        print("\n".join(export_file(arguments.checkpoint, arguments.output)))
-        return
-    config = load_config(None, pairs, ExportConfig)
-    from crossbatch.engine.evaluation.frozen import load_configured
-    from crossbatch.engine.pretrained.export import export
+        if pairs:
+            raise InputError(f"--to moco-v3: writes the whole run, and {pairs[0]} would change nothing; leave it out")
+        notes = export_file(arguments.checkpoint, arguments.output)
+    else:
+        from crossbatch.engine.evaluation.frozen import load_configured
+        from crossbatch.engine.pretrained.export import export
 
-    print("\n".join(export(load_configured(config.crossbatch.model, "auto"), arguments.to, arguments.output)))
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    arguments.run(arguments)
+        checkpoint = f"crossbatch.model.checkpoint={json.dumps(str(arguments.checkpoint))}"
+        config = load_config(None, [checkpoint, *pairs], ExportConfig)
+        notes = export(load_configured(config.crossbatch.model, "auto"), arguments.to, arguments.output)
+    print("\n".join(notes))
 
 
 if __name__ == "__main__":

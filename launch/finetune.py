@@ -4,8 +4,6 @@ python launch/finetune.py --deepspeed_config ds_configs/finetune_cifar10.json --
 deepspeed --num_gpus 8 launch/finetune.py --deepspeed_config ds_configs/finetune_pets.json --checkpoint runs/vitb --data pets://DIR
 """
 
-import argparse
-
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
@@ -31,15 +29,12 @@ ALIASES: list[Alias] = [
 ]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__)
-    add_config_flags(parser, ALIASES, "DeiT's flags, as aliases of configuration keys")
-    add_run_flags(parser)
-    return parser.parse_args()
-
-
 def main() -> None:
-    arguments = parse_arguments()
+    """Fine-tune on this rank. Raises InputError or RunStopped."""
+    parser = ArgumentParser(description=__doc__)
+    add_config_flags(parser, ALIASES, "DeiT's flags")
+    add_run_flags(parser)
+    arguments = parser.parse_args()
     config = load_config(arguments.deepspeed_config, overrides(arguments, ALIASES), FinetuneConfig)
     world = world_from_environment()
     cfg = resolve_finetune(config, world.size, Device.detect(), world.local_size)

@@ -1,19 +1,18 @@
-"""Classifies the evaluation images by their nearest training images in the features of a pretrained backbone.
+"""Classify the evaluation images by their nearest training images in the features of a pretrained backbone.
 
 python launch/knn.py --checkpoint runs/bs4096 --data /data/imagenet
 torchrun --nproc_per_node 8 launch/knn.py --checkpoint checkpoint_0099.pth.tar --data /data/imagenet --out runs/knn
 python launch/knn.py --checkpoint runs/cifar10 --data cifar10://datasets --set crossbatch.knn.k=[20,5]
 """
 
-import argparse
 from pathlib import Path
 
-from crossbatch.engine.config import Device, load_config, resolve_precision
+from crossbatch.engine.config import Device, choose_precision, load_config
 from crossbatch.engine.config.evaluation import KnnConfig
 from crossbatch.engine.config.resolve import share_cores
 from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, default_out, overrides, writable_folder
+from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, output_folder, overrides
 
 ALIASES: list[Alias] = [
     (("--checkpoint", "--pretrained"), "crossbatch.model.checkpoint", str),
@@ -24,22 +23,17 @@ ALIASES: list[Alias] = [
 ]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the command line."""
+def main() -> None:
+    """Run k-NN on this rank. Raises InputError or RunStopped."""
     parser = ArgumentParser(description=__doc__)
     add_config_flags(parser, ALIASES, "flags")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where results go (default runs/knn-<time>)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Run k-NN on this rank. Raises InputError or RunStopped."""
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
     config = load_config(arguments.deepspeed_config, overrides(arguments, ALIASES), KnnConfig)
     world, device = world_from_environment(), Device.detect()
-    resolve_precision(config.crossbatch.precision, device)
+    choose_precision(config.crossbatch.precision, device)  # refuses bf16 where there is none
     workers, threads = share_cores(config.crossbatch.data.workers, device, world.local_size)
-    out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, "knn"))
+    out = output_folder(arguments, "knn")
     with process_group(world, device.type, threads) as torch_device:
         from crossbatch.engine.evaluation.knn_evaluation import KnnEvaluation
 

@@ -1,4 +1,4 @@
-"""The originals' way to start ranks, so that their command lines (of pretraining and of the linear probe) run as they are:
+"""Start ranks as the originals do, so that their command lines (of pretraining and of the linear probe) run as they are:
 
     python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://node0:29500 ... DATA
     python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://node0:29500 ... DATA
@@ -11,201 +11,129 @@ launch/pretrain.py ...` does the same, and can restart what failed.
     python launch/pretrain.py --world-size 4 --rank 2 --gpu 0 --dist-url tcp://node0:29500 ... DATA
 
 Without --multiprocessing-distributed they count ranks, and this process is one of them.
-
-A flag that would change nothing is an error, unless it says what is the case anyway.
 """
 
 import argparse
 import math
 import os
+import re
 import sys
-import uuid
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import torch
 
 from crossbatch import InputError
+from crossbatch.launch.arguments import positive
 
-_RUN_ID = "crossbatch-legacy-launch-"  # by which a rank knows that one of these commands has started it
+_RUN_ID = "crossbatch-legacy-launch"  # by which a rank knows that one of these commands has started it
 _WORKERS = "crossbatch.data.workers"
 
 
 def add_legacy_launch_flags(parser: argparse.ArgumentParser) -> None:
-    """For `launched`."""
-    group = parser.add_argument_group("the originals' way to start ranks (launch/legacy_launch.py)")
-    group.add_argument(
-        "--multiprocessing-distributed", action="store_true", help="start the ranks of this node, one per GPU"
-    )
-    group.add_argument(
-        "--world-size", metavar="N", type=int, help="nodes; ranks, without --multiprocessing-distributed"
-    )
-    group.add_argument("--rank", metavar="N", type=int, help="of this node, or of this process, from 0")
-    group.add_argument("--dist-url", metavar="tcp://HOST:PORT", help="where they meet: HOST is the node of rank 0")
-    group.add_argument("--dist-backend", metavar="X", help="nccl on GPUs, gloo on CPUs, as would be taken anyway")
-    group.add_argument("--gpu", metavar="N", type=int, help="of this process, from 0, where it does not start others")
-    group.add_argument(
-        "--nproc-per-node", "--nproc_per_node", metavar="N", type=int, help="ranks to start instead of one per GPU"
-    )
-    group.add_argument("-e", "--evaluate", action="store_true", help=argparse.SUPPRESS)
-    group.add_argument(
-        "--start-epoch", metavar="0", type=_zero, help="only 0: a run goes on where its checkpoint stands"
-    )
-
-
-def _zero(text: str) -> int:
-    if text != "0":
-        raise argparse.ArgumentTypeError(
-            f"given {text}; allowed: 0; a run goes on where its checkpoint stands (--resume)"
-        )
-    return 0
+    """Add the flags that `launched` reads."""
+    add = parser.add_argument_group("the originals' way to start ranks (launch/legacy_launch.py)").add_argument
+    add("--multiprocessing-distributed", action="store_true", help="start the ranks of this node, one per GPU")
+    add("--world-size", metavar="N", type=int, help="nodes; ranks, without --multiprocessing-distributed")
+    add("--rank", metavar="N", type=int, help="number of this node, or of this process, from 0")
+    add("--dist-url", metavar="tcp://HOST:PORT", help="where they meet: HOST is the node of rank 0")
+    add("--dist-backend", metavar="X", help="nccl on GPUs, gloo on CPUs, as would be taken anyway")
+    add("--gpu", metavar="N", type=int, help="GPU of this process, from 0, where it does not start others")
+    add("--nproc-per-node", "--nproc_per_node", metavar="N", type=positive, help="ranks to start, if not one per GPU")
+    add("-e", "--evaluate", action="store_true", help=argparse.SUPPRESS)
+    add("--start-epoch", type=int, choices=[0], help="only 0: a run goes on where its checkpoint stands (--resume)")
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the flags ask for. With `processes` 0, this process is rank number `number` of `count` itself."""
+    """Holds what the flags ask for."""
 
-    processes: int  # that each node starts
+    processes: int  # that each node starts; 0: this process is rank number `number` of `count` itself
     count: int  # of nodes, or of ranks
     number: int
-    address: tuple[str, int] | None  # None: any free port of this machine
-    gpu: int | None
-
-    @property
-    def world_size(self) -> int:
-        return self.count * max(self.processes, 1)
+    address: str | None  # HOST:PORT; None: any free port of this machine
 
 
-def asked_world_size(arguments: argparse.Namespace) -> int | None:
-    """The ranks that the flags ask for, for a dry run; None where they ask for nothing. Raises InputError."""
-    asked = _asked(arguments)
-    return asked.world_size if asked else None
+def asked_world_size(given: argparse.Namespace) -> int | None:
+    """Return the number of ranks that the flags ask for, for a dry run; None if they ask for nothing. Raises InputError."""
+    asked = _asked(given)
+    return asked.count * max(asked.processes, 1) if asked else None
 
 
-def launched(arguments: argparse.Namespace) -> bool:
-    """Does what the flags ask for, before anything reads the environment or uses a GPU.
+def launched(given: argparse.Namespace) -> bool:
+    """Do what the flags ask for, before anything reads the environment or uses a GPU.
 
-    True: the ranks of this node have run, all is done. False: this process is a rank, as its environment says.
+    Returns:
+        True if the ranks of this node have run and all is done; False if this process is a rank, as its environment says.
 
-    Raises InputError, and SystemExit with the exit code of the first rank that failed.
+    Raises:
+        InputError: if the flags contradict each other, the machine, or another launcher.
+        SystemExit: with the exit code of the first rank that failed.
     """
-    asked = _asked(arguments)
-    if asked is None:
-        return False
-    if asked.processes:
-        _start_ranks(asked, getattr(arguments, _WORKERS, None))
+    asked = _asked(given)
+    if asked and asked.processes:
+        _start_ranks(asked, getattr(given, _WORKERS, None))
         return True
-    os.environ["LOCAL_RANK"] = str(asked.gpu or 0)
-    if asked.address:
-        host, port = asked.address
-        ranks = {"RANK": asked.number, "WORLD_SIZE": asked.count, "MASTER_ADDR": host, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in ranks.items()})
+    if asked:
+        os.environ["LOCAL_RANK"] = str(given.gpu or 0)
+    if asked and asked.address:
+        host, _, port = asked.address.rpartition(":")
+        meeting = {"MASTER_ADDR": host.strip("[]"), "MASTER_PORT": port}  # an IPv6 address has brackets in a URL
+        os.environ.update(RANK=str(asked.number), WORLD_SIZE=str(asked.count), **meeting)
     return False
 
 
 def _asked(given: argparse.Namespace) -> _Asked | None:
+    """Return what the flags ask for, None for nothing. A flag that would change nothing is an error."""
     if given.evaluate:
         raise InputError(
             "--evaluate: does nothing by itself; launch/linear.py with the --out of a finished probe evaluates it, and "
             "launch/knn.py a backbone"
         )
-    if os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN_ID):
+    if os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID:
         return None
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if given.dist_backend not in (None, backend):
-        where = "GPUs talk" if backend == "nccl" else "no GPU was found, and CPUs talk"
-        raise InputError(f"--dist-backend: given {given.dist_backend}; {where} through {backend}; leave it out")
-    for name in ("world_size", "rank"):
-        if getattr(given, name) == -1:  # the originals' way to say nothing
-            setattr(given, name, None)
+        raise InputError(f"--dist-backend: given {given.dist_backend}; allowed here: {backend}; leave it out")
+    numbers = ("world_size", "rank", "gpu", "nproc_per_node")
+    asked = {name: getattr(given, name) for name in numbers if getattr(given, name) not in (None, -1)}
+    asked |= {
+        name: getattr(given, name) for name in ("multiprocessing_distributed", "dist_url") if getattr(given, name)
+    }
+    if "RANK" in os.environ and asked.get("dist_url") == "env://":
+        del asked["dist_url"]
+    if not asked:
+        return None
     if "RANK" in os.environ:
-        return _require_agreement(given)
-    return _asked_of_node(given) if given.multiprocessing_distributed else _asked_of_process(given)
-
-
-def _require_agreement(given: argparse.Namespace) -> None:
-    """With torchrun or deepspeed, which have started this process."""
-    is_so = {"world_size": "WORLD_SIZE", "rank": "RANK", "gpu": "LOCAL_RANK"}
-    disagreeing = [name for name, variable in is_so.items() if getattr(given, name) not in (None, _variable(variable))]
-    disagreeing += ["multiprocessing_distributed"] * given.multiprocessing_distributed
-    disagreeing += ["nproc_per_node"] * (given.nproc_per_node is not None)
-    disagreeing += ["dist_url"] * (given.dist_url not in (None, "env://"))
-    if disagreeing:
-        flag = f"--{disagreeing[0].replace('_', '-')}"
+        flag = f"--{next(iter(asked)).replace('_', '-')}"
         raise InputError(
-            f"{flag}: given, but a launcher has started this process as rank {_variable('RANK')} of "
-            f"{_variable('WORLD_SIZE')}; leave {flag} out, or start the command with plain python"
+            f"{flag}: given, but a launcher has started this process as rank {os.environ['RANK']} of "
+            f"{os.environ.get('WORLD_SIZE')}; leave {flag} out, or start the command with plain python"
         )
-
-
-def _variable(name: str) -> int:
-    return int(os.environ.get(name, "0"))
-
-
-def _asked_of_node(given: argparse.Namespace) -> _Asked:
-    if given.gpu is not None:
+    starts, gpus = given.multiprocessing_distributed, torch.cuda.device_count()
+    if given.gpu is not None and (starts or not 0 <= given.gpu < gpus):
         raise InputError(
-            f"--gpu: given {given.gpu} with --multiprocessing-distributed, which starts one rank per GPU; leave it out, or "
-            f"choose GPUs with CUDA_VISIBLE_DEVICES"
+            f"--gpu: given {given.gpu}; allowed: the number of one of this machine's {gpus} GPUs, without "
+            f"--multiprocessing-distributed, which starts a rank on each; leave it out"
         )
-    gpus = torch.cuda.device_count()
-    processes = given.nproc_per_node if given.nproc_per_node is not None else gpus or 1
-    if processes < 1 or (gpus and processes > gpus):
-        allowed = f"1 to {gpus}, the GPUs of this machine" if gpus else ">= 1"
-        raise InputError(f"--nproc-per-node: given {processes}; allowed: {allowed}")
-    nodes, number = _count_and_number(given, "nodes")
-    return _Asked(processes, nodes, number, _address(given.dist_url, nodes, "nodes"), None)
-
-
-def _asked_of_process(given: argparse.Namespace) -> _Asked | None:
-    if given.nproc_per_node is not None:
+    if given.nproc_per_node is not None and not starts:
         raise InputError(
             f"--nproc-per-node: given {given.nproc_per_node} without --multiprocessing-distributed, which starts ranks; add it"
         )
-    if given.world_size is None and given.rank is None and given.dist_url is None and given.gpu is None:
-        return None
-    gpus = torch.cuda.device_count()
-    if given.gpu is not None and not 0 <= given.gpu < gpus:
-        allowed = f"0 to {gpus - 1}" if gpus else "nothing, as no GPU was found; leave it out"
-        raise InputError(f"--gpu: given {given.gpu}; allowed: {allowed}")
-    ranks, number = _count_and_number(given, "ranks")
-    if ranks == 1 and given.dist_url is not None:
-        raise InputError(
-            f"--dist-url: given {given.dist_url} for one process, which meets nobody; leave it out, or add "
-            f"--multiprocessing-distributed, or --world-size and --rank"
-        )
-    if ranks > 1 and gpus > 1 and given.gpu is None:
-        raise InputError(
-            f"--gpu: not given, but this machine has {gpus} GPUs; say which is this rank's, or let "
-            f"--multiprocessing-distributed start a rank on each"
-        )
-    return _Asked(0, ranks, number, _address(given.dist_url, ranks, "ranks"), given.gpu)
-
-
-def _count_and_number(given: argparse.Namespace, what: str) -> tuple[int, int]:
-    count = 1 if given.world_size is None else given.world_size
+    what, count = "nodes" if starts else "ranks", asked.get("world_size", 1)
     if count < 1:
         raise InputError(f"--world-size: given {count}; allowed: >= 1, the number of {what}")
-    number = 0 if given.rank is None and count == 1 else given.rank
+    number = asked.get("rank", 0 if count == 1 else None)
     if number is None or not 0 <= number < count:
         raise InputError(f"--rank: given {number}; allowed: 0 to {count - 1}, as --world-size is {count} ({what})")
-    return count, number
-
-
-def _address(url: str | None, count: int, what: str) -> tuple[str, int] | None:
-    if url is None and count == 1:
-        return None
-    try:
-        parts = urlsplit(url or "")
-        scheme, host, port = parts.scheme, parts.hostname, parts.port
-    except ValueError:  # brackets or a port that are none
-        scheme = host = port = None
-    if scheme != "tcp" or not host or not port:
+    meeting = re.fullmatch(r"tcp://(.+:\d+)", given.dist_url or "")
+    is_alone = count == 1 and not starts
+    if (is_alone and given.dist_url) or (not meeting and (given.dist_url or count > 1)):
         raise InputError(
-            f"--dist-url: given {url or 'nothing'} for {count} {what}; allowed: tcp://HOST:PORT, a free port of the machine "
-            f"of rank 0"
+            f"--dist-url: given {given.dist_url or 'nothing'} for {count} {what}; allowed: tcp://HOST:PORT, a free port of the "
+            f"machine of rank 0; for one process, leave it out"
         )
-    return host, port
+    processes = (given.nproc_per_node or gpus or 1) if starts else 0
+    return _Asked(processes, count, number, meeting[1] if meeting else None)
 
 
 def _start_ranks(asked: _Asked, workers: int | None) -> None:
@@ -213,15 +141,13 @@ def _start_ranks(asked: _Asked, workers: int | None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    host, port = asked.address or ("localhost", 0)
-    host = f"[{host}]" if ":" in host else host  # IPv6
     ranks = LaunchConfig(
         min_nodes=asked.count,
         max_nodes=asked.count,
         nproc_per_node=asked.processes,
-        run_id=_RUN_ID + ("static" if asked.address else uuid.uuid4().hex),
+        run_id=_RUN_ID,
         rdzv_backend="static" if asked.address else "c10d",
-        rdzv_endpoint=f"{host}:{port}",
+        rdzv_endpoint=asked.address or "localhost:0",
         rdzv_configs={"rank": asked.number} if asked.address else {},
         max_restarts=0,
     )

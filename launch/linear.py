@@ -1,14 +1,11 @@
-"""Trains a linear classifier on the frozen features of a pretrained backbone; the defaults are those of MoCo v3.
+"""Train a linear classifier on the frozen features of a pretrained backbone; the defaults are those of MoCo v3.
 
 torchrun --nproc_per_node 8 launch/linear.py --checkpoint runs/bs4096 --data /data/imagenet
 python launch/linear.py -a vit_small --pretrained checkpoint_0299.pth.tar --lr 3 /data/imagenet
 python launch/linear.py --checkpoint runs/cifar10 --data cifar10://datasets --cache --lr '[0.01, 0.1, 1]' --epochs 30
 """
 
-import argparse
-import contextlib
 import json
-from pathlib import Path
 
 from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.evaluation import LinearConfig
@@ -19,21 +16,16 @@ from crossbatch.launch.arguments import (
     Alias,
     ArgumentParser,
     add_config_flags,
-    default_out,
+    add_output_flags,
+    output_folder,
     overrides,
-    resume,
-    writable_folder,
 )
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 
-def number_or_list(text: str) -> str:
-    """Return a number or a list as JSON, for argparse; a number may be written as in Python, such as .1. Raises ValueError."""
-    with contextlib.suppress(ValueError):
-        return repr(float(text))
-    if not isinstance(json.loads(text), (int, float, list)):
-        raise ValueError(text)
-    return text
+def number_or_list(text: str) -> float | list:
+    """Return a number, or a list that is written as JSON, for argparse. Raises ValueError."""
+    return json.loads(text) if text.startswith("[") else float(text)
 
 
 ALIASES: list[Alias] = [
@@ -52,31 +44,19 @@ ALIASES: list[Alias] = [
 ]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the command line."""
-    parser = ArgumentParser(description=__doc__)
-    add_config_flags(parser, ALIASES, "flags")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where results go (default runs/linear-<time>)")
-    parser.add_argument(
-        "--resume",
-        metavar="auto|none|DIR|FILE",
-        type=resume,
-        default="auto",
-        help="probe to continue (default auto: the one in --out)",
-    )
-    add_legacy_launch_flags(parser)
-    return parser.parse_args()
-
-
 def main() -> None:
     """Run the linear probe on this rank. Raises InputError or RunStopped."""
-    arguments = parse_arguments()
+    parser = ArgumentParser(description=__doc__)
+    add_config_flags(parser, ALIASES, "flags")
+    add_output_flags(parser)
+    add_legacy_launch_flags(parser)
+    arguments = parser.parse_args()
     config = load_config(arguments.deepspeed_config, overrides(arguments, ALIASES), LinearConfig)
     if launched(arguments):
         return
     world, device = world_from_environment(), Device.detect()
     cfg = resolve_training(config, world.size, device, world.local_size)
-    out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, "linear"))
+    out = output_folder(arguments, "linear")
     with process_group(world, device.type, cfg.threads) as torch_device:
         from crossbatch.engine.evaluation.linear_evaluation import LinearEvaluation
 

@@ -21,24 +21,19 @@ from crossbatch.launch.legacy_launch import add_legacy_launch_flags, asked_world
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the command line; flags that contradict each other exit with code 2."""
     parser = ArgumentParser(description=__doc__)
     add_config_flags(parser)
     add_run_flags(parser)
     add_legacy_launch_flags(parser)
-    parser.add_argument(
-        "--profile",
-        metavar="N",
-        type=positive,
-        default=0,
-        help="time N steps part by part, and trace N, into OUT/profile",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would run as JSON, without data or processes"
-    )
-    parser.add_argument("--world-size-hint", metavar="N", type=int, help="with --dry-run: as if on N ranks")
+    what = "time N steps part by part, and trace N, into OUT/profile"
+    parser.add_argument("--profile", metavar="N", type=positive, default=0, help=what)
+    what = "print what would run as JSON, without data or processes"
+    parser.add_argument("--dry-run", action="store_true", help=what)
+    parser.add_argument("--world-size-hint", metavar="N", type=positive, help="with --dry-run: as if on N ranks")
     arguments = parser.parse_args()
-    if arguments.world_size_hint is not None and not (arguments.dry_run and arguments.world_size_hint >= 1):
-        parser.error(f"--world-size-hint: given {arguments.world_size_hint}; allowed: >= 1, with --dry-run")
+    if arguments.world_size_hint is not None and not arguments.dry_run:
+        parser.error(f"--world-size-hint: given {arguments.world_size_hint}; allowed: only with --dry-run")
     if Path(arguments.resume).is_file():
         parser.error(
             f"--resume: {arguments.resume} is a file; allowed: auto, none, a run directory or one of its checkpoints/step-N; "
@@ -48,12 +43,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Pretrain on this rank, or print what would run. Raises InputError or RunStopped."""
     arguments = parse_arguments()
     config = load_config(arguments.deepspeed_config, overrides(arguments))
     if arguments.dry_run:
         ranks = arguments.world_size_hint or asked_world_size(arguments) or world_from_environment().size
         cfg = resolve(config, ranks, Device.detect())
-        print(json.dumps(describe(cfg, steps_per_epoch(config)), indent=2))
+        print(json.dumps({**describe(cfg, steps_per_epoch(config)), "device": cfg.device.name}, indent=2))
         return
     if launched(arguments):
         return

@@ -1,4 +1,4 @@
-"""Trains a task from the command line, as `pretrain.py` and `finetune.py` do once their configuration is resolved."""
+"""Train a task from the command line, as `pretrain.py` and `finetune.py` do once their configuration is resolved."""
 
 import argparse
 import os
@@ -11,17 +11,12 @@ import torch
 from crossbatch import InputError
 from crossbatch.engine.checkpoint import check_allowed
 from crossbatch.engine.config import Resolved
-from crossbatch.engine.runtime.distributed import (
-    World,
-    broadcast_object,
-    make_deterministic,
-    may_be_restarted,
-    process_group,
-)
+from crossbatch.engine.runtime import distributed
+from crossbatch.engine.runtime.distributed import World
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.start import build_trainer
 from crossbatch.engine.tasks.task import Task
-from crossbatch.launch.arguments import default_out, writable_folder
+from crossbatch.launch.arguments import output_folder
 
 
 def train(
@@ -43,28 +38,21 @@ def train(
         profile_steps: how many steps to profile; 0 for none.
     """
     check_allowed(arguments.allow_change, type(cfg.config))
-    if arguments.out is None and may_be_restarted():
+    if arguments.out is None and distributed.may_be_restarted():
         raise InputError(
             "--out: not given, but torchrun may restart this run, which then must find its checkpoints; name one"
         )
-    out = writable_folder(arguments.out or default_out(arguments.deepspeed_config, name))
+    out = output_folder(arguments, name)
     timeout_s, device_type = cfg.crossbatch.watch.timeout_s, cfg.device.type
     # NCCL would end a process whose peer is gone, with SIGABRT; `Watchdog` does so with a message that names the peer.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if cfg.crossbatch.deterministic:
-        make_deterministic()
-    with process_group(world, device_type, cfg.threads, timeout_s) as device, Watchdog(world, timeout_s) as watchdog:
-        out = broadcast_object(out)
+        distributed.make_deterministic()
+    group = distributed.process_group(world, device_type, cfg.threads, timeout_s)
+    with group as device, Watchdog(world, timeout_s) as watchdog:
+        out = distributed.broadcast_object(out)
         task = build_task(cfg, world, device, out)
         trainer = build_trainer(
-            task,
-            world,
-            device,
-            out,
-            arguments.resume,
-            arguments.steps,
-            arguments.allow_change,
-            watchdog,
-            profile_steps,
+            task, world, device, out, arguments.resume, arguments.steps, arguments.allow_change, watchdog, profile_steps
         )
         trainer.train()

@@ -14,7 +14,7 @@ import torch
 from benchmarks.measure import compare, compare_peaks, peak_mib
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
-from crossbatch.engine.config import Device, autocast_dtype, resolve_precision
+from crossbatch.engine.config import Device, autocast_dtype, choose_precision
 from crossbatch.models import autocast
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
 from crossbatch.models.batchformer.dispatch import NAMES, Situation, reason_against
@@ -32,7 +32,7 @@ def run(effort: Effort) -> Iterator[Row]:
     situation = Situation.on(torch.device(device.type), dropout=0.0)
     names = [EAGER, *(name for name in NAMES if reason_against(name, situation) is None)]
     names += [COMPILED] if device.type == "cuda" and effort is Effort.FULL else []
-    facts = {"heads": 4, "precision": resolve_precision("auto", device)}
+    facts = {"heads": 4, "precision": choose_precision("auto", device)}
     full, full_memory = (GPU_SIZES, GPU_SIZES) if device.type == "cuda" else (CPU_SIZES, CPU_MEMORY_SIZES)
     for G, C in effort.pick([(64, 384)], BRIEF_SIZES[device.type], full):
         layers = {name: _layer(name, G, C) for name in names}
@@ -48,7 +48,7 @@ def run(effort: Effort) -> Iterator[Row]:
 def _layer(name: str, G: int, C: int) -> Callable[[], torch.Tensor]:
     """Return a call of the layer in the precision of this device; the input has a gradient."""
     device = Device.detect()
-    dtype = autocast_dtype(resolve_precision("auto", device))
+    dtype = autocast_dtype(choose_precision("auto", device)[0])
     torch.manual_seed(0)
     x = torch.randn(1, G, C, device=device.type, requires_grad=True)
     if name in NAMES:

@@ -1,12 +1,12 @@
-"""Everything between a recipe and the numbers of a run.
+"""Read a recipe, check it, and resolve it into the numbers of a run.
 
-schema      every key of pretraining; `finetune` and `evaluation` have those of the other commands
-keys        how keys are declared, and what can be asked about them
-aliases     former names of keys
-load        JSON -> a checked configuration
-resolve     "auto" -> numbers, for a world size and a device
-user_input  errors about arguments -> errors about keys
-document    the table of all keys in ds_configs/README.md
+schema      declares every key of pretraining; `finetune` and `evaluation` those of the other commands
+keys        says how a key is declared, and answers what is known about keys
+aliases     translates former names of keys
+load        reads JSON and checks it
+resolve     replaces "auto" by numbers, for a world size and a device
+user_input  turns errors about arguments into errors about keys
+document    makes the tables of all keys in ds_configs/README.md
 """
 
 from crossbatch.engine.config.finetune import FinetuneConfig, ResolvedFinetune, resolve_finetune
@@ -19,7 +19,6 @@ from crossbatch.engine.config.resolve import (
     autocast_dtype,
     choose_precision,
     resolve,
-    resolve_precision,
     usable_cores,
 )
 from crossbatch.engine.config.schema import AdamWConfig, Config, LarsConfig, WatchConfig
@@ -42,7 +41,6 @@ __all__ = [
     "parse_config",
     "resolve",
     "resolve_finetune",
-    "resolve_precision",
     "resumable_keys",
     "to_dict",
     "usable_cores",

@@ -1,4 +1,4 @@
-"""Makes the tables of all keys in ds_configs/README.md from the schema: `python -m crossbatch.engine.config.document`."""
+"""Make the tables of all keys in ds_configs/README.md from the schema: `python -m crossbatch.engine.config.document`."""
 
 import json
 

@@ -1,10 +1,10 @@
-"""The keys of the commands that look at a frozen backbone: k-NN, the linear probe, export.
+"""Declare the keys of the commands that use a frozen backbone: k-NN, the linear probe, export.
 
 A key that also exists in pretraining has the same name and meaning. Defaults are those of MoCo v3's linear evaluation.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le, MinLen
 
@@ -20,7 +20,7 @@ NOT_SAID = "if the checkpoint does not say"
 
 
 class FrozenModelConfig(Section):
-    """A checkpoint of ours says all of this itself, as most of the released files do; what it says cannot be contradicted."""
+    """Declares the keys that name a network. What its checkpoint says of itself, mostly everything, cannot be contradicted."""
 
     checkpoint: str | None = key(None, CHECKPOINT, resumable=True)
     arch: str | None = key(None, f"backbone, {NOT_SAID}")
@@ -30,13 +30,13 @@ class FrozenModelConfig(Section):
 
 
 class ExportModelConfig(Section):
-    model: FrozenModelConfig = key(FrozenModelConfig, "the network")
+    model: FrozenModelConfig = FrozenModelConfig()
 
 
 class ExportConfig(Section):
-    """The keys of `launch/convert.py export`."""
+    """Declares the keys of `launch/convert.py export`."""
 
-    crossbatch: ExportModelConfig = key(ExportModelConfig, "everything")
+    crossbatch: ExportModelConfig = ExportModelConfig()
 
 
 class KnnImagesConfig(Section):
@@ -53,17 +53,17 @@ class VotesConfig(Section):
 
 
 class KnnSection(Section):
-    model: FrozenModelConfig = key(FrozenModelConfig, "the network")
-    data: KnnImagesConfig = key(KnnImagesConfig, "images")
-    knn: VotesConfig = key(VotesConfig, "the vote")
+    model: FrozenModelConfig = FrozenModelConfig()
+    data: KnnImagesConfig = KnnImagesConfig()
+    knn: VotesConfig = VotesConfig()
     precision: Precision = key("fp32", "autocast of the backbone")
 
 
 class KnnConfig(Section):
-    """The keys of `launch/knn.py`."""
+    """Declares the keys of `launch/knn.py`."""
 
     train_micro_batch_size_per_gpu: Count = key(256, "images that the backbone sees at once")
-    crossbatch: KnnSection = key(KnnSection, "everything that DeepSpeed has no key for")
+    crossbatch: KnnSection = KnnSection()
 
 
 class TrainImagesConfig(schema.ImageConfig):
@@ -72,7 +72,6 @@ class TrainImagesConfig(schema.ImageConfig):
 
 
 class SgdConfig(Section):
-    KIND: ClassVar = "SGD"
     base_lr: LearningRate | Annotated[tuple[LearningRate, ...], MinLen(1)] | Auto = key(
         "auto",
         "first learning rate: base_lr * train_batch_size / reference_batch; auto: 0.1 (ResNet) or 3 (ViT); a list trains a "
@@ -85,7 +84,7 @@ class SgdConfig(Section):
 
 class ProbeOptimizerConfig(Section):
     type: Literal["SGD"] = key("SGD", "stochastic gradient descent with momentum")
-    params: SgdConfig = key(SgdConfig, "parameters of SGD")
+    params: SgdConfig = SgdConfig()
 
 
 class ProbeScheduleConfig(Section):
@@ -100,19 +99,19 @@ class ProbeConfig(Section):
 
 
 class LinearSection(Section):
-    model: FrozenModelConfig = key(FrozenModelConfig, "the network", resumable=True)  # its weights are compared
-    data: TrainImagesConfig = key(TrainImagesConfig, "images")
-    linear: ProbeConfig = key(ProbeConfig, "the probe")
-    schedule: ProbeScheduleConfig = key(ProbeScheduleConfig, "epochs")
-    log: LogConfig = key(LogConfig, "progress", resumable=True)
+    model: FrozenModelConfig = key(FrozenModelConfig(), resumable=True)  # its weights are compared
+    data: TrainImagesConfig = TrainImagesConfig()
+    linear: ProbeConfig = ProbeConfig()
+    schedule: ProbeScheduleConfig = ProbeScheduleConfig()
+    log: LogConfig = key(LogConfig(), resumable=True)
     precision: Precision = key("fp32", "autocast of the backbone; the classifier is always fp32")
     seed: CountOrZero = key(0, "seed of the classifier, the data order and the augmentation")
 
 
 class LinearConfig(Section):
-    """The keys of `launch/linear.py`."""
+    """Declares the keys of `launch/linear.py`."""
 
     train_batch_size: Count = key(1024, "images of one optimizer step over all ranks")
     train_micro_batch_size_per_gpu: Count = key(256, "images that the backbone sees at once", resumable=True)
-    optimizer: ProbeOptimizerConfig = key(ProbeOptimizerConfig, "SGD")
-    crossbatch: LinearSection = key(LinearSection, "everything that DeepSpeed has no key for")
+    optimizer: ProbeOptimizerConfig = ProbeOptimizerConfig()
+    crossbatch: LinearSection = LinearSection()

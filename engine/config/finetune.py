@@ -1,4 +1,4 @@
-"""The keys of fine-tuning. A key that also exists in pretraining has the same name and meaning.
+"""Declare the keys of fine-tuning, and resolve them. A key that also exists in pretraining has the same name and meaning.
 
 Defaults are those of the published transfer of a ViT-B to CIFAR-10, which follow DeiT (Touvron et al., 2021, table 9).
 """
@@ -26,7 +26,7 @@ class FinetuneAdamWConfig(schema.AdamWConfig):
 
 class FinetuneOptimizerConfig(Section):
     type: Literal["AdamW"] = key("AdamW", "optimizer")
-    params: FinetuneAdamWConfig = key(FinetuneAdamWConfig, "parameters of AdamW")
+    params: FinetuneAdamWConfig = FinetuneAdamWConfig()
 
 
 class FinetuneScheduleConfig(Section):
@@ -58,24 +58,24 @@ class FinetuneEvaluateConfig(Section):
 
 
 class FinetuneSection(schema.TrainingConfig):
-    model: FrozenModelConfig = key(FrozenModelConfig, "the network to start from")
-    finetune: RegularisationConfig = key(RegularisationConfig, "regularisation")
-    schedule: FinetuneScheduleConfig = key(FinetuneScheduleConfig, "epochs and warm-up")
-    data: FinetuneDataConfig = key(FinetuneDataConfig, "images")
-    evaluate: FinetuneEvaluateConfig = key(FinetuneEvaluateConfig, "when to evaluate", resumable=True)
+    model: FrozenModelConfig = FrozenModelConfig()
+    finetune: RegularisationConfig = RegularisationConfig()
+    schedule: FinetuneScheduleConfig = FinetuneScheduleConfig()
+    data: FinetuneDataConfig = FinetuneDataConfig()
+    evaluate: FinetuneEvaluateConfig = key(FinetuneEvaluateConfig(), resumable=True)
 
 
 class FinetuneConfig(schema.DeepSpeedConfig):
-    """The keys of `launch/finetune.py`."""
+    """Declares the keys of `launch/finetune.py`."""
 
     train_batch_size: schema.AtLeastTwo = key(128, "images of one optimizer step over all ranks")
-    optimizer: FinetuneOptimizerConfig = key(FinetuneOptimizerConfig, "AdamW")
-    crossbatch: FinetuneSection = key(FinetuneSection, "everything that DeepSpeed has no key for")
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    crossbatch: FinetuneSection = FinetuneSection()
 
 
 @dataclass(frozen=True)
 class ResolvedFinetune(Resolved[FinetuneSection, FinetuneOptimizerConfig]):
-    """A configuration of fine-tuning without "auto", and the numbers that follow from it."""
+    """Holds a configuration of fine-tuning without "auto", and the numbers that follow from it."""
 
     config: FinetuneConfig
 

@@ -1,4 +1,4 @@
-"""How keys are declared (`Section`, `key`), and what can be asked about them: paths, allowed values, which are resumable."""
+"""Declare keys (`Section`, `key`), and answer what is known about them: paths, allowed values, which are resumable."""
 
 import json
 import types
@@ -16,23 +16,22 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 class Section(BaseModel):
-    """A section of a recipe: it cannot be changed, takes no "8" for 8 nor 1 for true, and no key that is not declared."""
+    """Holds a section of a recipe: it cannot be changed, takes no "8" for 8 nor 1 for true, and no key that is not declared."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def key(default: Any, meaning: str, *, resumable: bool = False, **more: Any) -> Any:
+def key(default: Any, meaning: str = "", *, resumable: bool = False, **more: Any) -> Any:
     """Declare one key of a section.
 
     Args:
-        default: the value of the key if a recipe leaves it out; for a section, its class.
-        meaning: a phrase for users, with the unit.
+        default: the value of the key if a recipe leaves it out.
+        meaning: a phrase for users, with the unit; a section has none.
         resumable: whether a run may change the key, or the whole section, when it is resumed. Such a key says only how the
             same numbers are computed, watched or kept.
         more: further arguments of `pydantic.Field`.
     """
-    value = {"default_factory": default} if isinstance(default, type) else {"default": default}
-    return Field(**value, description=meaning, json_schema_extra={"resumable": resumable}, **more)
+    return Field(default, description=meaning, json_schema_extra={"resumable": resumable}, **more)
 
 
 def sections(schema: type[Section], path: str = "", kind: str = "") -> Iterator[tuple[str, str, type[Section]]]:
@@ -89,6 +88,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _describe(hint: Any, bounds: typing.Sequence[Any]) -> str:
+    """Return the values of a type without alternatives in words, with the limits that pydantic checks."""
     if get_origin(hint) is Annotated:
         return _describe(get_args(hint)[0], hint.__metadata__)
     if get_origin(hint) is Literal:

@@ -1,4 +1,4 @@
-"""JSON -> a checked configuration: duplicate, unknown and misspelt keys stop the run, each with the nearest valid key.
+"""Read a recipe and check it: duplicate, unknown and misspelt keys stop the run, each with the nearest valid key.
 
 DeepSpeed ignores top-level keys that it does not know, so a typo there trains with a default and nobody notices.
 """
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 import crossbatch
 from crossbatch import InputError
-from crossbatch.engine.config.aliases import ALIASES, contradiction, current_path, current_value, rename
+from crossbatch.engine.config.aliases import ALIASES, Pairs, check_agreement, current_path, former_name, rename
 from crossbatch.engine.config.keys import Section, describe_allowed, fields, inner_sections, join
 from crossbatch.engine.config.schema import REFUSED_DEEPSPEED_KEYS, Config
 
@@ -35,16 +35,14 @@ def load_config(
     Raises:
         InputError: for anything that is not a valid configuration.
     """
-    raw = {} if path is None else _read_json(Path(path))
-    aliases = rename(raw)
-    _apply(overrides, raw, aliases)
-    return _checked(raw, schema, aliases)
+    raw = {} if path is None else rename(_read_json(Path(path)))
+    _apply(overrides, raw)
+    return _checked(raw, schema)
 
 
 def parse_config(raw: Mapping[str, Any], schema: type[Schema] = Config) -> Schema:  # pyright: ignore[reportArgumentType]
     """Return the configuration that a plain dict holds, as `to_dict` makes it. Raises InputError."""
-    copy = json.loads(json.dumps(raw))
-    return _checked(copy, schema, rename(copy))
+    return _checked(rename(raw), schema)
 
 
 def to_dict(config: Section) -> dict[str, Any]:
@@ -52,85 +50,57 @@ def to_dict(config: Section) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-class _Pairs(list):
-    """A JSON object as its (key, value) pairs, so that duplicates can still be seen."""
-
-
-def recipe_file(path: Path) -> Path:
-    """Return the file that `path` names: itself, or for a bare name ("bs4096") that is no file, the recipe in the package."""
-    recipe = Path(crossbatch.__file__).parent / "ds_configs" / f"{path.name.removesuffix('.json')}.json"
-    return recipe if path.name == str(path) and not path.exists() and recipe.exists() else path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    where = f"--deepspeed_config {path}"
-    path = recipe_file(path)
+def _read_json(path: Path) -> Pairs:
+    """Return the JSON object in a file, or for a bare name ("bs4096") that is no file, in the package's recipe."""
+    where, folder = f"--deepspeed_config {path}", Path(crossbatch.__file__).parent / "ds_configs"
+    recipe = folder / f"{path.name.removesuffix('.json')}.json"
+    if path.name == str(path) and not path.exists() and recipe.exists():
+        path = recipe
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
+        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=Pairs)
     except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        names = sorted(recipe.stem for recipe in (Path(crossbatch.__file__).parent / "ds_configs").glob("*.json"))
-        hint = f"there are {', '.join(near)}" if near else f"recipes of the package, by name: {', '.join(names)}"
-        raise InputError(f"{where}: no such file; {hint}") from None
+        near = sorted(map(str, path.parent.glob("*.json"))) or sorted(recipe.stem for recipe in folder.glob("*.json"))
+        raise InputError(f"{where}: no such file; there are {', '.join(near)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: line {error.lineno}: not JSON: {error.msg}") from None
-    if not isinstance(pairs, _Pairs):
+    if not isinstance(pairs, Pairs):
         raise InputError(f"{where}: holds a {type(pairs).__name__}; allowed: one JSON object")
-    return _unique(pairs, "", path)
+    return pairs
 
 
-def _unique(pairs: _Pairs, section: str, path: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        at = join(section, name)
-        if name in result:
-            raise InputError(f"{at}: given twice in {path}; allowed: once; remove one of the two")
-        result[name] = _unique(value, at, path) if isinstance(value, _Pairs) else value
-    return result
-
-
-def _apply(overrides: Iterable[str], raw: dict[str, Any], aliases: dict[str, str]) -> None:
-    """Write overrides into `raw`, and how their keys were spelt into `aliases`."""
+def _apply(overrides: Iterable[str], raw: dict[str, Any]) -> None:
+    """Write overrides into `raw`."""
     spelt: dict[str, str] = {}
     for override in overrides:
         given, separator, text = override.partition("=")
         if not separator or not given:
             raise InputError(f"--set {override}: allowed: path=value, as in --set crossbatch.schedule.epochs=300")
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=Pairs)
         except json.JSONDecodeError:
             value = text
-        path, value = current_path(given), current_value(given, value)
+        path, value = current_path(given), rename(value, given)
         *parents, name = path.split(".")
         section = raw
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise InputError(f"--set {override}: {parent} is a value, not a section")
-        if spelt.setdefault(path, given) != given and section.get(name, value) != value:
-            raise contradiction(given, value, spelt[path], section[name])
+        if spelt.setdefault(path, given) != given:
+            check_agreement(path, section.get(name, value), value)
         section[name] = value
-        aliases.pop(path, None)
-        aliases |= {path: given} if given in ALIASES else {}
-    aliases |= rename(raw)  # those in a section that an override gave as a whole
 
 
-# --- checking ------------------------------------------------------------------------------------------------------
-
-
-def _checked(raw: dict[str, Any], schema: type[Schema], aliases: Mapping[str, str]) -> Schema:
+def _checked(raw: dict[str, Any], schema: type[Schema]) -> Schema:
     try:
         return schema.model_validate_json(json.dumps(raw))
     except ValidationError as error:
-        raise InputError(_explain(error.errors()[0]["loc"], raw, schema, aliases)) from None
+        raise InputError(_explain(error.errors()[0]["loc"], raw, schema)) from None
 
 
-def _explain(location: tuple[str | int, ...], raw: Any, schema: type[Section], aliases: Mapping[str, str]) -> str:
+def _explain(location: tuple[str | int, ...], raw: Any, schema: type[Section]) -> str:
     """Return the message for the key or value at `location`, where pydantic found the recipe at fault."""
     path, given, allowed, inner = "", raw, "a JSON object", [schema]
     for name in map(str, location):
@@ -138,13 +108,12 @@ def _explain(location: tuple[str | int, ...], raw: Any, schema: type[Section], a
             break  # the rest of `location` is inside a value, or tells alternatives of its type apart
         keys, at = inner[0].model_fields, join(path, name)
         if name not in keys:
-            return f"{aliases.get(at, at)}: {_unknown(name, path, list(keys), schema)}"
+            return f"{at}: {_unknown(name, path, list(keys), schema)}{former_name(at)}"
         inner, allowed = inner_sections(keys[name]), describe_allowed(keys[name])
         if len(inner) > 1:
             inner = [option for option in inner if given.get("type", keys["type"].default) == option.KIND]
         path, given = at, given[name]
-    spelt = f"{aliases[path]} (the former name of {path})" if path in aliases else path or "the recipe"
-    return f"{spelt}: given {given!r}; allowed: {allowed}"
+    return f"{path or 'the recipe'}: given {given!r}; allowed: {allowed}{former_name(path)}"
 
 
 def _unknown(name: str, section: str, valid: list[str], schema: type[Section]) -> str:

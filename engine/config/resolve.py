@@ -9,14 +9,14 @@ import torch
 from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config.load import to_dict
-from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig, ZeroConfig
+from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig
 from crossbatch.engine.config.user_input import user_input
 from crossbatch.models.loss import chance_loss
 
 
 @dataclass(frozen=True)
 class Device:
-    """The hardware of a rank, as far as a configuration depends on it."""
+    """Describes the hardware of a rank, as far as a configuration depends on it."""
 
     type: str  # "cuda" or "cpu"
     has_bf16: bool = True
@@ -36,7 +36,7 @@ Optimizer = TypeVar("Optimizer")
 
 @dataclass(frozen=True)
 class Resolved(Generic[Crossbatch, Optimizer]):
-    """A configuration without "auto", and the numbers that follow from it for any kind of training."""
+    """Holds a configuration without "auto", and the numbers that follow from it for any kind of training."""
 
     config: Any
     world_size: int
@@ -61,11 +61,6 @@ class Resolved(Generic[Crossbatch, Optimizer]):
         return self.config.optimizer
 
     @property
-    def zero_optimization(self) -> ZeroConfig:
-        """Return the section `zero_optimization` of the configuration."""
-        return self.config.zero_optimization
-
-    @property
     def train_batch_size(self) -> int:
         """Return the images of one optimizer step over all ranks."""
         return self.config.train_batch_size
@@ -79,7 +74,7 @@ class Resolved(Generic[Crossbatch, Optimizer]):
 
 @dataclass(frozen=True)
 class ResolvedConfig(Resolved[CrossbatchConfig, OptimizerConfig]):
-    """A configuration of pretraining without "auto", and the numbers that follow from it."""
+    """Holds a configuration of pretraining without "auto", and the numbers that follow from it."""
 
     config: Config
     group_size: int | None  # None without BatchFormer
@@ -105,11 +100,9 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
 
 
 def resolve_training(config: Any, world_size: int, device: Device, local_world_size: int) -> Resolved:
-    """Replace what pretraining, fine-tuning and the linear probe have in common: batch, cores, precision, data backend."""
-    local_batch = config.train_batch_size // world_size
-    chunk = config.train_micro_batch_size_per_gpu
-    auto_chunk = chunk == "auto"
-    chunk = local_batch if chunk == "auto" else min(chunk, local_batch)
+    """Resolve what pretraining, fine-tuning and the linear probe have in common: batch, cores, precision, data backend."""
+    local_batch, given = config.train_batch_size // world_size, config.train_micro_batch_size_per_gpu
+    chunk = local_batch if given == "auto" else min(given, local_batch)
     workers, threads = share_cores(config.crossbatch.data.workers, device, local_world_size)
     precision, why_precision = choose_precision(config.crossbatch.precision, device)
     with user_input("crossbatch.data.backend"):
@@ -123,7 +116,7 @@ def resolve_training(config: Any, world_size: int, device: Device, local_world_s
         local_batch=local_batch,
         chunk=chunk,
         chunks=-(-local_batch // chunk),
-        auto_chunk=auto_chunk,
+        auto_chunk=given == "auto",
         precision=precision,
         workers=workers,
         threads=threads,
@@ -154,27 +147,26 @@ def check_training(config: Any, world_size: int) -> None:
     if batch % world_size:
         near = max(batch // world_size, 1) * world_size
         raise InputError(
-            f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple; set it to {near}"
+            f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple of the number of ranks; "
+            f"set it to {near}"
         )
     if schedule.warmup_epochs >= schedule.epochs:
         raise InputError(
             f"crossbatch.schedule.warmup_epochs: given {schedule.warmup_epochs:g} of {schedule.epochs} epochs; "
             f"allowed: less than crossbatch.schedule.epochs; lower it"
         )
-    offloads = zero.offload_optimizer.device != "none"
-    if config.crossbatch.sharding == "fsdp":
-        given = [name for name in to_dict(zero) if name not in ("stage", "offload_optimizer")]
-        if offloads or given:
-            name = "offload_optimizer.device" if offloads else given[0]
-            raise InputError(
-                f"zero_optimization.{name}: given {zero.offload_optimizer.device if offloads else getattr(zero, name)} with "
-                f"crossbatch.sharding fsdp, which has no such thing; remove it or set crossbatch.sharding to zero"
-            )
-    if offloads and zero.stage == 0:
+    offload, sharding = zero.offload_optimizer.device, config.crossbatch.sharding
+    if offload != "none" and (sharding == "fsdp" or zero.stage == 0):
         raise InputError(
-            "zero_optimization.offload_optimizer.device: given cpu with zero_optimization.stage 0, where DeepSpeed ignores it; "
-            "allowed: none; set the stage to 1, 2 or 3"
+            f"zero_optimization.offload_optimizer.device: given {offload} with crossbatch.sharding {sharding} and "
+            f"zero_optimization.stage {zero.stage}; allowed: none, or cpu with sharding zero and stage 1 to 3; set it to none"
         )
+    for name, value in to_dict(zero).items() if sharding == "fsdp" else ():
+        if name not in ("stage", "offload_optimizer"):
+            raise InputError(
+                f"zero_optimization.{name}: given {value} with crossbatch.sharding fsdp, which has no such thing; remove it or "
+                f"set crossbatch.sharding to zero"
+            )
 
 
 def _check_lars(config: Config) -> None:
@@ -195,16 +187,13 @@ def _check_lars(config: Config) -> None:
 
 def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:
     """Refuse what a CUDA graph cannot replay: a CPU's work, collectives, parameters that move."""
-    obstacles = {
-        f"on a {device.name}": device.type != "cuda",
-        f"with {world_size} ranks": world_size > 1,
-        "with crossbatch.sharding fsdp": config.crossbatch.sharding == "fsdp",
-        "with zero_optimization.stage 3": config.zero_optimization.stage == 3,
-    }
-    if config.crossbatch.model.cuda_graph and any(obstacles.values()):
+    sharding, stage = config.crossbatch.sharding, config.zero_optimization.stage
+    fits = device.type == "cuda" and world_size == 1 and sharding == "zero" and stage < 3
+    if config.crossbatch.model.cuda_graph and not fits:
         raise InputError(
-            f"crossbatch.model.cuda_graph: given true {next(why for why, stands in obstacles.items() if stands)}; allowed: "
-            f"false, or true on one GPU with crossbatch.sharding zero and zero_optimization.stage 0 to 2; set it to false"
+            f"crossbatch.model.cuda_graph: given true on a {device.name} with {world_size} ranks, crossbatch.sharding "
+            f"{sharding} and zero_optimization.stage {stage}; allowed: false, or true on one GPU with sharding zero and stage "
+            f"0 to 2; set it to false"
         )
 
 
@@ -237,8 +226,3 @@ def choose_precision(given: str, device: Device) -> tuple[str, str]:
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """Return the dtype of autocast in forward passes; None means no autocast, in the parameters' fp32."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-
-
-def resolve_precision(given: str, device: Device) -> str:
-    """Return the precision for `crossbatch.precision` on this device. Raises InputError as `choose_precision` does."""
-    return choose_precision(given, device)[0]

@@ -1,4 +1,4 @@
-"""Every key of pretraining, once: type, default, allowed range, meaning, and whether a resumed run may change it.
+"""Declare every key of pretraining once: type, default, allowed range, meaning, and whether a resumed run may change it.
 
 A recipe is a DeepSpeed JSON. Keys that DeepSpeed has keep DeepSpeed's names and stand at the top level; ours stand in one
 section, "crossbatch". Defaults are those of MoCo v3's released code, so an empty recipe is MoCo v3 without BatchFormer.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BeforeValidator, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
 from crossbatch.engine.config.keys import Auto, Section, key
 from crossbatch.models.loss import BatchFormerLoss
@@ -52,7 +52,7 @@ class ModelConfig(Section):
         False, "replay BatchFormer and heads as a CUDA graph; one GPU, sharding zero below stage 3", resumable=True
     )
     backbone_args: Mapping[str, Any] = key(
-        dict, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
+        {}, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
     )
 
 
@@ -83,7 +83,7 @@ class ScheduleConfig(Section):
 
 
 class ImageConfig(Section):
-    """The keys of training images, for all commands that train."""
+    """Declares the keys of training images, for all commands that train."""
 
     # A resumed run needs as many images, which is checked, but not at the same path.
     path: str | None = key(None, PATH, resumable=True)
@@ -128,11 +128,11 @@ class WatchConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The keys of `crossbatch` that pretraining and fine-tuning share."""
+    """Declares the keys of `crossbatch` that pretraining and fine-tuning share."""
 
-    log: LogConfig = key(LogConfig, "metrics.jsonl and TensorBoard", resumable=True)
-    checkpoint: CheckpointConfig = key(CheckpointConfig, "what is kept", resumable=True)
-    watch: WatchConfig = key(WatchConfig, "when a run stops itself or warns", resumable=True)
+    log: LogConfig = key(LogConfig(), resumable=True)
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), resumable=True)
+    watch: WatchConfig = key(WatchConfig(), resumable=True)
     sharding: Sharding = key("zero", "zero: DeepSpeed; fsdp: FSDP2; both read zero_optimization.stage", resumable=True)
     precision: Precision = key(
         "auto", "autocast of the forward pass; auto: bf16 or, on older GPUs, fp16; fp32 on a CPU"
@@ -151,12 +151,12 @@ class TrainingConfig(Section):
 
 
 class CrossbatchConfig(TrainingConfig):
-    model: ModelConfig = key(ModelConfig, "the network")
-    batchformer: BatchFormerConfig = key(BatchFormerConfig, "attention over the batch")
-    momentum: MomentumConfig = key(MomentumConfig, "the moving-average encoder")
-    schedule: ScheduleConfig = key(ScheduleConfig, "epochs and warm-up")
-    data: DataConfig = key(DataConfig, "images")
-    evaluate: EvaluateConfig = key(EvaluateConfig, "the k-NN monitor", resumable=True)
+    model: ModelConfig = ModelConfig()
+    batchformer: BatchFormerConfig = BatchFormerConfig()
+    momentum: MomentumConfig = MomentumConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig = DataConfig()
+    evaluate: EvaluateConfig = key(EvaluateConfig(), resumable=True)
 
     @property
     def lr_scales(self) -> dict[str, float]:
@@ -191,15 +191,14 @@ class AdamWConfig(Section):
 
 class OptimizerConfig(Section):
     type: Literal["LARS", "AdamW"] = key("LARS", "optimizer; LARS for ResNets, AdamW for ViTs")
-    params: LarsConfig | AdamWConfig = key(dict, "parameters of the chosen type", validate_default=True)
+    params: LarsConfig | AdamWConfig = key({}, validate_default=True)
 
     @field_validator("params", mode="before")
     @classmethod
     def _of_type(cls, params: Any, info: ValidationInfo) -> Any:
         kinds = {kind.KIND: kind for kind in (LarsConfig, AdamWConfig)}
-        if not isinstance(params, dict) or info.data.get("type") not in kinds:
-            return params
-        return kinds[info.data["type"]].model_validate_json(json.dumps(params))
+        kind = kinds.get(info.data.get("type", ""))
+        return kind.model_validate_json(json.dumps(params)) if kind and isinstance(params, dict) else params
 
 
 class OffloadConfig(Section):
@@ -207,17 +206,10 @@ class OffloadConfig(Section):
     pin_memory: bool = key(True, "use page-locked host memory, for faster copies")
 
 
-def _no_bool(value: Any) -> Any:
-    """Refuse true, which counts as 1 in a Literal of numbers."""
-    if isinstance(value, bool):
-        raise ValueError("a number is needed")
-    return value
-
-
 class ZeroConfig(Section):
-    """`stage` serves both shardings; DeepSpeed gets the others where they are given, and FSDP2 refuses them."""
+    """Declares how state is sharded: both shardings read `stage`; the other keys are DeepSpeed's, and FSDP2 refuses them."""
 
-    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = key(
+    stage: Annotated[int, Ge(0), Le(3)] = key(
         0, "0: replicate everything; 1: shard the optimizer's state; 2: also the gradients; 3: also the parameters"
     )
     overlap_comm: bool | None = key(None, "reduce gradients while the backward pass runs")
@@ -229,23 +221,23 @@ class ZeroConfig(Section):
     stage3_prefetch_bucket_size: CountOrZero | None = key(None, "elements gathered ahead in stage 3")
     stage3_max_live_parameters: CountOrZero | None = key(None, "elements that are gathered at any time in stage 3")
     stage3_max_reuse_distance: CountOrZero | None = key(None, "keep what is needed again within this many elements")
-    offload_optimizer: OffloadConfig = key(OffloadConfig, "fp32 copies and optimizer in host memory, for stages 1 to 3")
+    offload_optimizer: OffloadConfig = OffloadConfig()
 
 
 class DeepSpeedConfig(Section):
-    """The keys outside of `crossbatch` that pretraining and fine-tuning share."""
+    """Declares the keys outside of `crossbatch` that pretraining and fine-tuning share."""
 
     train_batch_size: AtLeastTwo = key(4096, "images of one optimizer step over all ranks: the contrastive batch")
     train_micro_batch_size_per_gpu: Count | Auto = key("auto", "chunk: images that the backbone sees at once")
     gradient_clipping: NotNegative = key(0.0, "largest global norm of the gradients; 0: no clipping")
-    zero_optimization: ZeroConfig = key(ZeroConfig, "how state is sharded", resumable=True)
+    zero_optimization: ZeroConfig = key(ZeroConfig(), resumable=True)
 
 
 class Config(DeepSpeedConfig):
-    """The keys of `launch/pretrain.py`."""
+    """Declares the keys of `launch/pretrain.py`."""
 
-    optimizer: OptimizerConfig = key(OptimizerConfig, "LARS or AdamW")
-    crossbatch: CrossbatchConfig = key(CrossbatchConfig, "everything that DeepSpeed has no key for")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    crossbatch: CrossbatchConfig = CrossbatchConfig()
 
 
 # DeepSpeed's keys that would do nothing here or fight the engine, each with what to write instead.

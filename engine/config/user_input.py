@@ -1,4 +1,4 @@
-"""The one place where errors about arguments and files become errors about configuration keys and flags."""
+"""Turn errors about arguments and files into errors about the configuration keys and flags that they come from."""
 
 import contextlib
 import re
@@ -25,8 +25,7 @@ def user_input(key: str, **keys: str) -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         text = f"{error}; make it readable" if isinstance(error, OSError) else str(error)
-        argument = re.match(r"\w*", text)
-        name = argument[0] if argument else ""
-        if name in keys:
-            raise InputError(keys[name] + text.removeprefix(name)) from error
+        for argument, path in keys.items():
+            if re.match(rf"{argument}\b", text):
+                raise InputError(path + text.removeprefix(argument)) from error
         raise InputError(key + text if key.endswith(".") else f"{key}: {text}") from error

@@ -1,4 +1,4 @@
-"""Exit codes of the commands: 0 done, 2 wrong input, 3 the run stopped itself; anything else is a bug, with its traceback."""
+"""Turn what a command raises into its exit code: 0 done, 2 wrong input, 3 the run stopped itself; any other is a bug."""
 
 import contextlib
 import os

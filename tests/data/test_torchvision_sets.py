@@ -17,6 +17,7 @@ from torchvision import datasets
 
 from crossbatch.data.decode import decode
 from crossbatch.data.sources import has_evaluation_split, open_source, prepare
+from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import preview
 
 REAL_DATA = os.environ.get("CROSSBATCH_REAL_DATA")
@@ -179,7 +180,7 @@ def test_exit_code(flowers, monkeypatch, capsys, network):
     (flowers / "imagelabels.mat").unlink()
     monkeypatch.setattr(sys, "argv", ["preview.py", "--data", f"flowers://{flowers}"])
     with pytest.raises(SystemExit) as stop:
-        preview.main()
+        run_main(preview.main)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith(f"error: --data: flowers://{flowers} cannot be opened (Dataset not")
     assert network == []

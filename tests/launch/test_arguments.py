@@ -1,14 +1,13 @@
 """arguments.py: what all commands' parsers have in common, and how flags become overrides."""
 
-import ast
 import sys
-from pathlib import Path
 
 import pytest
 
 from crossbatch.engine.config import load_config
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch import convert, doctor, finetune, knn, linear, plan, pretrain, preview
+from crossbatch.launch import __main__, convert, doctor, finetune, knn, linear, plan, pretrain, preview
+from crossbatch.launch.__main__ import COMMANDS
 from crossbatch.launch.arguments import ALIASES, ArgumentParser, add_config_flags, overrides
 
 # Every command, with what it needs and a beginning of one of its flags.
@@ -43,19 +42,21 @@ def test_a_shortened_flag_is_refused(monkeypatch, capsys, command, arguments):
     assert "unrecognized arguments: --" in refused(monkeypatch, capsys, command.main, *arguments)
 
 
-def test_every_command_has_such_a_parser():
-    making = {"ArgumentParser": set(), "argparse": set()}
-    for file in Path("launch").glob("*.py"):
-        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
-            function = call.func
-            if isinstance(function, ast.Attribute) and function.attr == "ArgumentParser":
-                making["argparse"].add(file.stem)
-            elif isinstance(function, ast.Name) and function.id == "ArgumentParser":
-                making["ArgumentParser"].add(file.stem)
-    assert making == {
-        "ArgumentParser": {command.__name__.rpartition(".")[2] for command, _ in SHORTENED},
-        "argparse": set(),
-    }
+def test_those_are_all_commands():
+    assert {command.__name__.rpartition(".")[2] for command, _ in SHORTENED} == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("given", "word"), [(["pretrain", "--foo"], "--foo"), (["pretrian"], "'pretrian'")])
+def test_misuse_gets_one_line_that_points_to_the_help(monkeypatch, capsys, given, word):
+    said = refused(monkeypatch, capsys, __main__.main, *given)
+    assert said.startswith("error: ") and word in said and said.endswith(" --help lists the flags\n")
+    assert said.count("\n") == 1
+
+
+def test_help_names_keys_as_they_are_called_now():
+    parser = ArgumentParser()
+    add_config_flags(parser)
+    assert "batchformer.loss" in parser.format_help() and "batchformer.add_bf" not in parser.format_help()
 
 
 def test_flags_are_keys(monkeypatch, capsys):
@@ -74,5 +75,6 @@ def test_flags_are_keys(monkeypatch, capsys):
     assert crossbatch.momentum.cosine and crossbatch.data.path == "2024"
     contradiction = ["--add_bf", "1", "--set", "crossbatch.batchformer.loss=none", "--dry-run"]
     message = refused(monkeypatch, capsys, pretrain.main, *contradiction)
-    assert message.startswith("error: crossbatch.batchformer.loss: means 'none', but crossbatch.batchformer.add_bf")
+    assert message.startswith("error: crossbatch.batchformer.loss: given twice, as 'sum' and as 'none'")
+    assert message.endswith("its former name is crossbatch.batchformer.add_bf\n")
     assert len({path for _, path, _ in ALIASES}) == len(ALIASES)

@@ -61,7 +61,8 @@ def test_bad_input(monkeypatch, capsys, images, tmp_path):
         return capsys.readouterr().err
 
     assert "--data: " in refused("--data", tmp_path / "absent", "--output", tmp_path / "out")
-    assert "--images-per-shard: given 0" in refused("--data", images, "--output", tmp_path, "--images-per-shard", 0)
+    flags = ("--data", images, "--output", tmp_path, "--images-per-shard", 0)
+    assert "argument --images-per-shard: given 0; allowed: >= 1" in refused(*flags)
     (tmp_path / "out/val").mkdir(parents=True)
     assert "out/val exists already; remove it" in refused("--data", images, "--output", tmp_path / "out")
     assert not (tmp_path / "out/train").exists()

@@ -167,7 +167,7 @@ def test_flags_that_ask_for_nothing(flags):
 def test_flags_that_say_what_is_so(monkeypatch):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setitem(os.environ, name, value)
-    assert not launched(parse("--world-size", "2", "--rank", "1", "--dist-url", "env://", "--dist-backend", "gloo"))
+    assert not launched(parse("--world-size", "-1", "--dist-url", "env://", "--dist-backend", "gloo"))
 
 
 NODES = ["--multiprocessing-distributed", "--dist-url", "tcp://node0:29500"]
@@ -194,9 +194,8 @@ BAD = [
     ([*NODES, "--world-size", "2"], 0, "--rank: given None; allowed: 0 to 1"),
     ([*NODES, "--world-size", "2", "--rank", "2"], 0, "--rank: given 2; allowed: 0 to 1"),
     ([*NODES, "--world-size", "0"], 0, "--world-size: given 0; allowed: >= 1, the number of nodes"),
-    ([*NODES, "--gpu", "0"], 4, "--gpu: given 0 with --multiprocessing-distributed"),
-    ([*NODES, "--nproc-per-node", "5"], 4, "--nproc-per-node: given 5; allowed: 1 to 4, the GPUs"),
-    ([*NODES, "--nproc-per-node", "0"], 0, "--nproc-per-node: given 0; allowed: >= 1"),
+    ([*NODES, "--gpu", "0"], 4, "--gpu: given 0; allowed: the number of one of this machine's 4 GPUs, without"),
+    ([*NODES, "--nproc-per-node", "0"], 0, "--nproc_per_node: given 0; allowed: >= 1"),
     (["--nproc-per-node", "2"], 0, "without --multiprocessing-distributed"),
     (
         [*NODES[:1], "--world-size", "2", "--rank", "0"],
@@ -206,17 +205,12 @@ BAD = [
     ([*NODES[:2], "tcp://[HOST]:[PORT]"], 0, "--dist-url: given tcp://[HOST]:[PORT]"),
     ([*NODES[:2], "file:///shared/x"], 0, "--dist-url: given file:///shared/x"),
     ([*NODES[:2], "env://"], 0, "--dist-url: given env://"),
-    (NODES[1:], 0, "--dist-url: given tcp://node0:29500 for one process"),
+    (NODES[1:], 0, "--dist-url: given tcp://node0:29500 for 1 ranks; allowed: tcp://HOST:PORT"),
     (["--rank", "1"], 0, "--rank: given 1; allowed: 0 to 0, as --world-size is 1 (ranks)"),
-    (["--world-size", "2", "--rank", "1", *NODES[1:]], 2, "--gpu: not given, but this machine has 2 GPUs"),
-    (["--gpu", "0"], 0, "--gpu: given 0; allowed: nothing, as no GPU was found"),
-    (["--gpu", "2"], 2, "--gpu: given 2; allowed: 0 to 1"),
-    (
-        ["--dist-backend", "nccl"],
-        0,
-        "--dist-backend: given nccl; no GPU was found, and CPUs talk through gloo; leave it out",
-    ),
-    (["--start-epoch", "3"], 0, "--start-epoch: given 3; allowed: 0"),
+    (["--gpu", "0"], 0, "--gpu: given 0; allowed: the number of one of this machine's 0 GPUs"),
+    (["--gpu", "2"], 2, "--gpu: given 2; allowed: the number of one of this machine's 2 GPUs"),
+    (["--dist-backend", "nccl"], 0, "--dist-backend: given nccl; allowed here: gloo; leave it out"),
+    (["--start-epoch", "3"], 0, "--start-epoch: invalid choice: 3 (choose from 0)"),
     (["--evaluate"], 0, "--evaluate: does nothing by itself; launch/linear.py with the --out of a finished probe"),
     (["--resume", "setup.py"], 0, "--resume: setup.py is a file"),
     (["--moco-t", "0", *NODES], 0, "crossbatch.model.temperature"),  # before anything is started

@@ -57,7 +57,7 @@ def test_the_defaults_are_the_originals():
     assert (params.momentum, params.weight_decay, config.crossbatch.precision) == (0.9, 0.0, "fp32")
     assert base_learning_rates(config, "resnet50") == (0.1,)
     assert base_learning_rates(config, "vit_base") == (3.0,)
-    assert linear.number_or_list(".1") == "0.1" and linear.number_or_list("[0.1, 1]") == "[0.1, 1]"
+    assert linear.number_or_list(".1") == 0.1 and linear.number_or_list("[0.1, 1]") == [0.1, 1]
     view = crop_and_flip(224, config.crossbatch.data.crop_min)
     assert (view.crop_scale, view.crop_ratio, view.flip_probability) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
     chances = (view.jitter_probability, view.grayscale_probability, view.blur_probability, view.solarize_probability)

@@ -61,6 +61,7 @@ def test_dry_run_of_the_main_recipe(monkeypatch, capsys):
         "sharding": "zero",
         "zero_stage": 1,
         "precision": "fp32",
+        "device": "CPU",
     }
 
 
@@ -109,7 +110,7 @@ BAD = [
     (["--set", "crossbatch.data.pth=x"], ["crossbatch.data.pth", "crossbatch.data.path"]),
     (["--set", "train_batch_size=4095", "--set", "crossbatch.batchformer.group_size=0"], ["group_size", ">= 1"]),
     (["-a", "resnet51"], ["crossbatch.model.arch", "resnet51", "resnet50"]),
-    (["--set", "zero_optimization.stage=5"], ["zero_optimization.stage", "5", "0 or 1 or 2 or 3"]),
+    (["--set", "zero_optimization.stage=5"], ["zero_optimization.stage", "given 5", ">= 0 and <= 3"]),
     (["--deepspeed_config", "ds_configs/bs409.json"], ["bs409.json", "no such file", "bs4096.json"]),
     (["--out", "{tmp}/data/file"], ["--out", "not a writable folder"]),
     (["--resume", "{tmp}/none", *TINY], ["--resume", "no such path"]),

@@ -1,11 +1,14 @@
 """The wheel holds what the checkout has: commands, recipes, types; and importing a name loads no more than it needs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import crossbatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +58,12 @@ def test_wheel_has_types_and_everything_of_the_checkout(installed, tmp_path):
     assert (installed / "crossbatch" / "py.typed").exists()
     code = "import crossbatch; print(crossbatch.__file__); [getattr(crossbatch, name) for name in crossbatch.__all__]"
     assert run(installed, tmp_path, "-c", code).startswith(str(installed))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_documentation_lists_every_public_name(page):
+    text = (ROOT / page).read_text()
+    assert [name for name in crossbatch.__all__ if not re.search(rf"\b{name}\b", text)] == []
 
 
 @pytest.mark.parametrize(
