@@ -1,7 +1,7 @@
-"""`--profile N`: where the time of a running job goes.
+"""Measures where the time of a running job goes (`--profile N`), and traces it.
 
 After WARM_UP steps, N steps are timed part by part, then N are traced; so the trace, which slows a step down, costs the figures
-nothing. Into the run directory:
+nothing. It writes into the run directory:
 
     profile/stages.md, stages.json      the parts of an iteration: waiting for data, the step's own parts, what lies between
     profile/rank0.<time>.pt.trace.json  for TensorBoard (with torch-tb-profiler), chrome://tracing or https://ui.perfetto.dev
@@ -46,7 +46,7 @@ class RunProfile:
 
     Args:
         folder: profile/ of the run directory.
-        steps: N.
+        steps: how many steps are timed, and then traced.
         rank: rank 0 writes the table, every rank a trace.
         batch: images of a step, over all ranks.
         note: tells the user.
@@ -54,8 +54,7 @@ class RunProfile:
 
     def __init__(self, folder: Path, steps: int, rank: int, batch: int, note: Callable[[str], None]):
         self.folder, self.steps, self.rank, self.batch, self.note = folder, steps, rank, batch, note
-        self._number = 0
-        self._last = time.perf_counter()
+        self._number, self._last = 0, time.perf_counter()
         self._timed: list[dict[str, float]] = []
         self._tracer: profile | None = None
 
@@ -65,12 +64,12 @@ class RunProfile:
         iteration, self._last = 1000 * (now - self._last), now
         self._number += 1
         if WARM_UP < self._number <= WARM_UP + self.steps:
-            steps = {name: ms for name, ms in parts.items() if name != WHOLE}
-            wait = 1000 * waited_s
-            between = iteration - wait - parts[WHOLE]
-            self._timed.append({WAIT: wait, **steps, BETWEEN: between, ITERATION: iteration})
+            wait, step = 1000 * waited_s, dict(parts)
+            between = iteration - wait - step.pop(WHOLE)
+            self._timed.append({WAIT: wait, **step, BETWEEN: between, ITERATION: iteration})
         if self._number == WARM_UP + self.steps:
-            self._write_table()
+            if self.rank == 0:
+                self._write_table()
             self._start_tracer()
         elif self._tracer is not None:
             self._tracer.step()
@@ -89,8 +88,6 @@ class RunProfile:
         self._tracer.start()
 
     def _write_table(self) -> None:
-        if self.rank:
-            return
         rows = table(self._timed)
         rate = 1000 * self.batch / rows[ITERATION]["p50"]
         facts = {"steps": self.steps, "train_batch_size": self.batch, "images_per_s": rate, "ms": rows}
