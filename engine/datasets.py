@@ -162,7 +162,7 @@ def _open_on_all_ranks(
 ) -> tuple[Source, Evaluation]:
     """Open images with `opened` on every rank, after rank 0 has prepared them, and check that all ranks found the same."""
     if path is not None:
-        on_main(lambda: _prepare(path, cache))
+        on_main(user_input(_KEY)(lambda: prepare(path, cache=cache)))
     sources, errors = on_every_rank(lambda: opened(path, cache), InputError)
     if sources is None or errors:
         raise InputError(errors[0])
@@ -175,11 +175,6 @@ def _open_on_all_ranks(
             how = f"{counts} images, and rank 0 {wanted}" if counts != wanted else "other labels than rank 0"
             raise InputError(f"{_KEY}: {path}: rank {rank} finds {how}; give every node the same files")
     return sources
-
-
-def _prepare(path: str, cache: Path) -> None:
-    with user_input(_KEY):
-        prepare(path, cache=cache)
 
 
 def _facts(source: Source) -> tuple[int, int]:

@@ -15,7 +15,6 @@ measures; either way the spans appear in a trace of torch.profiler under the nam
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -42,8 +41,7 @@ class StepTimer:
         self._gpu = device.type == "cuda"
         self._open: list[str] = []
         self._spans: list[tuple[str, Any, Any]] = []  # of the step that is open, or was last: part, start, end
-        self._pending: deque[list[tuple[str, Any, Any]]] = deque()  # steps that the GPU may not have finished
-        self._done: list[dict[str, float]] = []
+        self._steps: list[list[tuple[str, Any, Any]]] = []  # not read yet
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -62,19 +60,14 @@ class StepTimer:
             self._open.pop()
         self._spans.append((name, start, self._mark()))
         if name == WHOLE:
-            self._pending.append(self._spans)
-            # The step before is over: this one has waited for the norm of its own gradients.
-            while len(self._pending) > 1:
-                self._done.append(_milliseconds(self._pending.popleft()))
+            self._steps.append(self._spans)
 
     def read(self) -> list[dict[str, float]]:
         """Return the milliseconds of each step by part, "step" being the whole; waits for the last step to end."""
         if self._gpu:
             torch.cuda.synchronize()
-        self._done += [_milliseconds(spans) for spans in self._pending]
-        self._pending.clear()
-        done, self._done = self._done, []
-        return done
+        steps, self._steps = self._steps, []
+        return [_milliseconds(spans) for spans in steps]
 
     def _mark(self) -> float | torch.cuda.Event:
         """Return this moment: seconds on a CPU, an event on a GPU."""

@@ -1,19 +1,31 @@
 """Builds what a configuration describes: model, parameter groups, optimizer, sharding backend; and the numbers of a dry run."""
 
-import re
 from typing import Any
 
 import torch
 from torch import nn
 
-from crossbatch import InputError
-from crossbatch.engine.config import AdamWConfig, Config, FinetuneConfig, LarsConfig, Resolved, ResolvedConfig
+from crossbatch.engine.config import (
+    AdamWConfig,
+    Config,
+    FinetuneConfig,
+    LarsConfig,
+    Resolved,
+    ResolvedConfig,
+    user_input,
+)
 from crossbatch.engine.optimizers import LARS, split_parameters
 from crossbatch.engine.sharding import Backend
 from crossbatch.models import MoCo, ShardableModel
 
 # Parameters of a ViT that are added to every image alike, as biases are, whatever their shape.
 POSITIONS = ("*cls_token", "*pos_embed")
+
+
+# Arguments of MoCo that are not in the section crossbatch.model.
+KEYS_ELSEWHERE = {"image_size": "crossbatch.data.image_size"} | {
+    name: f"crossbatch.batchformer.{name}" for name in ("kernel", "group_size", "dropout")
+}
 
 
 def build_model(cfg: ResolvedConfig) -> MoCo:
@@ -23,7 +35,7 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
         InputError: for an unknown architecture or arguments that it does not take.
     """
     model, batchformer = cfg.crossbatch.model, cfg.crossbatch.batchformer
-    try:
+    with user_input("crossbatch.model.", **KEYS_ELSEWHERE):
         return MoCo(
             model.arch,
             image_size=cfg.crossbatch.data.image_size,
@@ -41,15 +53,6 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
             batchformer_kernel=batchformer.kernel,
             cuda_graph=model.cuda_graph,
         )
-    except ValueError as error:
-        raise InputError(_add_key(error)) from None
-
-
-def _add_key(error: ValueError) -> str:
-    """Return the message of MoCo or `build_backbone`, which begins with an argument, with that argument's configuration key."""
-    sections = {"image_size": "data", "kernel": "batchformer", "group_size": "batchformer", "dropout": "batchformer"}
-    argument = re.split(r"[ .]", str(error), maxsplit=1)[0]
-    return f"crossbatch.{sections.get(argument, 'model')}.{error}"
 
 
 def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[dict[str, Any]]:

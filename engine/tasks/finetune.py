@@ -14,7 +14,7 @@ from crossbatch import InputError
 from crossbatch.data import Batch, Source
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.checkpoint import Resumed
-from crossbatch.engine.config import ResolvedFinetune
+from crossbatch.engine.config import ResolvedFinetune, user_input
 from crossbatch.engine.datasets import TrainData, labelled_images, train_data
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, gathered
 from crossbatch.engine.evaluation.frozen import fingerprint, load_configured
@@ -64,10 +64,8 @@ class FinetuneTask:
             pretrained.arch, pretrained.image_size, pretrained.stem, backbone_args=pretrained.backbone_args
         )
         backbone.load_state_dict(pretrained.backbone.state_dict())
-        try:
+        with user_input("crossbatch.finetune."):
             model = Classifier(backbone, len(self.source.class_names), settings.drop_path, settings.ema_decay > 0)
-        except ValueError as error:
-            raise InputError(f"crossbatch.finetune.{error}") from None
         model.to(self.device).set_collective(GroupCollective())
         backend = build_backend(model, self.cfg)
         return FinetuneStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.world.rank)
