@@ -56,7 +56,13 @@ class RunProfile:
         self.folder, self.steps, self.rank, self.batch, self.note = folder, steps, rank, batch, note
         self._number, self._last = 0, time.perf_counter()
         self._timed: list[dict[str, float]] = []
-        self._tracer: profile | None = None
+        on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._tracer = profile(
+            activities=[ProfilerActivity.CPU, *on_gpu],
+            schedule=schedule(wait=WARM_UP + steps, warmup=1, active=steps, repeat=1),
+            on_trace_ready=tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}"),
+        )
+        self._tracer.start()  # idle for `wait` steps
 
     def stepped(self, parts: dict[str, float], waited_s: float) -> None:
         """Take in one step: its `parts` in ms, as `StepTimer.read` gives them, and how long it waited for its images."""
@@ -67,25 +73,13 @@ class RunProfile:
             wait, step = 1000 * waited_s, dict(parts)
             between = iteration - wait - step.pop(WHOLE)
             self._timed.append({WAIT: wait, **step, BETWEEN: between, ITERATION: iteration})
-        if self._number == WARM_UP + self.steps:
-            if self.rank == 0:
-                self._write_table()
-            self._start_tracer()
-        elif self._tracer is not None:
+        if self._number == WARM_UP + self.steps and self.rank == 0:
+            self._write_table()
+        if self._number <= steps_needed(self.steps):
             self._tracer.step()
-            if self._number == steps_needed(self.steps):
-                self._tracer.stop()
-                self._tracer = None
-                self.note(f"traces of {self.steps} steps are in {self.folder}")
-
-    def _start_tracer(self) -> None:
-        on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-        self._tracer = profile(
-            activities=[ProfilerActivity.CPU, *on_gpu],
-            schedule=schedule(wait=0, warmup=1, active=self.steps, repeat=1),
-            on_trace_ready=tensorboard_trace_handler(str(self.folder), worker_name=f"rank{self.rank}"),
-        )
-        self._tracer.start()
+        if self._number == steps_needed(self.steps):
+            self._tracer.stop()
+            self.note(f"traces of {self.steps} steps are in {self.folder}")
 
     def _write_table(self) -> None:
         rows = table(self._timed)
