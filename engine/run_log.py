@@ -83,7 +83,7 @@ class RunLog(Log):
         self.console = Console(highlight=False)
         (out / STOPPED).unlink(missing_ok=True)
         _drop_lines_after(first_step, out / METRICS)
-        self.metrics = (out / METRICS).open("ab", buffering=0)
+        self.metrics = None  # the file, from the first line on
         self.waiting = b""  # lines of metrics that could not be written yet
         self.out, self.last_step = out, last_step
         self.board, self.purge_step = None, first_step + 1 if first_step else None
@@ -115,6 +115,7 @@ class RunLog(Log):
         """Write a line of metrics.jsonl, show every number of it in TensorBoard, and print the most important ones."""
         self.waiting += json.dumps(values).encode() + b"\n"
         with self._warning_if_full(METRICS):
+            self.metrics = self.metrics or (self.out / METRICS).open("ab", buffering=0)
             while self.waiting:
                 self.waiting = self.waiting[self.metrics.write(self.waiting) :]
         numbers = {name: value for name, value in flatten(values, "/").items() if isinstance(value, (int, float))}
@@ -161,7 +162,8 @@ class RunLog(Log):
     def close(self) -> None:
         """End the progress bar and close the files; may be called twice."""
         self.bar.live.stop()
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
         if self.board is not None:
             with self._warning_if_full(BOARD):
                 self.board.close()

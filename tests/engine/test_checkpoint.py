@@ -403,6 +403,7 @@ def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
     log = RunLog(tmp_path, first_step=0, last_step=10)
     log.record(line(1))
     real = log.metrics
+    assert real is not None
 
     class Full:
         """Room for half a line."""
