@@ -1,29 +1,104 @@
-"""Opens the images of a run and checks that all ranks have the same ones.
+"""Opens the images of a run, checks that all ranks have the same ones, and says in which order training reads them.
 
 Rank 0 prepares the images, every rank opens them, and all must have found the same. Nodes may have copies of their own. One
 file less on one of them gives all images another order there, so that one image would be its own negative and another would
 never be seen, without any error.
 """
 
+import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from crossbatch import InputError, RunStopped
-from crossbatch.data import SkipLimitExceeded, Source, has_evaluation_split, open_source, prepare
-from crossbatch.engine.config import user_input
+from crossbatch.data import (
+    Batch,
+    GlobalBatchSampler,
+    SkipLimitExceeded,
+    Source,
+    TrainLoader,
+    ViewAugmentation,
+    has_evaluation_split,
+    open_source,
+    prepare,
+)
+from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.schema import PATH
-from crossbatch.engine.runtime.distributed import on_every_rank, on_main
+from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
-_NOT_GIVEN = f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR"
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Holds the training images of a run, and the order in which this rank reads them.
+
+    Attributes:
+        sampler: says which images this rank reads at which step.
+        loader: loads them.
+        steps_per_epoch: optimizer steps of one epoch of the schedule and of the log. With repeated augmentation the sampler
+            needs more steps to show every image.
+    """
+
+    sampler: GlobalBatchSampler
+    loader: TrainLoader
+    steps_per_epoch: int
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Yield this rank's batches from optimizer step `first_step` on, epoch after epoch, without end."""
+        epoch, step = divmod(first_step, self.sampler.steps_per_epoch)
+        yield from self.loader.epoch(epoch, step)
+        for later_epoch in itertools.count(epoch + 1):
+            yield from self.loader.epoch(later_epoch)
+
+
+def train_data(
+    cfg: Resolved,
+    world: World,
+    device: torch.device,
+    source: Source,
+    augmentations: Sequence[ViewAugmentation],
+    repeats: int = 1,
+    shuffle_window: int = 0,
+) -> TrainData:
+    """Return the images of `source` as this rank reads them for training, in an order of the seed.
+
+    Args:
+        cfg: the resolved configuration.
+        world: this rank among the others.
+        device: where the model lives.
+        source: the training images.
+        augmentations: one per view.
+        repeats: views of an image that count as images of the batch, which is the repeated augmentation of Hoffer et al.
+            (2020). An epoch has as many of them as there are images.
+        shuffle_window: images that are shuffled among each other; 0 for all of them.
+
+    Raises:
+        InputError: if there are fewer images than in a batch.
+    """
+    data, seed, batch = cfg.crossbatch.data, cfg.crossbatch.seed, cfg.train_batch_size
+    with user_input("train_batch_size"):
+        sampler = GlobalBatchSampler(seed, len(source), batch // repeats, world.size, world.rank, shuffle_window)
+    loader = TrainLoader(
+        source,
+        sampler=sampler,
+        augmentations=augmentations,
+        seed=seed,
+        workers=cfg.workers,
+        max_skipped_fraction=data.max_skipped_fraction,
+        backend=data.backend,
+        device=device,
+    )
+    return TrainData(sampler, loader, max(1, len(source) // batch))
 
 
 @contextmanager
@@ -40,20 +115,12 @@ def training_images(path: str | None, cache: Path) -> tuple[Source, Source | Non
 
     Raises InputError if there are none, or not the same ones on all ranks.
     """
-    if path is None:
-        raise InputError(_NOT_GIVEN)
-
-    def opened() -> tuple[Source, Source | None]:
-        with user_input(_KEY):
-            evaluation = open_source(path, "eval", cache=cache) if has_evaluation_split(path) else None
-            return open_source(path, "train", cache=cache), evaluation
-
-    return _alike(path, cache, opened)
+    return _open_on_all_ranks(path, cache, _open)
 
 
 def labelled_images(path: str | None, cache: Path) -> tuple[Source, Source]:
     """Open training and evaluation images as `training_images` does; both are needed, with labels: see `labelled_sources`."""
-    return _alike(path, cache, lambda: labelled_sources(path, cache))
+    return _open_on_all_ranks(path, cache, labelled_sources)
 
 
 def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Source, Source]:
@@ -61,16 +128,20 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
 
     Raises InputError if one is missing or empty, or if a label has no class.
     """
-    if path is None:
-        raise InputError(_NOT_GIVEN)
-    with user_input(_KEY):
-        train = open_source(path, "train", cache=cache)
-        if not has_evaluation_split(path):
-            raise InputError(f"{_KEY}: {path} has no val/ and no test/ with images to evaluate on; add one")
-        evaluation = open_source(path, "eval", cache=cache)
+    train, evaluation = _open(path, cache)
+    if evaluation is None:
+        raise InputError(f"{_KEY}: {path} has no val/ and no test/ with images to evaluate on; add one")
     for split, source in (("training", train), ("evaluation", evaluation)):
         _check_labels(source, len(train.class_names), f"{_KEY}: {path}: the {split} images")
     return train, evaluation
+
+
+def _open(path: str | None, cache: Path | None) -> tuple[Source, Source | None]:
+    if path is None:
+        raise InputError(f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR")
+    with user_input(_KEY):
+        evaluation = open_source(path, "eval", cache=cache) if has_evaluation_split(path) else None
+        return open_source(path, "train", cache=cache), evaluation
 
 
 def _check_labels(source: Source, num_classes: int, where: str) -> None:
@@ -87,11 +158,13 @@ def _check_labels(source: Source, num_classes: int, where: str) -> None:
         )
 
 
-def _alike(path: str | None, cache: Path, opened: Callable[[], tuple[Source, Evaluation]]) -> tuple[Source, Evaluation]:
+def _open_on_all_ranks(
+    path: str | None, cache: Path, opened: Callable[[str | None, Path], tuple[Source, Evaluation]]
+) -> tuple[Source, Evaluation]:
     """Open images with `opened` on every rank, after rank 0 has prepared them, and check that all ranks found the same."""
     if path is not None:
-        on_main(lambda: _prepare(path, cache))
-    sources, errors = on_every_rank(opened, InputError)
+        on_main(user_input(_KEY)(lambda: prepare(path, cache=cache)))
+    sources, errors = on_every_rank(lambda: opened(path, cache), InputError)
     if sources is None or errors:
         raise InputError(errors[0])
     mine = [_facts(source) for source in sources if source is not None]
@@ -99,17 +172,10 @@ def _alike(path: str | None, cache: Path, opened: Callable[[], tuple[Source, Eva
     dist.all_gather_object(found, mine)
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
-            counts = [" + ".join(str(images) for images, _ in facts) for facts in (theirs, found[0])]
-            how = (
-                f"{counts[0]} images, and rank 0 {counts[1]}" if counts[0] != counts[1] else "other labels than rank 0"
-            )
+            counts, wanted = (" + ".join(str(images) for images, _ in facts) for facts in (theirs, found[0]))
+            how = f"{counts} images, and rank 0 {wanted}" if counts != wanted else "other labels than rank 0"
             raise InputError(f"{_KEY}: {path}: rank {rank} finds {how}; give every node the same files")
     return sources
-
-
-def _prepare(path: str, cache: Path) -> None:
-    with user_input(_KEY):
-        prepare(path, cache=cache)
 
 
 def _facts(source: Source) -> tuple[int, int]:

@@ -7,9 +7,10 @@ meanwhile.
 
 import contextlib
 import json
+import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from crossbatch.engine.runtime.atomic_files import write_atomically
 
 METRICS = "metrics.jsonl"  # in the run directory
 STOPPED = "stopped.json"  # there, too, if a signal ended the run before its last step: {"signal": ..., "step": ...}
+BOARD = "TensorBoard"
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
 
 
@@ -55,29 +57,21 @@ def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, c
 
 
 class Log:
-    """The log of the ranks other than 0, which does nothing; `RunLog` describes the methods."""
+    """Does nothing, on the ranks other than 0; `RunLog` describes the methods."""
 
     def note(self, text: str) -> None: ...
-
     def warn(self, text: str) -> None: ...
-
     def record(self, values: dict[str, Any]) -> None: ...
-
     def scalars(self, values: dict[str, float], step: int) -> None: ...
-
     def advance(self, step: int) -> None: ...
-
     def first_views(self, views: torch.Tensor) -> None: ...
-
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None: ...
-
     def stopped(self, signal_name: str, step: int) -> None: ...
-
     def close(self) -> None: ...
 
 
 class RunLog(Log):
-    """The log of a run directory, on rank 0.
+    """Writes the log of a run directory, on rank 0.
 
     Args:
         out: the run directory.
@@ -87,25 +81,25 @@ class RunLog(Log):
 
     def __init__(self, out: Path, first_step: int, last_step: int):
         self.console = Console(highlight=False)
-        self.metrics = MetricsFile(out / METRICS)
-        self.metrics.drop_after(first_step)
         (out / STOPPED).unlink(missing_ok=True)
+        _drop_lines_after(first_step, out / METRICS)
+        self.metrics = None  # the file, from the first line on
+        self.waiting = b""  # lines of metrics that could not be written yet
         self.out, self.last_step = out, last_step
         self.board, self.purge_step = None, first_step + 1 if first_step else None
         self.failing: set[str] = set()  # of metrics.jsonl, TensorBoard
-        self.bar = None
+        self.bar = Progress(
+            TextColumn("{task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task("", total=last_step, completed=first_step, status="", epoch="starting")
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.fields[epoch]}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.bar.add_task("", total=last_step, completed=first_step, status="", epoch="starting")
             self.bar.start()
 
     def note(self, text: str) -> None:
@@ -119,13 +113,17 @@ class RunLog(Log):
 
     def record(self, values: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, show every number of it in TensorBoard, and print the most important ones."""
-        self._on_disk("metrics.jsonl", lambda: self.metrics.append(json.dumps(values)))
+        self.waiting += json.dumps(values).encode() + b"\n"
+        with self._warning_if_full(METRICS):
+            self.metrics = self.metrics or (self.out / METRICS).open("ab", buffering=0)
+            while self.waiting:
+                self.waiting = self.waiting[self.metrics.write(self.waiting) :]
         numbers = {name: value for name, value in flatten(values, "/").items() if isinstance(value, (int, float))}
         for name in ("step", "epoch", "images_seen"):
             numbers.pop(name)
         self.scalars({name if "/" in name else f"run/{name}": value for name, value in numbers.items()}, values["step"])
         status = _status(values)
-        if self.bar is not None:
+        if self.console.is_terminal:
             self.bar.update(self.task, status=status, epoch=f"epoch {values['epoch']:.2f}")
             for name in SCORES.keys() & values.keys():
                 self.note(f"step {values['step']}: {SCORES[name]} {values[name]:.2f} %")
@@ -134,26 +132,22 @@ class RunLog(Log):
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Show numbers in TensorBoard only, by name."""
-
-        def write() -> None:
+        with self._warning_if_full(BOARD):
             for name, value in values.items():
                 self._open_board().add_scalar(name, value, step)
 
-        self._on_disk("TensorBoard", write)
-
     def advance(self, step: int) -> None:
         """Move the progress bar to `step` steps."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step)
+        self.bar.update(self.task, completed=step)
 
     def first_views(self, views: torch.Tensor) -> None:
-        """Show uint8 views [v, n, 3, H, W] of the first batch in TensorBoard."""
+        """Show 16 images of the uint8 views [v, n, 3, H, W] of the first batch in TensorBoard, an image's views in a column."""
+        from torchvision.utils import make_grid
 
-        def write() -> None:
-            self._open_board().add_image("views", view_grid(views), 0)
+        rows = [row for some in zip(*(view[:16].split(8) for view in views), strict=True) for row in some]
+        with self._warning_if_full(BOARD):
+            self._open_board().add_image("views", make_grid(torch.cat(rows), nrow=8, pad_value=255), 0)
             self._open_board().flush()
-
-        self._on_disk("TensorBoard", write)
 
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None:
         """Close the log, and print the last table and the commands to type next."""
@@ -162,17 +156,17 @@ class RunLog(Log):
 
     def stopped(self, signal_name: str, step: int) -> None:
         """Leave a file that tells this run, which goes on when it is resumed, from one that is done."""
-        text = json.dumps({"signal": signal_name, "step": step}) + "\n"
-        self._on_disk(STOPPED, lambda: write_atomically(self.out / STOPPED, text))
+        with self._warning_if_full(STOPPED):
+            write_atomically(self.out / STOPPED, json.dumps({"signal": signal_name, "step": step}) + "\n")
 
     def close(self) -> None:
-        """End the progress bar and write what is left; may be called twice."""
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-        self._on_disk("metrics.jsonl", self.metrics.close)
+        """End the progress bar and close the files; may be called twice."""
+        self.bar.live.stop()
+        if self.metrics is not None:
+            self.metrics.close()
         if self.board is not None:
-            self._on_disk("TensorBoard", self.board.close)
+            with self._warning_if_full(BOARD):
+                self.board.close()
             self.board = None
 
     def _open_board(self):
@@ -184,51 +178,44 @@ class RunLog(Log):
             self.purge_step = None
         return self.board
 
-    def _on_disk(self, what: str, write: Callable[[], None]) -> None:
-        """Call `write`, and only warn if it fails: training matters more than its log."""
+    @contextlib.contextmanager
+    def _warning_if_full(self, what: str) -> Iterator[None]:
+        """Only warn, once, if what runs inside cannot write `what`: training matters more than its log."""
         try:
-            write()
+            yield
             self.failing.discard(what)
         except OSError as error:
-            if what == "TensorBoard":
+            if what == BOARD:
                 self.board = None
             if what not in self.failing:
                 self.warn(f"{what} cannot be written: {error}; training goes on")
             self.failing.add(what)
 
 
-class MetricsFile:
-    """A file of JSON lines. A line that cannot be written waits for the next one, so none is lost."""
+def _drop_lines_after(step: int, file: Path) -> None:
+    """Remove the metrics of steps after `step`, which will come again, and a line that a crash has cut off."""
 
-    def __init__(self, path: Path):
-        self.path, self._waiting = path, b""
-        self._file = None
+    def step_of(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except json.JSONDecodeError:
+            return math.inf
 
-    def drop_after(self, step: int) -> None:
-        """Remove the lines of steps after `step`, which will come again; call it before the first `append`."""
-        if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            write_atomically(self.path, "".join(line + "\n" for line in kept))
+    if file.exists():
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if step_of(line) <= step]
+        write_atomically(file, "".join(line + "\n" for line in kept))
 
-    def append(self, line: str) -> None:
-        """Write `line` and those that are waiting. Raises OSError if that fails, and keeps them."""
-        self._waiting += line.encode() + b"\n"
-        if self._file is None:
-            self._file = self.path.open("ab", buffering=0)
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
-    def close(self) -> None:
-        """Close the file; a later `append` opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+def _status(values: dict[str, Any]) -> str:
+    formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s"}
+    formats |= {name: f"{label} {{:.2f}} %" for name, label in SCORES.items()}
+    return "  ".join(text.format(values[name]) for name, text in formats.items() if values.get(name) is not None)
 
 
 class StepClock:
     """Measures the wall time between two log lines, and how much of it was spent waiting for data.
 
-    Evaluation and saving do not count: the caller restarts the clock after one, and reports the other with `paused`.
+    Evaluation and saving do not count: the caller restarts the clock after an evaluation, and reports a save with `paused`.
     """
 
     def __init__(self) -> None:
@@ -257,24 +244,3 @@ class StepClock:
             "data_wait_ms": 1000 * self.wait_s / max(self.steps, 1),
             "step_ms": 1000 * step_s,
         }
-
-
-def _step_of(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return 2**62  # a line cut off by a crash is dropped
-
-
-def _status(values: dict[str, Any]) -> str:
-    formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s"}
-    formats |= {name: f"{label} {{:.2f}} %" for name, label in SCORES.items()}
-    return "  ".join(text.format(values[name]) for name, text in formats.items() if values.get(name) is not None)
-
-
-def view_grid(views: torch.Tensor, count: int = 16) -> torch.Tensor:
-    """Arrange uint8 views [v, n, 3, H, W] in a picture [3, ., .]: eight images a row, the views of an image in a column."""
-    from torchvision.utils import make_grid
-
-    rows = [row for some in zip(*(view[:count].split(8) for view in views), strict=True) for row in some]
-    return make_grid(torch.cat(rows), nrow=8, pad_value=255)

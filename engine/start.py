@@ -45,7 +45,7 @@ def build_trainer(
         resume: "auto", "none" or a path, see `checkpoint.candidates`.
         stop_after: optimizer step to stop at, counted from the start of the run; None trains all epochs.
         allow_change: configuration keys that may differ from those of the checkpoint.
-        watchdog: is told what this rank is doing.
+        watchdog: is told what this rank is doing; None if nobody watches.
         profile_steps: how many steps to profile, see `engine.runtime.profiling`; 0 for none.
 
     Raises:
@@ -63,18 +63,26 @@ def build_trainer(
     if world.is_main:
         write_atomically(out / "config.json", json.dumps(state.config(), indent=2) + "\n")
         log = RunLog(out, first_step, last_step)
-    _log_start(log, notes, resumed)
+    for note in notes:
+        log.note(note)
+    if resumed:
+        for reason in resumed.passed_over:
+            log.warn(reason)
+        log.note(f"resumed {resumed.checkpoint} at step {resumed.manifest.step}")
+    profile, timeout_s = None, cfg.crossbatch.watch.timeout_s
+    if profile_steps:
+        profile = RunProfile(out / "profile", profile_steps, world.rank, cfg.train_batch_size, log.note)
     return Trainer(
         task,
         state,
         log,
         saves=_open_saves(state, log, out, resumed),
-        sync=StepSync(cfg.crossbatch.watch.timeout_s),
+        sync=StepSync(timeout_s),
         loss_monitor=LossMonitor(cfg.crossbatch.watch),
+        watchdog=watchdog or Watchdog(world, timeout_s),
         out=out,
         last_step=last_step,
-        watchdog=watchdog,
-        profile=_open_profile(profile_steps, cfg.train_batch_size, world, out, log),
+        profile=profile,
     )
 
 
@@ -85,15 +93,6 @@ def _open_run_directory(out: Path, resume: str) -> list[Path]:
     return candidates
 
 
-def _log_start(log: Log, notes: list[str], resumed: Resumed | None) -> None:
-    for note in notes:
-        log.note(note)
-    if resumed:
-        for reason in resumed.passed_over:
-            log.warn(reason)
-        log.note(f"resumed {resumed.checkpoint} at step {resumed.manifest.step}")
-
-
 def _open_saves(state: TrainState, log: Log, out: Path, resumed: Resumed | None) -> CheckpointSchedule:
     settings, folder = state.task.cfg.crossbatch.checkpoint, out / "checkpoints"
     keep = Keep(settings.keep, settings.keep_every_steps)
@@ -101,7 +100,3 @@ def _open_saves(state: TrainState, log: Log, out: Path, resumed: Resumed | None)
     every_steps = state.task.data.steps_per_epoch if settings.every_steps == "auto" else settings.every_steps
     saved_step = resumed.manifest.step if resumed and resumed.checkpoint.parent == folder else None
     return CheckpointSchedule(writer, every_steps, state.snapshot, log, saved_step)
-
-
-def _open_profile(steps: int, batch: int, world: World, out: Path, log: Log) -> RunProfile | None:
-    return RunProfile(out / "profile", steps, world.rank, batch, log.note) if steps else None

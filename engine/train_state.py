@@ -15,7 +15,6 @@ from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.checkpoint.schedule import Snapshot
 from crossbatch.engine.config import to_dict
 from crossbatch.engine.runtime.distributed import mean_over_ranks
-from crossbatch.engine.runtime.nonfinite import NonFiniteSteps
 from crossbatch.engine.step import Progress
 from crossbatch.engine.tasks.task import Step, Task, TrainResult
 
@@ -23,18 +22,25 @@ CHUNK_KEY = "train_micro_batch_size_per_gpu"
 
 
 class TrainState:
-    """Everything of a run that a checkpoint holds, on this rank. Call `build` before anything else.
+    """Holds everything of a run that a checkpoint keeps, on this rank. Call `build` before anything else.
 
     Args:
         task: what is trained.
         device: where its model lives.
         candidates: the checkpoints to continue from, in the order in which to try them; empty for a new run.
         allow_change: configuration keys that may differ from those of the checkpoint.
+
+    Attributes:
+        step: makes one optimizer step a call.
+        chunk: images that its network sees at once, at most.
+        has_trained: whether this process has made a step.
+        num_skipped_images: broken images that this rank has replaced in this process.
+        nonfinite_in_a_row: how many steps up to the last one were not finite.
     """
 
     def __init__(self, task: Task[Any], device: torch.device, candidates: list[Path], allow_change: Iterable[str] = ()):
         self.task, self.device, self.candidates, self.allow_change = task, device, candidates, tuple(allow_change)
-        self.num_skipped_images = 0  # broken ones that this rank has replaced in this process
+        self.num_skipped_images, self.nonfinite_in_a_row = 0, 0
         self._skipped_images_before = 0  # on all ranks, before this process
 
     @property
@@ -64,7 +70,6 @@ class TrainState:
                 cfg.precision, before=resumed.config["crossbatch"]["precision"]
             )
             self._skipped_images_before = resumed.manifest.skipped_images
-        self.nonfinite = NonFiniteSteps(self.step.backend.model)
         return resumed
 
     def build_with_smaller_chunks(self) -> None:
@@ -76,19 +81,28 @@ class TrainState:
         self.build(self.chunk // 2)
 
     def train_on(self, batch: Batch) -> TrainResult:
-        """Train on a batch; a step whose gradients are not finite leaves model and running statistics as they were."""
-        before = replace(self.step.progress)
-        self.nonfinite.remember()
+        """Train on a batch; a step whose gradients are not finite leaves the model as it was.
+
+        Such a step updates no parameter, but its forward pass has changed the running statistics, maybe to NaN.
+        """
+        progress, buffers = replace(self.step.progress), list(self.step.backend.model.buffers())
+        statistics = [buffer.detach().clone() for buffer in buffers]
         result = self.task.train_on(self.step, batch)
-        self.nonfinite.count(math.isfinite(result.grad_norm), before)
+        if math.isfinite(result.grad_norm):
+            self.nonfinite_in_a_row = 0
+        else:
+            for buffer, before in zip(buffers, statistics, strict=True):
+                buffer.detach().copy_(before)
+            self.nonfinite_in_a_row += 1
+            if self.nonfinite_in_a_row == 1:
+                self._finite_progress = progress
         self.has_trained = True
         self.num_skipped_images += len(batch.skipped)
         return result
 
     def restore_progress(self) -> None:
         """Go back to the progress before the latest steps that were not finite; nothing else has changed since."""
-        assert self.nonfinite.progress_before is not None
-        self.step.progress = self.nonfinite.progress_before
+        self.step.progress = self._finite_progress
 
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration as a plain dict, so that the run can be repeated."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,9 +39,9 @@ class Trainer:
         saves: writes the checkpoints.
         sync: lets the ranks agree between two steps.
         loss_monitor: warns about lines of metrics.
+        watchdog: is told what this rank is doing.
         out: the run directory.
         last_step: the step at which to stop, at the latest.
-        watchdog: is told what this rank is doing.
         profile: is told how long every step took.
     """
 
@@ -51,9 +51,9 @@ class Trainer:
     saves: CheckpointSchedule
     sync: StepSync
     loss_monitor: LossMonitor
+    watchdog: Watchdog
     out: Path
     last_step: int
-    watchdog: Watchdog | None = None
     profile: RunProfile | None = None
     signals: Signals = field(default_factory=Signals, init=False)
     clock: StepClock = field(default_factory=StepClock, init=False)
@@ -74,8 +74,8 @@ class Trainer:
         start_s, first_step = time.perf_counter(), self.num_steps
         try:
             with self.signals:
-                if self.num_steps == 0:
-                    self._record({}, self.task.evaluation_due(0, self.last_step == 0))
+                if self.num_steps == 0 and self.task.evaluation_due(0, self.last_step == 0):
+                    self._record(self._evaluate())
                 received = self._loop()
                 if self.num_steps > first_step:
                     self._save()
@@ -94,15 +94,22 @@ class Trainer:
         batches = self.task.data.batches(self.num_steps)
         self.clock.restart()
         while self.num_steps < self.last_step:
+            self._set_phase("waiting for data")
             before_s = time.perf_counter()
-            batch, failure = self._fetch(batches)
+            batch, failure = _fetch(batches)
             self.clock.waited(before_s)
+
             agreed = self.sync.exchange(self.signals.received, self.saves.busy, failure is not None)
             if agreed.failed_rank is not None:
                 self._stop_without_data(failure, agreed.failed_rank)
             if agreed.received is not None:
                 return agreed.received
-            self._save_if_due(agreed.saving)
+
+            self._set_phase("saving")
+            before_s = time.perf_counter()
+            self.saves.boundary(self.num_steps, agreed.saving)
+            self.clock.paused(before_s)
+
             assert batch is not None
             self._log_images(batch)
             self._set_phase("training")
@@ -111,50 +118,20 @@ class Trainer:
             self._after_step(result)
         return None
 
-    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
-        """Return the next batch, or why there is none: the other ranks must learn of it before this one leaves."""
-        self._set_phase("waiting for data")
-        try:
-            with stop_on_lost_images():
-                return next(batches), None
-        except Exception as error:
-            return None, error
-
-    def _stop_without_data(self, failure: Exception | None, failed_rank: int) -> None:
-        self._save()
-        if isinstance(failure, torch.OutOfMemoryError):
-            raise RunStopped(
-                f"out of memory while images were prepared; step {self.num_steps} is saved; lower {CHUNK_KEY}, or use "
-                f"crossbatch.data.backend=opencv"
-            ) from failure
-        raise failure or RunStopped(f"rank {failed_rank} got no more data; step {self.num_steps} is saved")
-
     def _train_on(self, batch: Batch) -> TrainResult:
         """Train on a batch; if the first step of this process does not fit into memory, with smaller chunks."""
         while True:
             try:
                 return self.state.train_on(batch)
             except torch.OutOfMemoryError:
-                self._stop_unless_smaller_chunks_help()
+                if self.state.has_trained or self.state.chunk == 1 or self.task.cfg.world_size > 1:
+                    self._stop_without_memory()
             # Outside of the handler, whose traceback holds on to the memory of the step.
             self.state.build_with_smaller_chunks()
             self.log.note(f"out of memory: trying again with chunks of {self.state.chunk} images")
 
-    def _stop_unless_smaller_chunks_help(self) -> None:
-        chunk, alone = self.state.chunk, self.task.cfg.world_size == 1
-        remedy = f"set {CHUNK_KEY} to {chunk // 2}" if chunk > 1 else "use more ranks"
-        if self.state.has_trained:
-            saved = "the last checkpoint is older"
-            if alone:  # the others may be anywhere
-                self.state.step.backend.zero_grad()
-                self._save()
-                saved = "saved"
-            step = self.num_steps + 1
-            raise RunStopped(f"out of memory in step {step} with chunks of {chunk} images; {saved}; {remedy}")
-        if chunk == 1 or not alone:
-            raise RunStopped(f"out of memory in the first step with chunks of {chunk} images; {remedy}")
-
     def _after_step(self, result: TrainResult) -> None:
+        """Report a step, and evaluate where that is due."""
         if self.profile is not None and self.task.timer is not None:
             self.step_times += self.task.timer.read()
             self.profile.stepped(self.step_times[-1], self.clock.last_wait_s)
@@ -162,30 +139,17 @@ class Trainer:
             self._on_nonfinite(result)
         self.log.advance(self.num_steps)
         is_last = self.num_steps == self.last_step
-        evaluation = self.task.evaluation_due(self.num_steps, is_last)
-        if evaluation or is_last or self.num_steps % self.task.cfg.crossbatch.log.every_steps == 0:
-            self._record(self._metrics(result), evaluation)
+        evaluation_due = self.task.evaluation_due(self.num_steps, is_last)
+        if evaluation_due or is_last or self.num_steps % self.task.cfg.crossbatch.log.every_steps == 0:
+            metrics = self._metrics(result)
+            self._record(metrics | self._evaluate() if evaluation_due else metrics)
 
-    def _on_nonfinite(self, result: TrainResult) -> None:
-        """Log a step that was skipped; stop after too many of them in a row."""
-        cfg, skipped = self.task.cfg, self.state.nonfinite.in_a_row
-        described = describe_nonfinite(result.suspects)
-        scale = f"; loss scale now {self.state.step.progress.loss_scale:g}" if cfg.precision == "fp16" else ""
-        self.log.note(f"step {self.num_steps} skipped: {described}{scale}")
-        if skipped == cfg.crossbatch.watch.max_nonfinite_steps:
-            self.state.restore_progress()
-            self._save()
-            raise RunStopped(
-                f"{skipped} steps in a row skipped: {described}; step {self.num_steps}, before them, is saved; lower "
-                f"optimizer.params.base_lr, raise crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
-            )
-
-    def _log_images(self, batch: Batch) -> None:
-        """Log the names of broken images, and show the very first batch of a run in TensorBoard."""
-        for name in batch.skipped[: max(0, NAMED_IMAGES - self.state.num_skipped_images)]:
-            self.log.note(f"skipped a broken image: {name}")
-        if self.num_steps == 0:
-            self.log.first_views(batch.views)
+    def _evaluate(self) -> dict[str, float]:
+        """Return the scores of the task, which are kept for the end."""
+        self._set_phase("evaluating")
+        found = self.task.evaluate(self.state.step)
+        self.scores.append((self.num_steps, found))
+        return found
 
     def _metrics(self, result: TrainResult) -> dict[str, Any]:
         """Return a line of metrics: values of this very step averaged over ranks, rates, times and counts."""
@@ -207,20 +171,56 @@ class Trainer:
             "skipped_images": self.state.skipped_images(skipped_per_rank),
         }
 
-    def _record(self, metrics: dict[str, Any], evaluation: bool) -> None:
-        """Log a line of metrics, if there are any, after an evaluation that is due; warn of what is odd about it."""
-        if evaluation:
-            self._set_phase("evaluating")
-            found = self.task.evaluate(self.state.step)
-            self.scores.append((self.num_steps, found))
-            metrics |= found
-        if metrics:
-            epoch, batch = self.num_steps / self.task.data.steps_per_epoch, self.task.cfg.train_batch_size
-            position = {"step": self.num_steps, "epoch": epoch, "images_seen": self.num_steps * batch}
-            self.log.record({**position, **metrics})
+    def _record(self, metrics: dict[str, Any]) -> None:
+        """Log a line of metrics, and warn of what is odd about it."""
+        epoch, images = self.num_steps / self.task.data.steps_per_epoch, self.num_steps * self.task.cfg.train_batch_size
+        self.log.record({"step": self.num_steps, "epoch": epoch, "images_seen": images, **metrics})
         for warning in self.loss_monitor.check(metrics.get("loss"), metrics.get("feature_std")):
             self.log.warn(f"step {self.num_steps}: {warning}")
         self.clock.restart()
+
+    def _log_images(self, batch: Batch) -> None:
+        """Log the names of broken images, and show the very first batch of a run in TensorBoard."""
+        for name in batch.skipped[: max(0, NAMED_IMAGES - self.state.num_skipped_images)]:
+            self.log.note(f"skipped a broken image: {name}")
+        if self.num_steps == 0:
+            self.log.first_views(batch.views)
+
+    def _on_nonfinite(self, result: TrainResult) -> None:
+        """Log a step that was skipped; stop after too many of them in a row."""
+        cfg, skipped = self.task.cfg, self.state.nonfinite_in_a_row
+        described = describe_nonfinite(result.suspects)
+        scale = f"; loss scale now {self.state.step.progress.loss_scale:g}" if cfg.precision == "fp16" else ""
+        self.log.note(f"step {self.num_steps} skipped: {described}{scale}")
+        if skipped == cfg.crossbatch.watch.max_nonfinite_steps:
+            self.state.restore_progress()
+            self._save()
+            raise RunStopped(
+                f"{skipped} steps in a row skipped: {described}; step {self.num_steps}, before them, is saved; lower "
+                f"optimizer.params.base_lr, raise crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
+            )
+
+    def _stop_without_data(self, failure: Exception | None, failed_rank: int) -> NoReturn:
+        """Stop where a rank has got no batch, after saving the state."""
+        self._save()
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise RunStopped(
+                f"out of memory while images were prepared; step {self.num_steps} is saved; lower {CHUNK_KEY}, or use "
+                f"crossbatch.data.backend=opencv"
+            ) from failure
+        raise failure or RunStopped(f"rank {failed_rank} got no more data; step {self.num_steps} is saved")
+
+    def _stop_without_memory(self) -> NoReturn:
+        """Stop in a step that needs more memory than there is; save the state before it where no other rank has to help."""
+        chunk, where, saved = self.state.chunk, "the first step", ""
+        if self.state.has_trained:
+            where, saved = f"step {self.num_steps + 1}", "; the last checkpoint is older"
+            if self.task.cfg.world_size == 1:
+                self.state.step.backend.zero_grad()
+                self._save()
+                saved = "; saved"
+        remedy = f"set {CHUNK_KEY} to {chunk // 2}" if chunk > 1 else "use more ranks"
+        raise RunStopped(f"out of memory in {where} with chunks of {chunk} images{saved}; {remedy}")
 
     def _print_summary(self, seconds: float, steps: int, received: signal.Signals | None, commands: list[str]) -> None:
         images, total_steps = steps * self.task.cfg.train_batch_size, self.state.total_steps
@@ -228,7 +228,7 @@ class Trainer:
             ("steps", f"{self.num_steps} of {total_steps}"),
             ("images", f"{images:,} in {seconds:.0f} s ({images / seconds:.0f} images/s, evaluation included)"),
         ]
-        for step, found in self.scores if len(self.scores) < 2 else (self.scores[0], self.scores[-1]):
+        for step, found in self.scores[:1] + self.scores[1:][-1:]:
             rows += [(f"{SCORES[name]} at step {step}", f"{percent:.2f} %") for name, percent in found.items()]
         rows.append(("run directory", str(self.out)))
         if received:
@@ -238,20 +238,21 @@ class Trainer:
             commands = [f"resume with: the same command, --out {self.out}  {goes_on}"]
         self.log.summary(rows, commands)
 
-    def _save_if_due(self, any_busy: bool) -> None:
-        """Start a save if one is due; `any_busy` if a rank is still writing the last one."""
-        before_s = time.perf_counter()
-        self._set_phase("saving")
-        self.saves.boundary(self.num_steps, any_busy)
-        self.clock.paused(before_s)
-
     def _save(self) -> None:
         self._set_phase("saving")
         self.saves.final(self.num_steps)
 
     def _set_phase(self, phase: str) -> None:
-        if self.watchdog is not None:
-            self.watchdog.set_phase(self.num_steps, phase)
+        self.watchdog.set_phase(self.num_steps, phase)
+
+
+def _fetch(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
+    """Return the next batch, or why there is none: the other ranks must learn of it before this one leaves."""
+    try:
+        with stop_on_lost_images():
+            return next(batches), None
+    except Exception as error:
+        return None, error
 
 
 def _finite(value: float) -> float | None:

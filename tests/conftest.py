@@ -11,6 +11,8 @@ import traceback
 
 import pytest
 
+from tests.jobs import IMPORTED_ONCE
+
 
 def pytest_configure(config):
     """Kernels are interpreted, but for the tests that are about a GPU. Must be set before triton is imported."""
@@ -32,7 +34,7 @@ class RankPool:
     def __init__(self, world_size: int):
         self.world_size = world_size
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["crossbatch.engine.tasks.pretrain", "deepspeed"])  # once, not in every rank
+        context.set_forkserver_preload([*IMPORTED_ONCE])  # once, not in every rank
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -52,14 +54,18 @@ class RankPool:
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
+        self._answers("the start", within_s=600)  # on a busy machine the imports alone take minutes
 
     def run(self, function, *args) -> list:
         for pipe in self._pipes:
             pipe.send((function, args))
+        return self._answers(function.__name__, within_s=120)
+
+    def _answers(self, question: str, within_s: float) -> list:
         results = []
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(120):
-                raise TimeoutError(f"rank {rank} of {self.world_size} did not answer {function.__name__} in 120 s")
+            if not pipe.poll(within_s):
+                raise TimeoutError(f"rank {rank} of {self.world_size} did not answer {question} in {within_s} s")
             results.append(pipe.recv())
         failed = [text for ok, text in results if not ok]
         if failed:
@@ -80,6 +86,7 @@ def _rank_main(pipe, environment: dict):
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     with process_group(world_from_environment(), "cpu"):
+        pipe.send((True, None))
         while True:
             function, args = pipe.recv()
             try:

@@ -5,6 +5,7 @@ launcher's main, as a process started by hand would.
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import multiprocessing
@@ -78,7 +79,7 @@ class Nursery:
         self._pids: set[int] = set()
 
     def start(self, folder: Path, ranks: int, *arguments: str, **environment: str) -> Job:
-        """`arguments` of launch/pretrain.py; logs go to `folder`."""
+        """`arguments` of launch/pretrain.py; logs go to `folder`. NETWORKS: names of network namespaces, by rank."""
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -153,6 +154,8 @@ def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> N
         os.dup2(output, 2)
         os.environ.update(environment)
         sys.argv = ["launch/pretrain.py", *arguments]
+        if "NETWORKS" in environment:
+            _enter_network(environment["NETWORKS"].split(",")[int(environment["RANK"])])
         code = 0
         run_main(pretrain.main)
     except SystemExit as stop:
@@ -166,6 +169,12 @@ def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> N
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _enter_network(name: str) -> None:
+    """Move this process into a network namespace, as `ip netns exec` does; os.setns needs Python 3.12."""
+    with Path("/var/run/netns", name).open() as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), 0x40000000) == 0  # CLONE_NEWNET
 
 
 def metrics(out: Path) -> list[dict]:

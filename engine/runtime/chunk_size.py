@@ -1,4 +1,4 @@
-"""How many images the backbone may see at once: `train_micro_batch_size_per_gpu: "auto"`.
+"""Finds how many images the backbone may see at once, for `train_micro_batch_size_per_gpu: "auto"`.
 
 The chunk is the largest whose step, by `engine.memory_model`, fits into a share of what is free on the poorest rank.
 """
@@ -19,14 +19,17 @@ MARGIN = 0.85  # of what is free; the rest is for fragmentation and workspaces
 
 
 def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, cache: Path) -> tuple[int, str]:
-    """The chunk for this run and why, the same on all ranks; every rank must call it.
+    """Return the chunk for this run and why, the same on all ranks; every rank must call it.
 
-    Raises InputError if not even one image fits. `cache` is a file of the run directory: a run that is continued keeps
-    its chunks, because they are part of what a ResNet's norms see.
+    `cache` is a file of the run directory: a run that is continued keeps its chunks, because they are part of what a ResNet's
+    norms see.
+
+    Raises:
+        InputError: if not even one image fits.
     """
-    known = broadcast_object(_read(cache, run))
-    if known is not None:
-        return known, f"chunk of {known} images, as before"
+    known = broadcast_object(json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else None)
+    if known is not None and known["local_batch"] == run.local_batch:
+        return known["chunk"], f"chunk of {known['chunk']} images, as before"
     memory, free = StepMemory(run), free_bytes(device, world.local_size)
     fits = torch.tensor(memory.largest_chunk(MARGIN * free), device=device)
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
@@ -45,37 +48,24 @@ def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, cac
 
 
 def remember(cache: Path, run: ResolvedConfig, chunk: int) -> None:
-    """For when this run is continued."""
+    """Write the chunk to a file of the run directory, for when this run is continued."""
     write_atomically(cache, json.dumps({"chunk": chunk, "local_batch": run.local_batch}) + "\n")
 
 
 def free_bytes(device: torch.device, local_size: int) -> float:
-    """This rank's part of the memory that nobody uses, in bytes."""
+    """Return this rank's part of the memory that nobody uses, in bytes."""
     if device.type == "cuda":
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
-    available = next(
-        (float(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")),
-        4 * 2.0**30,
-    )
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    available = 4 * 2.0**30
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable"):
+            available = 1024 * float(line.split()[1])
     limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit and limit[0].isdigit() and used:
+    if limit and limit[0] != "max" and used:
         available = min(available, float(limit[0]) - float(used[0]))
     return available / local_size
 
 
-def _read(cache: Path, run: ResolvedConfig) -> int | None:
-    if not cache.exists():
-        return None
-    known = json.loads(cache.read_text(encoding="utf-8"))
-    return known["chunk"] if known["local_batch"] == run.local_batch else None
-
-
 def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,7 +1,7 @@
-"""Processes, ranks and collectives. The only file of the engine that reads the environment.
+"""Joins the processes of a run as ranks. No other file of the engine reads the environment.
 
-Three launchers meet here: `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; a plain `python` sets
-nothing and becomes a world of one.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; a plain `python` sets nothing and becomes a world of
+one.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """Says which of the processes of a run this one is; "local" counts those of the same node."""
 
     rank: int
     size: int
@@ -35,11 +35,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Return whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
 
 def world_from_environment() -> World:
-    """What the launcher says, before any process group exists."""
+    """Return the rank that the launcher has given this process; no process group is needed."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     return World(
         rank=int(os.environ.get("RANK", "0")),
@@ -50,18 +51,18 @@ def world_from_environment() -> World:
 
 
 def may_be_restarted() -> bool:
-    """Whether a launcher will start this very command again after a failure (torchrun --max-restarts)."""
+    """Return whether torchrun starts this very command again after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 @contextlib.contextmanager
 def process_group(world: World, device_type: str, threads: int = 1, timeout_s: float = 1800) -> Iterator[torch.device]:
-    """Joins the ranks (NCCL on GPUs, gloo on CPUs) and yields this rank's device; leaves the group at the end.
+    """Join the ranks (NCCL on GPUs, gloo on CPUs) and yield this rank's device; leave the group at the end.
 
-    On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise. A collective fails after `timeout_s`; NCCL, which
-    by itself then ends the process, a minute later, so that `engine.watch` can say whose fault it is.
+    On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise. A collective fails after `timeout_s`. With NCCL, which
+    then ends the process by itself, it fails a minute later, so that the watchdog can name the rank at fault first.
 
-    Raises InputError if srun or mpirun started several processes of which none knows of the others.
+    Raises InputError if srun or mpirun started several processes that do not know of each other.
     """
     _require_launcher()
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
@@ -92,6 +93,7 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
 
 
 def _require_launcher() -> None:
+    """Raise InputError if several processes were started, each of which would become a world of one."""
     for started in () if "RANK" in os.environ else ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         if int(os.environ.get(started, "1")) > 1:
             raise InputError(
@@ -101,18 +103,18 @@ def _require_launcher() -> None:
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:
-    """Where the ranks find each other."""
+    """Return the store in which the ranks find each other."""
     if "MASTER_ADDR" not in os.environ:
-        return dist.HashStore()  # of this process
+        return dist.HashStore()
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
     return unused(store, world) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else store
 
 
 def unused(store: dist.Store, world: World) -> dist.Store:
-    """A part of `store` that no earlier attempt at this run has touched.
+    """Return a part of `store` that no earlier attempt at this run has touched.
 
-    torchrun starts ranks again beside the store of those that died, which still holds their addresses. It counts restarts,
-    but each node counts its own. So rank 0 invents a name, and tells it to whoever asks with a name of their own.
+    torchrun restarts ranks beside the store of those that died, which still holds their addresses. It counts restarts, but each
+    node counts its own. So rank 0 invents a name for the part, and tells it to every rank that asks with a name of its own.
     """
     me = uuid.uuid4().hex
     if world.rank > 0:
@@ -122,7 +124,7 @@ def unused(store: dist.Store, world: World) -> dist.Store:
         return dist.PrefixStore(part, store)
     others = range(1, world.size)
     while not all(store.check([f"{me}/knows/{rank}"]) for rank in others):
-        for rank in others:  # again and again: the first that asks for a rank may be one that has died
+        for rank in others:  # repeatedly, because the first that asked as this rank may have died
             if store.check([f"asks/{rank}"]):
                 store.set(f"told/{store.get(f'asks/{rank}').decode()}", me)
         time.sleep(0.05)
@@ -130,14 +132,14 @@ def unused(store: dist.Store, world: World) -> dist.Store:
 
 
 def make_deterministic() -> None:
-    """From now on the same inputs give the same bits, or an error where torch has no such algorithm. Before CUDA is used."""
+    """Make torch give the same bits for the same inputs, or an error where it cannot; call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc reuse large freed blocks instead of returning them to the kernel after every operator.
+    """Let glibc reuse large freed blocks instead of returning them to the kernel after every operator.
 
     Otherwise each activation is mapped and page-faulted anew: a step of a ResNet-18 of width 16 on 256 images of 32 px
     then takes 2.15 s instead of 1.61 s on two cores.
@@ -148,35 +150,28 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def barrier() -> None:
-    """Waits for all ranks; on GPUs as a tiny all-reduce of this rank's device."""
-    if dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def broadcast_object(value, source: int = 0):
-    """The `source` rank's picklable value, on every rank."""
-    if dist.get_world_size() == 1:
-        return value
+def broadcast_object(value: T) -> T:
+    """Return rank 0's picklable value on every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box)
     return box[0]
 
 
 def cpu_group(timeout_s: float) -> dist.ProcessGroup:
-    """All ranks once more, for messages that must mix neither with training's nor with the GPU's queue."""
+    """Return a second group of all ranks, for messages that must mix neither with training's nor with the GPU's queue."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def shared_token() -> str:
-    """A name that nobody else uses, the same on all ranks."""
+    """Return a name that nobody else uses, the same on all ranks."""
     return broadcast_object(uuid.uuid4().hex[:8])
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Calls `function` on rank 0 only and gives every rank its result, or its InputError."""
+    """Call `function` on rank 0 only; return its result, or raise its InputError, on every rank."""
     result, error = None, None
     if dist.get_rank() == 0:
         try:
@@ -190,7 +185,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def on_every_rank(function: Callable[[], T], expected: type[Exception]) -> tuple[T | None, list[str]]:
-    """Calls `function` on every rank: this rank's result, and what any rank raised of the `expected` kind, the same for all."""
+    """Call `function` on every rank; return this rank's result, and the `expected` errors of all ranks as texts."""
     result, error = None, None
     try:
         result = function()
@@ -202,5 +197,5 @@ def on_every_rank(function: Callable[[], T], expected: type[Exception]) -> tuple
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Mean of a small tensor of statistics."""
+    """Return the mean over ranks of a small tensor of statistics."""
     return GroupCollective().all_reduce(values) / dist.get_world_size()

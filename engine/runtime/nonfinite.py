@@ -1,51 +1,14 @@
-"""Handles numbers that go wrong: steps that are not finite, spikes of the loss, collapse of the features."""
+"""Says what went wrong with a step that is not finite, and warns about spikes of the loss and collapse of the features."""
 
 import math
 from collections import deque
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from crossbatch.engine.config import WatchConfig
-from crossbatch.engine.step import Progress
 
-MAX_WINDOW, MIN_WINDOW = 100, 20  # lines of metrics that the mean of the loss is taken over
-
-
-class NonFiniteSteps:
-    """Counts steps whose gradients are not finite, and keeps the state from before them.
-
-    Such a step updates no parameter, but its forward pass has changed the running statistics of the norms, maybe to NaN. They
-    are restored.
-
-    Attributes:
-        in_a_row: how many steps up to the last one were not finite.
-        progress_before: the progress before the first of them; None if there are none.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.in_a_row = 0
-        self.progress_before: Progress | None = None
-        self._buffers = [buffer.detach() for buffer in model.buffers()]
-        self._before = [buffer.clone() for buffer in self._buffers]
-
-    def remember(self) -> None:
-        """Keep the running statistics; call it before every step."""
-        for before, buffer in zip(self._before, self._buffers, strict=True):
-            before.copy_(buffer)
-
-    def count(self, finite: bool, progress: Progress) -> None:
-        """Count a step, and restore the statistics if it was not finite; `progress` is that from before the step."""
-        if finite:
-            self.in_a_row, self.progress_before = 0, None
-            return
-        for before, buffer in zip(self._before, self._buffers, strict=True):
-            buffer.copy_(before)
-        self.in_a_row += 1
-        if self.in_a_row == 1:
-            self.progress_before = replace(progress)
+MAX_WINDOW, MIN_WINDOW = 100, 20  # lines of metrics over which the mean of the loss is taken
 
 
 def describe_nonfinite(values: dict[str, torch.Tensor]) -> str:
@@ -63,11 +26,9 @@ def describe_nonfinite(values: dict[str, torch.Tensor]) -> str:
     culprits = {rank: names for rank, names in enumerate(everyone) if own in names}
     culprits = culprits or {rank: names for rank, names in enumerate(everyone) if names}
     ranks = f"rank{'s' if len(culprits) > 1 else ''} {' and '.join(str(rank) for rank in culprits)}"
-    return f"non-finite on {ranks}: {_enumerate(next(iter(culprits.values())))}"
-
-
-def _enumerate(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    names = next(iter(culprits.values()))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"non-finite on {ranks}: {', '.join(names[:3])}{more}"
 
 
 class LossMonitor:
@@ -84,26 +45,25 @@ class LossMonitor:
 
     def check(self, loss: float | None, feature_std: float | None) -> list[str]:
         """Return warnings about the next line of metrics; None stands for a number that it lacks, or that is not finite."""
-        warnings = []
-        if loss is not None:
-            warnings.append(self._spike(loss))
-            self._losses.append(loss)
-        if feature_std is not None:
-            warnings.append(self._collapse(feature_std))
+        warnings = [self._spike(loss), self._collapse(feature_std)]
         return [text for text in warnings if text]
 
-    def _spike(self, loss: float) -> str | None:
-        sigmas = self.settings.spike_sigmas
-        if not sigmas or len(self._losses) < MIN_WINDOW:
+    def _spike(self, loss: float | None) -> str | None:
+        if loss is None:
             return None
         values = torch.tensor(self._losses, dtype=torch.float64)
+        self._losses.append(loss)
+        if not self.settings.spike_sigmas or len(values) < MIN_WINDOW:
+            return None
         mean, deviation = float(values.mean()), float(values.std())
-        if loss <= mean + sigmas * deviation:
+        if loss <= mean + self.settings.spike_sigmas * deviation:
             return None
         z = (loss - mean) / deviation if deviation else math.inf
         return f"loss jumped to {loss:.4g}, {z:.1f} standard deviations above its recent mean of {mean:.4g}"
 
-    def _collapse(self, feature_std: float) -> str | None:
+    def _collapse(self, feature_std: float | None) -> str | None:
+        if feature_std is None:
+            return None
         was, self._collapsed = self._collapsed, feature_std < self.settings.collapse_std
         if was or not self._collapsed:
             return None

@@ -1,7 +1,7 @@
-"""`--profile N`: where the time of a running job goes.
+"""Measures where the time of a running job goes (`--profile N`), and traces it.
 
 After WARM_UP steps, N steps are timed part by part, then N are traced; so the trace, which slows a step down, costs the figures
-nothing. Into the run directory:
+nothing. It writes into the run directory:
 
     profile/stages.md, stages.json      the parts of an iteration: waiting for data, the step's own parts, what lies between
     profile/rank0.<time>.pt.trace.json  for TensorBoard (with torch-tb-profiler), chrome://tracing or https://ui.perfetto.dev
@@ -46,7 +46,7 @@ class RunProfile:
 
     Args:
         folder: profile/ of the run directory.
-        steps: N.
+        steps: how many steps are timed, and then traced.
         rank: rank 0 writes the table, every rank a trace.
         batch: images of a step, over all ranks.
         note: tells the user.
@@ -54,10 +54,15 @@ class RunProfile:
 
     def __init__(self, folder: Path, steps: int, rank: int, batch: int, note: Callable[[str], None]):
         self.folder, self.steps, self.rank, self.batch, self.note = folder, steps, rank, batch, note
-        self._number = 0
-        self._last = time.perf_counter()
+        self._number, self._last = 0, time.perf_counter()
         self._timed: list[dict[str, float]] = []
-        self._tracer: profile | None = None
+        on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._tracer = profile(
+            activities=[ProfilerActivity.CPU, *on_gpu],
+            schedule=schedule(wait=WARM_UP + steps, warmup=1, active=steps, repeat=1),
+            on_trace_ready=tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}"),
+        )
+        self._tracer.start()  # idle for `wait` steps
 
     def stepped(self, parts: dict[str, float], waited_s: float) -> None:
         """Take in one step: its `parts` in ms, as `StepTimer.read` gives them, and how long it waited for its images."""
@@ -65,32 +70,18 @@ class RunProfile:
         iteration, self._last = 1000 * (now - self._last), now
         self._number += 1
         if WARM_UP < self._number <= WARM_UP + self.steps:
-            steps = {name: ms for name, ms in parts.items() if name != WHOLE}
-            wait = 1000 * waited_s
-            between = iteration - wait - parts[WHOLE]
-            self._timed.append({WAIT: wait, **steps, BETWEEN: between, ITERATION: iteration})
-        if self._number == WARM_UP + self.steps:
+            wait, step = 1000 * waited_s, dict(parts)
+            between = iteration - wait - step.pop(WHOLE)
+            self._timed.append({WAIT: wait, **step, BETWEEN: between, ITERATION: iteration})
+        if self._number == WARM_UP + self.steps and self.rank == 0:
             self._write_table()
-            self._start_tracer()
-        elif self._tracer is not None:
+        if self._number <= steps_needed(self.steps):
             self._tracer.step()
-            if self._number == steps_needed(self.steps):
-                self._tracer.stop()
-                self._tracer = None
-                self.note(f"traces of {self.steps} steps are in {self.folder}")
-
-    def _start_tracer(self) -> None:
-        on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-        self._tracer = profile(
-            activities=[ProfilerActivity.CPU, *on_gpu],
-            schedule=schedule(wait=0, warmup=1, active=self.steps, repeat=1),
-            on_trace_ready=tensorboard_trace_handler(str(self.folder), worker_name=f"rank{self.rank}"),
-        )
-        self._tracer.start()
+        if self._number == steps_needed(self.steps):
+            self._tracer.stop()
+            self.note(f"traces of {self.steps} steps are in {self.folder}")
 
     def _write_table(self) -> None:
-        if self.rank:
-            return
         rows = table(self._timed)
         rate = 1000 * self.batch / rows[ITERATION]["p50"]
         facts = {"steps": self.steps, "train_batch_size": self.batch, "images_per_s": rate, "ms": rows}

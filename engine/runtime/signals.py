@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Signals:
-    """A context manager that remembers the last signal in `received`; a second Ctrl-C interrupts at once."""
+    """Remembers the last signal in `received`, as a context manager; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -39,7 +39,7 @@ class Signals:
 
 
 class Agreed(NamedTuple):
-    """What all ranks know between two steps."""
+    """Holds what all ranks know between two steps."""
 
     received: signal.Signals | None  # a signal that a rank has received
     saving: bool  # whether any rank is still writing a checkpoint
@@ -54,19 +54,16 @@ class StepSync:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self._group = cpu_group(timeout_s) if dist.get_world_size() > 1 else None
+        self._group = cpu_group(timeout_s)
 
     def exchange(self, received: signal.Signals | None, saving: bool, failed: bool) -> Agreed:
         """Tell the other ranks what this one knows, and return what all know; every rank calls it once a step."""
         flags = torch.tensor([received or 0, saving, dist.get_rank() + 1 if failed else 0], dtype=torch.int32)
-        if self._group is not None:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         number, any_saving, failed_rank = flags.tolist()
-        return Agreed(
-            signal.Signals(number) if number else None, bool(any_saving), failed_rank - 1 if failed_rank else None
-        )
+        received = signal.Signals(number) if number else None
+        return Agreed(received, bool(any_saving), failed_rank - 1 if failed_rank else None)
 
     def close(self) -> None:
         """Leave the process group, on all ranks."""
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
+        dist.destroy_process_group(self._group)

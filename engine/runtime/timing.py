@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: spans that the step itself opens.
+"""Measures where the time of a training step goes, in spans that the step itself opens.
 
     host to device      views to the device, normalised there
     online features     the online backbone; without gradient in all chunks but the last
@@ -15,28 +15,16 @@ measures; either way the spans appear in a trace of torch.profiler under the nam
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 SECOND_PASS, OTHER, WHOLE = "second pass", "other", "step"
-PARTS = (
-    "host to device",
-    "online features",
-    "momentum features",
-    "batch-wide part",
-    "backward",
-    SECOND_PASS,
-    "optimizer",
-    "moving average",
-    OTHER,
-)
 
 Span = Callable[[str], AbstractContextManager]
-Mark = float | torch.cuda.Event
 
 
 class StepTimer:
@@ -52,9 +40,8 @@ class StepTimer:
     def __init__(self, device: torch.device):
         self._gpu = device.type == "cuda"
         self._open: list[str] = []
-        self._spans: list[tuple[str, Mark, Mark]] = []  # of the step that is open, or was last
-        self._pending: deque[list[tuple[str, Mark, Mark]]] = deque()  # steps that the GPU may not have finished
-        self._done: list[dict[str, float]] = []
+        self._spans: list[tuple[str, Any, Any]] = []  # of the step that is open, or was last: part, start, end
+        self._steps: list[list[tuple[str, Any, Any]]] = []  # not read yet
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -73,21 +60,17 @@ class StepTimer:
             self._open.pop()
         self._spans.append((name, start, self._mark()))
         if name == WHOLE:
-            self._pending.append(self._spans)
-            # The step before is over: this one has waited for the norm of its own gradients.
-            while len(self._pending) > 1:
-                self._done.append(_milliseconds(self._pending.popleft()))
+            self._steps.append(self._spans)
 
     def read(self) -> list[dict[str, float]]:
         """Return the milliseconds of each step by part, "step" being the whole; waits for the last step to end."""
         if self._gpu:
             torch.cuda.synchronize()
-        self._done += [_milliseconds(spans) for spans in self._pending]
-        self._pending.clear()
-        done, self._done = self._done, []
-        return done
+        steps, self._steps = self._steps, []
+        return [_milliseconds(spans) for spans in steps]
 
-    def _mark(self) -> Mark:
+    def _mark(self) -> float | torch.cuda.Event:
+        """Return this moment: seconds on a CPU, an event on a GPU."""
         if not self._gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -102,18 +85,11 @@ def mean_ms(steps: list[dict[str, float]]) -> dict[str, float]:
     return {part.replace(" ", "_").replace("-", "_"): ms for part, ms in means.items()}
 
 
-def _milliseconds(spans: list[tuple[str, Mark, Mark]]) -> dict[str, float]:
-    """Add up one step: the parts that it had, in the order of PARTS, and the whole."""
+def _milliseconds(spans: list[tuple[str, Any, Any]]) -> dict[str, float]:
+    """Add up one step: its parts in the order in which they began, what lies between them, and the whole."""
     total: dict[str, float] = {}
     for part, start, end in spans:
-        total[part] = total.get(part, 0.0) + _between(start, end)
+        ms = start.elapsed_time(end) if isinstance(start, torch.cuda.Event) else 1000 * (end - start)
+        total[part] = total.get(part, 0.0) + ms
     whole = total.pop(WHOLE)
-    total[OTHER] = whole - sum(total.values())
-    return {part: total[part] for part in PARTS if part in total} | {WHOLE: whole}
-
-
-def _between(start: Mark, end: Mark) -> float:
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return start.elapsed_time(end)
-    assert isinstance(start, float) and isinstance(end, float)
-    return 1000 * (end - start)
+    return {**total, OTHER: whole - sum(total.values()), WHOLE: whole}

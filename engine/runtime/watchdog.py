@@ -26,7 +26,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from crossbatch import InputError, RunStopped
-from crossbatch.engine.runtime.distributed import World, barrier, shared_token
+from crossbatch.engine.runtime.distributed import World, shared_token
 
 PHASES = ("starting", "evaluating", "saving", "waiting for data", "training")  # in the order of a step
 MAX_SILENT_BEATS = 60  # counted in our own heartbeats, so that a machine which slept as a whole accuses no rank
@@ -38,23 +38,18 @@ LEAVE_S = 10.0  # for the main thread to leave after a verdict, before its proce
 
 @dataclass
 class RankStatus:
-    """What a rank last published, and for how many of our heartbeats that has not changed."""
+    """Holds what a rank last published, and for how many of our heartbeats that has not changed."""
 
     count: int = -1
     at: tuple[int, int] = (-1, 0)  # (steps done, index into PHASES)
     silent_beats: int = 0
     still_beats: int = 0
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """The rank at fault, and what it did."""
-
-    rank: int
-    what: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} {self.what}"
+    def update(self, count: int, step: int, phase: int) -> None:
+        """Take in what the rank has published now: its count of heartbeats, steps done and phase."""
+        self.silent_beats = self.silent_beats + 1 if count == self.count else 0
+        self.still_beats = self.still_beats + 1 if (step, phase) == self.at else 0
+        self.count, self.at = count, (step, phase)
 
 
 class Watchdog:
@@ -75,9 +70,9 @@ class Watchdog:
         self._ranks = [RankStatus() for _ in range(world.size)]
         self._beats = 0
         self._on_gpus = False
-        self._verdict: Verdict | None = None
-        self._to_announce: Verdict | None = None
-        self._announced, self._stopping = threading.Event(), threading.Event()
+        self._accusation = ""  # what this rank says of the rank at fault
+        self._verdict = ""  # what all ranks take for true
+        self._decided, self._stopping = threading.Event(), threading.Event()
 
     def set_phase(self, step: int, phase: str) -> None:
         """Say that this rank has done `step` steps and is now in `phase`, one of PHASES."""
@@ -91,7 +86,7 @@ class Watchdog:
             if self.world.is_main:
                 self._store.set("verdict", "")
             self._publish()
-            barrier()
+            dist.barrier()
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -100,123 +95,103 @@ class Watchdog:
         if self.world.size == 1:
             return
         if error is None:
-            barrier()  # rank 0 keeps the store, so no rank leaves before all are done
-            self._stop_thread()
+            dist.barrier()  # rank 0 keeps the store, so no rank leaves before all are done
+            self._stopping.set()
+            self._thread.join(2 * self.beat_s)
             return
-        if _is_from_a_collective(error):
-            verdict = self._find_culprit()
-            if verdict is not None:
-                self._stop_thread()
-                if self.world.is_main:
-                    time.sleep(LINGER_S)
-                raise RunStopped(f"{verdict}; the last checkpoint is good: repeat the command to resume") from error
-        self._announce(Verdict(self.world.rank, f"stopped: {_first_line(error)}"))
-        self._stop_thread()
-        if self.world.is_main and not isinstance(error, InputError):
-            time.sleep(LINGER_S)
-
-    # --- the main thread -------------------------------------------------------------------------------------------
-
-    def _find_culprit(self) -> Verdict | None:
-        """Return who is at fault for a collective that failed, as soon as the thread knows; None if nobody is found."""
-        first, end = self._beats, time.monotonic() + SEARCH_S + self.beat_s
-        while self._verdict is None and time.monotonic() < end:
-            time.sleep(0.1)
-            suspect = self._suspect(silent_beats=3, still_beats=max(3, int(self.timeout_s / self.beat_s / 2)))
-            if suspect is not None:
-                self._announce(suspect)
-        if self._verdict is None and self._beats == first:
-            self._announce(Verdict(0, "does not answer (its process or its host is gone)"))
-        return self._verdict
-
-    def _announce(self, verdict: Verdict) -> None:
-        self._to_announce = verdict
-        self._announced.wait(2 * self.beat_s)
-        self._verdict = self._verdict or verdict
-
-    def _stop_thread(self) -> None:
+        culprit = self._find_culprit() if _is_from_a_collective(error) else ""
+        if not culprit:
+            self._accuse(f"rank {self.world.rank} stopped: {_first_line(error)}")
         self._stopping.set()
         self._thread.join(2 * self.beat_s)
+        if self.world.is_main and not isinstance(error, InputError):
+            time.sleep(LINGER_S)
+        if culprit:
+            raise RunStopped(f"{culprit}; the last checkpoint is good: repeat the command to resume") from error
 
-    # --- the thread with the heartbeat ----------------------------------------------------------------------------------------
+    def _find_culprit(self) -> str:
+        """Return which rank is at fault for a collective that failed, as soon as the thread knows; "" if none is found."""
+        first, end = self._beats, time.monotonic() + SEARCH_S + self.beat_s
+        while not self._verdict and time.monotonic() < end:
+            time.sleep(0.1)
+            suspicion = self._suspect(silent_beats=3, still_beats=max(3, int(self.timeout_s / self.beat_s / 2)))
+            if suspicion:
+                self._accuse(suspicion)
+        if not self._verdict and self._beats == first:
+            self._accuse("rank 0 does not answer (its process or its host is gone)")
+        return self._verdict
+
+    def _accuse(self, accusation: str) -> None:
+        """Let the thread publish `accusation`, and take it for the verdict if that does not succeed soon."""
+        self._accusation = accusation
+        self._decided.wait(2 * self.beat_s)
+        self._verdict = self._verdict or accusation
 
     def _run(self) -> None:
-        gone = 0
-        while not self._stopping.wait(self.beat_s):
+        """Beat until there is a verdict or the main thread leaves; this is what the thread does.
+
+        After a verdict the main thread may be stuck in a collective that nothing ends, such as NCCL's. Then end the process.
+        """
+        failures = 0
+        while not self._verdict:
+            if self._stopping.wait(self.beat_s):
+                return
             try:
                 self._exchange()
-                gone = 0
+                failures = 0
             except RuntimeError:
-                gone += 1
-                if gone == 3:
-                    self._verdict = self._verdict or Verdict(0, "is gone (it kept the store)")
+                failures += 1
+                if failures == 3:
+                    self._verdict = self._verdict or "rank 0 is gone (it kept the store)"
             self._beats += 1
-            if self._verdict is not None and not self._announced.is_set():
-                self._announced.set()
-                threading.Thread(target=self._end_if_stuck, daemon=True).start()
-
-    def _exchange(self) -> None:
-        self._publish()
-        keys = ["verdict", *(str(rank) for rank in range(self.world.size))]
-        verdict, *statuses = self._store.multi_get(keys)
-        for rank, published in zip(self._ranks, statuses, strict=True):
-            _update(rank, json.loads(published))
-        if not verdict:
-            patience = int(self.timeout_s / self.beat_s)
-            mine = (
-                self._to_announce
-                or self._suspect(min(patience, MAX_SILENT_BEATS), patience)
-                or self._all_stuck(patience)
-            )
-            if mine is not None:
-                verdict = self._store.compare_set("verdict", "", json.dumps([mine.rank, mine.what]))
-        if verdict:
-            self._verdict = Verdict(*json.loads(verdict))
-
-    def _publish(self) -> None:
-        self._store.set(str(self.world.rank), json.dumps([self._beats, *self._at]))
-
-    def _suspect(self, silent_beats: int, still_beats: int) -> Verdict | None:
-        """Return the rank that is silent, or that all others have been waiting for, if there is one."""
-        others = [(number, rank) for number, rank in enumerate(self._ranks) if number != self.world.rank]
-        number, rank = max(others, key=lambda other: other[1].silent_beats)
-        if rank.silent_beats >= silent_beats:
-            return Verdict(
-                number, f"is gone or does not answer ({rank.silent_beats * self.beat_s:.0f} s without a sign)"
-            )
-        number, rank = min(enumerate(self._ranks), key=lambda other: other[1].at)
-        ahead = [other for other in self._ranks if other.at > rank.at]
-        if ahead and all(other.still_beats >= still_beats for other in (rank, *ahead)):
-            step, phase = rank.at
-            seconds = rank.still_beats * self.beat_s
-            return Verdict(number, f"keeps the others waiting: {PHASES[phase]} after step {step} for {seconds:.0f} s")
-        return None
-
-    def _all_stuck(self, still_beats: int) -> Verdict | None:
-        """Return a verdict if all GPUs wait in the same step. Not on CPUs: gloo fails by itself, and steps may be long."""
-        step, phase = self._ranks[0].at
-        still = min(rank.still_beats for rank in self._ranks)
-        enough = still_beats if PHASES[phase] == "training" else OTHER_PHASES_TIMEOUTS * still_beats
-        if not self._on_gpus or still < enough or len({rank.at for rank in self._ranks}) > 1:
-            return None
-        seconds = still * self.beat_s
-        return Verdict(
-            0, f"and all others stand still: {PHASES[phase]} after step {step} for {seconds:.0f} s; look at the network"
-        )
-
-    def _end_if_stuck(self) -> None:
-        """End this process if its main thread does not leave: it may wait in a collective that nothing ends, such as NCCL's."""
+        self._decided.set()
         if not self._stopping.wait(LEAVE_S):
             print(f"stopped (rank {self.world.rank}): {self._verdict}\n", end="", file=sys.stderr, flush=True)
             os._exit(3)
 
+    def _exchange(self) -> None:
+        """Publish what this rank does, read what the others do, and write or read the verdict."""
+        self._publish()
+        verdict, *statuses = self._store.multi_get(["verdict", *map(str, range(self.world.size))])
+        for rank, published in zip(self._ranks, statuses, strict=True):
+            rank.update(*json.loads(published))
+        if not verdict:
+            patience = int(self.timeout_s / self.beat_s)
+            suspicion = self._suspect(min(patience, MAX_SILENT_BEATS), patience) or self._all_stuck(patience)
+            accusation = self._accusation or suspicion
+            if accusation:
+                verdict = self._store.compare_set("verdict", "", accusation)
+        if verdict:
+            self._verdict = verdict.decode()
 
-def _update(rank: RankStatus, published: list[int]) -> None:
-    """Compare what a rank has published, [count of heartbeats, steps done, phase], with what is known of it."""
-    count, *at = published
-    rank.silent_beats = rank.silent_beats + 1 if count == rank.count else 0
-    rank.still_beats = rank.still_beats + 1 if tuple(at) == rank.at else 0
-    rank.count, rank.at = count, (at[0], at[1])
+    def _publish(self) -> None:
+        self._store.set(str(self.world.rank), json.dumps([self._beats, *self._at]))
+
+    def _suspect(self, silent_beats: int, still_beats: int) -> str:
+        """Return which rank is silent, or has kept all others waiting; "" if none has."""
+        others = [number for number in range(self.world.size) if number != self.world.rank]
+        number = max(others, key=lambda number: self._ranks[number].silent_beats)
+        silent = self._ranks[number].silent_beats
+        if silent >= silent_beats:
+            return f"rank {number} is gone or does not answer ({silent * self.beat_s:.0f} s without a sign)"
+        number, rank = min(enumerate(self._ranks), key=lambda other: other[1].at)
+        ahead = [other for other in self._ranks if other.at > rank.at]
+        if ahead and all(other.still_beats >= still_beats for other in (rank, *ahead)):
+            return f"rank {number} keeps the others waiting: {self._describe(rank.at, rank.still_beats)}"
+        return ""
+
+    def _all_stuck(self, still_beats: int) -> str:
+        """Return a verdict if all GPUs wait in the same step. Not on CPUs: gloo fails by itself, and steps may be long."""
+        at = self._ranks[0].at
+        still = min(rank.still_beats for rank in self._ranks)
+        enough = still_beats if PHASES[at[1]] == "training" else OTHER_PHASES_TIMEOUTS * still_beats
+        if not self._on_gpus or still < enough or any(rank.at != at for rank in self._ranks):
+            return ""
+        return f"rank 0 and all others stand still: {self._describe(at, still)}; look at the network"
+
+    def _describe(self, at: tuple[int, int], still_beats: int) -> str:
+        step, phase = at
+        return f"{PHASES[phase]} after step {step} for {still_beats * self.beat_s:.0f} s"
 
 
 def _is_from_a_collective(error: BaseException) -> bool:

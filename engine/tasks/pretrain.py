@@ -1,4 +1,4 @@
-"""Pretraining: MoCo v3 + BatchFormer on two views of every image, with a k-NN score of the features along the way."""
+"""Pretrains with MoCo v3 + BatchFormer on two views of every image, and scores the features with k-NN along the way."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from crossbatch.data import Batch, GlobalBatchSampler, Source, TrainLoader, moco_v3_augmentations
+from crossbatch.data import Batch, moco_v3_augmentations
 from crossbatch.engine.checkpoint import Resumed, create_run_directory
-from crossbatch.engine.config import ResolvedConfig, user_input
+from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.datasets import training_images
+from crossbatch.engine.datasets import TrainData, train_data, training_images
 from crossbatch.engine.evaluation.knn import KnnMonitor
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
@@ -18,7 +18,7 @@ from crossbatch.engine.runtime.distributed import GroupCollective, World, on_mai
 from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model
-from crossbatch.engine.tasks.task import TrainData, TrainResult
+from crossbatch.engine.tasks.task import TrainResult
 from crossbatch.models import MoCo
 
 CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_gpu: "auto"` came to
@@ -26,7 +26,7 @@ CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_g
 
 @dataclass
 class PretrainTask:
-    """A `Task` of MoCo v3; `pretrain_task` builds it.
+    """Trains MoCo v3, as a `Task`; `pretrain_task` builds it.
 
     Attributes:
         knn: scores the features; None if the configuration or the images allow no score.
@@ -107,7 +107,9 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
         InputError: if the images cannot be used, or not even one of them fits into memory.
     """
     source, evaluation = training_images(cfg.crossbatch.data.path, out / "data_index")
-    data = _open_data(cfg, source, world, device)
+    settings = cfg.crossbatch.data
+    views = moco_v3_augmentations(settings.image_size, settings.crop_min)
+    data = train_data(cfg, world, device, source, views, shuffle_window=settings.shuffle_window)
     knn = None
     if cfg.crossbatch.evaluate.knn_every_epochs and evaluation is not None:
         knn = KnnMonitor(cfg, source, evaluation, device)
@@ -118,20 +120,3 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
         chunk_note = why if chunk < cfg.local_batch else None
     cfg = replace(cfg, chunk=chunk, chunks=-(-cfg.local_batch // chunk))
     return PretrainTask(cfg, device, out, data, knn, evaluation is not None, chunk_note)
-
-
-def _open_data(cfg: ResolvedConfig, source: Source, world: World, device: torch.device) -> TrainData:
-    data, seed, batch = cfg.crossbatch.data, cfg.crossbatch.seed, cfg.train_batch_size
-    with user_input("train_batch_size"):
-        sampler = GlobalBatchSampler(seed, len(source), batch, world.size, world.rank, data.shuffle_window)
-    loader = TrainLoader(
-        source,
-        sampler=sampler,
-        augmentations=moco_v3_augmentations(data.image_size, data.crop_min),
-        seed=seed,
-        workers=cfg.workers,
-        max_skipped_fraction=data.max_skipped_fraction,
-        backend=data.backend,
-        device=device,
-    )
-    return TrainData(sampler, loader, sampler.steps_per_epoch)

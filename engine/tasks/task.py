@@ -1,27 +1,27 @@
 """Defines what a `Trainer` asks of a task: data, a training step, an evaluation, and what to say at the start and at the end.
 
-A task is built as a whole by a function of its own (`pretrain_task`, `finetune_task`): its configuration is final, its images
-are open, and pretrained weights are read. Nothing of it is called before. The trainer keeps the step that `build_step` returns
-and hands it to the other methods, because a step that runs out of memory is replaced by one with smaller chunks.
+A function of its own (`pretrain_task`, `finetune_task`) builds a task as a whole: its configuration is final, its images are
+open, and pretrained weights are read before anything of it is called. The trainer keeps the step that `build_step` returns and
+hands it to the other methods, because a step that runs out of memory is replaced by one with smaller chunks.
 """
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from crossbatch.data import Batch, GlobalBatchSampler, TrainLoader
+from crossbatch.data import Batch
 from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.config import Resolved
+from crossbatch.engine.datasets import TrainData
 from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.sharding import Backend
 from crossbatch.engine.step import Progress
 
 
 class Step(Protocol):
-    """One optimizer step per call, on the sharded model in `backend`; `progress` counts the steps."""
+    """Makes one optimizer step per call, on the sharded model in `backend`; `progress` counts the steps."""
 
     backend: Backend
     progress: Progress
@@ -30,31 +30,8 @@ class Step(Protocol):
 
 
 @dataclass(frozen=True)
-class TrainData:
-    """The training images of a run, and the order in which this rank reads them.
-
-    Attributes:
-        sampler: says which images this rank reads at which step.
-        loader: loads them.
-        steps_per_epoch: optimizer steps of one epoch of the schedule and of the log. With repeated augmentation the sampler
-            needs more steps to show every image.
-    """
-
-    sampler: GlobalBatchSampler
-    loader: TrainLoader
-    steps_per_epoch: int
-
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """Yield this rank's batches from optimizer step `first_step` on, epoch after epoch, without end."""
-        epoch, step = divmod(first_step, self.sampler.steps_per_epoch)
-        yield from self.loader.epoch(epoch, step)
-        for later_epoch in itertools.count(epoch + 1):
-            yield from self.loader.epoch(later_epoch)
-
-
-@dataclass(frozen=True)
 class TrainResult:
-    """What one training step gave on this rank.
+    """Holds what one training step gave on this rank.
 
     Attributes:
         metrics: scalar tensors of this rank for metrics.jsonl, "loss" first; "a/b" is written as b in a section a.
@@ -74,7 +51,7 @@ StepT = TypeVar("StepT", bound=Step)
 
 
 class Task(Protocol[StepT]):
-    """What is trained. All ranks call its methods together, so they may use collectives."""
+    """Defines what is trained. All ranks call its methods together, so they may use collectives."""
 
     @property
     def cfg(self) -> Resolved:

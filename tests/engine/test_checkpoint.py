@@ -403,7 +403,7 @@ def test_metrics_after_the_checkpoint_and_torn_lines_are_dropped_on_resume(tmp_p
 def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
     log = RunLog(tmp_path, first_step=0, last_step=10)
     log.record(line(1))
-    real = log.metrics._file
+    real = log.metrics
     assert real is not None
 
     class Full:
@@ -414,10 +414,10 @@ def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
                 raise OSError(28, "No space left on device")
             return real.write(data[: len(data) - 39])
 
-    log.metrics._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
+    log.metrics = Full()  # pyright: ignore[reportAttributeAccessIssue]
     log.record(line(2))
     log.record(line(3))
-    log.metrics._file = real
+    log.metrics = real
     log.record(line(4))
     log.close()
     assert [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

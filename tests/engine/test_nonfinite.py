@@ -145,7 +145,7 @@ def test_collapse_is_told_once():
 
 def no_data_on_rank_1_at_step_3():
     """For TrainData.batches."""
-    from crossbatch.engine.tasks.task import TrainData
+    from crossbatch.engine.datasets import TrainData
 
     batches = TrainData.batches
 
@@ -159,7 +159,7 @@ def no_data_on_rank_1_at_step_3():
 
 
 def test_a_rank_without_data_lets_all_save_before_it_stops(tmp_path, pools):
-    patches = (("crossbatch.engine.tasks.task.TrainData.batches", no_data_on_rank_1_at_step_3),)
+    patches = (("crossbatch.engine.datasets.TrainData.batches", no_data_on_rank_1_at_step_3),)
     stopped = pools(2).run(run, [*VIT, *LARS, *zero(1)], str(tmp_path), 8, "auto", (), patches)
     assert stopped == [
         "RunStopped: rank 1 got no more data; step 3 is saved",
