@@ -161,8 +161,8 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
         print("\n".join(export_file(arguments.checkpoint, arguments.output)))
         return
     config = load_config(None, pairs, ExportConfig)
-    from crossbatch.engine.evaluation.frozen import load_configured
     from crossbatch.engine.pretrained.export import export
+    from crossbatch.engine.pretrained.load import load_configured
 
     print("\n".join(export(load_configured(config.crossbatch.model, "auto"), arguments.to, arguments.output)))
 

@@ -40,7 +40,7 @@ def mlp(first: list[nn.Module], widths: list[int], last_norm: bool) -> nn.Sequen
 
 
 class Original(nn.Module):
-    """Modules, names and order of an original; nothing of what they compute."""
+    """Has the modules, names and order of an original, and nothing of what they compute."""
 
     def __init__(self, arch: str, add_bf: bool):
         super().__init__()
@@ -68,7 +68,7 @@ class Original(nn.Module):
 
 
 def original_file(arch: str, add_bf: bool, optimizer: str) -> dict:
-    """A checkpoint after two epochs: random weights, and for each trained parameter a state that names its position."""
+    """Return a checkpoint after two epochs: random weights, and a state of each trained parameter that names its position."""
     torch.manual_seed(1)
     model = Original(arch, add_bf)
     for buffer in model.buffers():
