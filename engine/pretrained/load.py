@@ -93,7 +93,7 @@ def load_pretrained(
     size = image_size or (side * int(args.get("patch_size", 16)) if side else weights.image_size or 224)
     with user_input(f"{where}: crossbatch.model.", image_size=f"{where}: crossbatch.data.image_size"):
         backbone = build_backbone(arch, size, stem, backbone_args=args)
-    heads = backbone.blocks[0].attn.num_heads if isinstance(backbone, ViT) else None  # pyright: ignore
+    heads = int(backbone.blocks[0].attn.num_heads) if isinstance(backbone, ViT) else None  # pyright: ignore
     _check_heads(weights, heads, arch, args, where)
     notes = _fit_positions(weights, backbone)
     missing = _load(backbone, weights, arch, where)

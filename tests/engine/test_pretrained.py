@@ -15,7 +15,7 @@ from crossbatch.engine import checkpoint
 from crossbatch.engine.pretrained.load import load_pretrained
 from crossbatch.engine.pretrained.weights import NOTE, PROBE, PROBE_FILE
 from crossbatch.models import build_backbone
-from tests.engine.test_moco_v3_files import original_file
+from tests.engine.originals import original_file
 
 SMALL_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
 
