@@ -145,8 +145,8 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
             raise InputError(f"--to moco-v3: writes the whole run, and {pairs[0]} would change nothing; leave it out")
         notes = export_file(arguments.checkpoint, arguments.output)
     else:
-        from crossbatch.engine.evaluation.frozen import load_configured
         from crossbatch.engine.pretrained.export import export
+        from crossbatch.engine.pretrained.load import load_configured
 
         checkpoint = f"crossbatch.model.checkpoint={json.dumps(str(arguments.checkpoint))}"
         config = load_config(None, [checkpoint, *pairs], ExportConfig)

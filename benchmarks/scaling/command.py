@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import tables
-from benchmarks.rows import Results, StoredRow, read
+from benchmarks.rows import Results, StoredRow, read, show
 from benchmarks.scaling import calibration
 from benchmarks.scaling.rank import parse, resolved
 from crossbatch import InputError
@@ -110,7 +109,7 @@ def show_efficiency(results: Results) -> None:
         command = "python -m benchmarks scaling --ranks 1 2 4 --out DIR"
         raise InputError(f"no rows of a scaling study; measure with `{command}`")
     columns = "study", "ranks", "images/s", "p20 - p80", "efficiency", "predicted", "collectives", "predicted"
-    tables.show("efficiency", columns, lines)
+    show("efficiency", columns, lines)
 
 
 def _calls(kinds: dict[str, dict[str, float]] | None) -> str:
@@ -147,4 +146,4 @@ def _show_errors(title: str, columns: Sequence[str], rows: Sequence, errors: Seq
     for row, *of_row in zip(rows, *errors, strict=True):
         rates = f"{row.images_per_s:,.0f}", f"{row.images_per_s * (1 + of_row[0]):,.0f}"
         lines.append((row.name, *rates, *(f"{100 * error:+.1f} %" for error in of_row), row.source))
-    tables.show(title, columns, lines)
+    show(title, columns, lines)

@@ -53,4 +53,4 @@ def evaluation_image(image: Image.Image, image_size: int) -> torch.Tensor:
     from torchvision.transforms import functional
 
     shorter = image_size if image_size <= 64 else round(image_size * 256 / 224)
-    return functional.pil_to_tensor(functional.center_crop(functional.resize(image, shorter), image_size))
+    return functional.pil_to_tensor(functional.center_crop(functional.resize(image, shorter), image_size))  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Batches of features for the probe, of images that are augmented anew in every epoch, or of cached features."""
+"""Feeds the probe with batches of features: of images that are augmented anew in every epoch, or cached ones."""
 
 import time
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ from crossbatch.data import GlobalBatchSampler, Source, TrainLoader
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Resolved
 from crossbatch.engine.datasets import stop_on_lost_images
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, prepared
-from crossbatch.engine.evaluation.frozen import FrozenBackbone
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, FrozenBackbone, prepared
 from crossbatch.engine.run_log import StepClock
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
@@ -34,7 +33,7 @@ class AugmentedFeatures:
         clock: StepClock,
     ):
         data = cfg.crossbatch.data
-        self.frozen, self.source, self.reading, self.clock = frozen, source, reading, clock
+        self.frozen, self.reading, self.clock = frozen, reading, clock
         self.broken: set[str] = set()
         self.loader = TrainLoader(
             source,
@@ -62,8 +61,8 @@ class AugmentedFeatures:
             self.broken.update(batch.skipped)
             images = batch.views[0].split(self.reading.batch_size)
             features = torch.cat([self.frozen(prepared(some, self.reading.device)).float() for some in images])
-            # `batch.indices` names the images that were read, which are others than the sampler's where one was broken.
-            yield features, torch.as_tensor(self.source.labels[batch.indices], device=self.reading.device)
+            assert batch.labels is not None
+            yield features, batch.labels.to(self.reading.device)
             before = time.perf_counter()
 
     def close(self) -> None:
@@ -76,18 +75,16 @@ class CachedFeatures:
 
     def __init__(self, rows: FeatureSet, order: GlobalBatchSampler, clock: StepClock):
         self.rows, self.order, self.clock = rows, order, clock
-        self.indices = rows.indices_N.cpu().numpy()
-        self.broken = set(rows.skipped)
-        self.replaced = len(rows.skipped)
+        self.broken, self.replaced = set(rows.skipped), len(rows.skipped)
 
     def epoch(self, epoch: int) -> Batches:
         """Yield this rank's batches of epoch number `epoch`, from 0."""
+        indices = self.rows.indices_N.cpu().numpy()
         for step in range(self.order.steps_per_epoch):
             self.clock.waited(time.perf_counter())
-            wanted = self.order.batch(epoch, step)
             # A broken image has no row; the next image that could be read takes its place, as in TrainLoader.
-            places = torch.as_tensor(np.searchsorted(self.indices, wanted) % len(self.indices))
-            places = places.to(self.rows.labels_N.device)
+            places = np.searchsorted(indices, self.order.batch(epoch, step)) % len(indices)
+            places = torch.as_tensor(places, device=self.rows.labels_N.device)
             yield self.rows.features_NC[places], self.rows.labels_N[places]
 
     def close(self) -> None:

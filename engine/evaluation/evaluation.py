@@ -1,29 +1,34 @@
-"""What the commands of k-NN and the linear probe share: they open weights and images, extract features, write results."""
+"""Does what k-NN and the linear probe have in common: opens weights and images, extracts features, writes results."""
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
 
 from crossbatch.data import Source
 from crossbatch.engine.config import to_dict
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
 from crossbatch.engine.datasets import labelled_images
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract
-from crossbatch.engine.evaluation.frozen import FrozenBackbone, load_configured
-from crossbatch.engine.evaluation.results import RESULTS, create_output_dir, progress_bar, save_figures, write_results
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, FrozenBackbone, extract
+from crossbatch.engine.evaluation.results import RESULTS, create_output_dir, save_figures, write_results
+from crossbatch.engine.pretrained.load import load_configured
 from crossbatch.engine.run_log import print_summary
 from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
+
+MAX_NAMED = 10  # broken images that a rank names
 
 
 @dataclass
 class Report:
-    """What an evaluation shows to a person."""
+    """Holds what an evaluation shows to a person."""
 
     figures: dict[str, Figure]
     rows: list[tuple[str, str]]  # of the closing table
@@ -32,12 +37,11 @@ class Report:
 
 
 class Evaluation(ABC):
-    """An evaluation of a frozen backbone on this rank, inside a process group.
+    """Evaluates a frozen backbone on this rank, inside a process group.
 
     A subclass computes the scores in `_evaluate` and shows them in `_report`.
 
     Args:
-        name: of the command, "knn" or "linear".
         workers: loader processes of this rank.
         out: folder that the results are written to; it may hold an earlier result of the same command.
 
@@ -45,17 +49,17 @@ class Evaluation(ABC):
         InputError: if weights or images cannot be opened, or `out` holds something else.
     """
 
-    def __init__(
-        self, name: str, config: KnnConfig | LinearConfig, world: World, device: torch.device, workers: int, out: Path
-    ):
-        self.name, self.config, self.world, self.device, self.out = name, config, world, device, out
+    name: ClassVar[str]  # of the command
+
+    def __init__(self, config: KnnConfig | LinearConfig, world: World, device: torch.device, workers: int, out: Path):
+        self.config, self.world, self.device, self.out = config, world, device, out
         section = config.crossbatch
         self.collective = GroupCollective()
         self.pretrained = load_configured(section.model, section.data.image_size)
-        on_main(lambda: create_output_dir(out, name))
+        on_main(lambda: create_output_dir(out, self.name))
         self.train, self.evaluation = labelled_images(section.data.path, out / "data_index")
         self.class_names = self.train.class_names
-        self.frozen = FrozenBackbone(self.pretrained, device, section.precision)
+        self.frozen = FrozenBackbone(self.pretrained.backbone, device, section.precision)
         batch_size = config.train_micro_batch_size_per_gpu
         self.reading = EvalLoaderConfig(self.pretrained.image_size, batch_size, workers, device)
 
@@ -74,9 +78,9 @@ class Evaluation(ABC):
             "config": {**to_dict(self.config), "world_size": self.world.size},
         }
         if self.world.is_main:
+            write_results(self.out, results)  # first: a figure that fails must not lose the numbers
             report = self._report(results, details)
             save_figures(self.out, report.figures, report.step)
-            write_results(self.out, results)
             print_summary([*report.rows, ("results", str(self.out / RESULTS))], [report.next_command], self.out)
         return results
 
@@ -89,11 +93,27 @@ class Evaluation(ABC):
         """Return figures and the closing table; only rank 0 calls it."""
 
     def _features(self, source: Source, what: str) -> FeatureSet:
-        """Extract the features of this rank's share of `source`, with a progress bar on rank 0."""
-        share = -(-len(source) // self.world.size)
-        with progress_bar(f"features: {what}", share, self.world.is_main) as advance:
-            return extract(self.frozen, source, np.arange(len(source)), self.reading, self.collective, advance)
+        """Extract the features of this rank's share of `source`, with a progress bar on the terminal of rank 0."""
+        console = Console(stderr=True)
+        hidden = not (self.world.is_main and console.is_terminal)
+        with Progress(console=console, disable=hidden) as bar:
+            task = bar.add_task(f"features: {what}", total=-(-len(source) // self.world.size))
+            return extract(
+                self.frozen,
+                source,
+                np.arange(len(source)),
+                self.reading,
+                self.collective,
+                lambda images: bar.advance(task, images),
+            )
 
     def _sum_over_ranks(self, **counts: int) -> dict[str, int]:
+        """Return the sums of the counts of all ranks, under the same names."""
         total = self.collective.all_reduce(torch.tensor(list(counts.values()), device=self.device)).tolist()
         return dict(zip(counts, total, strict=True))
+
+
+def log_skipped_images(names: Iterable[str]) -> None:
+    """Print the names of the first broken images of this rank."""
+    for name in list(names)[:MAX_NAMED]:
+        print(f"skipped a broken image: {name}", flush=True)

@@ -1,29 +1,70 @@
 """Extracts the features of whole data sets on all ranks, with a network that does not change meanwhile.
 
-The network is a function `embed`: normalised images [m, 3, H, W] on the device -> features [m, C]. During training it is the
-sharded model, which gathers its parameters in every call; otherwise it is a plain backbone. Because of the former, all ranks
-must call `embed` equally often.
+The network is a function `embed`: normalised images [m, 3, H, W] on the device -> features [m, C]. For pretrained weights it is
+a `FrozenBackbone`. During training it is the sharded model, which gathers its parameters in every call, so all ranks must call
+`embed` equally often.
 
 Shapes: N images, C features, W ranks.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from crossbatch.data import EvaluationLoader, Source, evaluation_share, normalize
+from crossbatch.engine.config import autocast_dtype
 from crossbatch.engine.datasets import stop_on_lost_images
+from crossbatch.models import autocast
+from crossbatch.models.backbones import Backbone
 from crossbatch.models.collective import Collective
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
+class FrozenBackbone:
+    """Maps normalised images [m, 3, H, W] to features [m, C]: no gradients, running statistics stay as they are.
+
+    Args:
+        backbone: the network, which is moved to `device`.
+        precision: "fp32", "bf16" or "fp16", for autocast.
+    """
+
+    def __init__(self, backbone: Backbone, device: torch.device, precision: str = "fp32"):
+        self.num_features = backbone.num_features
+        self.backbone: nn.Module = backbone.to(device).eval().requires_grad_(False)
+        self._dtype = autocast_dtype(precision)
+        self.fingerprint = fingerprint(self.backbone)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with autocast(images.device.type, self._dtype):
+            return self.backbone(images)
+
+    def check(self) -> None:
+        """Raise RuntimeError if any bit of the backbone has changed since it was frozen."""
+        if fingerprint(self.backbone) != self.fingerprint:
+            raise RuntimeError(
+                "the frozen backbone has changed during the evaluation, so the result is of another network"
+            )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return the SHA-256 of the names and bits of all parameters and buffers."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
 @dataclass
 class FeatureSet:
-    """Features of images of one source, in the order of their indices."""
+    """Holds the features of images of one source, in the order of their indices."""
 
     features_NC: torch.Tensor  # fp32
     labels_N: torch.Tensor  # int64
@@ -51,7 +92,7 @@ def extract(
     indices: np.ndarray,
     reading: EvalLoaderConfig,
     collective: Collective,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], object] = lambda images: None,
 ) -> FeatureSet:
     """Return the features of this rank's share of `indices`, from the central views; every rank must call it.
 
@@ -69,16 +110,13 @@ def extract(
     loader = EvaluationLoader(source, reading.image_size, mine, reading.batch_size, reading.workers)
     batches = iter(loader)
     images = torch.zeros(1, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
-    features, read = [], [mine[:0]]
+    features, read = [], []
     for _ in range(-(-largest_share // reading.batch_size)):
         with stop_on_lost_images():
-            images, numbers = next(batches, (images, None))
-        output = embed(prepared(images, reading.device)).float()
-        features.append(output[:0] if numbers is None else output)
-        if numbers is not None:
-            read.append(numbers)
-            if advance is not None:
-                advance(len(numbers))
+            images, numbers = next(batches, (images, mine[:0]))
+        features.append(embed(prepared(images, reading.device)).float()[: len(numbers)])
+        read.append(numbers)
+        advance(len(numbers))
     with stop_on_lost_images():
         next(batches, None)  # lets the loader end its workers
     numbers = np.concatenate(read)

@@ -1,4 +1,4 @@
-"""Weighted k-NN on frozen backbone features (Wu et al. 2018; DINO's settings), as a command and as the monitor of training.
+"""Classifies images by weighted k-NN on backbone features (Wu et al. 2018; DINO's settings), also during pretraining.
 
 The k training images that are nearest to an evaluation image by cosine similarity s vote for their classes, each with the
 weight exp(s / 0.07). Each rank keeps the features of its share of the training images (the bank), finds the k nearest in it for
@@ -10,6 +10,7 @@ Shapes: M queries, N bank images of a rank, C features, K neighbours, W ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,8 @@ TEMPERATURE = 0.07
 SCORES_AT_ONCE = 2**27  # similarities held at a time: 512 MiB
 
 
-@dataclass
-class NearestNeighbours:
-    """The K nearest bank images of each query, nearest first; a smaller bank is filled up with similarity -inf."""
+class NearestNeighbours(NamedTuple):
+    """Holds the K nearest bank images of each query, nearest first; a smaller bank is filled up with similarity -inf."""
 
     similarity_MK: torch.Tensor
     labels_MK: torch.Tensor
@@ -37,7 +37,7 @@ class NearestNeighbours:
 
 @dataclass
 class KnnResult:
-    """The predictions of k-NN for the evaluation images of all ranks; the same on every rank."""
+    """Holds the predictions for the evaluation images of all ranks; it is the same on every rank."""
 
     queries: FeatureSet
     neighbours: NearestNeighbours
@@ -56,7 +56,7 @@ def nearest(queries_MC: torch.Tensor, bank: FeatureSet, k: int, collective: Coll
     images = collective.all_reduce(torch.tensor(len(bank), device=queries_MC.device)).item()
     at_once = max(1, SCORES_AT_ONCE * collective.world_size // max(int(images), 1))  # the same number on all ranks
     found = [_merged(_nearest_here(some, bank, k), k, collective) for some in queries_MC.split(at_once)]
-    return NearestNeighbours(*(torch.cat(parts) for parts in zip(*(vars(one).values() for one in found), strict=True)))
+    return NearestNeighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _nearest_here(queries_MC: torch.Tensor, bank: FeatureSet, k: int) -> NearestNeighbours:
@@ -74,7 +74,7 @@ def _merged(here: NearestNeighbours, k: int, collective: Collective) -> NearestN
     """Return the k nearest of those that all ranks have found in their banks."""
     if collective.world_size == 1:
         return here
-    everywhere = [collective.all_gather(part).movedim(0, 1).flatten(1) for part in vars(here).values()]  # [M, W * K]
+    everywhere = [collective.all_gather(part).movedim(0, 1).flatten(1) for part in here]  # [M, W * K]
     similarity, best = everywhere[0].topk(k, dim=1)
     return NearestNeighbours(similarity, *(part.gather(1, best) for part in everywhere[1:]))
 
@@ -96,15 +96,11 @@ def score(
     temperature: float = TEMPERATURE,
 ) -> KnnResult:
     """Classify the `queries` of all ranks by the `bank` of all ranks, for each k of `ks`; every rank must call it."""
-    queries = gathered(_unit(queries), collective)
-    neighbours = nearest(queries.features_NC, _unit(bank), max(ks), collective)
+    bank, queries = (replace(rows, features_NC=F.normalize(rows.features_NC, dim=1)) for rows in (bank, queries))
+    queries = gathered(queries, collective)
+    neighbours = nearest(queries.features_NC, bank, max(ks), collective)
     predictions = {k: votes(neighbours, k, num_classes, temperature).argmax(1) for k in ks}
     return KnnResult(queries, neighbours, predictions)
-
-
-def _unit(rows: FeatureSet) -> FeatureSet:
-    """Scale features to unit length."""
-    return replace(rows, features_NC=F.normalize(rows.features_NC, dim=1))
 
 
 class KnnMonitor:

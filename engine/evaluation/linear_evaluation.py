@@ -1,4 +1,4 @@
-"""The linear probe as a command.
+"""Runs the linear probe as a command.
 
 The backbone is frozen and evaluation images are seen in their central views, so their features never change: each rank computes
 those of its share once, and classifies them anew after every epoch. Training images are augmented in every epoch, as in MoCo
@@ -11,20 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from crossbatch import InputError
+from crossbatch import InputError, RunStopped
 from crossbatch.data import GlobalBatchSampler
 from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.evaluation import LinearConfig, TrainImagesConfig
 from crossbatch.engine.config.finetune import FinetuneDataConfig
 from crossbatch.engine.evaluation.batches import AugmentedFeatures, CachedFeatures
-from crossbatch.engine.evaluation.evaluation import Evaluation, Report
+from crossbatch.engine.evaluation.evaluation import Evaluation, Report, log_skipped_images
 from crossbatch.engine.evaluation.features import FeatureSet, gathered
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
-from crossbatch.engine.evaluation.pictures import confusion_counts, confusion_matrix, curves
-from crossbatch.engine.evaluation.probe_training import ProbeTraining
-from crossbatch.engine.evaluation.results import log_skipped_images
-from crossbatch.engine.run_log import Log, RunLog, command
-from crossbatch.engine.runtime.distributed import World
+from crossbatch.engine.evaluation.probe_file import identity, read_probe, save_probe
+from crossbatch.engine.evaluation.results import confusion_matrix, curves
+from crossbatch.engine.run_log import Log, RunLog, StepClock, command
+from crossbatch.engine.runtime.distributed import World, mean_over_ranks
 from crossbatch.models.backbones import family
 
 AUTO_LR = {"resnet": 0.1, "vit": 3.0}  # of MoCo v3's linear evaluation
@@ -32,62 +31,62 @@ SELECTION = "best epoch and best rate are selected on the evaluation images them
 
 
 class LinearEvaluation(Evaluation):
-    """Trains a linear probe on frozen features; see `Evaluation`.
+    """Trains a linear probe on frozen features, with a classifier for each learning rate; see `Evaluation`.
 
     Args:
         cfg: a resolved `LinearConfig`.
         resume: "auto" continues the probe in `out`, "none" starts anew; a folder or a file is another probe to continue.
+
+    Attributes:
+        history: for each epoch done, {"loss": mean training loss, "top1": percent}, with a value for each classifier.
     """
 
+    name = "linear"
     config: LinearConfig
 
     def __init__(self, cfg: Resolved, world: World, device: torch.device, out: Path, resume: str):
-        _check_crop(cfg.config)
-        super().__init__("linear", cfg.config, world, device, cfg.workers, out)
+        section, params = cfg.crossbatch, cfg.optimizer.params
+        if section.linear.cache and section.data.crop_min != TrainImagesConfig().crop_min:
+            raise InputError(
+                f"crossbatch.data.crop_min: given {section.data.crop_min:g} with crossbatch.linear.cache, which does not "
+                f"augment; leave one of the two out"
+            )
+        super().__init__(cfg.config, world, device, cfg.workers, out)
         self.cfg = cfg
         with user_input("train_batch_size"):
-            self.order = GlobalBatchSampler(
-                cfg.crossbatch.seed, len(self.train), cfg.train_batch_size, world.size, world.rank
-            )
-        params, base_lrs = cfg.optimizer.params, base_learning_rates(self.config, self.pretrained.arch)
-        probe = LinearProbe(
+            self.order = GlobalBatchSampler(section.seed, len(self.train), cfg.train_batch_size, world.size, world.rank)
+        self.base_lrs = base_learning_rates(self.config, self.pretrained.arch)
+        self.probe = LinearProbe(
             self.frozen.num_features,
             len(self.class_names),
-            [lr * cfg.train_batch_size / params.reference_batch for lr in base_lrs],
+            [lr * cfg.train_batch_size / params.reference_batch for lr in self.base_lrs],
             momentum=params.momentum,
             weight_decay=params.weight_decay,
-            norm=cfg.crossbatch.linear.norm,
-            seed=cfg.crossbatch.seed,
+            norm=section.linear.norm,
+            seed=section.seed,
             device=device,
             collective=self.collective,
         )
-        fingerprint = self.frozen.fingerprint
-        self.training = ProbeTraining(
-            probe, base_lrs, self.order, cfg, self.class_names, fingerprint, out, self.collective
-        )
-        self.training.resume(resume)
+        self.clock = StepClock()
+        self.history: list[dict[str, list[float]]] = []
+        self.identity = identity(self.config, len(self.train), len(self.class_names))
+        saved = read_probe(resume, out, self.identity, self.frozen.fingerprint)
+        if saved is not None:
+            self.probe.load(saved)
+            self.history = saved["history"]
 
     def _evaluate(self) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
         """Train the epochs that are left; return the scores, and true and predicted classes."""
-        training, epochs, steps = self.training, self.cfg.crossbatch.schedule.epochs, self.order.steps_per_epoch
         queries = self._features(self.evaluation, "evaluation images")
-        batches = self._batches()
-        done = len(training.history)
-        log: Log = RunLog(self.out, done * steps, epochs * steps) if self.world.is_main else Log()
-        try:
-            if isinstance(batches, AugmentedFeatures):
-                log.note(self.cfg.choices[0])
-            if done:
-                log.note(f"resumed after epoch {done}")
-            for epoch in range(done, epochs):
-                training.train_epoch(epoch, batches, queries, log)
-                training.save(log, last=epoch + 1 == epochs)
-        finally:
-            batches.close()
-            log.close()
+        if self.cfg.crossbatch.linear.cache:
+            rows = gathered(self._features(self.train, "training images"), self.collective)
+            batches = CachedFeatures(rows, self.order, self.clock)
+        else:
+            batches = AugmentedFeatures(self.frozen, self.train, self.order, self.reading, self.cfg, self.clock)
+        self._train(batches, queries)
         self.frozen.check()
         log_skipped_images([*queries.skipped, *sorted(batches.broken)])
-        by_lr, best = training.by_lr(), training.best()
+        by_lr, best = self._by_lr(), self._best()
         scores = {
             "top1": by_lr[best]["last_top1"],
             "lr": by_lr[best]["lr"],
@@ -102,25 +101,111 @@ class LinearEvaluation(Evaluation):
             },
             "backbone_unchanged": True,  # or `check` would have raised
         }
-        everything: FeatureSet = gathered(queries, self.collective)
-        predicted = training.probe.predict(everything.features_NC)[best]
+        everything = gathered(queries, self.collective)
+        predicted = self.probe.predict(everything.features_NC)[best]
         return scores, (everything.labels_N.cpu().numpy(), predicted.cpu().numpy())
 
-    def _batches(self) -> AugmentedFeatures | CachedFeatures:
-        clock = self.training.clock
-        if self.cfg.crossbatch.linear.cache:
-            rows = gathered(self._features(self.train, "training images"), self.collective)
-            return CachedFeatures(rows, self.order, clock)
-        return AugmentedFeatures(self.frozen, self.train, self.order, self.reading, self.cfg, clock)
+    def _train(self, batches: AugmentedFeatures | CachedFeatures, queries: FeatureSet) -> None:
+        """Train the epochs that are left, and save the probe after each."""
+        done, epochs, steps = len(self.history), self.cfg.crossbatch.schedule.epochs, self.order.steps_per_epoch
+        log: Log = RunLog(self.out, done * steps, epochs * steps) if self.world.is_main else Log()
+        try:
+            if isinstance(batches, AugmentedFeatures):
+                log.note(self.cfg.choices[0])
+            if done:
+                log.note(f"resumed after epoch {done}")
+            for epoch in range(done, epochs):
+                self._train_epoch(epoch, batches, queries, log)
+                content = {
+                    "history": self.history,
+                    "identity": self.identity,
+                    "backbone": self.frozen.fingerprint,
+                    "class_names": list(self.class_names),
+                    **self.probe.state(),
+                }
+                save_probe(self.out, content, log, is_last=epoch + 1 == epochs)
+        finally:
+            batches.close()
+            log.close()
+
+    def _train_epoch(
+        self, epoch: int, batches: AugmentedFeatures | CachedFeatures, queries: FeatureSet, log: Log
+    ) -> None:
+        """Train epoch number `epoch`, from 0, and evaluate on this rank's `queries`."""
+        self.probe.start_epoch(epoch, self.cfg.crossbatch.schedule.epochs)
+        steps, every = self.order.steps_per_epoch, self.cfg.crossbatch.log.every_steps
+        total_L = torch.zeros(len(self.base_lrs), dtype=torch.float64, device=self.device)
+        self.clock.restart()
+        for step, (features, labels) in enumerate(batches.epoch(epoch), epoch * steps + 1):
+            losses = self.probe.step(features, labels)
+            total_L += losses
+            log.advance(step)
+            if step % every == 0 and step < (epoch + 1) * steps:
+                self._record(log, step, mean_over_ranks(losses.double()).tolist())
+        right = (self.probe.predict(queries.features_NC) == queries.labels_N).sum(1)
+        count = torch.tensor([len(queries)], device=self.device)
+        *counts, images = self.collective.all_reduce(torch.cat((right, count))).tolist()
+        top1 = [100 * count / images for count in counts]
+        self.history.append({"loss": mean_over_ranks(total_L / steps).tolist(), "top1": top1})
+        self._record(log, (epoch + 1) * steps, self.history[-1]["loss"], top1)
+
+    def _record(self, log: Log, step: int, losses: list[float], top1: list[float] | None = None) -> None:
+        """Log the metrics of the classifier that is best so far, and with several classifiers, those of each."""
+        best = self._best() if self.history else 0
+        batch = self.cfg.train_batch_size
+        line = {
+            "step": step,
+            "epoch": step / self.order.steps_per_epoch,
+            "images_seen": step * batch,
+            "loss": _finite_or_none(losses[best]),
+            "lr": self.probe.rates[best],
+            **({"top1": top1[best]} if top1 else {}),
+            **self.clock.reading(batch),
+        }
+        if len(self.base_lrs) > 1:
+            names = [f"{lr:g}" for lr in self.base_lrs]
+            line["loss_by_lr"] = dict(zip(names, map(_finite_or_none, losses), strict=True))
+            if top1:
+                line["top1_by_lr"] = dict(zip(names, top1, strict=True))
+        log.record(line)
+        self.clock.restart()
+
+    def _best(self) -> int:
+        """Return the number of the classifier that was best in the last epoch; a diverged one never is."""
+        scores = zip(self.history[-1]["top1"], self.probe.diverged(), strict=True)
+        return int(np.argmax([-1.0 if diverged else top1 for top1, diverged in scores]))
+
+    def _by_lr(self) -> list[dict[str, Any]]:
+        """Return how each classifier did, for results.json. Raises RunStopped if all have diverged."""
+        diverged = self.probe.diverged()
+        if all(diverged):
+            raise RunStopped(
+                "every classifier diverged; lower optimizer.params.base_lr, or set crossbatch.linear.norm to true"
+            )
+        return [
+            {
+                "lr": lr,
+                "last_top1": top1[-1],
+                "best_top1": max(top1),
+                "best_epoch": int(np.argmax(top1)) + 1,
+                "last_loss": _finite_or_none(self.history[-1]["loss"][i]),
+                "diverged": diverged[i],
+            }
+            for i, (lr, top1) in enumerate(self._top1_by_lr())
+        ]
+
+    def _top1_by_lr(self) -> list[tuple[float, list[float]]]:
+        """Return each rate with the top-1 of its classifier after every epoch."""
+        return [(lr, [epoch["top1"][i] for epoch in self.history]) for i, lr in enumerate(self.base_lrs)]
 
     def _report(self, results: dict[str, Any], details: tuple[np.ndarray, np.ndarray]) -> Report:
-        history, names = self.training.history, self.class_names
-        title = f"linear probe, lr {results['lr']:g}, top-1 {results['top1']:.2f} % after {len(history)} epochs"
-        top1 = {f"lr {lr:g}": [epoch["top1"][i] for epoch in history] for i, lr in enumerate(self.training.base_lrs)}
+        epochs, images = len(self.history), results["images"]["evaluation"]
+        title = f"linear probe, lr {results['lr']:g}, top-1 {results['top1']:.2f} % after {epochs} epochs"
+        lines = {f"lr {lr:g}": top1 for lr, top1 in self._top1_by_lr()}
         return Report(
             figures={
-                "confusion": confusion_matrix(confusion_counts(*details, len(names)), names, title),
-                "accuracy": curves(top1, range(1, len(history) + 1), title),
+                "confusion": confusion_matrix(*details, self.class_names, title),
+                "accuracy": curves(lines, range(1, epochs + 1), title),
             },
             rows=[
                 *(
@@ -131,11 +216,11 @@ class LinearEvaluation(Evaluation):
                     for one in results["by_lr"]
                 ),
                 ("note", SELECTION),
-                ("images", f"{results['images']['evaluation']:,}, trained on {self.order.num_images:,}"),
+                ("images", f"{images:,}, trained on {self.order.num_images:,}"),
                 ("backbone", "unchanged, to the bit"),
             ],
             next_command=self._finetune_command(),
-            step=len(history),
+            step=epochs,
         )
 
     def _finetune_command(self) -> str:
@@ -146,19 +231,14 @@ class LinearEvaluation(Evaluation):
         return command("finetune", section.model, section.data.path, *small, *resnet)
 
 
-def _check_crop(config: LinearConfig) -> None:
-    """Raise InputError for a crop that cached features would ignore."""
-    crop_min = config.crossbatch.data.crop_min
-    if config.crossbatch.linear.cache and crop_min != TrainImagesConfig().crop_min:
-        raise InputError(
-            f"crossbatch.data.crop_min: given {crop_min:g} with crossbatch.linear.cache, which does not augment; leave one of "
-            f"the two out"
-        )
-
-
 def base_learning_rates(config: LinearConfig, arch: str) -> tuple[float, ...]:
     """Return the rate of each classifier for `reference_batch` images; "auto" depends on the architecture."""
     given = config.optimizer.params.base_lr
     if given == "auto":
         return (AUTO_LR[family(arch)],)
     return tuple(dict.fromkeys(given)) if isinstance(given, tuple) else (given,)
+
+
+def _finite_or_none(value: float) -> float | None:
+    """Return `value`, or None if it is infinite or NaN, which JSON does not have."""
+    return value if np.isfinite(value) else None

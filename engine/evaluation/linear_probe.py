@@ -1,4 +1,4 @@
-"""The linear probe: linear classifiers on frozen features, trained as in MoCo v3's linear evaluation.
+"""Trains linear classifiers on frozen features, the linear probe, as in MoCo v3's linear evaluation.
 
 The optimizer is SGD with momentum 0.9 and no weight decay; the learning rate falls along half a cosine, once an epoch; weights
 start from N(0, 0.01), biases from 0. The best rate depends on the scale of the features, so several classifiers can be trained
@@ -101,10 +101,12 @@ class LinearProbe:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _logits(self, features_nC: torch.Tensor) -> list[torch.Tensor]:
+        """Return the logits [n, K] of each classifier."""
         normed = self.norm(features_nC)
         return [head(normed) for head in self.heads]
 
     def _average_gradients(self) -> None:
+        """Average the gradients over the ranks, all in one message."""
         world = self.collective.world_size
         if world > 1:
             gradients = [p.grad for p in self.heads.parameters() if p.grad is not None]

@@ -1,39 +1,32 @@
-"""Writes results.json and pictures of an evaluation; all but `log_skipped_images` and `progress_bar` is for rank 0."""
+"""Writes what an evaluation leaves behind, on rank 0: results.json, and figures as PNG files and in TensorBoard."""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import Progress
 
 from crossbatch import InputError, __version__
-from crossbatch.engine.evaluation import pictures
 from crossbatch.engine.runtime.atomic_files import write_atomically
 
 RESULTS = "results.json"
-NAMED = 10  # broken images that a rank names
+DPI = 110
+RIGHT, WRONG = "#1a9850", "#d73027"
+MAX_NAMED_CLASSES, MAX_NUMBERED_CLASSES = 40, 20  # with more, axes have no class names, and cells no numbers
 
 
 def create_output_dir(out: Path, kind: str) -> None:
     """Create the folder. Raises InputError if it holds anything but an earlier result of `kind`, "knn" or "linear"."""
-    if (out / "checkpoints").exists() or _kind(out) not in (None, kind):
+    held = kind
+    with contextlib.suppress(OSError, ValueError):  # no results, or none that can be read
+        held = json.loads((out / RESULTS).read_text(encoding="utf-8")).get("command", kind)
+    if (out / "checkpoints").exists() or held != kind:
         raise InputError(f"--out {out}: already holds a run of another kind; choose another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose a writable folder") from None
-
-
-def _kind(out: Path) -> str | None:
-    """Return the command that wrote the results in `out`, or None."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((out / RESULTS).read_text(encoding="utf-8")).get("command")
-    return None
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def write_results(out: Path, results: dict[str, Any]) -> None:
@@ -46,25 +39,64 @@ def save_figures(out: Path, figures: dict[str, Figure], step: int = 0) -> None:
     """Save each figure as NAME.png and in TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(str(out))
-    for name, figure in figures.items():
-        board.add_image(name, pictures.save(figure, out / f"{name}.png"), step)
-    board.close()
+    with SummaryWriter(str(out)) as board:
+        for name, figure in figures.items():
+            figure.savefig(out / f"{name}.png")
+            board.add_figure(name, figure, step)
 
 
-def log_skipped_images(names: Iterable[str]) -> None:
-    """Print the names of the first broken images of this rank."""
-    for name in list(names)[:NAMED]:
-        print(f"skipped a broken image: {name}", flush=True)
+def confusion_matrix(truth_M: np.ndarray, predictions_M: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Draw how many of the images of a class (row) were predicted as each class (column), in percent of the row."""
+    classes = len(names)
+    counts_KK = np.bincount(truth_M * classes + predictions_M, minlength=classes**2).reshape(classes, classes)
+    percent = 100 * counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
+    side = 4 + 0.35 * min(classes, MAX_NAMED_CLASSES)
+    figure = Figure(figsize=(side + 1, side), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(shown, ax=axes, label="% of the true class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    if classes <= MAX_NAMED_CLASSES:
+        axes.set_xticks(range(classes), names, rotation=90)
+        axes.set_yticks(range(classes), names)
+    if classes <= MAX_NUMBERED_CLASSES:
+        for (row, column), value in np.ndenumerate(percent):
+            if value:
+                colour = "white" if value > 55 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    return figure
 
 
-@contextlib.contextmanager
-def progress_bar(what: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over images on a terminal; yield a function to call with the number of images just done."""
-    console = Console(stderr=True)
-    if not (visible and console.is_terminal):
-        yield lambda images: None
-        return
-    with Progress(console=console) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda images: bar.advance(task, images)
+def neighbour_grid(rows: Sequence[Sequence[tuple[np.ndarray, str, bool]]], title: str) -> Figure:
+    """Draw rows of a query and its nearest training images.
+
+    A cell is (uint8 [H, W, 3], the text above it, whether it is right): for the query, whether the vote was right; for the
+    others, whether they are of its class. The frame is green or red accordingly.
+    """
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(1.25 * columns + 0.4, 1.45 * len(rows) + 0.6), dpi=DPI, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for row, axes_row in zip(rows, grid, strict=True):
+        for (pixels, text, right), axes in zip(row, axes_row, strict=False):
+            axes.imshow(pixels, interpolation="nearest")
+            axes.set_title(text, fontsize=7)
+            for spine in axes.spines.values():
+                spine.set(color=RIGHT if right else WRONG, linewidth=3)
+        for axes in axes_row[len(row) :]:
+            axes.set_axis_off()
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], title: str) -> Figure:
+    """Draw top-1 (percent) over epochs, with a line for each name."""
+    figure = Figure(figsize=(7, 4.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for name, values in lines.items():
+        axes.plot(epochs, values, marker="." if len(epochs) < 30 else None, label=name)
+    axes.set(xlabel="epoch", ylabel="top-1 on the evaluation images (%)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

@@ -10,13 +10,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors.torch import save_file
 
 from crossbatch import InputError, __version__
-from crossbatch.engine.pretrained.files import write_safetensors, write_torch
-from crossbatch.engine.pretrained.formats import Constructor, constructor
+from crossbatch.engine.pretrained.files import write_file
+from crossbatch.engine.pretrained.formats import constructor
 from crossbatch.engine.pretrained.load import Pretrained
 from crossbatch.engine.pretrained.weights import NOTE
 from crossbatch.models.backbones import family
@@ -28,10 +28,7 @@ def export(pretrained: Pretrained, to: str, file: Path) -> list[str]:
     Raises:
         InputError: if the programs of that format cannot build the network, or `file` cannot be written.
     """
-    try:
-        built = constructor(to, pretrained.arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args)
-    except ValueError as error:
-        raise InputError(f"--to {to}: {error}; --to safetensors takes any network") from None
+    advice = _advice(pretrained, to, file)
     tensors = {name: tensor.contiguous() for name, tensor in pretrained.backbone.state_dict().items()}
     note = {
         "arch": pretrained.arch,
@@ -42,34 +39,35 @@ def export(pretrained: Pretrained, to: str, file: Path) -> list[str]:
         "from": pretrained.description,
         "version": __version__,
     }
-    _write(file, to, tensors, note)
-    return [f"loaded {pretrained}", f"{file}: {len(tensors)} tensors written", *_advice(pretrained, to, file, built)]
-
-
-def _write(file: Path, to: str, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-    heads = {} if note["num_heads"] is None else {"num_heads": note["num_heads"]}
+    heads = {} if pretrained.num_heads is None else {"num_heads": pretrained.num_heads}
     if to == "safetensors" or (to == "timm" and file.suffix == ".safetensors"):
-        metadata = {"format": "pt", NOTE: json.dumps(note)}
-        write_safetensors(file, tensors, metadata | {name: str(value) for name, value in heads.items()})
-    elif to == "torchvision":
-        write_torch(file, tensors)
+        metadata = {"format": "pt", NOTE: json.dumps(note), **{name: str(value) for name, value in heads.items()}}
+        write_file(file, lambda path: save_file(tensors, path, metadata))
     else:
-        write_torch(file, {"model" if to == "deit" else "state_dict": tensors, **heads, NOTE: note})
+        named = {"model" if to == "deit" else "state_dict": tensors, **heads, NOTE: note}
+        content = tensors if to == "torchvision" else named
+        write_file(file, lambda path: torch.save(content, path))
+    return [f"loaded {pretrained}", f"{file}: {len(tensors)} tensors written", *advice]
 
 
-def _advice(pretrained: Pretrained, to: str, file: Path, built: Constructor | None) -> list[str]:
-    """Return how to build the network elsewhere, and what goes wrong silently."""
-    if built is None:
+def _advice(pretrained: Pretrained, to: str, file: Path) -> list[str]:
+    """Return how to build the network elsewhere, and what goes wrong silently; InputError if the format is not for it."""
+    arch = pretrained.arch
+    try:
+        built = constructor(to, arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args)
+    except ValueError as error:
+        if to != "safetensors":
+            raise InputError(f"--to {to}: {error}; --to safetensors takes any network") from None
         return [
             f"timm and torchvision cannot build this network; the commands of crossbatch take it as --checkpoint {file}"
         ]
-    classifier = "head" if family(pretrained.arch) == "vit" else "fc"
+    classifier = "head" if family(arch) == "vit" else "fc"
     advice = [
         f"build it with {built}; load_state_dict(strict=False) then misses {classifier}.weight and {classifier}.bias"
     ]
-    if pretrained.arch == "vit_small" and "num_heads" in built.arguments:
+    if arch == "vit_small" and "num_heads=" in built:
+        deit = "; DeiT's own deit_small_patch16_224 has 6" if to == "deit" else ""
         advice.append(
-            f"without num_heads={pretrained.num_heads} the weights fit as well, and the network computes something else"
-            + ("; DeiT's own deit_small_patch16_224 has 6" if to == "deit" else "")
+            f"without num_heads={pretrained.num_heads} the weights fit as well, and the network computes something else{deit}"
         )
     return advice

@@ -8,12 +8,12 @@ so an existing file is replaced by a complete one or not at all.
 import argparse
 import pickle
 import re
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from crossbatch import InputError
@@ -23,7 +23,7 @@ from crossbatch.engine.runtime.atomic_files import replace_atomically
 def read_torch(file: Path) -> Any:
     """Return what `torch.save` wrote, with its tensors mapped from the disk. Raises InputError if the file is no such thing."""
     try:
-        mapped = _starts_as_a_zip(file)  # files from before torch 1.6 cannot be mapped
+        mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 cannot be mapped
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except FileNotFoundError:
@@ -46,17 +46,11 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         raise InputError(f"{file}: cannot be read, it is cut off, damaged or of another kind: {error}") from None
 
 
-def write_torch(file: Path, content: Mapping[str, Any], key: str = "--output") -> None:
-    """Write a file as `torch.save` does, completely or not at all. Raises InputError, naming the flag `key`, if that fails."""
-    _write(file, lambda temporary: torch.save(content, temporary), key)
+def write_file(file: Path, save: Callable[[Path], None], key: str = "--output") -> None:
+    """Call `save` with a temporary path, so that `file` is written completely or not at all.
 
-
-def write_safetensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a file of tensors, completely or not at all. Raises InputError if that fails."""
-    _write(file, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata), "--output")
-
-
-def _write(file: Path, save: Callable[[Path], None], key: str) -> None:
+    Raises InputError, naming the flag `key`, if that fails.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replace_atomically(file) as temporary:
@@ -64,11 +58,6 @@ def _write(file: Path, save: Callable[[Path], None], key: str) -> None:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's writer raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{key} {file}: cannot be written: {reason}; choose another place") from None
-
-
-def _starts_as_a_zip(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"
 
 
 def _refused(message: str) -> str:

@@ -7,7 +7,7 @@ what `convert.py export` notes beside the weights, or from the user.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 
 from crossbatch import InputError
 from crossbatch.engine.config import user_input
-from crossbatch.engine.pretrained.weights import Weights, read_weights
+from crossbatch.engine.config.evaluation import FrozenModelConfig
+from crossbatch.engine.pretrained.weights import Weights, mismatch, read_weights
 from crossbatch.models import build_backbone
 from crossbatch.models.backbones import ARCHS, Backbone, family
 from crossbatch.models.vit import ViT
@@ -24,23 +25,19 @@ from crossbatch.models.vit import ViT
 
 @dataclass
 class Pretrained:
-    """A backbone with pretrained weights, on the CPU; `str` says what was loaded."""
+    """Holds a backbone with pretrained weights, on the CPU; `str` says what was loaded."""
 
     backbone: Backbone
     arch: str
     stem: str
     backbone_args: dict[str, Any]
+    num_heads: int | None  # of a ViT
     image_size: int
     description: str  # where the weights come from
     loaded: int
-    missing: list[str] = field(default_factory=list)
-    ignored: dict[str, int] = field(default_factory=dict)  # part of the file -> tensors
-    notes: list[str] = field(default_factory=list)  # what a user should know besides
-
-    @property
-    def num_heads(self) -> int | None:
-        """Return the attention heads of a ViT, or None for a ResNet."""
-        return _num_heads(self.backbone)
+    missing: list[str]
+    ignored: dict[str, int]  # part of the file -> tensors
+    notes: list[str]  # what a user should know besides
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {part}" for part, count in self.ignored.items())
@@ -52,18 +49,22 @@ class Pretrained:
 
     def summary(self) -> dict[str, Any]:
         """Return what was loaded, for results.json."""
-        return {
-            "from": self.description,
-            "arch": self.arch,
-            "stem": self.stem,
-            "backbone_args": self.backbone_args,
-            "num_heads": self.num_heads,
-            "image_size": self.image_size,
-            "tensors": self.loaded,
-            "missing": self.missing,
-            "ignored": self.ignored,
-            "notes": self.notes,
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "backbone"}
+        return {"from": fields.pop("description"), "tensors": fields.pop("loaded"), **fields}
+
+
+def load_configured(model: FrozenModelConfig, image_size: int | str) -> Pretrained:
+    """Load the backbone that the section `crossbatch.model` names. Raises InputError.
+
+    `image_size` is the side of the images in pixels, or "auto" for that of pretraining.
+    """
+    if model.checkpoint is None:
+        raise InputError(
+            "crossbatch.model.checkpoint: not given; allowed: a run directory, one of its checkpoints, or a file of weights; "
+            "give it with --checkpoint"
+        )
+    size = image_size if isinstance(image_size, int) else None
+    return load_pretrained(model.checkpoint, model.arch, model.stem, model.backbone_args, size, model.encoder)
 
 
 def load_pretrained(
@@ -73,7 +74,6 @@ def load_pretrained(
     backbone_args: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     encoder: str = "online",
-    key: str = "--checkpoint",
 ) -> Pretrained:
     """Load the backbone in `path`: a run directory, one of its checkpoints, or a file; see `weights`.
 
@@ -82,18 +82,19 @@ def load_pretrained(
         image_size: side of the images to come, in pixels; None: that of pretraining. The positions of a ViT are resampled if
             the two differ.
         encoder: "online" or "momentum", where there are two.
-        key: flag that `path` was given with, for messages.
 
     Raises:
         InputError: if `path` cannot be read, holds no backbone, or one of another architecture or number of heads.
     """
-    where = f"{key} {path}"
-    weights = read_weights(Path(path), encoder, key)
+    where = f"--checkpoint {path}"
+    weights = read_weights(Path(path), encoder, where)
     arch, stem, args = _network(weights, arch, stem, backbone_args, where)
-    size = image_size or _trained_image_size(weights, args)
+    side = _grid_side(weights)
+    size = image_size or (side * int(args.get("patch_size", 16)) if side else weights.image_size or 224)
     with user_input(f"{where}: crossbatch.model.", image_size=f"{where}: crossbatch.data.image_size"):
         backbone = build_backbone(arch, size, stem, backbone_args=args)
-    _check_heads(weights, backbone, arch, args, where)
+    heads = int(backbone.blocks[0].attn.num_heads) if isinstance(backbone, ViT) else None  # pyright: ignore
+    _check_heads(weights, heads, arch, args, where)
     notes = _fit_positions(weights, backbone)
     missing = _load(backbone, weights, arch, where)
     return Pretrained(
@@ -101,6 +102,7 @@ def load_pretrained(
         arch=arch,
         stem=stem,
         backbone_args=args,
+        num_heads=heads,
         image_size=size,
         description=weights.origin,
         loaded=len(backbone.state_dict()) - len(missing),
@@ -113,7 +115,7 @@ def load_pretrained(
 def _network(
     weights: Weights, arch: str | None, stem: str | None, backbone_args: Mapping[str, Any] | None, where: str
 ) -> tuple[str, str, dict[str, Any]]:
-    """Return arch, stem and arguments by the file and the user. Raises InputError if the two disagree."""
+    """Return arch, stem and arguments as the file and the user give them. Raises InputError if the two disagree."""
     found = arch or weights.arch
     if found is None:
         raise InputError(f"{where}: does not say which backbone it holds; give it with -a, one of {', '.join(ARCHS)}")
@@ -133,12 +135,6 @@ def _network(
     return found, stem or weights.stem or "imagenet", args
 
 
-def _trained_image_size(weights: Weights, args: Mapping[str, Any]) -> int:
-    """Return the side in pixels of the images of pretraining: from the positions of a ViT, else as noted, else 224."""
-    side = _grid_side(weights)
-    return side * int(args.get("patch_size", 16)) if side else weights.image_size or 224
-
-
 def _grid_side(weights: Weights) -> int | None:
     """Return how many patches wide the positions of a ViT are, or None if there are none."""
     positions = weights.tensors.get("pos_embed")
@@ -147,16 +143,9 @@ def _grid_side(weights: Weights) -> int | None:
     return math.isqrt(max(positions.shape[1] - 1, 1))
 
 
-def _num_heads(backbone: Backbone) -> int | None:
-    return backbone.blocks[0].attn.num_heads if isinstance(backbone, ViT) else None  # pyright: ignore
-
-
-def _check_heads(weights: Weights, backbone: Backbone, arch: str, args: Mapping[str, Any], where: str) -> None:
-    """Raise InputError if the number of attention heads is another one, or unknown where the shapes fit two."""
-    heads = _num_heads(backbone)
-    if heads is None:
-        return
-    if weights.num_heads not in (None, heads):
+def _check_heads(weights: Weights, heads: int | None, arch: str, args: Mapping[str, Any], where: str) -> None:
+    """Raise InputError if the file means another number of attention heads, or none where the shapes fit two."""
+    if heads is not None and weights.num_heads not in (None, heads):
         raise InputError(
             f"{where}: has {weights.num_heads} heads, {arch} has {heads}, with the same shapes; if they are meant, "
             f"--set crossbatch.model.backbone_args='{{\"num_heads\": {weights.num_heads}}}'"
@@ -182,22 +171,14 @@ def _fit_positions(weights: Weights, backbone: Backbone) -> list[str]:
 def _load(backbone: Backbone, weights: Weights, arch: str, where: str) -> list[str]:
     """Copy the tensors; return the names that the file lacks. Only batch counters, which nothing reads, may be missing."""
     wanted = backbone.state_dict()
-    missing = sorted(name for name in wanted if name not in weights.tensors)
-    unexpected = sorted(name for name in weights.tensors if name not in wanted)
-    wrong = sorted(
-        f"{name} {list(weights.tensors[name].shape)} for {list(wanted[name].shape)}"
-        for name in wanted.keys() & weights.tensors.keys()
-        if weights.tensors[name].shape != wanted[name].shape
-    )
-    needed = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if needed or unexpected or wrong:
+    wrong = mismatch(wanted, weights.tensors, optional=("num_batches_tracked",))
+    if wrong:
         raise InputError(
-            f"{where}: is no {arch} of this {'stem and width' if family(arch) == 'resnet' else 'size'}: "
-            f"{len(needed)} tensors missing {needed[:2]}, {len(unexpected)} unexpected {unexpected[:2]}, {len(wrong)} of "
-            f"another shape {wrong[:2]}; check -a, crossbatch.model.stem and crossbatch.model.backbone_args"
+            f"{where}: is no {arch} of this {'stem and width' if family(arch) == 'resnet' else 'size'}: {wrong}; check -a, "
+            f"crossbatch.model.stem and crossbatch.model.backbone_args"
         )
     broken = [name for name, tensor in weights.tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise InputError(f"{where}: not finite: {', '.join(broken[:2])}; {len(broken)} tensors hold inf or NaN")
     backbone.load_state_dict(weights.tensors, strict=False)
-    return missing
+    return sorted(wanted.keys() - weights.tensors.keys())

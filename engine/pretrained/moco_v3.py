@@ -25,13 +25,12 @@ from crossbatch import InputError, __version__
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
 from crossbatch.engine.config import Device, LarsConfig, ResolvedConfig, parse_config, resolve, to_dict
-from crossbatch.engine.pretrained.files import read_torch, write_torch
+from crossbatch.engine.pretrained.files import read_torch, write_file
+from crossbatch.engine.pretrained.weights import ENCODERS, mismatch
 from crossbatch.engine.step import CLEAN_STEPS, INITIAL_LOSS_SCALE, Progress
 from crossbatch.engine.tasks.build import build_model
-from crossbatch.models import MoCo
 from crossbatch.models.backbones import family
 
-ENCODERS = {"online": "base_encoder", "momentum": "momentum_encoder"}
 BATCHFORMER = ("base_encoder.{head}.0", "momentum_encoder.{head}.0", "encoder_global")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -48,18 +47,19 @@ def import_file(file: Path, cfg: ResolvedConfig, images: int, out: Path) -> list
     """
     if (out / "checkpoints").exists():
         raise InputError(f"--out {out}: already holds a run; choose another folder")
-    theirs = _read(file)
-    model = _on_meta(cfg)
-    _check_mode(model, "crossbatch.batchformer.mode")
-    head, notes = _head(cfg), []
-    _check_model(file, theirs, model, cfg)
-    state_dict = theirs["state_dict"]
+    theirs = read_torch(file)
+    absent = [key for key in ("epoch", "arch", "state_dict") if not isinstance(theirs, dict) or key not in theirs]
+    if absent:
+        raise InputError(f"{file}: is no checkpoint of moco-v3 or BatchFormer: it has no {', '.join(absent)}")
+    layout = _Layout(cfg, "crossbatch.batchformer.mode")
+    _check_model(file, theirs, layout)
     tensors = {
-        f"{part}.{name}": state_dict[original_names(name, head, model)[0]]
-        for part, named in (("parameters", model.named_parameters()), ("buffers", model.named_buffers()))
+        f"{part}.{name}": theirs["state_dict"][layout.keys(name)[0]]
+        for part, named in (("parameters", layout.model.named_parameters()), ("buffers", layout.model.named_buffers()))
         for name, _ in named
     }
-    tensors |= _optimizer_state(file, theirs, model, cfg, notes)
+    state, notes = _optimizer_state(file, theirs, layout)
+    tensors |= state
     steps_per_epoch = images // cfg.train_batch_size
     step = theirs["epoch"] * steps_per_epoch
     scaler = theirs.get("scaler") or {}
@@ -97,20 +97,16 @@ def export_file(source: Path, file: Path) -> list[str]:
     except Unreadable as error:
         raise InputError(f"--checkpoint {found}: {error}") from None
     cfg = _resolved_anywhere(config)
-    model = _on_meta(cfg)
-    _check_mode(model, f"--checkpoint {found}: crossbatch.batchformer.mode")
-    head = _head(cfg)
+    layout = _Layout(cfg, f"--checkpoint {found}: crossbatch.batchformer.mode")
     tensors = parts["parameters"] | parts["buffers"]
-    state_dict = {
-        original: tensors[name] for name in _in_original_order(model) for original in original_names(name, head, model)
-    }
+    state_dict = {key: tensors[name] for name in layout.names() for key in layout.keys(name)}
     progress = Progress(**manifest.progress)
     epoch, rest = divmod(progress.step, manifest.steps_per_epoch)
     content = {
         "epoch": epoch,
         "arch": cfg.crossbatch.model.arch,
         "state_dict": state_dict,
-        "optimizer": _original_optimizer(parts["optimizer"], model, cfg, progress.updates),
+        "optimizer": _original_optimizer(parts["optimizer"], layout, progress.updates),
         "scaler": {
             "scale": progress.loss_scale if cfg.precision == "fp16" else INITIAL_LOSS_SCALE,
             "growth_factor": 2.0,
@@ -119,7 +115,7 @@ def export_file(source: Path, file: Path) -> list[str]:
             "_growth_tracker": progress.clean_steps,
         },
     }
-    write_torch(file, content)
+    write_file(file, lambda path: torch.save(content, path))
     notes = [f"{found}: step {progress.step} -> {file}, after epoch {epoch}"]
     if rest:
         notes.append(
@@ -128,19 +124,42 @@ def export_file(source: Path, file: Path) -> list[str]:
     return notes
 
 
-def original_names(name: str, head: str, model: MoCo) -> list[str]:
-    """Return the keys under which the originals store the tensor `name`; `head` is "fc" or "head"."""
-    part, _, rest = name.partition(".")
-    if part == "predictor":
-        return [f"module.{name}"]
-    if part == "batchformer":
-        return [f"module.{place.format(head=head)}.encoder_layers.{rest}" for place in BATCHFORMER]
-    place, _, rest = rest.partition(".")
-    if place == "backbone":
-        return [f"module.{ENCODERS[part]}.{rest}"]
-    layer, _, rest = rest.partition(".")
-    shift = 1 if model.batchformer is not None else 0
-    return [f"module.{ENCODERS[part]}.{head}.{int(layer) + shift}.{rest}"]
+class _Layout:
+    """Says under which keys, and in which order, the originals store the tensors of a configured model.
+
+    Raises InputError, naming `where`, for a BatchFormer with a moving average, which they do not have.
+    """
+
+    def __init__(self, cfg: ResolvedConfig, where: str):
+        self.cfg = cfg
+        with torch.device("meta"):  # only names and shapes are wanted
+            self.model = build_model(cfg)
+        if self.model.momentum.batchformer is not None:
+            raise InputError(
+                f"{where} is ema; a moco-v3 file has one BatchFormer for both encoders; allowed: trained, released"
+            )
+        self.projector = {"resnet": "fc", "vit": "head"}[family(cfg.crossbatch.model.arch)]
+        self.optimizer_state = ("mu",) if isinstance(cfg.optimizer.params, LarsConfig) else ("exp_avg", "exp_avg_sq")
+
+    def keys(self, name: str) -> list[str]:
+        """Return the keys of the tensor `name`, of which BatchFormer has three."""
+        part, _, rest = name.partition(".")
+        if part == "predictor":
+            return [f"module.{name}"]
+        if part == "batchformer":
+            return [f"module.{place.format(head=self.projector)}.encoder_layers.{rest}" for place in BATCHFORMER]
+        place, _, rest = rest.partition(".")
+        if place == "backbone":
+            return [f"module.{ENCODERS[part]}.{rest}"]
+        layer, _, rest = rest.partition(".")
+        shift = 1 if self.model.batchformer is not None else 0
+        return [f"module.{ENCODERS[part]}.{self.projector}.{int(layer) + shift}.{rest}"]
+
+    def names(self) -> list[str]:
+        """Return all names in the order of the originals' modules: BatchFormer between backbone and projector."""
+        places = ("online.backbone.", "batchformer.", "online.projector.", "momentum.", "predictor.")
+        names = list(self.model.state_dict())
+        return sorted(names, key=lambda name: next(i for i, place in enumerate(places) if name.startswith(place)))
 
 
 def _resolved_anywhere(config: dict[str, Any]) -> ResolvedConfig:
@@ -154,85 +173,58 @@ def _resolved_anywhere(config: dict[str, Any]) -> ResolvedConfig:
     return resolve(parse_config(here), config["world_size"], Device("cpu"))
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint of the originals. Raises InputError if the file is none."""
-    content = read_torch(file)
-    missing = [key for key in ("epoch", "arch", "state_dict") if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise InputError(f"{file}: is no checkpoint of moco-v3 or BatchFormer: it has no {', '.join(missing)}")
-    return content
-
-
-def _check_mode(model: MoCo, where: str) -> None:
-    """Raise InputError for a BatchFormer with a moving average."""
-    if model.momentum.batchformer is not None:
-        raise InputError(
-            f"{where} is ema; a moco-v3 file has one BatchFormer for both encoders; allowed: trained, released"
-        )
-
-
-def _check_model(file: Path, theirs: dict[str, Any], model: MoCo, cfg: ResolvedConfig) -> None:
+def _check_model(file: Path, theirs: dict[str, Any], layout: _Layout) -> None:
     """Raise InputError if the file holds another model than the configured one."""
-    arch = cfg.crossbatch.model.arch
+    arch = layout.cfg.crossbatch.model.arch
     if theirs["arch"] != arch:
         raise InputError(f"{file}: is a {theirs['arch']}, crossbatch.model.arch is {arch}; give -a {theirs['arch']}")
-    state_dict: dict[str, Tensor] = theirs["state_dict"]
-    has_batchformer = any(key.startswith("module.encoder_global.") for key in state_dict)
-    if has_batchformer != (model.batchformer is not None):
+    has_batchformer = any(key.startswith("module.encoder_global.") for key in theirs["state_dict"])
+    if has_batchformer != (layout.model.batchformer is not None):
         what, flag = ("a", "--add_bf 1") if has_batchformer else ("no", "--add_bf 0")
         raise InputError(
             f"{file}: has {what} BatchFormer, the configuration differs; give {flag}, or what it was trained with"
         )
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    wanted = {key: tensor.shape for name, tensor in named.items() for key in original_names(name, _head(cfg), model)}
-    missing, unexpected = sorted(wanted.keys() - state_dict.keys()), sorted(state_dict.keys() - wanted.keys())
-    wrong = sorted(key for key in wanted.keys() & state_dict.keys() if state_dict[key].shape != wanted[key])
-    if missing or unexpected or wrong:
+    wanted = {key: tensor for name, tensor in layout.model.state_dict().items() for key in layout.keys(name)}
+    wrong = mismatch(wanted, theirs["state_dict"])
+    if wrong:
         raise InputError(
-            f"{file}: is of another model: {len(missing)} missing {missing[:2]}, {len(unexpected)} unexpected "
-            f"{unexpected[:2]}, {len(wrong)} of another shape {wrong[:2]}; check crossbatch.model "
-            f"(projection_dim, mlp_dim, backbone_args)"
+            f"{file}: is of another model: {wrong}; check crossbatch.model (projection_dim, mlp_dim, backbone_args)"
         )
 
 
-def _optimizer_state(
-    file: Path, theirs: dict[str, Any], model: MoCo, cfg: ResolvedConfig, notes: list[str]
-) -> dict[str, Tensor]:
-    """Return optimizer.KEY.NAME for every trained parameter: zero, as in a new run, where the file has nothing."""
-    keys = _state_keys(cfg)
+def _optimizer_state(file: Path, theirs: dict[str, Any], layout: _Layout) -> tuple[dict[str, Tensor], list[str]]:
+    """Return optimizer.KEY.NAME for every trained parameter, zero where the file has nothing, and notes for the user."""
+    params = layout.cfg.optimizer.params
     optimizer = theirs.get("optimizer") or {}
     state: dict[int, dict[str, Tensor]] = optimizer.get("state", {})
-    if state and not set(keys) <= next(iter(state.values())).keys():
+    if state and not set(layout.optimizer_state) <= next(iter(state.values())).keys():
         raise InputError(
-            f"{file}: was not trained with optimizer.type {cfg.optimizer.type}; give "
+            f"{file}: was not trained with optimizer.type {layout.cfg.optimizer.type}; give "
             f"--optimizer {'lars' if 'mu' in next(iter(state.values())) else 'adamw'}"
         )
-    positions = {key: position for position, key in enumerate(_positions(theirs["state_dict"]))}
+    positions = {key: position for position, key in enumerate(_parameter_keys(theirs["state_dict"]))}
     found, absent = {}, []
-    for name, parameter in model.named_parameters():
+    for name, parameter in layout.model.named_parameters():
         if parameter.requires_grad:
-            position = positions[original_names(name, _head(cfg), model)[0]]
-            if position not in state:
+            stored = state.get(positions[layout.keys(name)[0]])
+            if stored is None:
                 absent.append(name)
-            for key in keys:
-                value = state[position][key] if position in state else torch.zeros(parameter.shape)
-                found[f"optimizer.{key}.{name}"] = value
+            for key in layout.optimizer_state:
+                found[f"optimizer.{key}.{name}"] = torch.zeros(parameter.shape) if stored is None else stored[key]
+    notes = []
     if absent:
         notes.append(
             f"no optimizer state for {len(absent)} tensors ({absent[0]}, ...): it starts at zero, as in a new run"
         )
     for group in optimizer.get("param_groups", []):
         for key in ("weight_decay", "momentum", "betas"):
-            configured = getattr(cfg.optimizer.params, key, None)
+            configured = getattr(params, key, None)
             if key in group and configured is not None and group[key] != configured:
                 notes.append(f"optimizer.params.{key} was {group[key]} and becomes {configured}")
-    return found
+    return found, notes
 
 
-def _positions(state_dict: dict[str, Tensor]) -> list[str]:
+def _parameter_keys(state_dict: dict[str, Tensor]) -> list[str]:
     """Return the keys of parameters as the originals' optimizer numbers them: in the order of the file, copies counted once."""
     copies = tuple(
         f"module.{place.format(head=head)}.encoder_layers." for place in BATCHFORMER[1:] for head in ("fc", "head")
@@ -240,53 +232,26 @@ def _positions(state_dict: dict[str, Tensor]) -> list[str]:
     return [key for key in state_dict if key.rpartition(".")[2] not in STATISTICS and not key.startswith(copies)]
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _in_original_order(model: MoCo) -> list[str]:
-    """Return the names of this package in the order of the originals' modules: BatchFormer between backbone and projector."""
-    names = list(model.state_dict())
-    places = ("online.backbone.", "batchformer.", "online.projector.", "momentum.", "predictor.")
-    return sorted(names, key=lambda name: next(i for i, place in enumerate(places) if name.startswith(place)))
-
-
-def _original_optimizer(state: dict[str, Tensor], model: MoCo, cfg: ResolvedConfig, updates: int) -> dict[str, Any]:
+def _original_optimizer(state: dict[str, Tensor], layout: _Layout, updates: int) -> dict[str, Any]:
     """Return the optimizer state as the originals' optimizer saves it, numbered by the position of a parameter."""
-    parameters = dict(model.named_parameters())
-    names = [name for name in _in_original_order(model) if name in parameters]
+    parameters = dict(layout.model.named_parameters())
+    names = [name for name in layout.names() if name in parameters]
     numbered = {
-        position: {key: state[f"{key}.{name}"] for key in _state_keys(cfg)}
+        position: {key: state[f"{key}.{name}"] for key in layout.optimizer_state}
         for position, name in enumerate(names)
         if parameters[name].requires_grad
     }
-    params = cfg.optimizer.params
+    lr, params = layout.cfg.lr_peak, layout.cfg.optimizer.params
     if isinstance(params, LarsConfig):
         group = {name: getattr(params, name) for name in ("weight_decay", "momentum", "trust_coefficient")}
-        groups = [{"lr": cfg.lr_peak, **group, "params": list(range(len(names)))}]
-        return {"state": numbered, "param_groups": groups}
+        return {"state": numbered, "param_groups": [{"lr": lr, **group, "params": list(range(len(names)))}]}
     for tensors in numbered.values():
         tensors["step"] = torch.tensor(float(updates))
     adamw = torch.optim.AdamW(
         [torch.nn.Parameter(torch.empty(0)) for _ in names],
-        lr=cfg.lr_peak,
+        lr=lr,
         betas=params.betas,
         eps=params.eps,
         weight_decay=params.weight_decay,
     )
     return {"state": numbered, "param_groups": adamw.state_dict()["param_groups"]}
-
-
-def _on_meta(cfg: ResolvedConfig) -> MoCo:
-    """Return the configured model without memory, for its names and shapes."""
-    with torch.device("meta"):
-        return build_model(cfg)
-
-
-def _head(cfg: ResolvedConfig) -> str:
-    """Return what the originals call the projector."""
-    return {"resnet": "fc", "vit": "head"}[family(cfg.crossbatch.model.arch)]
-
-
-def _state_keys(cfg: ResolvedConfig) -> tuple[str, ...]:
-    """Return the optimizer state that a parameter has, by its name in the originals' files."""
-    return ("mu",) if isinstance(cfg.optimizer.params, LarsConfig) else ("exp_avg", "exp_avg_sq")

@@ -7,7 +7,7 @@ checkpoint_*.pth.tar                          of moco-v3 or BatchFormer: base_en
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from crossbatch import InputError
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Unreadable
 from crossbatch.engine.pretrained.files import read_safetensors, read_torch
-from crossbatch.engine.pretrained.moco_v3 import ENCODERS
 
+ENCODERS = {"online": "base_encoder", "momentum": "momentum_encoder"}  # in the files of moco-v3 and BatchFormer
 NOTE = "crossbatch"  # entry of an exported file that describes its network
 PROBE, PROBE_FILE = "linear probe", "probe.pt"  # "kind" of the file that the linear probe saves, and its name
 CLASSIFIERS = ("fc", "head", "head_dist")  # in torchvision, timm and DeiT; the projector in a file of moco-v3
@@ -27,7 +27,7 @@ CLASSIFIERS = ("fc", "head", "head_dist")  # in torchvision, timm and DeiT; the 
 
 @dataclass
 class Weights:
-    """The tensors of one backbone, under the names of this package, and what the file says about it (None: nothing)."""
+    """Holds the tensors of one backbone, named as in this package, and what the file says about it (None: nothing)."""
 
     tensors: dict[str, Tensor]
     origin: str
@@ -39,47 +39,30 @@ class Weights:
     num_heads: int | None = None
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """A file of weights that has been read, but not yet understood."""
-
-    path: Path
-    where: str  # flag and path, for messages
-    entries: Mapping[str, Any]  # what the file holds
-    tensors: Mapping[str, Any]  # those of its entries that are the network, without "module."
-    encoder: str  # that is asked for, "online" or "momentum"
-
-
-def read_weights(path: Path, encoder: str, key: str) -> Weights:
+def read_weights(path: Path, encoder: str, where: str) -> Weights:
     """Read the tensors of a backbone, without checking that they fit any network.
 
     Args:
         encoder: "online" or "momentum", where there are two.
-        key: flag that `path` was given with, for messages.
+        where: flag and path, for messages.
 
     Raises:
         InputError: if `path` cannot be read, or holds no backbone.
     """
-    where = f"{key} {path}"
     if not path.exists():
         raise InputError(
             f"{where}: no such file or folder; allowed: a run directory, one of its checkpoints, or a file"
         )
     if path.is_dir():
-        return _read_run(path, encoder, key)
-    file = _read_file(path, encoder, where)
-    return next(read for is_of_this_kind, read in _KINDS if is_of_this_kind(file))(file)
+        return _read_run(path, encoder, where)
+    return _read_file(path, encoder, where)
 
 
-# --- a run of this package -------------------------------------------------------------------------------------------
-
-
-def _read_run(path: Path, encoder: str, key: str) -> Weights:
+def _read_run(path: Path, encoder: str, where: str) -> Weights:
+    """Read the backbone of a run directory or of one of its checkpoints."""
     if (path / PROBE_FILE).is_file():
-        raise InputError(
-            f"{key} {path}: is the folder of a linear probe; give the checkpoint that the probe was made on"
-        )
-    found = checkpoint.find(path, key)
+        raise InputError(f"{where}: is the folder of a linear probe; give the checkpoint that the probe was made on")
+    found = checkpoint.find(path, "--checkpoint")
     prefix = f"{encoder}.backbone."
     try:
         manifest, config = checkpoint.read_manifest(found)
@@ -89,11 +72,13 @@ def _read_run(path: Path, encoder: str, key: str) -> Weights:
             for name, tensor in checkpoint.read(found, f"{part}.{prefix}").items()
         }
     except Unreadable as error:
-        raise InputError(f"{key} {found}: {error}; name another checkpoint of the run") from None
+        raise InputError(f"--checkpoint {found}: {error}; name another checkpoint of the run") from None
     section = config.get("crossbatch", {})
     model = section.get("model", {})
     if not tensors or "arch" not in model:
-        raise InputError(f"{key} {found}: holds no {encoder} backbone; allowed: a checkpoint of launch/pretrain.py")
+        raise InputError(
+            f"--checkpoint {found}: holds no {encoder} backbone; allowed: a checkpoint of launch/pretrain.py"
+        )
     rest = [name for name in manifest.shapes if name.partition(".")[2].removeprefix(prefix) not in tensors]
     return Weights(
         tensors,
@@ -114,95 +99,86 @@ def _part_of_checkpoint(name: str) -> str:
     return f"{first} {second}" if first in ENCODERS else first
 
 
-# --- a file ----------------------------------------------------------------------------------------------------------
+def _read_file(path: Path, encoder: str, where: str) -> Weights:
+    """Read the backbone of a file of weights, after finding out what kind of file it is."""
+    entries, tensors = _open(path, where)
+    if entries.get("kind") == PROBE or "best_acc1" in entries:
+        raise InputError(f"{where}: is the file of a linear probe; give the checkpoint that the probe was made on")
+    if any(name.startswith(tuple(f"{part}." for part in ENCODERS.values())) for name in tensors):
+        return _choose_encoder(path, encoder, where, entries, tensors)
+    if "epoch" in entries and "state_dict" in entries:
+        raise InputError(
+            f"{where}: is no checkpoint of pretraining: it has an epoch and a state_dict, but no base_encoder in it, as the "
+            f"file of a linear probe; give the checkpoint that it was made on"
+        )
+    if encoder != "online":
+        raise InputError(
+            f"{where}: holds one network only; encoder {encoder}: allowed with a checkpoint of pretraining"
+        )
+    chosen = {
+        name: value
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and name.split(".")[0] not in CLASSIFIERS
+    }
+    if not chosen:
+        found = ", ".join(list(tensors)[:4]) or "nothing at all"
+        raise InputError(f"{where}: holds nothing of a backbone ({found}); give a file with the weights of one")
+    ignored = Counter(name.split(".")[0] for name in tensors if name not in chosen)
+    note = entries.get(NOTE)
+    note = note if isinstance(note, Mapping) else {}
+    known = {name: note.get(name) for name in ("arch", "stem", "backbone_args", "image_size", "num_heads")}
+    return Weights(chosen, str(path), ignored, **known)
 
 
-def _read_file(path: Path, encoder: str, where: str) -> WeightsFile:
-    if _is_safetensors(path):
+def _open(path: Path, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return what a file holds, and those of its entries that are the network, without "module."."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A file of safetensors starts with the length of a JSON object and that object.
+    if path.suffix == ".safetensors" or start[8:] == b"{":
         tensors, metadata = read_safetensors(path)
-        return WeightsFile(path, where, {NOTE: json.loads(metadata.get(NOTE, "{}"))}, tensors, encoder)
+        return {NOTE: json.loads(metadata.get(NOTE, "{}"))}, tensors
     entries = read_torch(path)
     if not isinstance(entries, dict):
         raise InputError(f"{where}: holds a {type(entries).__name__}, not the tensors of a network")
     tensors = next((entries[name] for name in ("state_dict", "model") if isinstance(entries.get(name), dict)), entries)
-    tensors = {str(name).removeprefix("module."): value for name, value in tensors.items()}
-    return WeightsFile(path, where, entries, tensors, encoder)
+    return entries, {str(name).removeprefix("module."): value for name, value in tensors.items()}
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Tell safetensors by the name, or by the start: the length of a JSON object, and that object."""
-    if path.suffix == ".safetensors":
-        return True
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def _is_probe(file: WeightsFile) -> bool:
-    return file.entries.get("kind") == PROBE or "best_acc1" in file.entries
-
-
-def _refuse_probe(file: WeightsFile) -> Weights:
-    raise InputError(f"{file.where}: is the file of a linear probe; give the checkpoint that the probe was made on")
-
-
-def _has_encoders(file: WeightsFile) -> bool:
-    return any(name.startswith(tuple(f"{part}." for part in ENCODERS.values())) for name in file.tensors)
-
-
-def _read_moco_v3(file: WeightsFile) -> Weights:
-    prefix = f"{ENCODERS[file.encoder]}."
+def _choose_encoder(
+    path: Path, encoder: str, where: str, entries: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> Weights:
+    """Return the backbone of one of the two encoders in a file of moco-v3 or BatchFormer."""
+    prefix = f"{ENCODERS[encoder]}."
     heads = tuple(f"{prefix}{classifier}." for classifier in CLASSIFIERS)
     chosen = {
         name.removeprefix(prefix): value
-        for name, value in file.tensors.items()
+        for name, value in tensors.items()
         if name.startswith(prefix) and not name.startswith(heads)
     }
-    rest = [name for name in file.tensors if name.removeprefix(prefix) not in chosen]
+    if not chosen:
+        raise InputError(f"{where}: holds nothing of {ENCODERS[encoder]}; give a checkpoint of moco-v3 or BatchFormer")
+    rest = [name for name in tensors if name.removeprefix(prefix) not in chosen]
     ignored = Counter(".".join(name.split(".")[: 2 if name.startswith(prefix) else 1]) for name in rest)
-    if not chosen:
-        raise InputError(
-            f"{file.where}: holds nothing of {ENCODERS[file.encoder]}; give a checkpoint of moco-v3 or BatchFormer"
-        )
-    arch = file.entries.get("arch")
-    origin = f"{file.path}, {file.encoder} encoder"
-    return Weights(chosen, origin, ignored, arch=arch if isinstance(arch, str) else None)
+    arch = entries.get("arch")
+    return Weights(chosen, f"{path}, {encoder} encoder", ignored, arch=arch if isinstance(arch, str) else None)
 
 
-def _is_other_training(file: WeightsFile) -> bool:
-    return "epoch" in file.entries and "state_dict" in file.entries
+def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str | None:
+    """Describe the tensors that `found` lacks, has besides, or has in another shape; None if there are none.
 
-
-def _refuse_other_training(file: WeightsFile) -> Weights:
-    raise InputError(
-        f"{file.where}: is no checkpoint of pretraining: it has an epoch and a state_dict, but no base_encoder in it, as the "
-        f"file of a linear probe; give the checkpoint that it was made on"
+    A missing tensor does not count if its name ends with one of `optional`.
+    """
+    missing = sorted(name for name in wanted.keys() - found.keys() if not name.endswith(optional))
+    unexpected = sorted(found.keys() - wanted.keys())
+    wrong = sorted(
+        f"{name} {list(found[name].shape)} for {list(wanted[name].shape)}"
+        for name in wanted.keys() & found.keys()
+        if found[name].shape != wanted[name].shape
     )
-
-
-def _read_network(file: WeightsFile) -> Weights:
-    if file.encoder != "online":
-        raise InputError(
-            f"{file.where}: holds one network only; encoder {file.encoder}: allowed with a checkpoint of pretraining"
-        )
-    chosen = {
-        name: value
-        for name, value in file.tensors.items()
-        if isinstance(value, Tensor) and name.split(".")[0] not in CLASSIFIERS
-    }
-    if not chosen:
-        found = ", ".join(list(file.tensors)[:4]) or "nothing at all"
-        raise InputError(f"{file.where}: holds nothing of a backbone ({found}); give a file with the weights of one")
-    ignored = Counter(name.split(".")[0] for name in file.tensors if name not in chosen)
-    note = file.entries.get(NOTE)
-    note = note if isinstance(note, Mapping) else {}
-    known = {name: note.get(name) for name in ("arch", "stem", "backbone_args", "image_size", "num_heads")}
-    return Weights(chosen, str(file.path), ignored, **known)
-
-
-# The kinds of files, in the order in which they are tried, and what reads or refuses each.
-_KINDS: list[tuple[Callable[[WeightsFile], bool], Callable[[WeightsFile], Weights]]] = [
-    (_is_probe, _refuse_probe),
-    (_has_encoders, _read_moco_v3),
-    (_is_other_training, _refuse_other_training),
-    (lambda file: True, _read_network),
-]
+    if not (missing or unexpected or wrong):
+        return None
+    return (
+        f"{len(missing)} tensors missing {missing[:2]}, {len(unexpected)} unexpected {unexpected[:2]}, {len(wrong)} of another "
+        f"shape {wrong[:2]}"
+    )

@@ -105,7 +105,7 @@ def build_backend(model: ShardableModel, cfg: Resolved) -> Backend:
     if cfg.crossbatch.sharding == "fsdp":
         from crossbatch.engine.sharding.fsdp import FsdpBackend
 
-        return FsdpBackend(model, make_optimizer, cfg.zero_optimization.stage, cfg.config.gradient_clipping)
+        return FsdpBackend(model, make_optimizer, cfg.config.zero_optimization.stage, cfg.config.gradient_clipping)
     from crossbatch.engine.sharding.zero import ZeroBackend
 
     return ZeroBackend(model, make_optimizer, deepspeed_config(cfg))
@@ -113,7 +113,7 @@ def build_backend(model: ShardableModel, cfg: Resolved) -> Backend:
 
 def deepspeed_config(cfg: Resolved) -> dict[str, Any]:
     """Return the dict that DeepSpeed sees, without "auto" and without our section."""
-    zero = {name: value for name, value in vars(cfg.zero_optimization).items() if value is not None}
+    zero = {name: value for name, value in vars(cfg.config.zero_optimization).items() if value is not None}
     offload = vars(zero.pop("offload_optimizer"))
     if offload["device"] != "none":
         zero["offload_optimizer"] = offload
@@ -149,6 +149,6 @@ def describe(cfg: ResolvedConfig, steps_per_epoch: int | None) -> dict[str, Any]
         "chance_loss": round(cfg.chance_loss, 2),
         "optimizer": cfg.optimizer.type,
         "sharding": cfg.crossbatch.sharding,
-        "zero_stage": cfg.zero_optimization.stage,
+        "zero_stage": cfg.config.zero_optimization.stage,
         "precision": cfg.precision,
     }

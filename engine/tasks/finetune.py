@@ -16,11 +16,9 @@ from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.config import ResolvedFinetune, user_input
 from crossbatch.engine.datasets import TrainData, labelled_images, train_data
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, gathered
-from crossbatch.engine.evaluation.frozen import fingerprint, load_configured
-from crossbatch.engine.evaluation.pictures import confusion_counts, confusion_matrix, curves
-from crossbatch.engine.evaluation.results import save_figures, write_results
-from crossbatch.engine.pretrained.load import Pretrained
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered
+from crossbatch.engine.evaluation.results import confusion_matrix, curves, save_figures, write_results
+from crossbatch.engine.pretrained.load import Pretrained, load_configured
 from crossbatch.engine.run_log import METRICS, SCORES
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import GroupCollective, World
@@ -136,8 +134,7 @@ class FinetuneTask:
         }
         write_results(self.out, results)
         assert self.predictions is not None
-        counts = confusion_counts(*self.predictions, len(names))
-        figures = {"confusion": confusion_matrix(counts, names, f"fine-tuned, step {last_step}")}
+        figures = {"confusion": confusion_matrix(*self.predictions, names, f"fine-tuned, step {last_step}")}
         if len(scored) > 1:
             top1 = {SCORES[name]: [line[name] for line in scored] for name in last}
             figures["accuracy"] = curves(top1, [round(line["epoch"]) for line in scored], "fine-tuning")

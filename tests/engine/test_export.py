@@ -19,7 +19,7 @@ from crossbatch.models.norm import ViewBatchNorm
 
 
 def original(arch: str) -> dict:
-    """A moco-v3 file of `arch` at its published size, with norms that matter."""
+    """Return a moco-v3 file of `arch` at its published size, with norms that matter."""
     torch.manual_seed(0)
     backbone = build_backbone(arch)
     for module in backbone.modules():
@@ -43,7 +43,7 @@ def originals(tmp_path_factory) -> dict[str, Pretrained]:
 
 
 def written(pretrained: Pretrained, to: str, file: Path) -> dict:
-    """What is in the exported file, under whatever key."""
+    """Export, and return the tensors in the file, under whatever key they are."""
     notes = export(pretrained, to, file)
     content = torch.load(file, weights_only=True)
     state = content.get("model", content.get("state_dict", content))

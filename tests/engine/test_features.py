@@ -31,7 +31,7 @@ def mean_colours(images: torch.Tensor) -> torch.Tensor:
 
 
 def features_on_this_rank(path: str) -> tuple[list[int], list[int], torch.Tensor, int, int]:
-    """Of all ranks together; how many rows were its own, and how often it was asked."""
+    """Return the features of all ranks, how many rows were this rank's, and how often it was asked."""
     from crossbatch.engine.runtime.distributed import GroupCollective
 
     collective, asked = GroupCollective(), []
@@ -88,7 +88,7 @@ def test_labels_must_have_a_class(monkeypatch, tmp_path):
 
 
 def images_here(paths: list[str], cache: str) -> str:
-    """Each rank has a path of its own; why it does not go on."""
+    """Open the path that belongs to this rank, and return why that is refused."""
     from crossbatch.engine.datasets import labelled_images, training_images
     from crossbatch.engine.runtime.distributed import world_from_environment
 

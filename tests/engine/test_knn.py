@@ -19,7 +19,7 @@ def rows(features: torch.Tensor, labels: torch.Tensor, first: int = 0) -> Featur
 
 
 def clusters(count: int, seed: int, classes: int = 5, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overlapping ones, so that neighbours disagree."""
+    """Return features and labels of clusters that overlap, so that neighbours disagree."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
     labels = torch.randint(0, classes, (count,), generator=generator)
@@ -69,12 +69,12 @@ def test_chunks_change_nothing(monkeypatch):
     whole = knn.score(rows(bank, bank_labels), rows(queries, labels), [5], 5, Collective())
     monkeypatch.setattr(knn, "SCORES_AT_ONCE", 200)  # 4 queries at a time
     cut = knn.score(rows(bank, bank_labels), rows(queries, labels), [5], 5, Collective())
-    for one, other in zip(vars(cut.neighbours).values(), vars(whole.neighbours).values(), strict=True):
+    for one, other in zip(cut.neighbours, whole.neighbours, strict=True):
         torch.testing.assert_close(one, other)
 
 
 def of_this_rank(bank_size: int, query_count: int) -> tuple:
-    """Its share of the work, uneven on purpose."""
+    """Score this rank's share of the work, which is uneven on purpose."""
     from crossbatch.engine.runtime.distributed import GroupCollective
 
     collective = GroupCollective()
@@ -85,7 +85,7 @@ def of_this_rank(bank_size: int, query_count: int) -> tuple:
         shares.append(rows(features, labels, start))
     bank, queries = shares
     scored = knn.score(bank, queries, [20, 3], 5, collective)
-    return vars(scored.neighbours), scored.predictions, scored.queries.indices_N, [scored.top1(k) for k in (20, 3)]
+    return tuple(scored.neighbours), scored.predictions, scored.queries.indices_N, [scored.top1(k) for k in (20, 3)]
 
 
 @pytest.mark.parametrize(("bank_size", "query_count"), [(100, 50), (7, 2)])
@@ -93,8 +93,8 @@ def test_two_ranks_agree_with_one(two_ranks, bank_size, query_count):
     (bank, bank_labels), (queries, labels) = clusters(bank_size, 1), clusters(query_count, 2)
     alone = knn.score(rows(bank, bank_labels), rows(queries, labels), [20, 3], 5, Collective())
     for near, predictions, indices, top1 in two_ranks.run(of_this_rank, bank_size, query_count):
-        for name, part in near.items():
-            torch.testing.assert_close(part, vars(alone.neighbours)[name])
+        for part, want in zip(near, alone.neighbours, strict=True):
+            torch.testing.assert_close(part, want)
         assert predictions[20].equal(alone.predictions[20]) and predictions[3].equal(alone.predictions[3])
         assert indices.tolist() == list(range(query_count))
         assert top1 == [alone.top1(20), alone.top1(3)]

@@ -14,10 +14,8 @@ from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.evaluation.batches import AugmentedFeatures, CachedFeatures
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract
-from crossbatch.engine.evaluation.frozen import FrozenBackbone
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, FrozenBackbone, extract
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
-from crossbatch.engine.pretrained.load import Pretrained
 from crossbatch.engine.run_log import StepClock
 from crossbatch.models import build_backbone
 from crossbatch.models.collective import Collective
@@ -48,7 +46,7 @@ def weights(probe: LinearProbe, head: int = 0) -> tuple[torch.Tensor, torch.Tens
 
 
 def by_the_formula(start: torch.Tensor, peak: float, momentum: float, decay: float, norm: bool) -> tuple:
-    """Softmax regression in float64: gradient of the mean loss, velocity, half a cosine over three epochs."""
+    """Train softmax regression in float64: gradient of the mean loss, velocity, half a cosine over three epochs."""
     W, b = start.double().numpy().copy(), np.zeros(CLASSES)
     velocity = [np.zeros_like(W), np.zeros_like(b)]
     for epoch in range(3):
@@ -155,7 +153,7 @@ def shapes(tmp_path_factory) -> str:
 def frozen() -> FrozenBackbone:
     torch.manual_seed(0)
     backbone = build_backbone("resnet18", 32, "small", backbone_args={"width": 8})
-    return FrozenBackbone(Pretrained(backbone, "resnet18", "small", {"width": 8}, 32, "nowhere", 0), CPU)
+    return FrozenBackbone(backbone, CPU)
 
 
 def test_the_probe_reaches_what_scikit_learn_reaches(shapes, frozen):

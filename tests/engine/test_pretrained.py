@@ -15,7 +15,7 @@ from crossbatch.engine import checkpoint
 from crossbatch.engine.pretrained.load import load_pretrained
 from crossbatch.engine.pretrained.weights import NOTE, PROBE, PROBE_FILE
 from crossbatch.models import build_backbone
-from tests.engine.test_moco_v3_files import original_file
+from tests.engine.originals import original_file
 
 SMALL_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
 
@@ -90,7 +90,7 @@ def test_what_others_write(tmp_path):
 
 
 def test_a_file_of_deit_with_its_arguments(tmp_path):
-    """They keep an argparse.Namespace beside the weights, which is data."""
+    """DeiT keeps an argparse.Namespace beside the weights, which is data."""
     model = build_backbone("vit_base", 16, backbone_args=SMALL_VIT)
     content = {"model": {**model.state_dict(), "head.weight": torch.zeros(3, 24)}, "args": argparse.Namespace(lr=1.0)}
     torch.save({**content, "epoch": 3, "optimizer": {}}, tmp_path / "deit.pth")
@@ -119,7 +119,7 @@ class Bomb:
 
 
 def twelve_heads(num_heads: int | None) -> dict:
-    """A file for a ViT whose shapes fit 12 heads as well as 6."""
+    """Return a file for a ViT with shapes that fit 12 heads as well as 6."""
     args = {"embed_dim": 24, "depth": 2, "patch_size": 4}
     model = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=6, num_classes=0)
     note = {} if num_heads is None else {NOTE: {"num_heads": num_heads}}
@@ -215,8 +215,8 @@ def test_a_file_that_is_cut_off(tmp_path, name, kept):
 def test_paths_without_weights(tmp_path, tiny_runs):
     def refused(path) -> str:
         with pytest.raises(InputError) as error:
-            load_pretrained(path, key="--pretrained")
-        assert str(error.value).startswith("--pretrained ")
+            load_pretrained(path)
+        assert str(error.value).startswith("--checkpoint ")
         return str(error.value)
 
     assert "no such file or folder" in refused(tmp_path / "absent")

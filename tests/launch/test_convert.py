@@ -15,7 +15,7 @@ from crossbatch.data.sources import open_source
 from crossbatch.engine.pretrained.load import load_pretrained
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import convert
-from tests.engine.test_moco_v3_files import original_file
+from tests.engine.originals import original_file
 
 
 def call(monkeypatch, *arguments) -> int:

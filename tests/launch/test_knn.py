@@ -30,7 +30,7 @@ def shapes(tmp_path_factory) -> str:
 
 
 def call(monkeypatch, *arguments) -> int:
-    """Runs the launcher in this process and returns its exit code."""
+    """Run the launcher in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["knn.py", *map(str, arguments)])
     try:
         run_main(knn.main)
@@ -44,7 +44,7 @@ def results_of(out: Path) -> dict:
 
 
 def vary(picture: Path) -> None:
-    """It shows something."""
+    """Check that a picture shows something."""
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(float)
     assert pixels.shape[0] > 200 and pixels.std() > 20
 
@@ -68,6 +68,17 @@ def test_a_run_is_scored(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     assert results["top1"] == pytest.approx(by_scikit_learn(tiny_runs("resnet"), shapes, 5))
     assert call(monkeypatch, *arguments, "--encoder", "momentum") == 0  # over its own results it may write
     assert "momentum encoder" in results_of(out)["pretrained"]["from"]
+
+
+def test_a_figure_that_fails_does_not_lose_the_numbers(monkeypatch, tiny_runs, shapes, tmp_path):
+    def fail(*arguments) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("crossbatch.engine.evaluation.evaluation.save_figures", fail)
+    arguments = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, "--out", tmp_path, "-j", 0]
+    with pytest.raises(OSError, match="No space left"):
+        call(monkeypatch, *arguments)
+    assert results_of(tmp_path)["images"] == {"train": 64, "evaluation": 24, "skipped": 0}
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
+from crossbatch.engine.evaluation import linear_evaluation
 from crossbatch.engine.evaluation.linear_evaluation import base_learning_rates
-from crossbatch.engine.evaluation.probe_training import ProbeTraining
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import finetune, linear
@@ -33,7 +33,7 @@ def shapes(tmp_path_factory) -> str:
 
 
 def call(monkeypatch, *arguments) -> int:
-    """Runs the launcher in this process and returns its exit code."""
+    """Run the launcher in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["linear.py", *map(str, arguments)])
     try:
         run_main(linear.main)
@@ -148,15 +148,15 @@ def test_two_ranks_end_where_one_ends(monkeypatch, tiny_runs, two_ranks, shapes,
 def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     arguments = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, *SHORT]
     assert call(monkeypatch, *arguments, "--out", tmp_path / "whole") == 0
-    save = ProbeTraining.save
+    save = linear_evaluation.save_probe
 
-    def dies_after_two_epochs(self, *arguments, **more):
-        save(self, *arguments, **more)
-        if len(self.history) == 2:
+    def dies_after_two_epochs(out, content, *arguments, **more):
+        save(out, content, *arguments, **more)
+        if len(content["history"]) == 2:
             raise KeyboardInterrupt
 
     with (
-        mock.patch.object(ProbeTraining, "save", dies_after_two_epochs),
+        mock.patch.object(linear_evaluation, "save_probe", dies_after_two_epochs),
         pytest.raises(KeyboardInterrupt),
     ):
         call(monkeypatch, *arguments, "--out", tmp_path / "cut")

@@ -1,0 +1,64 @@
+"""Writes and reads the file that an interrupted linear probe goes on from, and refuses that of another probe."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossbatch import InputError, RunStopped
+from crossbatch.engine.checkpoint.changes import fixed_values
+from crossbatch.engine.config import to_dict
+from crossbatch.engine.config.evaluation import LinearConfig
+from crossbatch.engine.pretrained.files import read_torch, write_file
+from crossbatch.engine.pretrained.weights import PROBE, PROBE_FILE
+from crossbatch.engine.run_log import Log
+from crossbatch.engine.runtime.distributed import on_main
+
+
+def identity(config: LinearConfig, num_images: int, num_classes: int) -> dict[str, Any]:
+    """Return, by key path, all that must stay as it is when the probe is resumed."""
+    return {**fixed_values(to_dict(config), LinearConfig), "images": num_images, "classes": num_classes}
+
+
+def save_probe(out: Path, content: dict[str, Any], log: Log, is_last: bool) -> None:
+    """Save the probe on rank 0. If that fails, warn, or raise RunStopped after the last epoch, on all ranks.
+
+    Args:
+        out: the folder of the probe.
+        content: "history", "identity", "backbone" (the fingerprint), "class_names", and the state of the probe.
+    """
+    content = {"kind": PROBE, **content}
+    try:
+        on_main(lambda: write_file(out / PROBE_FILE, lambda path: torch.save(content, path), "--out"))
+    except InputError as error:
+        if is_last:
+            raise RunStopped(f"the probe could not be saved: {error}") from None
+        log.warn(f"the probe was not saved after epoch {len(content['history'])}: {error}")
+
+
+def read_probe(resume: str, out: Path, identity: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
+    """Return the content of the probe that `resume` means; None to start anew.
+
+    "auto" is the probe in `out`, if there is one; "none" starts anew; anything else is a file, or the folder that holds it.
+
+    Raises:
+        InputError: if that is no probe, or one of another backbone (`fingerprint`), data or settings (`identity`).
+    """
+    file = out / PROBE_FILE if resume == "auto" else Path(resume)
+    file = file / PROBE_FILE if file.is_dir() else file
+    if resume == "none" or (resume == "auto" and not file.exists()):
+        return None
+    content = read_torch(file)
+    if not isinstance(content, dict) or content.get("kind") != PROBE:
+        raise InputError(f"--resume {file}: is no linear probe; allowed: auto, none, an --out of launch/linear.py")
+    before = content["identity"]
+    changed = [
+        f"{name}: was {before.get(name)}, is {value}" for name, value in identity.items() if before.get(name) != value
+    ]
+    if content["backbone"] != fingerprint:
+        changed.append("the weights of the backbone: were others")
+    if changed:
+        raise InputError(
+            f"--resume {file}: is another probe: {'; '.join(changed)}; choose another --out, or start anew with --resume none"
+        )
+    return content
