@@ -59,8 +59,7 @@ __all__ = [
 class InputError(ValueError):
     """The user's input was wrong; the commands print the message without a traceback and exit with code 2.
 
-    The message names where (key path, flag or file), what was given, what is allowed, and what to change in the input; trying
-    again without that change fails again.
+    The message names where (key path, flag or file), what was given, what is allowed, and what to change.
     """
 
 
