@@ -88,7 +88,7 @@ def _summary(found: Plan) -> list[tuple[str, str, str]]:
     lines = [
         ("fits", fits, f"computed; {at.gpu.source}"),
         ("batch", f"{cfg.config.train_batch_size}, {cfg.local_batch} a rank", "recipe"),
-        ("chunk", f"{cfg.chunk}, {cfg.chunks} a step", found.chunk_origin),
+        ("chunk", f"{cfg.chunk} images, {cfg.chunks} a step", found.chunk_origin),
         ("precision", cfg.precision, "recipe, and what the GPU has"),
         ("images/s", f"{rate:,.0f} ({low:,.0f} to {high:,.0f})", predicted),
         (
