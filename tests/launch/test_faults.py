@@ -94,7 +94,8 @@ def kill_again_and_again(
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path, nursery):
-    left = kill_again_and_again(nursery, tmp_path, [*VIT, *ADAMW, *zero(2)], 2, 20, victims=[(0, 1)], seed=20)
+    """Killed soon after its first save, which is what this seed draws."""
+    left = kill_again_and_again(nursery, tmp_path, [*VIT, *ADAMW, *zero(2)], 1, 12, victims=[(0, 1)], seed=19)
     assert left[-1] > 0
 
 
