@@ -21,6 +21,7 @@ from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, 
 from tests.jobs import Job, Nursery, metrics
 
 EVERY_2 = ["crossbatch.checkpoint.every_steps=2"]
+ONE_CHUNK = ["train_micro_batch_size_per_gpu=12"]  # at most; "auto" takes each start longer than the steps
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def nursery():
 
 
 def flags(out: Path, *settings: str) -> list[str]:
-    return [f"--out={out}", *(f"--set={setting}" for setting in (*BASE, *EVERY_2, *settings))]
+    return [f"--out={out}", *(f"--set={setting}" for setting in (*BASE, *EVERY_2, *ONE_CHUNK, *settings))]
 
 
 def finish(nursery: Nursery, out: Path, settings: list[str], ranks: int, steps: int) -> Job:
