@@ -21,7 +21,6 @@ from crossbatch.models import MoCo, ShardableModel
 # Parameters of a ViT that are added to every image alike, as biases are, whatever their shape.
 POSITIONS = ("*cls_token", "*pos_embed")
 
-
 # Arguments of MoCo that are not in the section crossbatch.model.
 KEYS_ELSEWHERE = {"image_size": "crossbatch.data.image_size"} | {
     name: f"crossbatch.batchformer.{name}" for name in ("kernel", "group_size", "dropout")
