@@ -5,6 +5,8 @@ originals augment with PIL: its rounding to 8 bits between operations and its Ga
 augmentation. torchvision takes a second to import, so it is imported when the first view is made.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
@@ -53,4 +55,5 @@ def evaluation_image(image: Image.Image, image_size: int) -> torch.Tensor:
     from torchvision.transforms import functional
 
     shorter = image_size if image_size <= 64 else round(image_size * 256 / 224)
-    return functional.pil_to_tensor(functional.center_crop(functional.resize(image, shorter), image_size))  # pyright: ignore[reportArgumentType]
+    view: Any = image  # torchvision's annotations know tensors only
+    return functional.pil_to_tensor(functional.center_crop(functional.resize(view, [shorter]), [image_size]))
