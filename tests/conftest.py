@@ -32,7 +32,7 @@ class RankPool:
     """World-size processes joined by gloo; `run` calls a module-level function on every rank and returns the results."""
 
     def __init__(self, world_size: int):
-        self.world_size = world_size
+        self.world_size, self.is_open = world_size, True
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*IMPORTED_ONCE])  # once, not in every rank
         with socket.socket() as free:
@@ -59,12 +59,13 @@ class RankPool:
     def run(self, function, *args) -> list:
         for pipe in self._pipes:
             pipe.send((function, args))
-        return self._answers(function.__name__, within_s=120)
+        return self._answers(str(function), within_s=120)
 
     def _answers(self, question: str, within_s: float) -> list:
         results = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(within_s):
+                self.close()  # a late answer would be taken for that of the next question
                 raise TimeoutError(f"rank {rank} of {self.world_size} did not answer {question} in {within_s} s")
             results.append(pipe.recv())
         failed = [text for ok, text in results if not ok]
@@ -73,6 +74,7 @@ class RankPool:
         return [value for _, value in results]
 
     def close(self):
+        self.is_open = False
         for process in self._processes:
             process.kill()
             process.join()
@@ -101,7 +103,7 @@ def pools():
     open_pools: dict[int, RankPool] = {}
 
     def get(world_size: int) -> RankPool:
-        if world_size not in open_pools:
+        if world_size not in open_pools or not open_pools[world_size].is_open:
             open_pools[world_size] = RankPool(world_size)
         return open_pools[world_size]
 
@@ -124,8 +126,7 @@ def two_ranks(pools):
 @pytest.fixture(scope="session")
 def tiny_runs(two_ranks, tmp_path_factory):
     """`tiny_runs("resnet")` or `("vit")`: a run of two steps at 16 px, sharded over two ranks by FSDP2."""
-    from tests.engine.test_equivalence import ADAMW, LARS, RESNET, VIT, fsdp
-    from tests.engine.test_nonfinite import run
+    from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, run
 
     settings = {"resnet": [*RESNET, *LARS, *fsdp(3)], "vit": [*VIT, *ADAMW, *fsdp(1)]}
     folders = {}

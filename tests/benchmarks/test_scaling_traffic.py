@@ -14,7 +14,7 @@ from crossbatch.engine.planning.traffic import OURS, Message, of_parts, step_tra
 from crossbatch.engine.runtime.distributed import GroupCollective, world_from_environment
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model
-from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, zero
+from tests.small_runs import ADAMW, BASE, LARS, RESNET, VIT, fsdp, zero
 
 BATCH = ["train_batch_size=24", "crossbatch.batchformer.group_size=12"]  # 6 images a rank of four: groups span two
 TOLERANCE, SMALL = 0.25, 256  # of bytes; gradient norms are a few numbers, which are not counted

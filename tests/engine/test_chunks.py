@@ -16,7 +16,7 @@ from crossbatch.engine.runtime import chunk_size as memory
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.models import Collective, MoCo
 from crossbatch.models.norm import synchronize_norms
-from tests.engine.test_equivalence import (
+from tests.small_runs import (
     ADAMW,
     BASE,
     LARS,
@@ -35,6 +35,7 @@ from tests.engine.test_equivalence import (
 BATCH = 64
 LARGE = [
     f"train_batch_size={BATCH}",
+    "train_micro_batch_size_per_gpu=auto",
     f"crossbatch.data.path=synthetic://{4 * BATCH}?size=20&classes=4",
     "crossbatch.batchformer.group_size=16",
 ]

@@ -18,7 +18,7 @@ from crossbatch.engine.schedules import finetuning_rate
 from crossbatch.engine.tasks.build import parameter_groups
 from crossbatch.models import build_backbone
 from crossbatch.models.classifier import Classifier
-from tests.engine.test_equivalence import ADAMW, RESNET, VIT, fsdp, losses, name_of, parameters, train, zero
+from tests.small_runs import ADAMW, RESNET, VIT, fsdp, losses, name_of, parameters, train, zero
 
 BASE = [
     "train_batch_size=12",

@@ -7,8 +7,8 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
 from crossbatch.engine.optimizers import LARS
-from tests.engine.test_equivalence import LARS as LARS_CONFIG
-from tests.engine.test_equivalence import VIT, fsdp, losses, train, zero
+from tests.small_runs import LARS as LARS_CONFIG
+from tests.small_runs import VIT, fsdp, losses, train, zero
 
 
 class TorchStyleLARS(torch.optim.Optimizer):

@@ -13,8 +13,7 @@ from crossbatch.engine.pretrained import moco_v3 as legacy
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import convert
 from tests.engine.originals import EPOCH, original_file
-from tests.engine.test_equivalence import ADAMW, BASE, LARS, VIT
-from tests.engine.test_nonfinite import run
+from tests.small_runs import ADAMW, BASE, LARS, VIT, run
 
 RESNET18 = ["crossbatch.model.arch=resnet18"]
 CASES = {

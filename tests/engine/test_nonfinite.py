@@ -1,46 +1,18 @@
 """What a run does when numbers, data, disk or a checkpoint fail (processes that die are in launch/test_faults.py)."""
 
-import contextlib
 import json
 import math
 import shutil
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from crossbatch import InputError, RunStopped
+from crossbatch import RunStopped
 from crossbatch.engine import checkpoint
-from crossbatch.engine.config import Device, WatchConfig, load_config, resolve
+from crossbatch.engine.config import WatchConfig
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.nonfinite import LossMonitor
-from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, pretrainer, zero
-
-EVERY_2 = ["crossbatch.checkpoint.every_steps=2"]
-
-
-def run(
-    overrides: list[str], out: str, steps: int, resume: str = "auto", allow: tuple = (), patches: tuple = ()
-) -> str:
-    """One run on this rank of a pool; returns the message it stopped with, and leaves what it told in OUT.told.
-
-    `patches` are (target, factory of a replacement).
-    """
-    world = world_from_environment()
-    settings = resolve(load_config(None, [*BASE, *EVERY_2, *overrides]), world.size, Device("cpu"))
-    told: list[str] = []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("crossbatch.engine.run_log.RunLog.note", lambda _, text: told.append(text)))
-        for target, factory in patches:
-            stack.enter_context(mock.patch(target, factory()))
-        try:
-            pretrainer(settings, out, resume, steps, allow).train()
-        except (InputError, RunStopped) as stopped:
-            return f"{type(stopped).__name__}: {stopped}"
-        finally:
-            if world.is_main:
-                Path(f"{out}.told").write_text("\n".join(told))
-    return ""
+from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, losses, run, zero
 
 
 def told(out: Path) -> str:

@@ -13,7 +13,7 @@ from crossbatch import InputError
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.profiling import steps_needed, table
-from tests.engine.test_equivalence import BASE, LARS, RESNET, losses, pretrainer, zero
+from tests.small_runs import BASE, LARS, RESNET, losses, pretrainer, zero
 
 SLOW_S = 0.1
 

@@ -21,7 +21,7 @@ from crossbatch.engine.sharding import Backend, LocalShards
 from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
 from crossbatch.engine.tasks.build import build_model, build_optimizer, parameter_groups
 from crossbatch.models import MoCo
-from tests.engine.test_equivalence import BASE, LARS, RESNET, VIT, pretrainer, zero
+from tests.small_runs import BASE, LARS, RESNET, VIT, pretrainer, zero
 
 STEPS_PER_EPOCH = 2
 

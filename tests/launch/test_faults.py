@@ -17,8 +17,8 @@ import torch
 
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import schema
-from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, name_of, zero
 from tests.jobs import Job, Nursery, metrics
+from tests.small_runs import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, name_of, zero
 
 EVERY_2 = ["crossbatch.checkpoint.every_steps=2"]
 ONE_CHUNK = ["train_micro_batch_size_per_gpu=12"]  # at most; "auto" takes each start longer than the steps
