@@ -164,14 +164,14 @@ def clocks() -> dict[str, Any] | None:
 
 @functools.cache
 def origin() -> dict[str, Any]:
-    """Return versions and commit, as they were when this process first asked."""
+    """Return versions and commit, as they were when this process first asked; CROSSBATCH_COMMIT where there is no .git."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda if torch.cuda.is_available() else None}
     for package in PACKAGES:
         versions[package] = None
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     git = "git", "-C", str(Path(__file__).parent)
-    commit = _output(*git, "rev-parse", "--short", "HEAD")
+    commit = _output(*git, "rev-parse", "--short", "HEAD") or os.environ.get("CROSSBATCH_COMMIT")
     changed = _output(*git, "status", "--porcelain", "--", ":/", ":(exclude)results")  # where these very rows go
     return {"versions": versions, "commit": f"{commit}+changes" if changed else commit}
 

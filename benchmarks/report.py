@@ -20,7 +20,7 @@ from benchmarks.rows import Results, StoredRow, cells, machine_of, read, short, 
 from crossbatch import InputError
 
 HERE = Path(__file__).parent
-OUTCOMES = "outcomes.json"  # beside the rows, where `python -m benchmarks.gpu` wrote them: how each part ended
+OUTCOMES = "outcomes*.json"  # beside the rows, where `python -m benchmarks.gpu` wrote them: how each part ended
 LEGEND = (
     "The baseline is what one would use otherwise, measured in the same run, in turns. A ratio above 1 means that the case is "
     "so many times as fast as the baseline, or as small. Figures are percentiles 20, 50 and 80 of n samples. Peak: memory in "
@@ -42,7 +42,9 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     results = read(given.results).of_machine(given.machine)
     folder = given.results if given.results.is_dir() else given.results.parent
-    outcomes = json.loads((folder / OUTCOMES).read_text()) if (folder / OUTCOMES).exists() else {}
+    outcomes = {
+        part: how for file in sorted(folder.glob(OUTCOMES)) for part, how in json.loads(file.read_text()).items()
+    }
     output = given.output or folder / "report"
     try:
         write(results, outcomes, output)

@@ -27,7 +27,7 @@ _DEFAULTS = {"baseline": None, "ratio": None, "settings": {}}
 _DEFAULTS |= {"time": None, "effort": "full", "clocks": None, "peak_mib": None, "commit": None}
 COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "peak MiB", "images/s", "TFLOP/s", "MFU", "effort")
 COLUMNS += ("commit",)
-_STAGES_OF_IMAGES = ("decode", "augment", "data", "transfer", "backbone", "step")
+_STAGES_OF_IMAGES = ("decode", "augment", "data", "transfer", "backbone", "step", "trainer")
 
 
 @dataclass
@@ -99,7 +99,13 @@ def read(path: Path) -> Results:
     """Read the rows of a file, or of all *.jsonl of a folder. Raises InputError if there are none."""
     results = Results()
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []:
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            text = file.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise InputError(
+                f"{file}: cannot be read: {error.strerror}; name files of results that you may read"
+            ) from None
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:

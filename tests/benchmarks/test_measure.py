@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import processes
+from benchmarks import measure, processes
 from benchmarks.__main__ import chosen, measure_here
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.measure import append, block_ms, compare, machine, peak_mib, summarise
@@ -74,6 +74,12 @@ def test_rows_are_appended_also_behind_a_line_that_was_cut_off(tmp_path):
     assert (first["case"], first["effort"], first["version"]) == ("a", "quick", VERSION)
     assert (last["stage"], last["case"], last["effort"]) == ("ema", "b", "full")
     assert first["machine"] == machine() and first["versions"]["torch"] and first["time"].endswith("Z")
+
+
+def test_the_commit_of_a_copy_without_git_comes_from_the_environment(monkeypatch):
+    monkeypatch.setattr(measure, "_output", lambda *command: None)
+    monkeypatch.setenv("CROSSBATCH_COMMIT", "1234abc")
+    assert measure.origin.__wrapped__()["commit"] == "1234abc"
 
 
 def test_unknown_stages_are_named_with_the_nearest(tmp_path, capsys):

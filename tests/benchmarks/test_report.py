@@ -79,9 +79,11 @@ def test_the_page_holds_its_pictures_and_loads_nothing(results, tmp_path):
 
 
 def test_how_the_parts_of_bench_gpu_ended_is_told(results):
-    (results / "outcomes.json").write_text(json.dumps({"tests": "failed with exit code 1", "ema": "done in 3 s"}))
+    (results / "outcomes-1.json").write_text(json.dumps({"tests-rest": "failed with exit code 1"}))
+    (results / "outcomes-2.json").write_text(json.dumps({"ema": "done in 3 s"}))
     assert benchmarks(["report", str(results)]) == 0
-    assert "| tests | failed with exit code 1 |" in (results / "report" / "report.md").read_text()
+    text = (results / "report" / "report.md").read_text()
+    assert "| tests-rest | failed with exit code 1 |\n| ema | done in 3 s |" in text
 
 
 def test_mixed_machines_are_refused_and_one_can_be_named(results, capsys):

@@ -3,7 +3,10 @@
 import ast
 import itertools
 import json
+import os
+import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from crossbatch.engine.tasks.build import build_model
 
 WANTED = {
     *("decode", "augment", "data", "transfer", "index", "backbone", "batchformer", "heads", "collectives", "optimizer"),
-    *("ema", "checkpoint", "step"),
+    *("ema", "checkpoint", "step", "trainer"),
 }
 
 
@@ -78,22 +81,49 @@ def test_the_plain_step_starts_at_chance_and_moves_everything(name, overrides):
     assert any(not average.equal(p) for average, p in pairs)
 
 
-def test_bench_gpu_tells_how_each_part_ended_and_goes_on(tmp_path, capsys):
-    parts = gpu.Parts(tmp_path, time.monotonic() + 60)
+def test_bench_gpu_tells_how_each_part_ended_goes_on_and_packs(tmp_path, capfd):
+    parts = gpu.Parts(tmp_path, "1", 60)
     python = [sys.executable, "-S", "-c"]
-    parts.run("tests", [*python, "print('3 passed')"], 20)
+    parts.run("tests-rest", [*python, "print('3 passed')"], 20)
     parts.run("bad", [*python, "print('no card'); raise SystemExit(4)"], 20)
     parts.end = time.monotonic()  # nothing is left but the five seconds that any part gets
     parts.run("slow", [*python, "import time; print('here', flush=True); time.sleep(60)"], 20)
     parts.run("ema", [*python, "print(1)"], parts.left_s)
-    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
-    assert list(outcomes) == ["tests", "bad", "slow", "ema"]
-    assert outcomes["tests"].startswith("done in") and outcomes["tests"].endswith(": 3 passed")
+    outcomes = json.loads((tmp_path / "outcomes-1.json").read_text())
+    assert list(outcomes) == ["tests-rest", "bad", "slow", "ema"]
+    assert outcomes["tests-rest"].startswith("done in") and outcomes["tests-rest"].endswith(": 3 passed")
     assert outcomes["bad"].startswith("failed with exit code 4") and outcomes["bad"].endswith(": no card")
     assert outcomes["slow"].startswith("stopped at its limit after 5") and outcomes["slow"].endswith(": here")
     assert outcomes["ema"] == "left out: no time"
     assert (tmp_path / "bad.txt").read_text() == "no card\n"
-    assert "slow: stopped" in capsys.readouterr().out
+    printed = capfd.readouterr().out
+    assert "slow: stopped" in printed and "no card" in printed
+    with tarfile.open(tmp_path / "bench-gpu-1.tgz") as archive:
+        assert archive.getnames() == ["bad.txt", "outcomes-1.json", "slow.txt", "tests-rest.txt"]
+        packed = archive.extractfile("outcomes-1.json")
+        assert packed is not None and json.load(packed) == outcomes
+
+
+def test_the_two_calls_of_bench_gpu_have_every_stage_once():
+    names = [name for shares in gpu.PARTS.values() for name in shares]
+    assert sorted(names) == sorted([*STAGES, *gpu.TESTS, "machine"])
+    parts = gpu.Parts.__new__(gpu.Parts)
+    parts.out = Path("out")
+    covered = {path for paths in gpu.TESTS.values() for path in paths if not path.startswith("--")}
+    ignored = {f"--ignore={path}" for path in covered - {"tests"}}
+    assert ignored <= set(parts.command("tests-rest", "brief")) and "--brief" in parts.command("step", "brief")
+
+
+def test_a_failing_test_is_printed_before_the_next_one_starts(tmp_path):
+    """A second test that never ends stands for a machine that is taken away."""
+    (tmp_path / "test_two.py").write_text(
+        "import os\ndef test_first():\n    assert 1 == 2, 'the first'\ndef test_second():\n    os._exit(7)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "benchmarks.instant_failures", "test_two.py"]
+    environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7
+    assert "FAILED test_two.py::test_first" in done.stdout and "AssertionError: the first" in done.stdout
 
 
 def test_a_quick_stage_has_rows_with_their_baseline():
