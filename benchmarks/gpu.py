@@ -39,14 +39,24 @@ ROOT = Path(__file__).parents[1]
 QUICK = ("collectives", "index")  # these tell nothing about a GPU and are only tried
 REPORT_S = 25.0  # kept back for it
 LEAST_S = 5.0  # a part with less time than that is left out
-PYTEST = "pytest -m gpu -q --tb=short -p benchmarks.instant_failures -o faulthandler_timeout=60".split()
+PYTEST = [
+    "pytest",
+    "-m",
+    "gpu",
+    "-q",
+    "--tb=short",
+    "-p",
+    "benchmarks.instant_failures",
+    "-o",
+    "faulthandler_timeout=60",
+]
 TESTS = {
     "tests-models-data": ["tests/models", "tests/data"],
     "tests-rest": ["tests", "--ignore=tests/models", "--ignore=tests/data"],
 }
 # Shares of the time that is left when a part begins.
 PARTS = {
-    "1": {"machine": 2, "tests-models-data": 6, "tests-rest": 5, "step": 9, "backbone": 2},
+    "1": {"machine": 2, "tests-models-data": 6, "tests-rest": 5, "step": 10, "backbone": 2},
     "2": {stage: 2 for stage in STAGES if stage not in ("step", "backbone")},
 }
 PARTS["2"] |= {"trainer": 5, "batchformer": 5, "checkpoint": 3, "ema": 1, "decode": 1}

@@ -1,4 +1,4 @@
-"""Prints failures of tests when they happen, for runs that may be ended from outside: `pytest -p benchmarks.instant_failures`"""
+"""Prints a failure of a test when it happens, in case the run is ended from outside: `pytest -p benchmarks.instant_failures`"""
 
 from typing import Any
 

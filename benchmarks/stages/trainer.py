@@ -1,9 +1,9 @@
 """Measures a whole run of launch/pretrain.py on generated JPEGs: loader, steps, k-NN and saves together, as a user gets them.
 
-It is bs4096.json with the 256 images that a rank has of 16, as a process with `--profile`; a CPU gets a small network. The parts
-of an iteration are those of the profile, so "data wait" is what training waits for images; `data_wait_ms` is the same figure as
-metrics.jsonl has it, without the steps that are traced. A save lies between two steps: how long training waited for it, and how
-long until it was safe on the disk. k-NN: the whole evaluation after the last step, with its own loader.
+It is bs4096.json with the 256 images that a rank has of 16, in a process of its own with `--profile`; on a CPU a small network.
+The parts of an iteration are those of the profile, so "data wait" is what training waits for images; `data_wait_ms` is the same
+as metrics.jsonl has it, of the steps that are not traced. A save lies between two steps: how long training waited for it, and
+how long until it was safe on the disk. k-NN is the whole evaluation after the last step, with its own loader.
 
 The JPEGs lie in the page cache, so the disk is not measured. MFU does not count what the run computes beside its steps.
 """
