@@ -123,16 +123,15 @@ def _ratios(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:
 
 
 def _predictions(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:
-    """Yield every prediction beside what was then measured, times first, then memory."""
-    for name, unit in (("p50", "ms"), ("peak_mib", "MiB")):
-        for rows in stages.values():
-            measured = {(row["case"], row["effort"]): row[name] for row in rows}
-            for row in rows:
-                case, said = row["settings"].get("prediction_of"), row[name]
+    """Yield every prediction beside what was then measured."""
+    for rows in stages.values():
+        measured = {(row["case"], row["effort"]): row["p50"] for row in rows}
+        for row in rows:
+            case, said = row["settings"].get("prediction_of"), row["p50"]
+            if case is not None:
                 found = measured.get((case, row["effort"]))
-                if case is not None and said:
-                    figures = ("not measured", "") if found is None else (short(found), f"{found / said:.2f}")
-                    yield case, short(said), figures[0], unit, figures[1]
+                figures = ("not measured", "") if found is None else (short(found), f"{found / said:.2f}")
+                yield case, short(said), figures[0], row["unit"], figures[1]
 
 
 def _first_paragraph(stage: str) -> str:

@@ -6,8 +6,7 @@ ResNet-50: the 256 images that a rank has of 16; then a whole step of 4096 image
 with chunks of 512; then 64, 128, 512, ... images up to what fits; fp16; the tuned plain step compiled. ViT-S has 256 images.
 On a CPU ResNet-50 with 64 images (half an hour, 16 GB) and a small ViT.
 
-A figure of engine.planning for each of our steps on this GPU stands in the rows before anything is measured; its memory is
-that of torch's allocator, too. Every row says how near it comes to the limits of the machine (benchmarks/limits.py). The plain
+A figure of engine.planning for each of our steps on this GPU stands in the rows before anything is measured. Every row says how near it comes to the limits of the machine (benchmarks/limits.py). The plain
 steps may be left out for lack of memory or of a compiler; the rows beside them then say so.
 
 Parts: the spans of the real step (crossbatch.engine.runtime.timing), in steps of their own after the others; "other" is what
@@ -130,7 +129,7 @@ def run(effort: Effort) -> Iterator[Row]:
     yield copy
     with recipe.one_rank() as device:  # once for all: DeepSpeed remembers the groups of the first
         groups = list(_groups(effort, device))
-        yield from _predictions([setup for group in groups for setup in group])
+        yield from _predictions([setup for group in groups for setup in group], _weighed(effort, gpu))
         times = [partial(_time, group, effort, device, copy.settings["gb_per_s"]) for group in groups]
         for measure in [*times[:-1], *weighed, times[-1]] if gpu else times:
             try:
@@ -185,9 +184,12 @@ def _beside_plain(network: str, images: int) -> list[Setup]:
 
 def _largest(network: str, device: torch.device) -> int:
     """Return the most images of SIZES that fit in one chunk, or 32."""
-    free = MARGIN * free_bytes(device, 1)
-    memory = {size: StepMemory(Setup(network, size, size).config()).at(size).without_context for size in SIZES}
-    return max((size for size, needed in memory.items() if needed <= free), default=32)
+    free, largest = MARGIN * free_bytes(device, 1), 32
+    for size in SIZES:
+        if StepMemory(Setup(network, size, size).config()).at(size).without_context > free:
+            break
+        largest = size
+    return largest
 
 
 def _automatic_chunk(network: str, device: torch.device) -> int:
@@ -197,18 +199,21 @@ def _automatic_chunk(network: str, device: torch.device) -> int:
         return automatic_chunk(cfg, world_from_environment(), device, Path(folder) / "chunk.json")[0]
 
 
-def _predictions(setups: Sequence[Setup]) -> Iterator[Row]:
+def _predictions(timed: Sequence[Setup], weighed: Sequence[tuple[str, int, int]]) -> Iterator[Row]:
     """Yield what engine.planning says of our steps on one such GPU; nothing on a card that it does not know."""
     card = CARDS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    for setup in setups:
-        if card is None or setup.kind != OURS:
-            continue
-        cfg = setup.config()
-        predicted_mib = StepMemory(cfg).at(cfg.chunk).without_context / 2**20
-        settings = {"predicted": True, "prediction_of": setup.case, "of": "engine.planning", "gpu": card}
-        settings |= {"images": setup.images, "chunk": setup.chunk}
-        step_ms = estimate(cfg, machines(card, 1)).step_ms
-        yield Row.of_one(f"{setup.case}: predicted", step_ms, "ms", settings, peak_mib=predicted_mib)
+    if card is None:
+        return
+    settings = {"predicted": True, "of": "engine.planning", "gpu": card}
+    for setup in timed:
+        if setup.kind == OURS:
+            facts = settings | {"prediction_of": setup.case, "images": setup.images, "chunk": setup.chunk}
+            step_ms = estimate(setup.config(), machines(card, 1)).step_ms
+            yield Row.of_one(f"{setup.case}: predicted", step_ms, "ms", facts)
+    for sizes in weighed:
+        for case, setup in _memory_setups(*sizes).items():
+            needed = StepMemory(setup.config()).at(setup.chunk).without_context
+            yield Row.of_one(f"{case}: predicted", needed / 2**20, "MiB", settings | {"prediction_of": case})
 
 
 def _time(group: list[Setup], effort: Effort, device: torch.device, copy_gb_per_s: float) -> Iterator[Row]:
@@ -268,11 +273,16 @@ def _parts(case: str, steps: list[dict[str, float]], settings: dict) -> Iterator
         yield Row.of_samples(f"{case}: {part}", values, settings=facts, clocks=now)
 
 
-def _memory(network: str, images: int, chunk: int) -> Iterator[Row]:
-    setups = {
+def _memory_setups(network: str, images: int, chunk: int) -> dict[str, Setup]:
+    """Return the steps that are weighed, by case."""
+    return {
         f"{network}, memory, {images} images, 1 chunk": Setup(network, images, images),
         f"{network}, memory, {images} images, chunks of {chunk}": Setup(network, images, chunk),
     }
+
+
+def _memory(network: str, images: int, chunk: int) -> Iterator[Row]:
+    setups = _memory_setups(network, images, chunk)
     for row in compare_peaks({case: partial(_peak, setup) for case, setup in setups.items()}, {}):
         row.settings = setups[row.case].settings()
         yield row

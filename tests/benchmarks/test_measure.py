@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import measure, processes
 from benchmarks.__main__ import chosen, measure_here
@@ -56,6 +57,47 @@ def test_short_calls_are_timed_in_blocks_and_given_per_call():
     assert 0 < rows[0].p50 < 0.1 and 3 <= rows[1].p50 < 20, rows
     calls = []
     assert 0.2 <= block_ms(lambda: (calls.append(0), time.sleep(2e-4))) < 2 and len(calls) > 20
+
+
+def test_short_calls_on_a_gpu_are_timed_in_blocks_between_events(monkeypatch):
+    """A GPU of one queue, on which each call takes 3 ms; the host does not wait for it."""
+    queue_ms = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = queue_ms[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+
+    def call():
+        calls.append(0)
+        queue_ms[0] += 3
+
+    assert measure.events_ms(call) == 3 and len(calls) == 20
+
+
+def test_an_optional_case_that_fails_is_left_out_and_its_neighbours_say_so(capsys):
+    def fails():
+        raise torch.OutOfMemoryError("no room\nfor it")
+
+    cases = {"plain": fails, "tuned": lambda: time.sleep(1e-3), "ours": lambda: time.sleep(1e-3)}
+    rows = compare(cases, {"n": 1}, Effort.QUICK, optional=["plain"])
+    assert [(row.case, row.baseline) for row in rows] == [("tuned", "tuned"), ("ours", "tuned")]
+    assert rows[1].settings == {"n": 1, "left_out": {"plain": "OutOfMemoryError: no room"}}
+    assert "left out: plain: OutOfMemoryError: no room" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        compare(cases, {}, Effort.QUICK)
 
 
 def test_a_ratio_of_nothing_is_left_out():

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu
-from benchmarks.stages import STAGES, Effort, heads, recipe
-from benchmarks.stages.plain_step import PlainStep, plain_backbone
+from benchmarks.stages import STAGES, Effort, checkpoint, heads, recipe, step
+from benchmarks.stages.plain_step import PlainLars, PlainStep, plain_backbone
+from crossbatch.engine.config import Device
+from crossbatch.engine.planning.plan import Question, plan
 from crossbatch.engine.tasks.build import build_model
 
 WANTED = {
@@ -53,6 +56,7 @@ def test_the_plain_backbone_has_our_parameters(name, overrides):
     assert plain.num_features == ours.num_features
 
 
+@pytest.mark.parametrize("tuned", [False, True])
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
@@ -66,19 +70,100 @@ def test_the_plain_backbone_has_our_parameters(name, overrides):
         ),
     ],
 )
-def test_the_plain_step_starts_at_chance_and_moves_everything(name, overrides):
+def test_the_plain_step_starts_at_chance_and_moves_everything(name, overrides, tuned):
     sizes = ["train_batch_size=16", "crossbatch.batchformer.group_size=8", "crossbatch.model.mlp_dim=32"]
     cfg = recipe.load(name, [*overrides, *sizes, "crossbatch.model.dim=64"])
-    step = PlainStep(cfg, torch.device("cpu"))
-    before = [p.detach().clone() for p in step.parameters]
+    plain = PlainStep(cfg, torch.device("cpu"), tuned)
+    before = [p.detach().clone() for p in plain.parameters]
     size = cfg.config.crossbatch.data.image_size
-    loss = step(torch.randint(0, 256, (2, 16, 3, size, size), dtype=torch.uint8))
+    loss = plain(torch.randint(0, 256, (2, 16, 3, size, size), dtype=torch.uint8))
     assert loss.item() == pytest.approx(cfg.chance_loss, rel=0.15)
-    moved = [not p.detach().equal(old) for p, old in zip(step.parameters, before, strict=True)]
+    moved = [not p.detach().equal(old) for p, old in zip(plain.parameters, before, strict=True)]
     assert sum(moved) > 0.9 * len(moved)
-    assert all(p.grad is None for p in step.parameters)
-    pairs = zip(step.average.parameters(), step.encoder.parameters(), strict=True)
+    assert all(p.grad is None for p in plain.parameters)
+    pairs = zip(plain.average.parameters(), plain.encoder.parameters(), strict=True)
     assert any(not average.equal(p) for average, p in pairs)
+
+
+def test_plain_lars_in_foreach_calls_is_the_loop():
+    torch.manual_seed(0)
+    shapes = [(4, 3), (5,), (2, 3, 2, 2), (3,), (6, 2)]
+    start = [torch.randn(shape) for shape in shapes]
+    start[4].zero_()  # a norm of nothing adapts nothing
+    ends = []
+    for foreach in (False, True):
+        parameters = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = PlainLars([{"params": parameters, "weight_decay": 0.1}], lr=0.5, foreach=foreach)
+        for step in range(3):
+            for i, p in enumerate(parameters):
+                p.grad = torch.full_like(p, 0.1 * (i + 1) * (-1) ** step)
+            optimizer.step()
+        ends.append(parameters)
+    for one, at_once in zip(*ends, strict=True):
+        torch.testing.assert_close(one, at_once)
+
+
+def test_both_sides_of_the_heads_compute_in_the_precision_of_training():
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                dtypes.update(t.dtype for t in args if isinstance(t, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    for precision, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        calls = heads.heads(4, precision, compiled=False)
+        calls |= {f"loss, {name}": heads.term(name, 4, 8, precision) for name in (heads.PLAIN, heads.FP32)}
+        for name, call in calls.items():
+            dtypes: set[torch.dtype] = set()
+            with Products():
+                call()
+            assert dtypes == {torch.float32 if heads.FP32 in name else expected}, name
+
+
+def test_the_stall_of_a_save_holds_what_the_next_step_waits_for(monkeypatch):
+    """Count on a clock by hand: the call takes 1 ms, a step 10 ms, and 40 ms more while copies are under way."""
+    now = [0.0]
+
+    def call_ms(call):
+        before = now[0]
+        call()
+        return now[0] - before
+
+    copying = [False]
+
+    def save():
+        now[0] += 1
+        copying[0] = True
+
+    def train():
+        now[0] += 10 + 40 * copying[0]
+        copying[0] = False
+
+    monkeypatch.setattr(checkpoint, "call_ms", call_ms)
+    assert checkpoint.stall_ms(save, train, [10.0, 10.0, 12.0]) == 41
+    assert checkpoint.stall_ms(lambda: None, train, [11.0]) == 0  # noise
+
+
+def test_predictions_for_this_gpu_name_the_cases_that_follow(monkeypatch):
+    h100 = Device("cuda", True, "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(Device, "detect", staticmethod(lambda: h100))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: h100.name)
+    network = "ResNet-18, 64 px"
+    group = step._beside_plain(network, 16)
+    rows = list(step._predictions(group, [(network, 16, 8)]))
+    ours = [setup for setup in group if setup.kind == step.OURS]
+    assert [row.settings["prediction_of"] for row in rows[:3]] == [setup.case for setup in ours]
+    found = plan(
+        Question(str(recipe.FOLDER / "bs4096.json"), tuple(step.NETWORKS[network]) + tuple(SIXTEEN), "h100-80g", 1)
+    )
+    assert rows[0].p50 == pytest.approx(found.estimate.step_ms)
+    assert [row.unit for row in rows] == ["ms"] * 3 + ["MiB"] * 2 and rows[3].p50 > rows[4].p50
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card of tomorrow")
+    assert list(step._predictions(group, [])) == []
+
+
+SIXTEEN = ["train_batch_size=16", "train_micro_batch_size_per_gpu=16", "crossbatch.batchformer.group_size=16"]
 
 
 def test_bench_gpu_tells_how_each_part_ended_goes_on_and_packs(tmp_path, capfd):
