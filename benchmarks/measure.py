@@ -42,6 +42,11 @@ Cases = Mapping[str, Callable[[], object]]  # by name, the baseline first; calls
 T = TypeVar("T")
 
 
+def as_in_training() -> None:
+    """Let cuDNN choose by measuring, as training does unless it is deterministic, and as the originals do."""
+    torch.backends.cudnn.benchmark = True
+
+
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +150,7 @@ def compare_peaks(cases: Mapping[str, Callable[[], float]], settings: dict[str, 
     """Return rows of what the functions return, MiB, each called in a process that does nothing else; it is pickled."""
     peaks = {}
     for case, function in cases.items():
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=as_in_training) as pool:
             peaks[case] = [pool.submit(function).result()]
     return summarise(peaks, settings, "MiB")
 

@@ -6,8 +6,9 @@ ResNet-50: the 256 images that a rank has of 16; then a whole step of 4096 image
 with chunks of 512; then 64, 128, 512, ... images up to what fits; fp16; the tuned plain step compiled. ViT-S has 256 images.
 On a CPU ResNet-50 with 64 images (half an hour, 16 GB) and a small ViT.
 
-A figure of engine.planning for each of our steps on this GPU stands in the rows before anything is measured. Every row says how near it comes to the limits of the machine (benchmarks/limits.py). The plain
-steps may be left out for lack of memory or of a compiler; the rows beside them then say so.
+A figure of engine.planning for each of our steps on this GPU stands in the rows before anything is measured. Every row says
+how near it comes to the limits of the machine (benchmarks/limits.py). The plain steps may be left out for lack of memory or of
+a compiler; the rows beside them then say so.
 
 Parts: the spans of the real step (crossbatch.engine.runtime.timing), in steps of their own after the others; "other" is what
 the spans leave out.

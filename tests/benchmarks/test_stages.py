@@ -94,9 +94,9 @@ def test_plain_lars_in_foreach_calls_is_the_loop():
     for foreach in (False, True):
         parameters = [torch.nn.Parameter(p.clone()) for p in start]
         optimizer = PlainLars([{"params": parameters, "weight_decay": 0.1}], lr=0.5, foreach=foreach)
-        for step in range(3):
+        for number in range(3):
             for i, p in enumerate(parameters):
-                p.grad = torch.full_like(p, 0.1 * (i + 1) * (-1) ** step)
+                p.grad = torch.full_like(p, 0.1 * (i + 1) * (-1) ** number)
             optimizer.step()
         ends.append(parameters)
     for one, at_once in zip(*ends, strict=True):
