@@ -26,9 +26,9 @@ from crossbatch.engine.sketch import shapes_only, without_memory
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS
 
-# These write what they are given and do not read it, and these give memory that nobody has written.
+# These write what they are given and do not read it, and these move nothing.
 _NOT_READ = ("copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_")
-_NOT_WRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+_NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "record_stream")
 
 
 def copy_row(megabytes: int) -> Row:
@@ -58,7 +58,7 @@ class _Bytes(TorchDispatchMode):
         kwargs = kwargs or {}
         returned = func(*args, **kwargs)
         schema, name = func._schema, func._schema.name.partition("::")[2]
-        if func.namespace not in ("aten", "crossbatch") or name in _NOT_WRITTEN:
+        if func.namespace not in ("aten", "crossbatch") or name in _NOTHING:
             return returned
         written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         if not written and schema.returns and all(r.alias_info is not None for r in schema.returns):
@@ -67,8 +67,9 @@ class _Bytes(TorchDispatchMode):
         for argument, value in given.items():
             is_read = argument not in written or not (name in _NOT_READ or argument.startswith("out"))
             self.total += self._size(value) * (is_read + (argument in written))
-        if not written:
-            self.total += self._size(returned)
+        outputs = returned if len(schema.returns) > 1 else [returned]
+        new = [output for output, declared in zip(outputs, schema.returns, strict=False) if declared.alias_info is None]
+        self.total += self._size(new)
         return returned
 
     def _size(self, values: Any) -> int:

@@ -27,6 +27,7 @@ from crossbatch.engine.config import Config, LarsConfig, ResolvedConfig, autocas
 from crossbatch.models import autocast
 from crossbatch.models.backbones import LAYOUTS
 
+FOUND_SCALE = 256.0  # of the loss in fp16, as a run finds it: a step that overflows skips its optimizer
 EPS = 1e-5  # of weights that a step may change: hundreds of steps must end in numbers
 
 
@@ -54,7 +55,7 @@ class PlainStep:
             self.optimizer = PlainLars([{"params": self.parameters, "weight_decay": 1e-6}], EPS, foreach=tuned)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=EPS, weight_decay=0.1, fused=tuned or None)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, FOUND_SCALE, enabled=cfg.precision == "fp16")
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         for network in [*self.encoder, *self.average, *trained[1:]] if compiled else []:
             network.compile(dynamic=False)

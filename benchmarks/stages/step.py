@@ -31,7 +31,7 @@ from benchmarks import flops, limits
 from benchmarks.measure import call_ms, clocks, compare, compare_peaks, peak_mib
 from benchmarks.rows import Row
 from benchmarks.stages import Effort, recipe
-from benchmarks.stages.plain_step import PlainStep
+from benchmarks.stages.plain_step import FOUND_SCALE, PlainStep
 from crossbatch.engine.config import Device, ResolvedConfig
 from crossbatch.engine.memory_model import StepMemory
 from crossbatch.engine.planning.catalogue import CARDS, machines
@@ -113,7 +113,9 @@ class Setup(NamedTuple):
         """Return the step, which is called with views."""
         cfg = self.config()
         if self.kind == OURS:
-            return TrainStep(recipe.build(cfg, device), cfg, device, steps_per_epoch=1000, chunk=cfg.chunk)
+            step = TrainStep(recipe.build(cfg, device), cfg, device, steps_per_epoch=1000, chunk=cfg.chunk)
+            step.progress.loss_scale = FOUND_SCALE if cfg.precision == "fp16" else 1.0
+            return step
         return PlainStep(cfg, device, tuned=self.kind != PLAIN, compiled=self.kind == COMPILED)
 
 
