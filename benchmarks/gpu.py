@@ -11,7 +11,7 @@ It is made for a bare machine with one NVIDIA GPU and without a network, which m
 Each part of a call is a process of its own with a share of the time that is left; one that fails or takes longer says so, and
 the rest goes on. What a part prints is shown at once, failures of tests too. The call leaves in DIR:
 
-    bench-gpu-1.tgz     all that follows, brought up to date after every part; to be carried home and unpacked into one folder
+    bench-gpu-1.tgz     all that follows, brought up to date after every part; those of both calls unpack into one folder
     <stage>.jsonl       rows, as soon as they are measured
     outcomes-1.json     how each part ended
     <part>.txt          what it printed
