@@ -5,8 +5,9 @@ stages/     one module a stage, and the baselines that several share
 measure     times and weighs the cases of a stage in turns; writes rows
 rows        what a row of results says; reads rows and shows them as tables
 report, comparison      rows as a page with pictures; two results side by side
-flops       counts what a stage computes
+flops, limits       count what a stage computes and moves, and compare it with what the machine can do
 processes, gpu      run stages in processes of their own; `make bench-gpu`
+instant_failures    prints failures of tests when they happen
 scaling/    how training scales: measured and predicted
 results/    rows that we measured
 """

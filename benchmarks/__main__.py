@@ -85,8 +85,9 @@ def chosen(names: list[str]) -> list[str]:
 
 def measure_here(stage: str, effort: Effort, out: Path | None, images: Path | None = None) -> None:
     """Measure a stage in this process; print a table, also of the rows that came before a failure."""
-    from benchmarks.measure import append, stored  # torch: only where something is measured
+    from benchmarks.measure import append, as_in_training, stored  # torch: only where something is measured
 
+    as_in_training()
     options = {"images": images} if stage in WITH_IMAGES else {}
     rows = []
     try:

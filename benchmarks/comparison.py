@@ -15,6 +15,7 @@ from crossbatch import InputError
 COLUMNS = ("stage", "case", "before", "after", "unit", "before / after", "range", "")
 # What was counted, or follows from the time, does not make another case.
 _NOT_SETTINGS = ("config", "tflop", "tflop_per_s", "mfu", "share", "gigabytes", "peak_mib", "parameters", "bytes")
+_NOT_SETTINGS += ("bytes_moved", "of_bandwidth", "of_convolutions", "gb_per_s", "left_out")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Counts with torch what a call computes, and gives it as a share of what the card can do (MFU).
 
 Products and convolutions count, at their dense sizes, two operations per multiply-add. What is computed twice to save memory
-counts once (Chowdhery et al., 2022, appendix B), so count a step whose backbone sees all images at once.
+counts once (Chowdhery et al., 2022, appendix B), so the FLOPs of a step do not depend on its chunks.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rows import Row
+from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.planning.catalogue import CARDS, GPUS
+from crossbatch.engine.planning.prediction import TRAINING_UNITS, work_of
+from crossbatch.engine.sketch import sketch
+from crossbatch.models import NUM_VIEWS
 
 
 def count(call: Callable[[], Any]) -> int:
@@ -27,7 +31,16 @@ def count(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def with_rates(rows: list[Row], flops: int, precision: str) -> list[Row]:
+def of_step(cfg: ResolvedConfig) -> float:
+    """Return the FLOPs of a step of `cfg` on one rank, from its shapes: every view once online and once for the keys."""
+    model = cfg.crossbatch.model
+    options, args = (model.stem, model.stop_grad_conv1), tuple(model.backbone_args.items())
+    crop = work_of(cfg.precision, model.arch, cfg.crossbatch.data.image_size, *options, backbone_args=args)
+    # Of the heads, the queries' side costs three forward passes and the keys' side one: twice what both cost forward.
+    return NUM_VIEWS * cfg.local_batch * crop.flops * (1 + 1 / TRAINING_UNITS) + 2 * sketch(cfg).heads_flops
+
+
+def with_rates(rows: list[Row], flops: float, precision: str) -> list[Row]:
     """Add to rows in ms of calls that compute `flops`: TFLOP of a call, TFLOP/s and `mfu`, "unknown" where the peak is."""
     peak = peak_of_card(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
     for row in rows:

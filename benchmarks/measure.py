@@ -1,9 +1,12 @@
 """Measures the cases of a stage side by side, so that every figure is a ratio within one run.
 
 The cases take turns (baseline, ours, baseline, ours, ...), so a machine that slows down slows all of them. A turn gives one
-sample, in ms of wall clock from synchronised device to synchronised device: the time of one call or, where a call takes less
-than 0.2 ms, the median of blocks of calls that `torch.utils.benchmark.Timer.blocked_autorange` makes long enough for the clock.
-Two calls warm up and do not count; the second of them is weighed: the most memory in use during it.
+sample, in ms of wall clock from synchronised device to synchronised device: the time of one call. Where calls are short, it is
+the mean of a block of them: on a GPU, under 2 ms, 20 calls between two CUDA events; on a CPU, under 0.2 ms, the median of the
+blocks that `torch.utils.benchmark.Timer.blocked_autorange` makes long enough for the clock.
+
+Two calls warm up and do not count; the second of them is weighed: the most memory in use during it. A case that may fail
+(`optional`: what torch cannot compile here, or what does not fit into memory) is left out, and the rows of the others say why.
 """
 
 import functools
@@ -12,7 +15,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -31,6 +34,7 @@ from crossbatch.engine.config import usable_cores
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy")
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")  # as nvidia-smi calls them
 SHORT_MS, BLOCKS_S = 0.2, 0.02  # calls below SHORT_MS are timed in blocks, for so many seconds a turn
+GPU_SHORT_MS, GPU_BLOCK = 2.0, 20  # on a GPU, and how many calls a block has there
 
 _FORGET_PEAK = Path("/proc/self/clear_refs")  # Linux only, and not in every sandbox
 
@@ -38,19 +42,50 @@ Cases = Mapping[str, Callable[[], object]]  # by name, the baseline first; calls
 T = TypeVar("T")
 
 
+def as_in_training() -> None:
+    """Let cuDNN choose by measuring, as training does unless it is deterministic, and as the originals do."""
+    torch.backends.cudnn.benchmark = True
+
+
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
-def compare(cases: Cases, settings: dict[str, Any], effort: Effort, resident: bool = False) -> list[Row]:
+def compare(
+    cases: Cases,
+    settings: dict[str, Any],
+    effort: Effort,
+    resident: bool = False,
+    sample: Callable[[Callable[[], object]], float] | None = None,
+    optional: Collection[str] = (),
+) -> list[Row]:
     """Measure the cases in turns and return a row for each, with its ratio to the first, which is the baseline.
 
-    `resident`: on a GPU, too, weigh the resident memory of this process, for cases that do not use torch's allocator.
+    Args:
+        cases: what to call, by name.
+        settings: of all rows.
+        effort: decides how long it takes.
+        resident: on a GPU, too, weigh the resident memory of this process, for cases that do not use torch's allocator.
+        sample: returns the milliseconds of a call; chosen by how long calls take, if None.
+        optional: the cases that may fail in their first calls; the rows' setting "left_out" then says why.
     """
     on_gpu = torch.cuda.is_available() and not resident
-    warm = {name: _warm_up(call, on_gpu) for name, call in cases.items()}
-    sample = block_ms if min(ms for ms, _ in warm.values()) < SHORT_MS else call_ms
+    warm, left_out = {}, {}
+    for name, call in cases.items():
+        try:
+            warm[name] = _warm_up(call, on_gpu)
+        except Exception as error:
+            if name not in optional:
+                raise
+            left_out[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            print(f"left out: {name}: {left_out[name]}", flush=True)
+        if name in left_out and on_gpu:  # outside of the handler, whose traceback holds on to memory
+            torch.cuda.empty_cache()
+    if sample is None:
+        shortest = min(ms for ms, _ in warm.values())
+        sample = events_ms if on_gpu and shortest < GPU_SHORT_MS else block_ms if shortest < SHORT_MS else call_ms
     seconds, rounds = effort.pick((0.5, 2), (1.5, 3), (10, 5))
-    rows = summarise(take_turns(cases, seconds, rounds, sample), settings)
+    settings = {**settings, "left_out": left_out} if left_out else settings
+    rows = summarise(take_turns({name: cases[name] for name in warm}, seconds, rounds, sample), settings)
     for row in rows:
         row.peak_mib = warm[row.case][1]
     return rows
@@ -87,6 +122,18 @@ def block_ms(call: Callable[[], object]) -> float:
     return 1000 * clock.blocked_autorange(min_run_time=BLOCKS_S).median
 
 
+def events_ms(call: Callable[[], object]) -> float:
+    """Return the milliseconds of a call as the mean of GPU_BLOCK calls between two events of the GPU's current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(GPU_BLOCK):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / GPU_BLOCK
+
+
 def summarise(samples: Mapping[str, list[float]], settings: dict[str, Any], unit: str = "ms") -> list[Row]:
     """Return a row for each case, with its ratio to the first, which is the baseline; what is counted has one sample."""
     now, baseline = clocks(), next(iter(samples))
@@ -103,7 +150,7 @@ def compare_peaks(cases: Mapping[str, Callable[[], float]], settings: dict[str, 
     """Return rows of what the functions return, MiB, each called in a process that does nothing else; it is pickled."""
     peaks = {}
     for case, function in cases.items():
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=as_in_training) as pool:
             peaks[case] = [pool.submit(function).result()]
     return summarise(peaks, settings, "MiB")
 
@@ -164,14 +211,14 @@ def clocks() -> dict[str, Any] | None:
 
 @functools.cache
 def origin() -> dict[str, Any]:
-    """Return versions and commit, as they were when this process first asked."""
+    """Return versions and commit, as they were when this process first asked; CROSSBATCH_COMMIT where there is no .git."""
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda if torch.cuda.is_available() else None}
     for package in PACKAGES:
         versions[package] = None
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     git = "git", "-C", str(Path(__file__).parent)
-    commit = _output(*git, "rev-parse", "--short", "HEAD")
+    commit = _output(*git, "rev-parse", "--short", "HEAD") or os.environ.get("CROSSBATCH_COMMIT")
     changed = _output(*git, "status", "--porcelain", "--", ":/", ":(exclude)results")  # where these very rows go
     return {"versions": versions, "commit": f"{commit}+changes" if changed else commit}
 

@@ -6,7 +6,8 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import BinaryIO, NamedTuple
+from pathlib import Path
+from typing import IO, NamedTuple
 
 
 class Ended(NamedTuple):
@@ -16,10 +17,13 @@ class Ended(NamedTuple):
     words: str
 
 
-def run(command: Sequence[str], limit_s: float | None = None, output: BinaryIO | None = None) -> Ended:
-    """Run `command`, which prints into `output` if it is given, and end everything that it started."""
+def run(
+    command: Sequence[str], limit_s: float | None = None, output: IO[bytes] | None = None, folder: Path | None = None
+) -> Ended:
+    """Run `command` in `folder`, printing into `output` if it is given, and end everything that it started."""
     start, code = time.monotonic(), None
-    process = subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True)
+    stderr = output and subprocess.STDOUT
+    process = subprocess.Popen(command, stdout=output, stderr=stderr, start_new_session=True, cwd=folder)
     try:
         with suppress(subprocess.TimeoutExpired):
             code = process.wait(limit_s)

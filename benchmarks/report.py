@@ -20,11 +20,13 @@ from benchmarks.rows import Results, StoredRow, cells, machine_of, read, short, 
 from crossbatch import InputError
 
 HERE = Path(__file__).parent
-OUTCOMES = "outcomes.json"  # beside the rows, where `python -m benchmarks.gpu` wrote them: how each part ended
+OUTCOMES = "outcomes*.json"  # beside the rows, where `python -m benchmarks.gpu` wrote them: how each part ended
 LEGEND = (
     "The baseline is what one would use otherwise, measured in the same run, in turns. A ratio above 1 means that the case is "
     "so many times as fast as the baseline, or as small. Figures are percentiles 20, 50 and 80 of n samples. Peak: memory in "
-    "use at most during a call, of the GPU's allocator, or resident in the process."
+    "use at most during a call, of the GPU's allocator, or resident in the process. Bandwidth: the time that the bytes moved "
+    "would take at the speed of a large copy, as a share of the time taken. Convolutions: likewise the time of the backbone's "
+    "convolutions and linear layers, one by one (benchmarks/limits.py)."
 )
 OURS, BASELINE = "#1f6f8b", "#b4b4b4"
 
@@ -42,7 +44,9 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     results = read(given.results).of_machine(given.machine)
     folder = given.results if given.results.is_dir() else given.results.parent
-    outcomes = json.loads((folder / OUTCOMES).read_text()) if (folder / OUTCOMES).exists() else {}
+    outcomes = {
+        part: how for file in sorted(folder.glob(OUTCOMES)) for part, how in json.loads(file.read_text()).items()
+    }
     output = given.output or folder / "report"
     try:
         write(results, outcomes, output)
@@ -84,11 +88,17 @@ def _paragraphs(stages: dict[str, list[StoredRow]], notes: Sequence[str], outcom
     yield "## Ratio to the baseline of each stage"
     yield LEGEND
     yield _markdown(("stage", "unit", "cases", "lowest", "highest"), _ratios(stages))
+    if predicted := list(_predictions(stages)):
+        yield "## Predicted and measured"
+        yield "`engine.planning` said so for this GPU before anything was measured."
+        yield _markdown(("case", "predicted", "measured", "unit", "measured / predicted"), predicted)
     for stage, rows in stages.items():
         yield f"## {stage}"
         yield _first_paragraph(stage)
         yield f"![{stage}: bars of the cases]({stage}.png)"
         yield _markdown(*table(rows))
+        left_out = {case: why for row in rows for case, why in row["settings"].get("left_out", {}).items()}
+        yield from (_escaped(f"Left out: {case}: {why}") for case, why in left_out.items())
 
 
 def _origin(rows: list[StoredRow]) -> Iterable[tuple[str, str]]:
@@ -110,6 +120,18 @@ def _ratios(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:
             if cases:
                 ends = (choose(cases, key=lambda row: row["ratio"]) for choose in (min, max))
                 yield stage, unit, str(len(cases)), *(f"{row['ratio']:.2f} ({row['case']})" for row in ends)
+
+
+def _predictions(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:
+    """Yield every prediction beside what was then measured."""
+    for rows in stages.values():
+        measured = {(row["case"], row["effort"]): row["p50"] for row in rows}
+        for row in rows:
+            case, said = row["settings"].get("prediction_of"), row["p50"]
+            if case is not None:
+                found = measured.get((case, row["effort"]))
+                figures = ("not measured", "") if found is None else (short(found), f"{found / said:.2f}")
+                yield case, short(said), figures[0], row["unit"], figures[1]
 
 
 def _first_paragraph(stage: str) -> str:

@@ -25,9 +25,9 @@ StoredRow = dict[str, Any]
 _NEEDED = ("stage", "case", "machine", "p20", "p50", "p80", "n", "unit")
 _DEFAULTS = {"baseline": None, "ratio": None, "settings": {}}
 _DEFAULTS |= {"time": None, "effort": "full", "clocks": None, "peak_mib": None, "commit": None}
-COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "peak MiB", "images/s", "TFLOP/s", "MFU", "effort")
-COLUMNS += ("commit",)
-_STAGES_OF_IMAGES = ("decode", "augment", "data", "transfer", "backbone", "step")
+COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "peak MiB", "images/s", "TFLOP/s", "MFU", "bandwidth")
+COLUMNS += ("convolutions", "effort", "commit")
+_STAGES_OF_IMAGES = ("decode", "augment", "data", "transfer", "backbone", "step", "trainer")
 
 
 @dataclass
@@ -99,7 +99,13 @@ def read(path: Path) -> Results:
     """Read the rows of a file, or of all *.jsonl of a folder. Raises InputError if there are none."""
     results = Results()
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []:
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            text = file.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise InputError(
+                f"{file}: cannot be read: {error.strerror}; name files of results that you may read"
+            ) from None
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -138,7 +144,8 @@ def table(rows: Sequence[StoredRow], without: Sequence[str] = ()) -> tuple[list[
 
 def cells(row: StoredRow) -> dict[str, str]:
     """Return the text of a row by column. A part of a step has its share in place of a ratio."""
-    share, flops, mfu = (row["settings"].get(name) for name in ("share", "tflop_per_s", "mfu"))
+    settings = row["settings"]
+    share, flops, mfu = (settings.get(name) for name in ("share", "tflop_per_s", "mfu"))
     ratio = "" if row["ratio"] is None else "baseline" if row["case"] == row["baseline"] else f"{row['ratio']:.2f} x"
     figures = {name: row[name] for name in ("p20", "p50", "p80")}
     figures |= {"peak MiB": row["peak_mib"], "images/s": images_per_s(row), "TFLOP/s": flops}
@@ -146,12 +153,17 @@ def cells(row: StoredRow) -> dict[str, str]:
         "case": row["case"],
         "unit": row["unit"],
         "n": str(row["n"]),
-        "ratio": ratio if share is None else f"{100 * share:.1f} %",
+        "ratio": ratio if share is None else _percent(share),
         **{name: "" if value is None else short(value) for name, value in figures.items()},
         "MFU": f"{100 * mfu:.1f} %" if isinstance(mfu, float) else mfu or "",
+        **{name: _percent(settings.get(f"of_{name}")) for name in ("bandwidth", "convolutions")},
         "effort": "" if row["effort"] == "full" else row["effort"],
         "commit": row["commit"] or "",
     }
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def images_per_s(row: StoredRow) -> float | None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from benchmarks import flops
 from benchmarks.rows import Row
+from benchmarks.stages.step import Setup
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
 
 
@@ -25,6 +26,18 @@ def test_attention_over_the_batch_counts_though_it_is_an_operator_of_ours():
     attention = 2 * 2 * rows * G * C  # scores and their product with the values, whatever the number of heads
     assert flops.count(lambda: layer(x, dropout_seeds=seeds)) == linear + attention
     assert flops.count(lambda: layer(x, dropout_seeds=seeds).sum().backward()) == 3 * (linear + attention)
+
+
+def test_a_step_by_its_shapes_is_a_step_that_was_counted(one_rank):
+    counted, by_shapes = one_rank.run(_count_a_step)[0]
+    assert by_shapes == pytest.approx(counted, rel=0.03)
+
+
+def _count_a_step() -> tuple[float, float]:
+    setup = Setup("ResNet-18, 64 px", 16, 16)
+    views = torch.zeros(2, 16, 3, 64, 64, dtype=torch.uint8)
+    step = setup.build(torch.device("cpu"))
+    return flops.count(lambda: step(views)), flops.of_step(setup.config())
 
 
 @pytest.mark.parametrize(

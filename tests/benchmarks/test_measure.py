@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import processes
+from benchmarks import measure, processes
 from benchmarks.__main__ import chosen, measure_here
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.measure import append, block_ms, compare, machine, peak_mib, summarise
@@ -58,6 +59,47 @@ def test_short_calls_are_timed_in_blocks_and_given_per_call():
     assert 0.2 <= block_ms(lambda: (calls.append(0), time.sleep(2e-4))) < 2 and len(calls) > 20
 
 
+def test_short_calls_on_a_gpu_are_timed_in_blocks_between_events(monkeypatch):
+    """A GPU of one queue, on which each call takes 3 ms; the host does not wait for it."""
+    queue_ms = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = queue_ms[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+
+    def call():
+        calls.append(0)
+        queue_ms[0] += 3
+
+    assert measure.events_ms(call) == 3 and len(calls) == 20
+
+
+def test_an_optional_case_that_fails_is_left_out_and_its_neighbours_say_so(capsys):
+    def fails():
+        raise torch.OutOfMemoryError("no room\nfor it")
+
+    cases = {"plain": fails, "tuned": lambda: time.sleep(1e-3), "ours": lambda: time.sleep(1e-3)}
+    rows = compare(cases, {"n": 1}, Effort.QUICK, optional=["plain"])
+    assert [(row.case, row.baseline) for row in rows] == [("tuned", "tuned"), ("ours", "tuned")]
+    assert rows[1].settings == {"n": 1, "left_out": {"plain": "OutOfMemoryError: no room"}}
+    assert "left out: plain: OutOfMemoryError: no room" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        compare(cases, {}, Effort.QUICK)
+
+
 def test_a_ratio_of_nothing_is_left_out():
     ratios = [row.ratio for row in summarise({"base": [4.0], "none": [0.0], "some": [2.0]}, {}, "MiB")]
     assert ratios == [1.0, None, 2.0]
@@ -74,6 +116,12 @@ def test_rows_are_appended_also_behind_a_line_that_was_cut_off(tmp_path):
     assert (first["case"], first["effort"], first["version"]) == ("a", "quick", VERSION)
     assert (last["stage"], last["case"], last["effort"]) == ("ema", "b", "full")
     assert first["machine"] == machine() and first["versions"]["torch"] and first["time"].endswith("Z")
+
+
+def test_the_commit_of_a_copy_without_git_comes_from_the_environment(monkeypatch):
+    monkeypatch.setattr(measure, "_output", lambda *command: None)
+    monkeypatch.setenv("CROSSBATCH_COMMIT", "1234abc")
+    assert measure.origin.__wrapped__()["commit"] == "1234abc"
 
 
 def test_unknown_stages_are_named_with_the_nearest(tmp_path, capsys):

@@ -78,10 +78,25 @@ def test_the_page_holds_its_pictures_and_loads_nothing(results, tmp_path):
     assert "old &amp; &lt;odd&gt; | name" in page and "<odd>" not in page
 
 
-def test_how_the_parts_of_bench_gpu_ended_is_told(results):
-    (results / "outcomes.json").write_text(json.dumps({"tests": "failed with exit code 1", "ema": "done in 3 s"}))
+def test_predictions_stand_beside_what_was_measured_and_what_is_missing_is_named(results):
+    settings = {"predicted": True, "of": "engine.planning"}
+    rows = [row("step", "1 chunk: predicted", 20.0, settings=settings | {"prediction_of": "1 chunk"})]
+    rows += [row("step", "8 chunks: predicted", 30.0, settings=settings | {"prediction_of": "8 chunks"})]
+    shares = {"of_bandwidth": 0.5, "of_convolutions": 0.25, "left_out": {"plain": "OutOfMemoryError: no room"}}
+    rows += [row("step", "1 chunk", 25.0, settings=shares)]
+    (results / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert benchmarks(["report", str(results)]) == 0
-    assert "| tests | failed with exit code 1 |" in (results / "report" / "report.md").read_text()
+    text = (results / "report" / "report.md").read_text()
+    assert "| 1 chunk | 20 | 25 | ms | 1.25 |\n| 8 chunks | 30 | not measured | ms |  |" in text
+    assert "| 50.0 % | 25.0 % |" in text and "Left out: plain: OutOfMemoryError: no room" in text
+
+
+def test_how_the_parts_of_bench_gpu_ended_is_told(results):
+    (results / "outcomes-1.json").write_text(json.dumps({"tests-rest": "failed with exit code 1"}))
+    (results / "outcomes-2.json").write_text(json.dumps({"ema": "done in 3 s"}))
+    assert benchmarks(["report", str(results)]) == 0
+    text = (results / "report" / "report.md").read_text()
+    assert "| tests-rest | failed with exit code 1 |\n| ema | done in 3 s |" in text
 
 
 def test_mixed_machines_are_refused_and_one_can_be_named(results, capsys):

@@ -103,6 +103,13 @@ def test_nothing_to_read(tmp_path, where):
         read(tmp_path / where)
 
 
+def test_a_file_that_cannot_be_read_is_one_message(tmp_path, capsys):
+    (tmp_path / "ema.jsonl").mkdir()
+    assert benchmarks(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "ema.jsonl: cannot be read: Is a directory" in said and said.count("\n") == 1
+
+
 def test_machines_are_not_mixed(tmp_path):
     write(tmp_path / "ema.jsonl", row("a"), row("b", machine=H100), row("a", machine=H100))
     results = read(tmp_path)
