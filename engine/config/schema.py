@@ -214,7 +214,9 @@ class ZeroConfig(Section):
     stage: Annotated[int, Ge(0), Le(3)] = key(
         0, "0: replicate everything; 1: shard the optimizer's state; 2: also the gradients; 3: also the parameters"
     )
-    overlap_comm: bool | None = key(None, "reduce gradients while the backward pass runs; none: in stage 3 only")
+    overlap_comm: bool | None = key(
+        None, "reduce gradients while the backward pass runs; none: in stage 3 only; fsdp: always"
+    )
     contiguous_gradients: bool | None = key(None, "copy gradients into one buffer as they are produced")
     reduce_scatter: bool | None = key(None, "use reduce-scatter instead of all-reduce")
     reduce_bucket_size: Count | None = key(
