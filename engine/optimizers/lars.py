@@ -22,6 +22,7 @@ no idea of parameters. The passes are in lars_cpu.py and, as Triton kernels, in 
 """
 
 import importlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -207,6 +208,8 @@ class LARS(torch.optim.Optimizer):
     ):
         self.adapts: dict[Tensor, bool] = {}
         self._kept: dict[Tensor, KeptWork] = {}  # by the first tensor of a group
+        # Gradients, and what `_prepare` has made for them.
+        self._prepared: tuple[list[Tensor | None], tuple[Any, list[tuple[Work, Work]]]] | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -245,7 +248,7 @@ class LARS(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which makes a layout of its own at its first step."""
-        return {**super().__getstate__(), "adapts": self.adapts, "_kept": {}}
+        return {**super().__getstate__(), "adapts": self.adapts, "_kept": {}, "_prepared": None}
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -260,15 +263,17 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [group for group in self.param_groups if group["params"]]
+        groups = self._groups()
         if not groups:
             return loss
-        self._check_tensors(groups)
-        if self.layout is None:
-            self.layout = Layout.of_parameters(self.adapts)
-        work = [self._work(group, self.layout) for group in groups]
+        gradients, prepared = _gradients(groups), self._prepared
+        self._prepared = None
+        # Kept gradients have ids that no others can have.
+        is_ready = prepared is not None and [*map(id, prepared[0])] == [*map(id, gradients)]
+        passes, work = prepared[1] if prepared and is_ready else self._prepare(groups)
+        del prepared
+        assert self.layout is not None
         device = local(groups[0]["params"][0]).device
-        passes = _passes(device.type)
         # ||w||^2, and ||d||^2 or ||g||^2
         sums = torch.zeros(2, len(self.layout.adapts), dtype=torch.float64, device=device)
         for group, (adapting, _) in zip(groups, work, strict=True):
@@ -284,6 +289,38 @@ class LARS(torch.optim.Optimizer):
                 passes.update(others, _formula(group, torch.ones_like(sums[0]), 0.0))
             adapting.flats = others.flats = []  # the gradients' memory is free when their owner drops them
         return loss
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Do ahead of the next `step` all that needs no values, before the host waits for a norm of the gradients.
+
+        Until then, parameters, gradients and velocities may change their values, but not their memory. If `step` finds other
+        gradients or groups, or if `zero_grad` comes first, this was in vain.
+        """
+        groups = self._groups()
+        if groups:
+            passes, work = self._prepare(groups)
+            for one in itertools.chain(*work):
+                passes.prepare(one)
+            self._prepared = _gradients(groups), (passes, work)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, also those of a step that was prepared and is not made."""
+        for one in itertools.chain(*self._prepared[1][1]) if self._prepared else ():
+            one.flats = []
+        self._prepared = None
+        super().zero_grad(set_to_none)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["params"]]
+
+    def _prepare(self, groups: list[dict[str, Any]]) -> tuple[Any, list[tuple[Work, Work]]]:
+        """Return the module of the passes, and the work of every group: on parameters that adapt, and on others."""
+        self._check_tensors(groups)
+        if self.layout is None:
+            self.layout = Layout.of_parameters(self.adapts)
+        passes = _passes(local(groups[0]["params"][0]).device.type)
+        return passes, [self._work(group, self.layout) for group in groups]
 
     def _check_tensors(self, groups: list[dict[str, Any]]) -> None:
         """Raise for tensors that were not given and that no layout explains, and for types that the passes do not know."""
@@ -328,6 +365,10 @@ class LARS(torch.optim.Optimizer):
             flats.append(_flat(local(tensor), local(tensor.grad), local(state["mu"])))
         kept.adapting.flats = kept.others.flats = flats
         return kept.adapting, kept.others
+
+
+def _gradients(groups: list[dict[str, Any]]) -> list[Tensor | None]:
+    return [tensor.grad for group in groups for tensor in group["params"]]
 
 
 def local(tensor: Tensor) -> Tensor:

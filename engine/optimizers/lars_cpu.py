@@ -12,6 +12,10 @@ from crossbatch.engine.optimizers.lars import Update, Work
 _CACHED = 1 << 17  # elements of a block: w, g and d in fp32 fit into a core's second-level cache
 
 
+def prepare(work: Work) -> None:
+    """Do nothing: there is no GPU to wait for."""
+
+
 def add_squares(work: Work, decay: float, sums: Tensor) -> None:
     """Add ||w||^2 to sums[0, number] and ||g + decay w||^2 to sums[1, number], over this rank's segments."""
     if not work.segments:

@@ -41,6 +41,12 @@ class _Tables:
     chunks: Tensor
 
 
+def prepare(work: Work) -> None:
+    """Send the tables of `work` to the GPU."""
+    if work.segments:
+        _tables(work)
+
+
 def add_squares(work: Work, decay: float, sums: Tensor) -> None:
     """Add ||w||^2 to sums[0, number] and ||g + decay w||^2 to sums[1, number], over this rank's segments.
 

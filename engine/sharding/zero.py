@@ -82,7 +82,10 @@ class ZeroBackend(Backend):
     def step(self, scale: float) -> float:
         if self.stage == 0:  # DeepSpeed neither scales nor computes a norm there
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = float(nn.utils.get_total_norm(gradients)) / scale
+            total = nn.utils.get_total_norm(gradients)
+            if isinstance(self.optimizer, LARS):
+                self.optimizer.prepare()  # before the host waits
+            norm = float(total) / scale
             if not math.isfinite(norm):
                 self.optimizer.zero_grad()
                 return norm

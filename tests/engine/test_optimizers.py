@@ -182,6 +182,34 @@ def test_a_step_computes_the_tables_of_its_segments_once(monkeypatch):
         assert len(made) - before == [4, 0, 2][step]
 
 
+@pytest.mark.parametrize("passes", [lars_cpu, lars_cuda], ids=["cpu", "cuda"])
+def test_a_prepared_step_is_the_same_and_never_one_with_old_gradients(passes, monkeypatch):
+    monkeypatch.setattr(lars, "_passes", lambda _: passes)
+    torch.manual_seed(0)
+    start, gradients, results = [torch.randn(s) for s in SHAPES], [torch.randn(s) for s in SHAPES], []
+    for way in ("plain", "prepared", "other gradients", "cleared"):
+        parameters = [torch.nn.Parameter(w.clone()) for w in start]
+        optimizer = LARS(parameters, lr=0.5, weight_decay=WD, trust_coefficient=TC)
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = 2 * g if way == "prepared" else g.clone()
+        if way != "plain":
+            optimizer.prepare()
+        if way == "prepared":  # the norm's factor comes in between
+            torch._foreach_mul_([p.grad for p in parameters], 0.5)  # pyright: ignore
+        if way == "cleared":
+            gradient = weakref.ref(parameters[0].grad)
+            optimizer.zero_grad()
+            assert gradient() is None
+        if way in ("other gradients", "cleared"):
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g.clone()
+        optimizer.step()
+        results.append([p.detach() for p in parameters])
+    for other in results[1:]:
+        for want, got in zip(results[0], other, strict=True):
+            assert torch.equal(want, got)
+
+
 def test_lars_leaves_parameters_without_gradient_alone():
     p, q = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
     p.grad = torch.ones(2, 2)

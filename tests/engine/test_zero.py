@@ -40,7 +40,9 @@ def test_the_norm_of_all_gradients_takes_few_operators_and_one_synchronisation()
         norms = group_norms([gradients[:60], gradients[60:]], torch.float32, lambda sums: sums)
         assert seen.waits == ["aten._to_copy.default"]
     assert [norm.device.type for norm in norms] == ["cpu", "cpu"]
-    kernels = [name for name in seen.names if not any(view in name for view in ("split", "unbind", "select"))]
+    kernels = [
+        name for name in seen.names if not any(view in name for view in ("split", "unbind", "select", "prim.device"))
+    ]
     assert len(kernels) < 12, kernels  # 2 * 180 and more, one by one
 
 
