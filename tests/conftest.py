@@ -82,7 +82,7 @@ class RankPool:
     def run(self, function, *args) -> list:
         for pipe in self._pipes:
             pipe.send((function, args))
-        return self._answers(function.__name__, within_s=120)
+        return self._answers(getattr(function, "__name__", "a partial"), within_s=120)
 
     def _answers(self, question: str, within_s: float) -> list:
         results = []
