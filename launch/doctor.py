@@ -15,7 +15,7 @@ from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config import Device, choose_precision, usable_cores
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.engine.runtime.gpu import built_for, driver_cuda, nvidia_devices
+from crossbatch.engine.runtime.gpu_check import built_for, driver_cuda, nvidia_devices
 from crossbatch.launch.arguments import ArgumentParser
 from crossbatch.models.batchformer import dispatch
 

@@ -11,7 +11,7 @@ from crossbatch.data import choose_backend
 from crossbatch.engine.config.load import to_dict
 from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig
 from crossbatch.engine.config.user_input import user_input
-from crossbatch.engine.runtime.gpu import check_gpus
+from crossbatch.engine.runtime.gpu_check import check_gpus
 from crossbatch.models.loss import chance_loss
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossbatch.engine.runtime import gpu
+from crossbatch.engine.runtime import gpu_check
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import doctor, finetune, knn, linear, pretrain
 
@@ -18,7 +18,7 @@ def old_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for module in (gpu, doctor):
+    for module in (gpu_check, doctor):
         monkeypatch.setattr(module, "nvidia_devices", lambda: [Path("/dev/nvidia0")])
         monkeypatch.setattr(module, "driver_cuda", lambda: (12, 2))
 
