@@ -1,8 +1,10 @@
 # Everything that a fresh machine needs (Debian/Ubuntu, Python 3.10+ with venv, no GPU): `make pretrain` or `make test`.
 PYTHON ?= python3
-CUDA ?= cuda13  # whose DALI is installed: cuda13 or cuda12; both run without a GPU, too
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Which torch and DALI are installed: cuda13, or cuda12 for a V100 or an older driver (docs/versions.md); both run without a GPU,
+# too. Later calls keep what was chosen.
+CUDA ?= $(or $(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-cuda1[23])),cuda13)
 
 .PHONY: pretrain test test-all coverage check docs bench-gpu install
 
@@ -32,10 +34,13 @@ docs: install  ## the documentation, at http://127.0.0.1:8000
 bench-gpu: $(if $(VENV),install)  ## on a machine with an NVIDIA GPU: its tests and every stage, in two parts of 9 minutes
 	$(if $(VENV),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(PART),--part $(PART)) $(if $(OUT),--out $(OUT))
 
-install: $(VENV)/installed
+install: $(VENV)/installed-$(CUDA)
 
-$(VENV)/installed: setup.py
+# Two DALIs cannot stand side by side: they have the same files.
+$(VENV)/installed-cuda12 $(VENV)/installed-cuda13: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$(strip $(CUDA)),test,dev]'
+	rm -f $(VENV)/installed-*
+	$(BIN)/python -m pip uninstall --quiet --quiet --yes $(if $(filter %12,$@),nvidia-dali-cuda130,nvidia-dali-cuda120)
+	$(BIN)/python -m pip install --quiet --editable '.[$(@:$(VENV)/installed-%=%),test,dev]'
 	touch $@

@@ -23,7 +23,7 @@ setup(
         "torch>=2.10",  # tensors, FSDP2, DataLoader
         "torchvision>=0.25",  # ResNets, image functions
         "timm>=1.0.21",  # vision transformers
-        "deepspeed>=0.19",  # ZeRO and the launcher
+        "deepspeed>=0.19.3",  # ZeRO and the launcher; before, gradients could be overwritten under overlap_comm (PR 8080)
         "pydantic>=2.7",  # checks recipes, with its annotated-types; DeepSpeed brings both, too
         "numpy>=1.26",  # data order and augmentation parameters
         "scipy>=1.11",  # .mat files of Flowers-102
@@ -35,9 +35,10 @@ setup(
         "rich>=13.7",  # progress bar and tables
     ],
     extras_require={
-        # NVIDIA's data loader, one wheel per CUDA major version; both also run without a GPU.
-        "cuda12": ["nvidia-dali-cuda120>=2.0"],
-        "cuda13": ["nvidia-dali-cuda130>=2.0"],
+        # What PyPI's torch is built for, and NVIDIA's data loader for the same CUDA; both sets run without a GPU, too.
+        # cuda12: a V100 (sm_70), or a driver too old for CUDA 13. From 2.11 on, PyPI's torch is built for CUDA 13.
+        "cuda12": ["torch==2.10.*", "torchvision==0.25.*", "nvidia-dali-cuda120>=2.0"],
+        "cuda13": ["torch>=2.11", "torchvision>=0.26", "nvidia-dali-cuda130>=2.0"],
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",  # `make test` in two processes

@@ -11,18 +11,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config import Device, choose_precision, usable_cores
 from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.gpu_check import built_for, driver_cuda, nvidia_devices
 from crossbatch.launch.arguments import ArgumentParser
 from crossbatch.models.batchformer import dispatch
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables, or what is wrong with the GPU in place of the second."""
     ArgumentParser(description=__doc__).parse_args()
     console = Console()
-    for title, rows in (("found", found()), ("stages", stages(Device.detect()))):
+    try:
+        tables = {"found": found(), "stages": stages(Device.detect())}
+    except InputError as error:
+        tables = {"found": found(), "no run can start": [(str(error),)]}
+    for title, rows in tables.items():
         table = Table(title=title, title_justify="left", show_header=False)
         for row in rows:
             table.add_row(*row)
@@ -36,8 +42,12 @@ def found() -> list[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(i)
         rows.append((f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
     if not torch.cuda.is_available():
-        rows.append(("GPU", "none that torch can use"))
-    rows.append(("CUDA of torch", torch.version.cuda or "none"))
+        devices = ", ".join(map(str, nvidia_devices()))
+        rows.append(("GPU", f"none that torch sees, but there is {devices}" if devices else "none"))
+    driver = driver_cuda()
+    rows.append(("NVIDIA driver", f"runs CUDA {driver[0]}.{driver[1]} at most" if driver else "none"))
+    archs = " ".join(built_for())
+    rows.append(("CUDA of torch", f"{torch.version.cuda}, with code for {archs}" if archs else "none"))
     packages = ("torch", "torchvision", "timm", "deepspeed", "triton", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
     for package in packages:
         try:

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where the default decides
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores; ranks and workers bring their own parallelism
 
+import importlib.metadata
 import multiprocessing
 import socket
 import traceback
@@ -18,6 +19,28 @@ def pytest_configure(config):
     """Kernels are interpreted, but for the tests that are about a GPU. Must be set before triton is imported."""
     compiled = config.option.markexpr == "gpu"
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")
+    if os.environ["TRITON_INTERPRET"] == "1" and _triton_version().startswith("3.6."):
+        _mend_triton_36()
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _mend_triton_36():
+    """Let a loop in the interpreter end at a number; numpy 2.4 refuses how Triton 3.6 does it (triton issue 9171)."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups

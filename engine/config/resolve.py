@@ -11,6 +11,7 @@ from crossbatch.data import choose_backend
 from crossbatch.engine.config.load import to_dict
 from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig
 from crossbatch.engine.config.user_input import user_input
+from crossbatch.engine.runtime.gpu_check import check_gpus
 from crossbatch.models.loss import chance_loss
 
 
@@ -24,7 +25,8 @@ class Device:
 
     @staticmethod
     def detect() -> "Device":
-        """Return the device that torch finds."""
+        """Return the device that torch finds. Raises InputError for a GPU that torch cannot use."""
+        check_gpus()
         if not torch.cuda.is_available():
             return Device("cpu")
         return Device("cuda", torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name())

@@ -50,6 +50,11 @@ def world_from_environment() -> World:
     )
 
 
+def hides_gpus() -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES says that no GPU shall be used; Slurm writes NoDevFiles for a job without one."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
+
+
 def may_be_restarted() -> bool:
     """Return whether torchrun starts this very command again after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0

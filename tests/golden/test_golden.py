@@ -65,7 +65,7 @@ def train(settings: dict, out: str) -> None:
     flags = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain.py", "--out", out, f"--steps={STEPS}", *flags]))
-        stack.enter_context(mock.patch.dict(os.environ, OMP_NUM_THREADS=str(THREADS)))
+        stack.enter_context(mock.patch.dict(os.environ, OMP_NUM_THREADS=str(THREADS), CUDA_VISIBLE_DEVICES=""))
         os.environ.pop("MASTER_ADDR")  # the pool has met already, and stays together
         for name in ("init_process_group", "destroy_process_group"):
             stack.enter_context(mock.patch(f"torch.distributed.{name}"))
