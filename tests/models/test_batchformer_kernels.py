@@ -3,11 +3,6 @@
 Triton kernels run interpreted where there is no GPU; tests marked `gpu` run them compiled.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -245,22 +240,6 @@ def test_a_kernel_that_cannot_run_says_why():
     assert choose("auto", Situation("cuda", (6, 1), dropout=0.0)) == "sdpa"
     name, why = explain("auto", Situation("xpu"))
     assert name == "reference" and "this is xpu" in why and "sdpa: torch's attention" in why
-
-
-@pytest.mark.parametrize(
-    "capabilities", [["70"], pytest.param(["80", "90", "100"], marks=pytest.mark.slow)], ids="-".join
-)
-def test_kernels_compile_for_gpus_that_are_not_here(capabilities):
-    """They compile down to machine code at the width of a ResNet-50; each fits the smallest shared memory (sm_86: 99 KiB)."""
-    script = Path(__file__).with_name("compile_batchformer_kernels.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])}
-    done = subprocess.run(
-        [sys.executable, str(script), *capabilities], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    compiled = [line.split() for line in done.stdout.splitlines()]
-    assert len(compiled) == 6 * len(capabilities)
-    assert max(int(shared) for _, shared in compiled) <= 99 * 1024
 
 
 def test_places_have_seeds_of_their_own():
