@@ -7,7 +7,7 @@ only looked at where they would be launched.
 
 import collections
 import contextlib
-import math
+import functools
 import sys
 from pathlib import Path
 from unittest import mock
@@ -44,9 +44,9 @@ INNER = {
 class Watch(TorchDispatchMode):
     """Counts launches by operator, and raises AssertionError at what no step should do."""
 
-    def __init__(self, fake: FakeTensorMode, dtype: torch.dtype, channels_last: bool):
+    def __init__(self, fake: FakeTensorMode, dtype: torch.dtype, channels_last: bool = False, may_wait: bool = False):
         super().__init__()
-        self.fake, self.dtype, self.channels_last = fake, dtype, channels_last
+        self.fake, self.dtype, self.channels_last, self.may_wait = fake, dtype, channels_last, may_wait
         self.launches: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
 
@@ -62,11 +62,10 @@ class Watch(TorchDispatchMode):
         if name in PRODUCTS:
             self._check_product(name, args)
         out = self._run(name, func, args, kwargs)
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         on_gpu = any(
             t.is_cuda for t in [*tensors, *torch.utils._pytree.tree_leaves(out)] if isinstance(t, torch.Tensor)
         )
-        if on_gpu and not is_view and name not in NO_KERNEL:
+        if on_gpu and not is_view(func) and name not in NO_KERNEL and "::" not in name:
             self.launches[name] += 1
         return out
 
@@ -85,7 +84,7 @@ class Watch(TorchDispatchMode):
             waits |= name == "index" and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
         elif name == "_to_copy" and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             waits = not kwargs.get("non_blocking")
-        if waits:
+        if waits and not self.may_wait:
             assert caller() in WAITS, f"{name} in {caller()} makes the CPU wait for the GPU"
             self.waits[caller()] += 1
 
@@ -118,6 +117,11 @@ class Watch(TorchDispatchMode):
         return out
 
 
+@functools.cache
+def is_view(func) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
 def _channels_last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
@@ -133,6 +137,7 @@ def caller() -> tuple[str, str]:
     return "autograd", ""
 
 
+@torch.no_grad()
 def backward(loss: torch.Tensor) -> None:
     """Do what `Tensor.backward` does; torch's own engine asks a driver for streams, even with fake tensors."""
     assert loss.grad_fn is not None
@@ -157,20 +162,27 @@ def backward(loss: torch.Tensor) -> None:
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
             continue
         inputs = [given.get(i) for i in range(len(node._input_metadata))]
-        outputs = node.apply(*inputs) if isinstance(node, BackwardCFunction) else node(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        for (following, i), gradient in zip(node.next_functions, outputs, strict=True):
-            if following is None:
-                continue
+        outputs, edges = _apply(node, inputs), [edge for edge in node.next_functions if edge[0] is not None]
+        for (following, i), gradient in zip(edges, outputs, strict=True):
             if gradient is not None:
-                gradient = gradient.sum_to_size(following._input_metadata[i].shape)
                 want = following._input_metadata[i]
-                assert (gradient.dtype, gradient.device) == (want.dtype, want.device), following
+                gradient = gradient.sum_to_size(want.shape).to(want.dtype)
+                assert gradient.device == want.device, following
                 mine = gradients[following]
                 mine[i] = mine[i] + gradient if i in mine else gradient
             waiting_for[following] -= 1
             if not waiting_for[following]:
                 ready.append(following)
+
+
+def _apply(node, inputs: list) -> list:
+    """Return the gradients that a node of the graph gives to its next nodes."""
+    if isinstance(node, BackwardCFunction):  # of Python, with a gradient for every argument
+        outputs, wanted = node.apply(*inputs), node.needs_input_grad
+    else:
+        outputs, wanted = node(*inputs), [following is not None for following, _ in node.next_functions]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [gradient for gradient, wants in zip(outputs, wanted, strict=True) if wants]
 
 
 class Unsharded(FsdpBackend):
@@ -181,8 +193,12 @@ class Unsharded(FsdpBackend):
         self.optimizer = build_optimizer(parameter_groups(model, cfg.config), cfg.config)
 
     def backward(self, loss, scale, is_last=True):
-        with torch.no_grad():
-            backward(loss * scale)
+        backward(loss * scale)
+
+
+def attention(q, k, v, **_) -> torch.Tensor:
+    """Take a kernel of GPUs; without a driver, torch takes its formula in fp32."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
 
 
 @contextlib.contextmanager
@@ -192,6 +208,7 @@ def a_gpu(capability: tuple[int, int]):
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.cuda.is_bf16_supported": lambda *_: capability >= (8, 0),
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.nn.functional.scaled_dot_product_attention": attention,
         "torch.Tensor.data_ptr": lambda _: 0,
     }
     parameters._scale_and_bias.cache_clear()
@@ -219,12 +236,13 @@ def step(recipe: str, chunks: int, capability: tuple[int, int], *overrides: str)
     )
     dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
     with a_gpu(capability) as fake:
-        with torch.device(GPU), Watch(fake, dtype, False) as building, mock.patch(f"{__name__}.WAITS", Anywhere()):
+        with torch.device(GPU), Watch(fake, dtype, may_wait=True):
             model = build_model(cfg)
         train = TrainStep(Unsharded(model, cfg), cfg, GPU, 10, cfg.chunk)
         views = torch.zeros(2, 16, 64, 64, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-        with mock.patch(f"{__name__}.WAITS", Anywhere()), Watch(fake, dtype, False):
+        with Watch(fake, dtype, may_wait=True):
             parameters.normalize(views[0].to(GPU))  # which keeps two constants on the GPU
+            train.backend.local_optimizer_state()  # which the first step would make
         watch = Watch(fake, dtype, channels_last="resnet" in cfg.crossbatch.model.arch)
         with watch, mock.patch.object(JITFunction, "run", lambda *args, **kwargs: watch.launch(*args, **kwargs)):
             result = train(views)
@@ -234,20 +252,36 @@ def step(recipe: str, chunks: int, capability: tuple[int, int], *overrides: str)
     return watch
 
 
-class Anywhere:
-    def __contains__(self, _):
-        return True
+# Launches of a step as they are, with a margin of 2 %: lower a number with every kernel that is saved.
+LAUNCHES = {("bs4096", 1): 0, ("bs4096", 4): 0, ("vits_bs4096", 1): 0, ("vits_bs4096", 4): 0}
 
 
-if __name__ == "__main__":
-    import time
+@pytest.mark.parametrize(("recipe", "chunks"), LAUNCHES)
+def test_a_step_waits_once_and_launches_what_it_must(recipe, chunks):
+    capability = (8, 0) if recipe == "bs4096" else (7, 0)  # bf16 and fp16
+    watch = step(recipe, chunks, capability)
+    assert dict(watch.waits) == dict.fromkeys(WAITS, 1)
+    assert sum(watch.launches.values()) <= LAUNCHES[recipe, chunks], watch.launches.most_common(20)
 
-    for r, c, cap in (
-        ("bs4096", 1, (8, 0)),
-        ("bs4096", 4, (8, 0)),
-        ("vits_bs4096", 1, (7, 0)),
-        ("vits_bs4096", 4, (7, 0)),
-    ):
-        t = time.time()
-        w = step(r, c, cap)
-        print(r, c, time.time() - t, sum(w.launches.values()), w.launches.most_common(25), w.waits)
+
+FAULTS = {
+    "a CPU tensor": (lambda f: f.std() + torch.ones(2).sum(0, keepdim=True), RuntimeError, "device"),
+    "item": (lambda f: f.std() * f.mean().item(), AssertionError, "_local_scalar_dense in .*contrast"),
+    "copy to the CPU": (lambda f: f.std().cpu(), AssertionError, "_to_copy in .*contrast"),
+    "nonzero": (lambda f: f[f > 0].std(), AssertionError, "index in .*contrast"),
+    "copy of pageable memory": (lambda f: f.std() * torch.ones(2).to(f.device)[0], AssertionError, "_to_copy in .*"),
+    "product in fp32": (lambda f: torch.ops.aten.mm(f.float(), f.float().T).mean(), AssertionError, "mm in .*contrast"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(monkeypatch, fault):
+    signal, error, message = FAULTS[fault]
+
+    def feature_std(features):
+        with torch.autocast("cuda", enabled=False):
+            return signal(features)
+
+    monkeypatch.setattr("crossbatch.models.moco.feature_std", feature_std)
+    with pytest.raises(error, match=message):
+        step("vits_bs4096", 1, (8, 0), 'crossbatch.model.backbone_args={"depth": 1}')

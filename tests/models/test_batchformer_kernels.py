@@ -21,7 +21,6 @@ from crossbatch.models.batchformer.dropout import NUM_PLACES, Mask
 
 KEY = DropoutKey(seed=1, step=2)
 SEEDS = KEY.dropout_seeds(2, torch.device("cpu"))
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def passes(request, monkeypatch):
 
 
 def with_passes(*names):
-    cases = [(("cpu", "cpu"), ()), (("triton", "cpu"), ()), (("triton", "cuda"), gpu)]
+    cases = [(("cpu", "cpu"), ()), (("triton", "cpu"), ()), (("triton", "cuda"), pytest.mark.gpu)]
     cases = [pytest.param(case, marks=marks, id="-".join(case)) for case, marks in cases if case[0] in names]
     return pytest.mark.parametrize("passes", cases, indirect=True)
 
@@ -116,7 +115,6 @@ def test_attention_of_16_bits(passes, dtype, shape, dropout):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 4, 257, 257, 512), (2, 4, 255, 510, 96), (1, 4, 4096, 4096, 192)])

@@ -104,7 +104,6 @@ def test_the_loader_rests_while_a_graph_is_captured(tmp_path, one_rank):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 2e-2)])
 def test_a_graph_replays_the_step(autocast, tolerance):
     compare("cuda", autocast, tolerance)
