@@ -3,6 +3,9 @@
 For small batches, where launching a kernel takes longer than the kernel. A graph replays what was captured, with the same
 addresses and sizes; so the parameters must stay where they are, nothing may talk to another rank, and what changes from step
 to step (features, dropout seeds) comes in tensors.
+
+While a graph is captured, no other thread may allocate memory of the GPU or pinned memory: older versions of torch (2.11 among
+them) then fail, at random. The engine closes its loader first.
 """
 
 import inspect
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The loader prepares images on the same GPU meanwhile; newer versions of torch can be told to watch one thread only.
+# Newer versions of torch can be told to watch one thread only; others may allocate then.
 _THIS_THREAD_ONLY: dict[str, Any] = {"capture_error_mode": "thread_local"}
 
 Part = Callable[[Tensor, Tensor], Tensor]
@@ -35,4 +38,30 @@ def capture(parts: Sequence[nn.Module], samples: Sequence[tuple[Tensor, Tensor]]
         graphs = torch.cuda.make_graphed_callables(tuple(parts), copies, **options)
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
-    return graphs  # pyright: ignore[reportReturnType]
+    # The graphs keep nodes of autograd that belong to the stream of the capture. torch would warn in each backward pass.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    return tuple(_once_a_step(graph, part) for graph, part in zip(graphs, parts, strict=True))
+
+
+def _once_a_step(graph: Part, part: nn.Module) -> Part:
+    """Return `graph` with a check that no gradient is pending when its backward pass begins.
+
+    A replay writes gradients where those of the last one are, and autograd hands out that memory as `.grad`. So a second
+    backward pass before the gradients are cleared would count its own twice and lose the first (pytorch issue 181723).
+    """
+    trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
+
+    def check(_: Tensor) -> None:
+        if any(parameter.grad is not None for parameter in trained):
+            raise RuntimeError(
+                "cuda_graph: parameters behind the backbone have gradients from an earlier backward pass, which a replay would "
+                "overwrite; make one backward pass a step and call optimizer.zero_grad() after it, or set cuda_graph to False"
+            )
+
+    def replay(features: Tensor, dropout_seeds: Tensor) -> Tensor:
+        output = graph(features, dropout_seeds)
+        if output.requires_grad:
+            output.register_hook(check)
+        return output
+
+    return replay

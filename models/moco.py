@@ -109,7 +109,8 @@ class MoCo(ShardableModel):
         batchformer_kernel: `kernel` of `BatchFormer`.
         batchformer_mode: "trained": one module for both encoders, trained through the queries. "released": the same module,
             frozen at its initialisation, as the released BatchFormer code behaves. "ema": the keys use a moving average.
-        cuda_graph: run what follows the backbone as a CUDA graph; see `crossbatch.models.cuda_graph`.
+        cuda_graph: run what follows the backbone as a CUDA graph; see `crossbatch.models.cuda_graph`. It takes one backward pass
+            a step, with `zero_grad()` after it, and no other thread that allocates on the GPU during the first step.
         process_group: ranks that hold the global batch; None means all ranks, or this process alone without
             torch.distributed.
         backbone_options: image_size, stem, stop_grad_conv1, backbone_args of `build_backbone`, with a name only.
@@ -233,6 +234,11 @@ class MoCo(ShardableModel):
                 module.collective = collective
 
     @property
+    def awaits_capture(self) -> bool:
+        """Return whether the next loss is computed while its CUDA graph is captured."""
+        return self.cuda_graph and self._graphs is None
+
+    @property
     def chunked_module(self) -> nn.Module:
         return self.online.backbone
 
@@ -285,7 +291,7 @@ class MoCo(ShardableModel):
         """Compute the batch-wide part: backbone features [V*n, C] of both encoders -> the loss."""
         with self.span("batch-wide part"):
             seeds = [DropoutKey(seed, step, stream).dropout_seeds(NUM_VIEWS, online_NC.device) for stream in (0, 1)]
-            if self.cuda_graph and self._graphs is None:
+            if self.awaits_capture:
                 self._graphs = capture(self._heads, ((online_NC, seeds[0]), (momentum_NC, seeds[1])))
             to_queries, to_keys = self._graphs or self._heads
             queries, keys = to_queries(online_NC, seeds[0]), to_keys(momentum_NC, seeds[1])

@@ -11,13 +11,14 @@ import socket
 import traceback
 
 import pytest
+import torch
 
 from tests.jobs import IMPORTED_ONCE
 
 
 def pytest_configure(config):
     """Kernels are interpreted, but for the tests that are about a GPU. Must be set before triton is imported."""
-    compiled = config.option.markexpr == "gpu"
+    compiled = config.option.markexpr.startswith("gpu")
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")
     if os.environ["TRITON_INTERPRET"] == "1" and _triton_version().startswith("3.6."):
         _mend_triton_36()
@@ -43,10 +44,25 @@ def _mend_triton_36():
     interpreter._patch_lang_tensor = patch_and_mend
 
 
+def pytest_report_header():
+    interpreted = os.environ["TRITON_INTERPRET"] == "1"
+    return f"Triton kernels: {'interpreted on the CPU; `pytest -m gpu` compiles them' if interpreted else 'compiled'}"
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """With pytest-xdist, tests of ranks follow each other in one process, so that there is one pool of a size."""
+    """Skip what needs a GPU where there is none, or where kernels are interpreted, which would show nothing.
+
+    With pytest-xdist, tests of ranks follow each other in one process, so that there is one pool of a size.
+    """
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "needs an NVIDIA GPU"
+    elif os.environ["TRITON_INTERPRET"] == "1":
+        reason = "Triton kernels are interpreted in this run: python -m pytest -m gpu"
     for item in items:
+        if reason is not None and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if "pools" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("ranks"))
 

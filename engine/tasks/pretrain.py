@@ -65,6 +65,11 @@ class PretrainTask:
 
     def train_on(self, step: TrainStep, batch: Batch) -> TrainResult:
         """Train on two views of every image."""
+        model = step.backend.model
+        assert isinstance(model, MoCo)
+        if model.awaits_capture:
+            # Its threads allocate on the GPU, which can break the capture of a graph. It starts again with the next batch.
+            self.data.loader.close()
         result = step(batch.views)
         output, terms = result.output, result.output.terms.items()
         return TrainResult(

@@ -99,7 +99,6 @@ def test_one_view_to_classify_and_three_of_repeated_augmentation(photos, backend
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("backend", [DALI])
 def test_views_on_a_gpu_agree_with_the_reference(photos, backend):
     found = read(photos, backend, device="cuda")
@@ -214,7 +213,7 @@ def test_colour_kernels(blur):
     plain = replace(plain, solarize=0 * p.solarize, flip=0 * p.flip)
     crops = np.stack([torchvision_backend.augment(image, plain, row, 19) for row, image in enumerate(images)])
     want = np.stack([torchvision_backend.augment(image, p, row, 19) for row, image in enumerate(images)])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
     out = torch.zeros(count, 19, 19, 3, dtype=torch.uint8, device=device)
     colour_cuda.colour_view(torch.from_numpy(crops).to(device), p, augmentation, out)
     apart = np.abs(out.cpu().numpy().astype(int) - want)

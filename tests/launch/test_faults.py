@@ -13,7 +13,6 @@ import typing
 from pathlib import Path
 
 import pytest
-import torch
 
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import schema
@@ -310,7 +309,6 @@ WITH_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is Non
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("backend", [fsdp(1), pytest.param(zero(1), marks=WITH_DEEPSPEED)], ids=name_of)
 @pytest.mark.parametrize(("model", "optimizer"), [(RESNET, LARS), (VIT, ADAMW)], ids=name_of)
 def test_a_resumed_run_on_a_gpu_is_the_same_with_the_deterministic_switch(tmp_path, model, optimizer, backend):

@@ -1,9 +1,14 @@
 """The batch-wide part as CUDA graphs: the wiring with a stand-in for torch's capture, the real one on a GPU."""
 
+import threading
+from unittest import mock
+
 import pytest
 import torch
 
+from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.models import MoCo
+from tests.engine.test_equivalence import ADAMW, BASE, RESNET, losses, pretrainer, zero
 
 SIZES = {
     "image_size": 16,
@@ -63,8 +68,42 @@ def test_capturing_changes_nothing(monkeypatch):
     assert warmed_up == [True, False]  # once, of the first step: queries with gradient, keys without
 
 
+def test_two_backward_passes_before_the_gradients_are_cleared_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda parts, samples, **more: parts)
+    model = MoCo("resnet18", **SIZES, batchformer_loss="sum", cuda_graph=True)
+    images = torch.randn(16, 3, 16, 16)
+    model.loss(images, 0, 0).loss.backward()
+    again = model.loss(images, 1, 0).loss
+    with pytest.raises(
+        RuntimeError, match=r"cuda_graph: .* make one backward pass a step and call optimizer.zero_grad"
+    ):
+        again.backward()
+    model.zero_grad()
+    model.loss(images, 2, 0).loss.backward()
+
+
+def run(overrides: list[str], out: str) -> list[int]:
+    """Train three steps on this rank, with a loader that has a thread; count its threads at each capture."""
+    cfg = resolve(load_config(None, [*BASE, *RESNET, *ADAMW, *zero(0), *overrides]), 1, Device("cuda"))
+    threads = []
+
+    def stand_in(parts, samples, **more):
+        threads.append(sum(thread.name.startswith("batches") for thread in threading.enumerate()))
+        return parts
+
+    with mock.patch("torch.cuda.make_graphed_callables", stand_in):
+        pretrainer(cfg, out, "none", 3).train()
+    return threads
+
+
+def test_the_loader_rests_while_a_graph_is_captured(tmp_path, one_rank):
+    overrides = ["crossbatch.precision=fp32", "crossbatch.data.workers=1"]
+    assert one_rank.run(run, [*overrides, "crossbatch.model.cuda_graph=true"], str(tmp_path / "graph")) == [[0]]
+    assert one_rank.run(run, overrides, str(tmp_path / "plain")) == [[]]
+    assert len(losses(tmp_path / "graph")) == 3 and losses(tmp_path / "graph") == losses(tmp_path / "plain")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 2e-2)])
 def test_a_graph_replays_the_step(autocast, tolerance):
     compare("cuda", autocast, tolerance)

@@ -1,0 +1,146 @@
+"""python compile_kernels.py [--all] [--planted] CAPABILITY...: compiles every Triton kernel as a launch would, without a GPU.
+
+Prints a line of JSON for each: what it takes of a multiprocessor. A process of its own, since the tests interpret. With --all,
+it compiles every configuration that can be chosen, and without it only the largest; with --planted, a kernel that does not fit.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from crossbatch import LARS
+from crossbatch.data import moco_v3_augmentations
+from crossbatch.data.augment.parameters import draw_parameters
+from crossbatch.data.augment.triton_colours import colour_view
+from crossbatch.engine.optimizers import lars, lars_cuda
+from crossbatch.models.batchformer import passes_triton, tiles
+from crossbatch.models.batchformer.dropout import Mask
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+WIDTHS = (2048, 1024, 768, 512, 384)  # features of a ResNet-50, ViT-L, ViT-B, ResNet-18, ViT-S
+GROUPS = (256, 4096, 512, 64, 8)
+
+
+def type_of(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+class Compiler:
+    """Compiles where `JITFunction.run` would launch, each configuration once, and prints what it takes."""
+
+    def __init__(self, capability: int):
+        self.capability, self.done = capability, set()
+
+    def run(self, kernel, *args, grid, warmup, num_warps=4, **constants):
+        values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+        signature = {p.name: "constexpr" if p.is_constexpr else type_of(values[p.name]) for p in kernel.params}
+        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        divisible = {
+            (i,): [["tt.divisibility", 16]]
+            for i, p in enumerate(kernel.params)
+            if not p.is_constexpr
+            if isinstance(values[p.name], torch.Tensor) or (type(values[p.name]) is int and values[p.name] % 16 == 0)
+        }
+        configuration = repr((kernel.__name__, signature, constants, divisible, num_warps))
+        if configuration in self.done:
+            return
+        self.done.add(configuration)
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(
+                ASTSource(kernel, signature, constants, divisible),
+                target=GPUTarget("cuda", self.capability, 32),
+                options={"num_warps": num_warps},
+            )
+        (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
+        spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
+        found = {
+            "kernel": kernel.__name__,
+            "capability": self.capability,
+            "threads": 32 * num_warps,
+            "registers": int(registers),
+            "spilled_bytes": sum(map(int, spilled)),
+            "shared_bytes": compiled.metadata.shared,
+            "constants": constants,
+        }
+        print(json.dumps(found), flush=True)
+
+
+def batchformer(dtype: torch.dtype, width: int, group: int, dropout: float) -> None:
+    mask = Mask(torch.zeros(2, dtype=torch.int32), dropout)
+    area = tiles.Area(mask, 2, 2, group, 0, 0, 1.0)
+    scores, rows = torch.zeros(4, 1, group).expand(4, 16, group).contiguous(), torch.zeros(4, 16)
+    passes_triton.softmax_dropout(scores, rows, area, dtype)
+    passes_triton.softmax_dropout_backward(scores, scores, rows, rows, area, dtype)
+    x, vector = torch.zeros(2, 16, width), torch.zeros(width)
+    passes_triton.bias_relu(x.to(dtype), vector, mask)
+    passes_triton.bias_relu_backward(x.to(dtype), x.to(dtype), 0.5)
+    _, total, mean, rstd = passes_triton.add_norm(x, x.to(dtype), vector, vector, 1e-5, mask)
+    passes_triton.add_norm_backward(x, total, mean, rstd, vector, mask, dtype)
+
+
+def optimizer() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.ones(64))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with mock.patch.object(lars, "_passes", lambda _: lars_cuda):
+        LARS(parameters, lr=0.1, weight_decay=1e-6).step()
+
+
+def colours() -> None:
+    for view, augmentation in enumerate(moco_v3_augmentations(224)):
+        p = draw_parameters(augmentation, 0, 0, np.arange(2), view, np.full(2, 256), np.full(2, 256))
+        pixels = torch.zeros(2, 224, 224, 3, dtype=torch.uint8)
+        colour_view(pixels, p, augmentation, torch.empty_like(pixels))
+
+
+@triton.jit
+def too_much_shared_memory(out, SIZE: triton.language.constexpr):
+    """Transpose more than fits: with --planted, what the test must find."""
+    i = triton.language.arange(0, SIZE)
+    columns = triton.language.reshape(triton.language.load(out + i), (128, SIZE // 128))
+    triton.language.store(out + i, triton.language.reshape(triton.language.trans(columns), (SIZE,)))
+
+
+def main(arguments: list[str]) -> None:
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    everything, planted = "--all" in arguments, "--planted" in arguments
+    for capability in (int(argument) for argument in arguments if argument.isdigit()):
+        compiler = Compiler(capability)
+        with mock.patch.object(JITFunction, "run", lambda *args, c=compiler, **more: c.run(*args, **more)):
+            if planted:
+                too_much_shared_memory[(1,)](torch.zeros(1), SIZE=1 << 17, num_warps=32)
+            sixteen_bits = (torch.float16, torch.bfloat16) if capability >= 80 else (torch.float16,)
+            batchformer(sixteen_bits[-1], WIDTHS[0], GROUPS[0], 0.5)
+            optimizer()
+            colours()
+            for dtype in (*sixteen_bits, torch.float32) if everything else ():
+                for width, group in zip(WIDTHS, GROUPS, strict=True):
+                    for dropout in (0.5, 0.0):
+                        batchformer(dtype, width, group, dropout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,287 @@
+"""The whole pretraining step on a GPU that is not there: devices, dtypes, layouts and launches, without a number computed.
+
+torch's FakeTensorMode follows the devices and shapes of every operator. A mode in front of it counts what would be launched,
+and fails at whatever would make the CPU wait for the GPU. BatchFormer's operators run their own code, and Triton kernels are
+only looked at where they would be launched.
+"""
+
+import collections
+import contextlib
+import functools
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crossbatch.data.augment import parameters
+from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.sharding.fsdp import FsdpBackend
+from crossbatch.engine.step import TrainStep
+from crossbatch.engine.tasks.build import build_model, build_optimizer, parameter_groups
+from crossbatch.models.batchformer import fused
+
+ROOT = Path(__file__).parents[2]
+GPU = torch.device("cuda:0")
+# Where a step may wait for the GPU: for the norm of the gradients, once.
+WAITS = {("engine/sharding/fsdp.py", "step")}
+# Products outside of the 16 bits of autocast: the logits.
+FP32 = {"models/cross_entropy.py"}
+PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
+NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+DYNAMIC = ("nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")  # the CPU must know a value or a size
+INNER = {
+    f"crossbatch::{name}": op._init_fn
+    for op in vars(fused).values()
+    if (name := getattr(op, "_name", "")).startswith("batchformer_")
+}
+
+
+class Watch(TorchDispatchMode):
+    """Counts launches by operator, and raises AssertionError at what no step should do."""
+
+    def __init__(self, fake: FakeTensorMode, dtype: torch.dtype, channels_last: bool = False, may_wait: bool = False):
+        super().__init__()
+        self.fake, self.dtype, self.channels_last, self.may_wait = fake, dtype, channels_last, may_wait
+        self.launches: collections.Counter[str] = collections.Counter()
+        self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in INNER:
+            with self:
+                return INNER[name](*args, **kwargs)
+        name = name.removeprefix("aten::")
+        tensors = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, torch.Tensor)]
+        self._look_for_waiting(name, tensors, kwargs)
+        if name in PRODUCTS:
+            self._check_product(name, args)
+        out = self._run(name, func, args, kwargs)
+        on_gpu = any(
+            t.is_cuda for t in [*tensors, *torch.utils._pytree.tree_leaves(out)] if isinstance(t, torch.Tensor)
+        )
+        if on_gpu and not is_view(func) and name not in NO_KERNEL and "::" not in name:
+            self.launches[name] += 1
+        return out
+
+    def launch(self, kernel, *args, grid, warmup, **constants):
+        """Stand for `JITFunction.run`, which launches a kernel."""
+        assert all(arg.is_cuda for arg in args if isinstance(arg, torch.Tensor)), f"{kernel.__name__} got a CPU tensor"
+        assert all(size >= 1 for size in grid), f"{kernel.__name__} has a grid of {grid}"
+        self.launches[kernel.__name__] += 1
+
+    def _look_for_waiting(self, name, tensors, kwargs) -> None:
+        waits = False
+        if any(t.is_cuda for t in tensors):
+            to_cpu = name == "_to_copy" and torch.device(kwargs.get("device") or GPU).type == "cpu"
+            across = name == "copy_" and len({t.device for t in tensors}) > 1
+            waits = name in ("_local_scalar_dense", *DYNAMIC) or to_cpu or across
+            waits |= name == "index" and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
+        elif name == "_to_copy" and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            waits = not kwargs.get("non_blocking")
+        if waits and not self.may_wait:
+            assert caller() in WAITS, f"{name} in {caller()} makes the CPU wait for the GPU"
+            self.waits[caller()] += 1
+
+    def _check_product(self, name, args) -> None:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if caller()[0] not in FP32:
+            assert {t.dtype for t in tensors} == {self.dtype}, f"{name} in {caller()} of {[t.dtype for t in tensors]}"
+        if self.channels_last and name.startswith("convolution"):
+            images = tensors[: 2 if name.endswith("backward") else 1]
+            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in images), (
+                f"{name} in {caller()} of strides {[(t.shape, t.stride()) for t in images]}"
+            )
+
+    def _run(self, name, func, args, kwargs):
+        """Run an operator; those of which torch has no fake for CUDA are written out."""
+        if name == "_pin_memory":
+            return args[0] if isinstance(args[0], FakeTensor) else self.fake.from_tensor(args[0])
+        if name == "_local_scalar_dense":
+            return 0.0
+        if name == "batch_norm_update_stats":
+            return torch.empty_like(args[1]), torch.empty_like(args[1])
+        if name == "batch_norm_backward_elemt":
+            return torch.empty_like(args[0])
+        if name == "native_batch_norm" and "out" in kwargs:
+            return kwargs["out"], args[1], args[2]
+        out = func(*args, **kwargs)
+        if name.startswith("convolution") and args[0].is_contiguous(memory_format=torch.channels_last):
+            # As cuDNN does; the fake takes the backend of a machine without a driver.
+            out = torch.utils._pytree.tree_map_only(torch.Tensor, _channels_last, out)
+        return out
+
+
+@functools.cache
+def is_view(func) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _channels_last(images: torch.Tensor) -> torch.Tensor:
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+
+def caller() -> tuple[str, str]:
+    """Return file and function of the package, innermost on the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(str(ROOT / "crossbatch")):
+            return str(Path(path).relative_to(ROOT / "crossbatch")), frame.f_code.co_name
+        frame = frame.f_back
+    return "autograd", ""
+
+
+@torch.no_grad()
+def backward(loss: torch.Tensor) -> None:
+    """Do what `Tensor.backward` does; torch's own engine asks a driver for streams, even with fake tensors."""
+    assert loss.grad_fn is not None
+    waiting_for: collections.Counter[object] = collections.Counter()
+    found = {loss.grad_fn}
+    stack = [loss.grad_fn]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None:
+                waiting_for[node] += 1
+                if node not in found:
+                    found.add(node)
+                    stack.append(node)
+    gradients: dict = collections.defaultdict(dict)
+    gradients[loss.grad_fn][loss.output_nr] = torch.ones_like(loss)
+    ready = [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        given = gradients.pop(node, {})
+        if hasattr(node, "variable"):
+            leaf, gradient = node.variable, given[0]
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            continue
+        inputs = [given.get(i) for i in range(len(node._input_metadata))]
+        outputs, edges = _apply(node, inputs), [edge for edge in node.next_functions if edge[0] is not None]
+        for (following, i), gradient in zip(edges, outputs, strict=True):
+            if gradient is not None:
+                want = following._input_metadata[i]
+                gradient = gradient.sum_to_size(want.shape).to(want.dtype)
+                assert gradient.device == want.device, following
+                mine = gradients[following]
+                mine[i] = mine[i] + gradient if i in mine else gradient
+            waiting_for[following] -= 1
+            if not waiting_for[following]:
+                ready.append(following)
+
+
+def _apply(node, inputs: list) -> list:
+    """Return the gradients that a node of the graph gives to its next nodes."""
+    if isinstance(node, BackwardCFunction):  # of Python, with a gradient for every argument
+        outputs, wanted = node.apply(*inputs), node.needs_input_grad
+    else:
+        outputs, wanted = node(*inputs), [following is not None for following, _ in node.next_functions]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [gradient for gradient, wants in zip(outputs, wanted, strict=True) if wants]
+
+
+class Unsharded(FsdpBackend):
+    """Makes the steps of the FSDP2 backend on a model that is not wrapped, which takes no driver and no ranks."""
+
+    def __init__(self, model, cfg):
+        self.model, self._clip, self._sharded, self._wrapped = model, 0.0, False, []
+        self.optimizer = build_optimizer(parameter_groups(model, cfg.config), cfg.config)
+
+    def backward(self, loss, scale, is_last=True):
+        backward(loss * scale)
+
+
+def attention(q, k, v, **_) -> torch.Tensor:
+    """Take a kernel of GPUs; without a driver, torch takes its formula in fp32."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+
+
+@contextlib.contextmanager
+def a_gpu(capability: tuple[int, int]):
+    """Let everything believe in a GPU, and yield the mode of its tensors."""
+    patches = {
+        "torch.cuda.get_device_capability": lambda *_: capability,
+        "torch.cuda.is_bf16_supported": lambda *_: capability >= (8, 0),
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.nn.functional.scaled_dot_product_attention": attention,
+        "torch.Tensor.data_ptr": lambda _: 0,
+    }
+    parameters._scale_and_bias.cache_clear()
+    with contextlib.ExitStack() as stack:
+        for target, replacement in patches.items():
+            stack.enter_context(mock.patch(target, replacement))
+        yield stack.enter_context(FakeTensorMode())
+    parameters._scale_and_bias.cache_clear()
+
+
+def step(recipe: str, chunks: int, capability: tuple[int, int], *overrides: str) -> Watch:
+    """Make one step of 16 images of 64 px, and return what was watched."""
+    from triton.runtime.jit import JITFunction
+
+    overrides = (
+        "train_batch_size=16",
+        f"train_micro_batch_size_per_gpu={16 // chunks}",
+        "crossbatch.batchformer.group_size=8",
+        "crossbatch.data.image_size=64",
+        "crossbatch.data.backend=opencv",
+        *overrides,
+    )
+    cfg = resolve(
+        load_config(f"ds_configs/{recipe}.json", list(overrides)), 1, Device("cuda", capability >= (8, 0), "GPU")
+    )
+    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
+    with a_gpu(capability) as fake:
+        with torch.device(GPU), Watch(fake, dtype, may_wait=True):
+            model = build_model(cfg)
+        train = TrainStep(Unsharded(model, cfg), cfg, GPU, 10, cfg.chunk)
+        views = torch.zeros(2, 16, 64, 64, 3, dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+        with Watch(fake, dtype, may_wait=True):
+            parameters.normalize(views[0].to(GPU))  # which keeps two constants on the GPU
+            train.backend.local_optimizer_state()  # which the first step would make
+        watch = Watch(fake, dtype, channels_last="resnet" in cfg.crossbatch.model.arch)
+        with watch, mock.patch.object(JITFunction, "run", lambda *args, **kwargs: watch.launch(*args, **kwargs)):
+            result = train(views)
+    output = result.output
+    assert {value.dtype for value in (output.loss, *output.terms.values(), *output.signals.values())} == {torch.float32}
+    assert {value.device for value in (output.loss, *output.terms.values(), *output.signals.values())} == {GPU}
+    return watch
+
+
+# Launches of a step as they are, with a margin of 2 %: lower a number with every kernel that is saved.
+LAUNCHES = {("bs4096", 1): 0, ("bs4096", 4): 0, ("vits_bs4096", 1): 0, ("vits_bs4096", 4): 0}
+
+
+@pytest.mark.parametrize(("recipe", "chunks"), LAUNCHES)
+def test_a_step_waits_once_and_launches_what_it_must(recipe, chunks):
+    capability = (8, 0) if recipe == "bs4096" else (7, 0)  # bf16 and fp16
+    watch = step(recipe, chunks, capability)
+    assert dict(watch.waits) == dict.fromkeys(WAITS, 1)
+    assert sum(watch.launches.values()) <= LAUNCHES[recipe, chunks], watch.launches.most_common(20)
+
+
+FAULTS = {
+    "a CPU tensor": (lambda f: f.std() + torch.ones(2).sum(0, keepdim=True), RuntimeError, "device"),
+    "item": (lambda f: f.std() * f.mean().item(), AssertionError, "_local_scalar_dense in .*contrast"),
+    "copy to the CPU": (lambda f: f.std().cpu(), AssertionError, "_to_copy in .*contrast"),
+    "nonzero": (lambda f: f[f > 0].std(), AssertionError, "index in .*contrast"),
+    "copy of pageable memory": (lambda f: f.std() * torch.ones(2).to(f.device)[0], AssertionError, "_to_copy in .*"),
+    "product in fp32": (lambda f: torch.ops.aten.mm(f.float(), f.float().T).mean(), AssertionError, "mm in .*contrast"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(monkeypatch, fault):
+    signal, error, message = FAULTS[fault]
+
+    def feature_std(features):
+        with torch.autocast("cuda", enabled=False):
+            return signal(features)
+
+    monkeypatch.setattr("crossbatch.models.moco.feature_std", feature_std)
+    with pytest.raises(error, match=message):
+        step("vits_bs4096", 1, (8, 0), 'crossbatch.model.backbone_args={"depth": 1}')
