@@ -21,7 +21,7 @@ from crossbatch.engine.start import build_trainer
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model
 from crossbatch.engine.tasks.pretrain import pretrain_task
-from tests.engine.test_equivalence import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, name_of, parameters
+from tests.small_runs import ADAMW, BASE, LARS, RESNET, VIT, fsdp, losses, name_of, parameters
 
 pytestmark = pytest.mark.gpu
 
@@ -46,7 +46,7 @@ def train(device: torch.device, out: Path, steps: int, *overrides: str) -> list[
 
 @pytest.mark.parametrize(("model", "optimizer"), [(VIT, LARS), (VIT, ADAMW), (RESNET, LARS)], ids=name_of)
 def test_a_run_on_a_gpu_is_that_on_a_cpu(tmp_path, device, one_rank, model, optimizer):
-    from tests.engine.test_equivalence import train as train_on_cpu
+    from tests.small_runs import train as train_on_cpu
 
     overrides = [*model, *optimizer]
     train(device, tmp_path / "gpu", 6, *overrides)

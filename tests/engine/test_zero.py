@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.engine.test_equivalence import BASE, LARS, VIT, pretrainer, zero
+from tests.small_runs import BASE, LARS, VIT, pretrainer, zero
 
 NUM_GRADIENTS = 180
 

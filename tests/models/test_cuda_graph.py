@@ -8,7 +8,7 @@ import torch
 
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.models import MoCo
-from tests.engine.test_equivalence import ADAMW, BASE, RESNET, losses, pretrainer, zero
+from tests.small_runs import ADAMW, BASE, RESNET, losses, pretrainer, zero
 
 SIZES = {
     "image_size": 16,
