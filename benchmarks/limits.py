@@ -10,6 +10,7 @@ take no time: a ResNet cannot reach 100 % without fusing them into its convoluti
 """
 
 import functools
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from crossbatch.engine.sketch import shapes_only, without_memory
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS
 
+_OUT = {"out", "out0", "out1", "out2"}
 # These write what they are given and do not read it, and these move nothing.
 _NOT_READ = ("copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_")
 _NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "record_stream")
@@ -63,10 +65,10 @@ class _Bytes(TorchDispatchMode):
         written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         if not written and schema.returns and all(r.alias_info is not None for r in schema.returns):
             return returned  # a view
+        unread = {"self", *written} if name in _NOT_READ or name.endswith("_like") else written & _OUT
         given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
         for argument, value in given.items():
-            is_read = argument not in written or not (name in _NOT_READ or argument.startswith("out"))
-            self.total += self._size(value) * (is_read + (argument in written))
+            self.total += self._size(value) * ((argument not in unread) + (argument in written))
         outputs = returned if len(schema.returns) > 1 else [returned]
         new = [output for output, declared in zip(outputs, schema.returns, strict=False) if declared.alias_info is None]
         self.total += self._size(new)
@@ -109,7 +111,7 @@ def products(cfg: ResolvedConfig, images: int) -> Products:
             if isinstance(layer, (nn.Conv2d, nn.Linear))
         ]
         with shapes_only(cfg.precision), torch.no_grad():
-            backbone(torch.empty(1, 3, size, size))
+            backbone(torch.empty(2, 3, size, size))  # norms need more than one value
         for hook in hooks:
             hook.remove()
         # The first layer has no gradient of its input. Equal layers are measured once.
@@ -166,7 +168,7 @@ def _few_calls_ms(call: Callable[[], None]) -> float:
     """Return the milliseconds of a call, after one in which cuDNN chooses."""
     call()
     if not torch.cuda.is_available():
-        return call_ms(call)
+        return statistics.median(call_ms(call) for _ in range(3))
 
     def five() -> None:
         for _ in range(5):

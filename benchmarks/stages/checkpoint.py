@@ -28,6 +28,8 @@ from crossbatch.engine.config import Device, to_dict
 from crossbatch.engine.sharding import Backend
 from crossbatch.engine.step import TrainStep
 
+LOGGED = "asynchronous: training waits, by the log"
+
 
 def run(effort: Effort) -> Iterator[Row]:
     """Yield the rows of saving and reading, then those of steps alone and during a save."""
@@ -50,6 +52,7 @@ def run(effort: Effort) -> Iterator[Row]:
     settings["gigabytes"] = rounds[0][1] / 1e9
     # The first round, in which a save allocates host memory, does not count.
     times = {case: [ms for found, _ in rounds[1:] for ms in found[case]] for case in rounds[0][0]}
+    yield Row.of_samples(LOGGED, times.pop(LOGGED), settings=settings)
     yield from summarise({case: ms for case, ms in times.items() if not case.startswith("a step")}, settings)
     yield from summarise({case: ms for case, ms in times.items() if case.startswith("a step") and ms}, settings)
 
@@ -78,7 +81,7 @@ def _round(
     saver.wait()
     outcome = saver.finished()
     assert outcome is not None and outcome.error is None, outcome
-    times["asynchronous: training waits, by the log"] = [1000 * outcome.stalled_s]
+    times[LOGGED] = [1000 * outcome.stalled_s]
     times["asynchronous: until it is safe"] = [1000 * outcome.seconds]
     candidates = checkpoint.candidates(folder, "auto")
     times["read"] = [call_ms(lambda: resume(candidates, backend, config, 1))]

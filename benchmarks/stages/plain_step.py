@@ -43,7 +43,7 @@ class PlainStep:
         width, hidden, dim = backbone.num_features, ours.model.mlp_dim, ours.model.projection_dim
         resnet = ours.model.arch.startswith("resnet")
         projector = plain_head([width, hidden, dim] if resnet else [width, hidden, hidden, dim], last_norm=True)
-        self.encoder = nn.Sequential(backbone, projector).to(device, memory_format=self.layout)
+        self.encoder = nn.Sequential(backbone, projector).to(device).to(memory_format=self.layout)
         self.average = copy.deepcopy(self.encoder).requires_grad_(False)
         self.predictor = plain_head([dim, hidden, dim], last_norm=not resnet).to(device)
         self.batchformer = None
@@ -119,7 +119,7 @@ class PlainLars(torch.optim.Optimizer):
                 self.state[p]["velocity"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every parameter."""
         for group in self.param_groups:
             if self.foreach:
