@@ -6,7 +6,7 @@ What autograd keeps is not modelled but asked: see `engine.sketch`. The rest fol
     optimizer       the state of what this rank steps on (LARS one number per parameter, AdamW two), and, under ZeRO, the fp32
                     copy that DeepSpeed steps on
     gradients       fp32
-    bucket          DeepSpeed's buffer for what is reduced together: `reduce_bucket_size` elements, whatever the model
+    bucket          DeepSpeed's buffer for what is reduced together, see `ZeroConfig.bucket_size`; two with `overlap_comm`
     activations     what the online backbone keeps for one chunk, and 16-bit weights under autocast
     batch-wide part the same for BatchFormer and heads on the whole local batch, and cached features where there are chunks
     keys            normalised, gathered and put in order; a tile of logits
@@ -23,12 +23,12 @@ from torch import nn
 
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
 from crossbatch.engine.sketch import sketch
+from crossbatch.engine.tasks.build import count
 from crossbatch.models import NUM_VIEWS, MoCo
 
 GIB = 2.0**30
 CONTEXT = 1.0 * GIB  # assumed
 RESERVED = 0.05  # of the memory, for fragmentation: assumed
-BUCKET = 500_000_000  # elements: DeepSpeed's default
 _FP32, _LOGITS = 4, 8 * 2**20
 
 
@@ -126,8 +126,8 @@ class StepMemory:
             ]
         parts = [Part("gradients", _FP32 * self._trained / (ranks if zero.stage >= 2 else 1))]
         if zero.stage > 0 and zero.contiguous_gradients is not False:
-            buffers = 2 if zero.overlap_comm and zero.stage < 3 else 1
-            size = _FP32 * buffers * (zero.reduce_bucket_size or BUCKET)
+            buffers = 2 if zero.overlaps and zero.stage < 3 else 1
+            size = _FP32 * buffers * zero.bucket_size(self._trained)
             if self.cfg.device.type == "cpu":
                 size = min(size, parts[0].bytes)  # pages that nobody writes take no memory
             parts.append(Part("bucket", size, f"DeepSpeed: reduce_bucket_size elements{', twice' * (buffers - 1)}"))
@@ -137,11 +137,6 @@ class StepMemory:
 def key_streams(model: MoCo) -> int:
     """Count the keys of one view of one image: one for each stream, and one more for the loss "mean_with_self"."""
     return (1 if model.batchformer is None else 2) + (model.batchformer_loss == "mean_with_self")
-
-
-def count(module: nn.Module, trained: bool = False) -> int:
-    """Count the parameters of a module, all or the trained ones."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def _two_units(model: MoCo) -> int:

@@ -162,7 +162,10 @@ def check_training(config: Any, world_size: int) -> None:
             f"zero_optimization.stage {zero.stage}; allowed: none, or cpu with sharding zero and stage 1 to 3; set it to none"
         )
     for name, value in to_dict(zero).items() if sharding == "fsdp" else ():
-        if name not in ("stage", "offload_optimizer"):
+        if name not in ("stage", "offload_optimizer") and (name, value) != (
+            "overlap_comm",
+            True,
+        ):  # FSDP2 always overlaps
             raise InputError(
                 f"zero_optimization.{name}: given {value} with crossbatch.sharding fsdp, which has no such thing; remove it or "
                 f"set crossbatch.sharding to zero"

@@ -29,6 +29,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Sharding = Literal["zero", "fsdp"]
 Stem = Literal["imagenet", "small"]
 
+OVERLAPPED_BUCKET = 25_000_000  # elements: the 60 million of ResNet-50 with BatchFormer are three messages
+
 # Meanings of keys that several commands have.
 PATH = "folder with train/, val/ or test/; or cifar10://, cifar100://, flowers://, pets://, synthetic://, shapes://"
 BACKEND = "library that decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
@@ -212,16 +214,33 @@ class ZeroConfig(Section):
     stage: Annotated[int, Ge(0), Le(3)] = key(
         0, "0: replicate everything; 1: shard the optimizer's state; 2: also the gradients; 3: also the parameters"
     )
-    overlap_comm: bool | None = key(None, "reduce gradients while the backward pass runs")
+    overlap_comm: bool | None = key(
+        None, "reduce gradients while the backward pass runs; none: in stage 3 only; fsdp: always"
+    )
     contiguous_gradients: bool | None = key(None, "copy gradients into one buffer as they are produced")
     reduce_scatter: bool | None = key(None, "use reduce-scatter instead of all-reduce")
-    reduce_bucket_size: Count | None = key(None, "elements reduced at once")
+    reduce_bucket_size: Count | None = key(
+        None, "gradients reduced at once; none: all, or with overlap_comm at most 25 million, for which memory is kept"
+    )
     allgather_bucket_size: Count | None = key(None, "elements gathered at once")
     sub_group_size: Count | None = key(None, "elements in a sub-group of the optimizer in stage 3")
     stage3_prefetch_bucket_size: CountOrZero | None = key(None, "elements gathered ahead in stage 3")
     stage3_max_live_parameters: CountOrZero | None = key(None, "elements that are gathered at any time in stage 3")
     stage3_max_reuse_distance: CountOrZero | None = key(None, "keep what is needed again within this many elements")
     offload_optimizer: OffloadConfig = OffloadConfig()
+
+    @property
+    def overlaps(self) -> bool:
+        """Return whether DeepSpeed reduces gradients while the backward pass runs."""
+        return self.stage > 0 and (self.stage == 3 if self.overlap_comm is None else self.overlap_comm)
+
+    def bucket_size(self, trained: int) -> int:
+        """Return how many elements DeepSpeed reduces at once in stages 1 to 3, for `trained` elements in all.
+
+        It allocates a buffer of this size (two with `overlap_comm`) in every backward pass, however few gradients there are:
+        at its own default of 500 million, 1.86 GiB.
+        """
+        return self.reduce_bucket_size or (min(trained, OVERLAPPED_BUCKET) if self.overlaps else trained)
 
 
 class DeepSpeedConfig(Section):

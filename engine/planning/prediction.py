@@ -167,9 +167,8 @@ def estimate(
         return [collective_ms(message.kind, message.size, at) for message in of_parts(traffic, *parts).elements()]
 
     zero, is_fsdp = cfg.config.zero_optimization, cfg.crossbatch.sharding == "fsdp"
-    overlaps = zero.stage == 3 if zero.overlap_comm is None or zero.stage == 0 else zero.overlap_comm
     # Gradients can hide behind the last chunk's backward pass; parameters, gathered for it, behind the forward pass.
-    behind_ms = BACKWARD * compute_ms / cfg.chunks if overlaps or is_fsdp else 0.0
+    behind_ms = BACKWARD * compute_ms / cfg.chunks if zero.overlaps or is_fsdp else 0.0
     ahead_ms = (1 - BACKWARD) * compute_ms if zero.stage == 3 or is_fsdp else 0.0
     gradients_ms = _exposed_ms(each_ms("gradients"), behind_ms) + sum(each_ms("LARS"))
     stages = [

@@ -19,12 +19,13 @@ from typing import NamedTuple
 from torch import nn
 
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
-from crossbatch.engine.memory_model import BUCKET, count, key_streams
-from crossbatch.engine.tasks.build import parameter_groups
+from crossbatch.engine.memory_model import key_streams
+from crossbatch.engine.tasks.build import count, parameter_groups
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.norm import ViewBatchNorm
 
 OURS = ("norms", "keys", "groups", "LARS")
+BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0
 PREFETCH = 50_000_000  # elements: DeepSpeed's default of stage 3
 _FP32, _FP64 = 4, 8
 
@@ -115,7 +116,7 @@ def _backend(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
         bucket = prefetch = -(-total // len(model.fsdp_units()))
     else:
         gathered = total if zero.stage == 3 else trained
-        bucket = BUCKET if zero.stage == 0 else zero.reduce_bucket_size or BUCKET
+        bucket = BUCKET if zero.stage == 0 else zero.bucket_size(trained)
         prefetch = gathered if zero.stage < 3 else zero.stage3_prefetch_bucket_size or PREFETCH
     is_scattered = zero.stage == 3 or (is_fsdp and zero.stage > 0)
     yield from _in_buckets("gradients", "reduce-scatter" if is_scattered else "all-reduce", trained, bucket)

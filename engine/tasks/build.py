@@ -108,12 +108,18 @@ def build_backend(model: ShardableModel, cfg: Resolved) -> Backend:
         return FsdpBackend(model, make_optimizer, cfg.config.zero_optimization.stage, cfg.config.gradient_clipping)
     from crossbatch.engine.sharding.zero import ZeroBackend
 
-    return ZeroBackend(model, make_optimizer, deepspeed_config(cfg))
+    return ZeroBackend(model, make_optimizer, deepspeed_config(cfg, count(model, trained=True)))
 
 
-def deepspeed_config(cfg: Resolved) -> dict[str, Any]:
-    """Return the dict that DeepSpeed sees, without "auto" and without our section."""
+def count(module: nn.Module, trained: bool = False) -> int:
+    """Count the parameters of a module, all or the trained ones."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def deepspeed_config(cfg: Resolved, trained: int) -> dict[str, Any]:
+    """Return the dict that DeepSpeed sees for a model with `trained` elements, without "auto" and without our section."""
     zero = {name: value for name, value in vars(cfg.config.zero_optimization).items() if value is not None}
+    zero["reduce_bucket_size"] = cfg.config.zero_optimization.bucket_size(trained)
     offload = vars(zero.pop("offload_optimizer"))
     if offload["device"] != "none":
         zero["offload_optimizer"] = offload
@@ -134,7 +140,9 @@ def deepspeed_config(cfg: Resolved) -> dict[str, Any]:
 def describe(cfg: ResolvedConfig, steps_per_epoch: int | None) -> dict[str, Any]:
     """Return what `--dry-run` prints: the numbers that follow from a configuration, without data or processes."""
     with torch.device("meta"):
-        parameters = list(build_model(cfg).parameters())
+        model = build_model(cfg)
+    zero, trained = cfg.config.zero_optimization, count(model, trained=True)
+    has_buckets = cfg.crossbatch.sharding == "zero" and zero.stage > 0
     return {
         "world_size": cfg.world_size,
         "train_batch_size": cfg.train_batch_size,
@@ -144,11 +152,12 @@ def describe(cfg: ResolvedConfig, steps_per_epoch: int | None) -> dict[str, Any]
         "group_size": cfg.group_size,
         "lr_peak": cfg.lr_peak,
         "steps_per_epoch": steps_per_epoch,
-        "parameters_total": sum(p.numel() for p in parameters),
-        "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters_total": count(model),
+        "parameters_trainable": trained,
         "chance_loss": round(cfg.chance_loss, 2),
         "optimizer": cfg.optimizer.type,
         "sharding": cfg.crossbatch.sharding,
-        "zero_stage": cfg.config.zero_optimization.stage,
+        "zero_stage": zero.stage,
+        "reduce_bucket_size": zero.bucket_size(trained) if has_buckets else None,
         "precision": cfg.precision,
     }

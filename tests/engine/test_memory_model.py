@@ -1,5 +1,7 @@
 """Bytes that autograd really saves, counted with hooks on a CPU, against those of a network without memory."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,10 +9,11 @@ from torch import nn
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.memory_model import GIB, StepMemory
 from crossbatch.engine.sketch import kept_by_backbone, sketch, without_memory
-from crossbatch.engine.tasks.build import build_model
+from crossbatch.engine.tasks.build import build_model, deepspeed_config
 from crossbatch.models.backbones import build_backbone
 
 IMAGES = 3
+V100 = Device("cuda", False, "V100")
 
 
 def saved(call, *modules) -> int:
@@ -138,11 +141,36 @@ def test_a_share_of_bs4096_fits_on_32_gib():
     assert memory.largest_chunk(0.5 * GIB) == 0
 
 
+@pytest.mark.parametrize(
+    ("stage", "given", "want"),
+    [
+        (1, {}, 60_000_000),
+        (2, {"overlap_comm": False}, 60_000_000),
+        (1, {"overlap_comm": True}, 25_000_000),
+        (3, {}, 25_000_000),
+        (3, {"overlap_comm": False}, 60_000_000),
+        (2, {"overlap_comm": True, "reduce_bucket_size": 7}, 7),
+        (1, {"reduce_bucket_size": 500_000_000}, 500_000_000),
+    ],
+)
+def test_the_bucket_of_deepspeed_is_no_larger_than_the_gradients_unless_asked_for(stage, given, want):
+    """Both what DeepSpeed is given and what is counted; its own default of half a billion elements takes 1.86 GiB."""
+    zero = {"stage": stage, **given}
+    overrides = [f"zero_optimization.{name}={json.dumps(value)}" for name, value in zero.items()]
+    small = ["crossbatch.model.arch=resnet18", "crossbatch.data.image_size=32"]
+    run = resolve(load_config(None, [*small, *overrides]), 16, V100)
+    memory = StepMemory(run)
+    memory._trained = 60_000_000
+    assert deepspeed_config(run, 60_000_000)["zero_optimization"]["reduce_bucket_size"] == want
+    (bucket,) = [part.bytes for part in memory._gradients() if part.name == "bucket"]
+    assert bucket == 4 * want * (2 if given.get("overlap_comm") and stage < 3 else 1)
+
+
 def test_the_bucket_of_deepspeed_counts():
     """Where the backward pass is the peak, ZeRO's buffer of half a billion elements is part of it, and a smaller one helps."""
     totals = {}
     for size in ("500000000", "60000000"):
-        overrides = [f"zero_optimization.reduce_bucket_size={size}"]
+        overrides = ["zero_optimization.overlap_comm=false", f"zero_optimization.reduce_bucket_size={size}"]
         run = resolve(load_config("ds_configs/vits_bs4096.json", overrides), 16, Device("cuda", False, "V100"))
         totals[size] = StepMemory(run).at(256).total
     assert totals["500000000"] - totals["60000000"] == pytest.approx(4 * 440e6, rel=0.2)

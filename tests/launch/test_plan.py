@@ -71,7 +71,8 @@ def test_hours_are_those_of_the_recipe():
 
 def test_a_chunk_is_chosen_that_fits():
     """The chunk and "fits" are of one model: where a run chooses, what it chooses fits."""
-    overrides = ("zero_optimization.stage=2", "zero_optimization.overlap_comm=true")  # two buckets of 2 GB each
+    buckets = ("zero_optimization.overlap_comm=true", "zero_optimization.reduce_bucket_size=500000000")  # of 2 GB each
+    overrides = ("zero_optimization.stage=2", *buckets)
     found = answer(Question("ds_configs/r50_vanilla_bs4096.json", overrides, "v100-16g", 32, 4))
     assert found.fits and found.cfg.chunk == 64
 

@@ -61,6 +61,7 @@ def test_dry_run_of_the_main_recipe(monkeypatch, capsys):
         "optimizer": "LARS",
         "sharding": "zero",
         "zero_stage": 1,
+        "reduce_bucket_size": 25_000_000,
         "precision": "fp32",
         "device": "CPU",
     }
