@@ -22,9 +22,10 @@ no idea of parameters. The passes are in lars_cpu.py and, as Triton kernels, in 
 """
 
 import importlib
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -95,14 +96,54 @@ class Layout:
         return Layout(segments, list(adapts.values()), needs_norms, all_reduce if cuts else None)
 
 
-class Work(NamedTuple):
-    """Holds one segment of a parameter as flat views of equal length."""
+class Flats(NamedTuple):
+    """Holds a tensor that LARS steps on, its gradient and its velocity as 1-D views of equal length."""
 
-    number: int
-    copies: int
     parameter: Tensor
     gradient: Tensor
     velocity: Tensor
+
+
+@dataclass(eq=False)
+class Work:
+    """Lists what this rank holds of some parameters of a group; kept from step to step, because only memory moves.
+
+    Attributes:
+        segments: each with the index of its tensor in `flats`.
+        flats: the tensors; new in every step.
+        tables: what lars_cuda makes of the segments.
+    """
+
+    segments: list[tuple[int, Segment]]
+    flats: list[Flats] = field(default_factory=list)
+    tables: Any = None
+
+    def views(self) -> Iterator[tuple[Segment, Flats]]:
+        """Yield every segment with its elements of parameter, gradient and velocity."""
+        for index, segment in self.segments:
+            yield segment, Flats(*(flat[segment.start : segment.stop] for flat in self.flats[index]))
+
+
+class KeptWork(NamedTuple):
+    """Holds the work of a group's tensors that have a gradient: of the parameters that adapt, and of the others."""
+
+    layout: Layout
+    tensors: list[Tensor]
+    adapting: Work
+    others: Work
+
+    def fits(self, layout: Layout, tensors: list[Tensor]) -> bool:
+        """Return whether nothing has changed but memory; `==` would compare the tensors' elements."""
+        return self.layout is layout and [*map(id, self.tensors)] == [*map(id, tensors)]
+
+    @staticmethod
+    def of(layout: Layout, tensors: list[Tensor]) -> "KeptWork":
+        """List the segments of `tensors`."""
+        found: tuple[list[tuple[int, Segment]], ...] = ([], [])
+        for index, tensor in enumerate(tensors):
+            for segment in layout.segments[tensor]:
+                found[not layout.adapts[segment.number]].append((index, segment))
+        return KeptWork(layout, tensors, Work(found[0]), Work(found[1]))
 
 
 class Update(NamedTuple):
@@ -166,6 +207,9 @@ class LARS(torch.optim.Optimizer):
         decay_after_momentum: bool = False,
     ):
         self.adapts: dict[Tensor, bool] = {}
+        self._kept: dict[Tensor, KeptWork] = {}  # by the first tensor of a group
+        # Gradients, and what `_prepare` has made for them.
+        self._prepared: tuple[list[Tensor | None], tuple[Any, list[tuple[Work, Work]]]] | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -204,7 +248,7 @@ class LARS(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which makes a layout of its own at its first step."""
-        return {**super().__getstate__(), "adapts": self.adapts}
+        return {**super().__getstate__(), "adapts": self.adapts, "_kept": {}, "_prepared": None}
 
     @torch.no_grad()
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -219,15 +263,17 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [group for group in self.param_groups if group["params"]]
+        groups = self._groups()
         if not groups:
             return loss
-        self._check_tensors(groups)
-        if self.layout is None:
-            self.layout = Layout.of_parameters(self.adapts)
-        work = [self._work(group, self.layout) for group in groups]
+        gradients, prepared = _gradients(groups), self._prepared
+        self._prepared = None
+        # Kept gradients have ids that no others can have.
+        is_ready = prepared is not None and [*map(id, prepared[0])] == [*map(id, gradients)]
+        passes, work = prepared[1] if prepared and is_ready else self._prepare(groups)
+        del prepared
+        assert self.layout is not None
         device = local(groups[0]["params"][0]).device
-        passes = _passes(device.type)
         # ||w||^2, and ||d||^2 or ||g||^2
         sums = torch.zeros(2, len(self.layout.adapts), dtype=torch.float64, device=device)
         for group, (adapting, _) in zip(groups, work, strict=True):
@@ -237,11 +283,44 @@ class LARS(torch.optim.Optimizer):
         ):
             sums = self.layout.all_reduce(sums)
         for group, (adapting, others) in zip(groups, work, strict=True):
-            if adapting:
+            if adapting.segments:
                 passes.update(adapting, _formula(group, _trust_ratios(group, sums), group["weight_decay"]))
-            if others:  # SGD with momentum
+            if others.segments:  # SGD with momentum
                 passes.update(others, _formula(group, torch.ones_like(sums[0]), 0.0))
+            adapting.flats = others.flats = []  # the gradients' memory is free when their owner drops them
         return loss
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Do ahead of the next `step` all that needs no values, before the host waits for a norm of the gradients.
+
+        Until then, parameters, gradients and velocities may change their values, but not their memory. If `step` finds other
+        gradients or groups, or if `zero_grad` comes first, this was in vain.
+        """
+        groups = self._groups()
+        if groups:
+            passes, work = self._prepare(groups)
+            for one in itertools.chain(*work):
+                passes.prepare(one)
+            self._prepared = _gradients(groups), (passes, work)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, also those of a step that was prepared and is not made."""
+        for one in itertools.chain(*self._prepared[1][1]) if self._prepared else ():
+            one.flats = []
+        self._prepared = None
+        super().zero_grad(set_to_none)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["params"]]
+
+    def _prepare(self, groups: list[dict[str, Any]]) -> tuple[Any, list[tuple[Work, Work]]]:
+        """Return the module of the passes, and the work of every group: on parameters that adapt, and on others."""
+        self._check_tensors(groups)
+        if self.layout is None:
+            self.layout = Layout.of_parameters(self.adapts)
+        passes = _passes(local(groups[0]["params"][0]).device.type)
+        return passes, [self._work(group, self.layout) for group in groups]
 
     def _check_tensors(self, groups: list[dict[str, Any]]) -> None:
         """Raise for tensors that were not given and that no layout explains, and for types that the passes do not know."""
@@ -272,20 +351,24 @@ class LARS(torch.optim.Optimizer):
                         f"step, or build LARS again"
                     )
 
-    def _work(self, group: dict[str, Any], layout: Layout) -> tuple[list[Work], list[Work]]:
+    def _work(self, group: dict[str, Any], layout: Layout) -> tuple[Work, Work]:
         """Return what this rank holds of the group's parameters: of those that adapt, and of the others."""
-        adapting, others = [], []
-        for tensor in group["params"]:
-            if tensor.grad is None:
-                continue
+        tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+        kept = self._kept.get(group["params"][0])
+        if kept is None or not kept.fits(layout, tensors):
+            kept = self._kept[group["params"][0]] = KeptWork.of(layout, tensors)
+        flats = []
+        for tensor in tensors:
             state = self.state[tensor]
             if "mu" not in state:
                 state["mu"] = torch.zeros_like(tensor)
-            flats = _flat(local(tensor), local(tensor.grad), local(state["mu"]))
-            for number, start, stop, copies in layout.segments[tensor]:
-                work = Work(number, copies, *(flat[start:stop] for flat in flats))
-                (adapting if layout.adapts[number] else others).append(work)
-        return adapting, others
+            flats.append(_flat(local(tensor), local(tensor.grad), local(state["mu"])))
+        kept.adapting.flats = kept.others.flats = flats
+        return kept.adapting, kept.others
+
+
+def _gradients(groups: list[dict[str, Any]]) -> list[Tensor | None]:
+    return [tensor.grad for group in groups for tensor in group["params"]]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -360,9 +443,9 @@ def _cuts(parameter: Tensor) -> list[tuple[Any, int]]:
     return [(mesh, d) for d, p in enumerate(parameter.placements) if not p.is_replicate() and mesh.size(d) > 1]
 
 
-def _flat(parameter: Tensor, gradient: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _flat(parameter: Tensor, gradient: Tensor, velocity: Tensor) -> Flats:
     """Return 1-D views in the memory order of the parameter, so that channels_last weights are updated in place."""
     if not parameter.is_contiguous():
         order = sorted(range(parameter.ndim), key=parameter.stride, reverse=True)
         parameter, gradient, velocity = (t.permute(order) for t in (parameter, gradient, velocity))
-    return parameter.view(-1), gradient.reshape(-1), velocity.view(-1)
+    return Flats(parameter.view(-1), gradient.reshape(-1), velocity.view(-1))

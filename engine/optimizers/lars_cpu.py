@@ -12,14 +12,18 @@ from crossbatch.engine.optimizers.lars import Update, Work
 _CACHED = 1 << 17  # elements of a block: w, g and d in fp32 fit into a core's second-level cache
 
 
-def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
+def prepare(work: Work) -> None:
+    """Do nothing: there is no GPU to wait for."""
+
+
+def add_squares(work: Work, decay: float, sums: Tensor) -> None:
     """Add ||w||^2 to sums[0, number] and ||g + decay w||^2 to sums[1, number], over this rank's segments."""
-    if not work:
+    if not work.segments:
         return
     squares = sums.tolist()  # floats add faster than elements of a tensor
-    scratch = torch.empty(_CACHED, dtype=work[0].parameter.dtype)
-    for segment in work:
-        for w, d in zip(segment.parameter.split(_CACHED), segment.gradient.split(_CACHED), strict=True):
+    scratch = torch.empty(_CACHED, dtype=work.flats[0].parameter.dtype)
+    for segment, (parameter, gradient, _) in work.views():
+        for w, d in zip(parameter.split(_CACHED), gradient.split(_CACHED), strict=True):
             if decay:
                 d = torch.add(d, w, alpha=decay, out=scratch[: len(w)])
             squares[0][segment.number] += torch.dot(w, w).item() / segment.copies
@@ -27,17 +31,17 @@ def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
     sums.copy_(torch.tensor(squares, dtype=sums.dtype))
 
 
-def update(work: list[Work], formula: Update) -> None:
+def update(work: Work, formula: Update) -> None:
     """Update this rank's segments as `Update` describes."""
     gains = formula.gains.tolist()
-    for segment in work:
+    for segment, (parameter, gradient, velocity) in work.views():
         gain = gains[segment.number]
         if formula.late_decay:
-            segment.parameter.mul_(1 - gain * formula.late_decay)
+            parameter.mul_(1 - gain * formula.late_decay)
         torch._fused_sgd_(
-            [segment.parameter],
-            [segment.gradient],
-            [segment.velocity],
+            [parameter],
+            [gradient],
+            [velocity],
             momentum=formula.momentum,
             weight_decay=formula.decay,
             dampening=1 - gain,  # v = momentum v + (1 - dampening) (g + weight_decay w)

@@ -1,10 +1,11 @@
 """Makes the passes of LARS on a GPU, with Triton kernels over all segments, wherever they lie in memory.
 
 Segments are cut into chunks, one program each. A table on the GPU tells a program where its chunk of w, g and v lies, so
-neither the number of parameters nor the way they are stored costs a launch. The table travels from pinned memory
-beside the kernels of the backward pass; nothing is read back.
+neither the number of parameters nor the way they are stored costs a launch. The table stays on the GPU; where memory has
+moved, a new one travels from pinned memory. Nothing is read back.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,48 +20,82 @@ _CHUNK = 8192  # elements of a program: 45 million parameters are 5500 programs
 _BLOCK: Any = 1024  # elements it handles at once
 
 
-def add_squares(work: list[Work], decay: float, sums: Tensor) -> None:
+@dataclass(eq=False)
+class _Tables:
+    """Holds what is known of the segments of a `Work`.
+
+    Attributes:
+        tensors: [chunks]: index of the chunk's tensor.
+        starts: [chunks]: bytes from the start of the tensor to the chunk.
+        lengths_numbers: [2, chunks]: elements of the chunk, and number of the parameter.
+        runs: [4, segments], on the GPU: first chunk, chunks, number of the parameter, ranks that hold the same elements.
+        addresses: of parameter, gradient and velocity of every tensor, for which `chunks` was made.
+        chunks: [5, chunks], on the GPU: addresses of w, g and v, elements, number of the parameter.
+    """
+
+    tensors: np.ndarray
+    starts: np.ndarray
+    lengths_numbers: np.ndarray
+    runs: Tensor
+    addresses: list[list[int]]
+    chunks: Tensor
+
+
+def prepare(work: Work) -> None:
+    """Send the tables of `work` to the GPU."""
+    if work.segments:
+        _tables(work)
+
+
+def add_squares(work: Work, decay: float, sums: Tensor) -> None:
     """Add ||w||^2 to sums[0, number] and ||g + decay w||^2 to sums[1, number], over this rank's segments.
 
     Each number occurs at most once in `work`. The order of all additions is fixed, so equal inputs give equal bits.
     """
-    if not work:
+    if not work.segments:
         return
-    table, runs = (_to_device(array, work) for array in _tables(work))
+    tables = _tables(work)
+    table, runs = tables.chunks, tables.runs
     partial = torch.empty(2, table.shape[1], dtype=torch.float64, device=table.device)
     _squares[(table.shape[1],)](table, partial, table.shape[1], decay, BLOCK=_BLOCK)
     _finish[(runs.shape[1],)](runs, runs.shape[1], partial, table.shape[1], sums, sums.shape[1], BLOCK=_BLOCK)
 
 
-def update(work: list[Work], formula: Update) -> None:
+def update(work: Work, formula: Update) -> None:
     """Update this rank's segments as `Update` describes."""
-    if not work:
-        return
-    table, gains = _to_device(_tables(work)[0], work), formula.gains.float()
+    table, gains = _tables(work).chunks, formula.gains.float()
     _update[(table.shape[1],)](
         table, table.shape[1], gains, formula.momentum, formula.decay, formula.step, formula.late_decay, BLOCK=_BLOCK
     )
 
 
-def _tables(work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
-    """Return two tables, of the chunks and of the segments.
+def _tables(work: Work) -> _Tables:
+    """Return the tables of `work`; only where a tensor has moved is anything computed."""
+    addresses = [[flat.data_ptr() for flat in flats] for flats in work.flats]
+    tables = work.tables = work.tables or _static_tables(work)
+    if tables.addresses != addresses:
+        at = np.array(addresses, dtype=np.int64).T[:, tables.tensors] + tables.starts
+        tables.chunks = _to_device(np.concatenate((at, tables.lengths_numbers)), work)
+        tables.addresses = addresses
+    return tables
 
-    [5, chunks]: addresses of w, g and v, number of elements, number of the parameter.
-    [4, segments]: first chunk, number of chunks, number of the parameter, ranks that hold the same elements.
-    """
-    addresses = np.array([[flat.data_ptr() for flat in segment[2:]] for segment in work], dtype=np.int64).T
-    numbers, copies, lengths = np.array([(s.number, s.copies, len(s.parameter)) for s in work], dtype=np.int64).T
+
+def _static_tables(work: Work) -> _Tables:
+    """Cut the segments into chunks."""
+    rows = [(index, s.number, s.start, s.stop - s.start, s.copies) for index, s in work.segments]
+    tensors, numbers, starts, lengths, copies = np.array(rows, dtype=np.int64).T
     chunks = -(-lengths // _CHUNK)
     first = np.cumsum(chunks) - chunks
-    segment = np.repeat(np.arange(len(work)), chunks)
+    segment = np.repeat(np.arange(len(rows)), chunks)
     start = (np.arange(len(segment)) - first[segment]) * _CHUNK
     sizes = np.minimum(_CHUNK, lengths[segment] - start)
-    table = np.concatenate((addresses[:, segment] + 4 * start, [sizes, numbers[segment]]))
-    return table, np.stack((first, chunks, numbers, copies))
+    runs = _to_device(np.stack((first, chunks, numbers, copies)), work)
+    lengths_numbers = np.stack((sizes, numbers[segment]))
+    return _Tables(tensors[segment], 4 * (starts[segment] + start), lengths_numbers, runs, [], runs)
 
 
-def _to_device(table: np.ndarray, work: list[Work]) -> Tensor:
-    device, host = work[0].parameter.device, torch.from_numpy(table)
+def _to_device(table: np.ndarray, work: Work) -> Tensor:
+    device, host = work.flats[0].parameter.device, torch.from_numpy(table)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 

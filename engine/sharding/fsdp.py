@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from crossbatch.engine.optimizers.lars import local
+from crossbatch.engine.optimizers.lars import LARS, local
 from crossbatch.engine.sharding.backend import (
     Backend,
     FlatSlice,
@@ -76,6 +76,8 @@ class FsdpBackend(Backend):
         square = torch.stack(torch._foreach_norm(gradients)).square().sum()
         if self._sharded:
             dist.all_reduce(square)  # one for all; the norm of a DTensor would take one per parameter
+        if isinstance(self.optimizer, LARS):
+            self.optimizer.prepare()  # before the host waits
         norm = math.sqrt(square.item()) / scale
         if math.isfinite(norm):
             factor = min(1.0, self._clip / (norm + 1e-6)) / scale if self._clip else 1 / scale

@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossbatch.engine.optimizers import LARS
 from tests.engine.test_equivalence import LARS as LARS_CONFIG
@@ -109,3 +110,48 @@ def test_one_all_reduce_a_step(tmp_path, pools, ranks, backend, adapting, others
     each = 0 if ranks == 1 or backend == zero(0) else 1
     for calls in pools(ranks).run(collectives, backend, str(tmp_path)):
         assert sorted(calls) == sorted([(True, each, each)] * 3 * adapting + [(False, 0, 0)] * 3 * others)
+
+
+def order_of_a_step(overrides: list[str], out: str) -> list[str]:
+    """What happens in `Backend.step`: LARS prepares, the host reads the norm, LARS steps."""
+    from crossbatch.engine.sharding.fsdp import FsdpBackend
+    from crossbatch.engine.sharding.zero import ZeroBackend
+
+    events, inside = [], []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default and not inside:
+                events.append("read")
+            return func(*args, **(kwargs or {}))
+
+    def logged(name):
+        original = getattr(LARS, name)
+
+        def call(self, *args):
+            events.append(name)
+            inside.append(name)  # the passes of a CPU read their sums
+            original(self, *args)
+            inside.pop()
+
+        return mock.patch.object(LARS, name, call)
+
+    def watched(backend):
+        original = backend.step
+
+        def step(self, scale):
+            events.append("|")
+            with Reads():
+                return original(self, scale)
+
+        return mock.patch.object(backend, "step", step)
+
+    with logged("prepare"), logged("step"), watched(FsdpBackend), watched(ZeroBackend):
+        train([*VIT, *LARS_CONFIG, *overrides], out, 2)
+    return events
+
+
+@pytest.mark.parametrize("backend", [zero(0), fsdp(0), fsdp(3)])
+def test_lars_prepares_before_the_host_waits_for_the_norm(tmp_path, pools, backend):
+    for events in pools(2).run(order_of_a_step, backend, str(tmp_path)):
+        assert events == ["|", "prepare", "read", "step"] * 2

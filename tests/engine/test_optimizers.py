@@ -1,5 +1,7 @@
 """LARS against its formulas in float64, whole and cut, on both devices' passes; and who decays and adapts."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -132,6 +134,80 @@ def test_a_flat_tensor_cut_through_parameters(passes, monkeypatch):
     torch.testing.assert_close(flats[0][:9], a.data.view(-1))
     torch.testing.assert_close(torch.cat((flats[0][9:-7], flats[1])), b.data.view(-1))
     assert flats[0][-7:].tolist() == [5.0] * 7
+
+
+def test_the_tables_of_the_kernels_follow_the_memory(monkeypatch):
+    """What is kept from step to step is neither a gradient nor an address that has become another's."""
+    monkeypatch.setattr(lars, "_passes", lambda _: lars_cuda)
+    torch.manual_seed(0)
+    start, both = [torch.randn(shape) for shape in SHAPES], []
+    for moves in (False, True):
+        torch.manual_seed(1)
+        parameters = [torch.nn.Parameter(w.clone()) for w in start]
+        optimizer = LARS(parameters, lr=0.5, weight_decay=WD, trust_coefficient=TC)
+        for step in range(4):
+            for i, p in enumerate(parameters):
+                gradient = torch.randn_like(p)
+                if moves or p.grad is None:
+                    p.grad = gradient
+                else:
+                    p.grad.copy_(gradient)
+                if moves and step == 2:
+                    p.data = p.data.clone()
+                    optimizer.state[p]["mu"] = optimizer.state[p]["mu"].clone()
+                if step == 3 and i == 0:
+                    p.grad = None
+            optimizer.step()
+        gradient = weakref.ref(parameters[1].grad)
+        optimizer.zero_grad()
+        assert gradient() is None
+        both.append([p.detach() for p in parameters])
+    for stays, moved in zip(*both, strict=True):
+        assert torch.equal(stays, moved)
+
+
+def test_a_step_computes_the_tables_of_its_segments_once(monkeypatch):
+    """4 ms of Python a step, while the GPU has nothing to do, came from making them anew for each pass of every step."""
+    monkeypatch.setattr(lars, "_passes", lambda _: lars_cuda)
+    made = []
+    monkeypatch.setattr(lars_cuda, "_to_device", lambda table, _: made.append(table.shape) or torch.from_numpy(table))
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    optimizer = LARS(parameters, lr=0.5)
+    for step in range(3):
+        for p in parameters:
+            p.grad = torch.ones_like(p) if p.grad is None or step == 2 else p.grad
+        before = len(made)
+        optimizer.step()
+        # Of the two kinds of parameters: chunks and runs; nothing where nothing has moved; chunks where gradients have.
+        assert len(made) - before == [4, 0, 2][step]
+
+
+@pytest.mark.parametrize("passes", [lars_cpu, lars_cuda], ids=["cpu", "cuda"])
+def test_a_prepared_step_is_the_same_and_never_one_with_old_gradients(passes, monkeypatch):
+    monkeypatch.setattr(lars, "_passes", lambda _: passes)
+    torch.manual_seed(0)
+    start, gradients, results = [torch.randn(s) for s in SHAPES], [torch.randn(s) for s in SHAPES], []
+    for way in ("plain", "prepared", "other gradients", "cleared"):
+        parameters = [torch.nn.Parameter(w.clone()) for w in start]
+        optimizer = LARS(parameters, lr=0.5, weight_decay=WD, trust_coefficient=TC)
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = 2 * g if way == "prepared" else g.clone()
+        if way != "plain":
+            optimizer.prepare()
+        if way == "prepared":  # the norm's factor comes in between
+            torch._foreach_mul_([p.grad for p in parameters], 0.5)  # pyright: ignore
+        if way == "cleared":
+            gradient = weakref.ref(parameters[0].grad)
+            optimizer.zero_grad()
+            assert gradient() is None
+        if way in ("other gradients", "cleared"):
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g.clone()
+        optimizer.step()
+        results.append([p.detach() for p in parameters])
+    for other in results[1:]:
+        for want, got in zip(results[0], other, strict=True):
+            assert torch.equal(want, got)
 
 
 def test_lars_leaves_parameters_without_gradient_alone():
