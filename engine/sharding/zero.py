@@ -56,6 +56,8 @@ class ZeroBackend(Backend):
         )
         self.model = model
         self._layout = ZeroLayout(self.engine, self._trainable().values())
+        if self.stage > 0 and "offload_optimizer" not in config["zero_optimization"]:
+            self._compute_norms_at_once()
         if isinstance(optimizer, LARS):
             lars_for_zero(self.engine)
 
@@ -80,7 +82,10 @@ class ZeroBackend(Backend):
     def step(self, scale: float) -> float:
         if self.stage == 0:  # DeepSpeed neither scales nor computes a norm there
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = float(nn.utils.get_total_norm(gradients)) / scale
+            total = nn.utils.get_total_norm(gradients)
+            if isinstance(self.optimizer, LARS):
+                self.optimizer.prepare()  # before the host waits
+            norm = float(total) / scale
             if not math.isfinite(norm):
                 self.optimizer.zero_grad()
                 return norm
@@ -89,9 +94,14 @@ class ZeroBackend(Backend):
             self.engine.step()
             return norm
         self.engine.step()  # divides the scale out, and skips the update itself
+        self._layout.let_gathers_wait()
         norm = self.engine.get_global_grad_norm()
         assert norm is not None
-        return float(norm)
+        return float(norm)  # without waiting for the update: it lies in host memory, see `group_norms`
+
+    def update_momentum(self, momentum: float) -> None:
+        super().update_momentum(momentum)
+        self._layout.let_gathers_wait()
 
     def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.ds_tensor if self.stage == 3 else parameter.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -116,6 +126,28 @@ class ZeroBackend(Backend):
                 source = self.local_parameter(parameter).view(-1)[0 if self.stage == 3 else start :]
                 flat.data.view(-1)[flat_start:][:numel].copy_(source[:numel])
         set_step_count(self._layout.stepping, updates)
+        self._layout.let_gathers_wait()
+
+    def _compute_norms_at_once(self) -> None:
+        """Let DeepSpeed take its gradient norm from `group_norms`."""
+        optimizer = self.optimizer
+
+        def norms() -> list[torch.Tensor]:
+            if self.stage == 3:
+                return group_norms([*optimizer.averaged_gradients.values()], torch.float64, self._layout.all_reduce)
+            groups = [
+                # Padding stands between the gradients of parameters, or behind them.
+                [g for g, _ in zip((g for g in group if not getattr(g, "_zero_padding", False)), held, strict=False)]
+                for group, held in zip(
+                    optimizer.averaged_gradients.values(), optimizer.params_in_partition, strict=True
+                )
+            ]
+            return group_norms(groups, torch.float32, self._layout.all_reduce)
+
+        if self.stage == 3:
+            optimizer._get_norm_groups = norms
+        else:
+            optimizer.scaled_global_norm = lambda: torch.linalg.vector_norm(torch.stack(norms()))
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -129,6 +161,27 @@ class ZeroBackend(Backend):
                 slices[key].append(FlatSlice(start, state[key].view(-1)[flat_start:][:numel]))
         shape, replicated = original_shape(parameter), self._layout.replicated
         return {key: LocalShards(shape, found, replicated) for key, found in slices.items()}
+
+
+def group_norms(
+    groups: list[list[torch.Tensor]], dtype: torch.dtype, all_reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the norm of the gradients of each group over all ranks, in host memory.
+
+    The bits are those of DeepSpeed's own loops (on a CPU), which cast every gradient to fp64 in a call of its own, send every
+    group alone, and leave the norm on the GPU, where reading it again after the step would wait for update and all-gather.
+
+    Args:
+        groups: this rank's parts of the gradients of each group.
+        dtype: in which the sum of squares of a group travels, fp32 in stages 1 and 2, fp64 in stage 3.
+        all_reduce: returns the sum over ranks.
+    """
+    gradients = [gradient for group in groups for gradient in group]
+    squares = torch.zeros(0, dtype=torch.float64)  # of a rank that holds padding only
+    if gradients:
+        squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square()
+    sums = torch.stack([part.sum() for part in squares.split([len(group) for group in groups])])
+    return [*all_reduce(sums.to(dtype)).sqrt().cpu()]
 
 
 def _is_relevant(record: logging.LogRecord) -> bool:

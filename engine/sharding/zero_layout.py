@@ -58,6 +58,7 @@ class ZeroLayout:
         self._group = getattr(self._optimizer, "dp_process_group", None)
         self.replicated = self.stage == 0 or dist.get_world_size(self._group) == 1
         _refuse_unknown_engine(engine, self)
+        self._gathers = self._gather_stream()
         self._check_tables(list(parameters))
 
     def flats(self) -> list[Tensor]:
@@ -99,6 +100,29 @@ class ZeroLayout:
         total = sums.to(self._device)
         dist.all_reduce(total, group=self._group)
         return total.to(sums.device)
+
+    def let_gathers_wait(self) -> None:
+        """Let DeepSpeed's next gathers of parameters wait for what this stream has written into the shards of stage 3.
+
+        DeepSpeed gathers on a stream of its own, which waits for nobody; its own steps are safe only because it gathers small
+        parameters behind them, in a call that waits for the whole GPU, and we leave no parameters gathered.
+        """
+        if self._gathers is not None:
+            self._gathers.wait_stream(torch.cuda.current_stream())
+
+    def _gather_stream(self) -> Any:
+        """Return the stream on which DeepSpeed gathers parameters; None below stage 3 and on a CPU."""
+        if self.stage < 3:
+            return None
+        try:
+            return (
+                self._optimizer.parameter_offload.param_coordinator._PartitionedParameterCoordinator__allgather_stream
+            )
+        except AttributeError:
+            raise RuntimeError(
+                f"DeepSpeed {_version()} gathers parameters on a stream that crossbatch does not know; use another version of "
+                f"it, zero_optimization.stage 0 to 2, or FSDP2"
+            ) from None
 
     def lars_layout(self, adapts: dict[Tensor, bool]) -> Layout | None:
         """Return the layout for a LARS that was given the parameters in `adapts`; None where it steps on those themselves."""
