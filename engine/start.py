@@ -55,6 +55,9 @@ def build_trainer(
     state = TrainState(task, device, on_main(lambda: _open_run_directory(out, resume)), allow_change)
     resumed = state.build(cfg.chunk)
     notes = [*cfg.choices, *task.on_start(state.step, resumed, state.allow_change)]
+    if device.type == "cuda":
+        timed = "the fastest for each shape, timed where it first occurs (cudnn.benchmark)"
+        notes.append(f"convolutions: {timed if torch.backends.cudnn.benchmark else 'deterministic, as configured'}")
     first_step = state.step.progress.step
     last_step = state.total_steps if stop_after is None else min(state.total_steps, stop_after)
     if profile_steps:

@@ -15,7 +15,10 @@ from crossbatch.engine.memory_model import GIB, StepMemory
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import World, broadcast_object
 
-MARGIN = 0.85  # of what is free; the rest is for fragmentation and workspaces
+# Of what is free. The rest is for fragmentation and for cuDNN's workspaces, of which there is one at a time. Where it times its
+# algorithms (`cudnn.benchmark`), torch offers them the largest free block, half of it where that is not to be had, and frees it
+# afterwards; an algorithm whose workspace finds no room in a later step is chosen anew. So a lack of room costs speed, no step.
+MARGIN = 0.85
 
 
 def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, cache: Path) -> tuple[int, str]:

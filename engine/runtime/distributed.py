@@ -68,6 +68,8 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Before anything is measured: a step's shapes never change, so timing them once pays.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it even in a world of one
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     if device.type == "cpu":
@@ -135,7 +137,6 @@ def make_deterministic() -> None:
     """Make torch give the same bits for the same inputs, or an error where it cannot; call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:

@@ -1,8 +1,11 @@
 """Ranks that are started again find each other, and not those that died."""
 
+import os
 import threading
+from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from crossbatch import InputError
@@ -49,3 +52,20 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
 
 def test_one_rank_waits_for_nobody():
     assert not unused(dist.HashStore(), World(0, 1, 0, 1)).check(["anything"])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_times_its_algorithms_from_the_start_unless_the_run_is_deterministic(monkeypatch, deterministic):
+    seen = []
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(torch.cuda, "set_device"),
+        mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: deterministic),
+        mock.patch.object(dist, "init_process_group", lambda *_, **__: seen.append(torch.backends.cudnn.benchmark)),
+        mock.patch.object(dist, "destroy_process_group"),
+        process_group(World(0, 1, 0, 1), "cuda") as device,
+    ):
+        seen.append(torch.backends.cudnn.benchmark)
+    assert device.type == "cuda" and seen == [not deterministic] * 2
