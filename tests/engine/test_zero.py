@@ -1,6 +1,7 @@
 """What we ask of DeepSpeed's insides: one gradient norm, read once, and gathers that wait for what was written."""
 
 import contextlib
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.small_runs import BASE, LARS, VIT, pretrainer, zero
+from tests.small_runs import BASE, LARS, VIT, losses, pretrainer, train, zero
 
 NUM_GRADIENTS = 180
 
@@ -52,7 +53,8 @@ def norms_both_ways(overrides: list[str], out: str) -> list[tuple[list, list]]:
 
     cfg = resolve(load_config(None, [*BASE, *VIT, *LARS, *overrides]), dist.get_world_size(), Device("cpu"))
     trainer = pretrainer(cfg, out, "none", 2)
-    backend, found = trainer.state.step.backend, []
+    backend: Any = trainer.state.step.backend
+    found = []
     optimizer, name = backend.optimizer, "_get_norm_groups" if backend.stage == 3 else "scaled_global_norm"
     ours = getattr(optimizer, name)
 
@@ -84,7 +86,8 @@ def events_of_stage_3(out: str) -> list[str]:
 
     cfg = resolve(load_config(None, [*BASE, *VIT, *LARS, *zero(3)]), dist.get_world_size(), Device("cpu"))
     trainer = pretrainer(cfg, out, "none", 2)
-    backend, events = trainer.state.step.backend, []
+    backend: Any = trainer.state.step.backend
+    events: list[str] = []
     gathers = mock.Mock()  # stands for DeepSpeed's stream; there are none on a CPU
     gathers.wait_stream = lambda stream: events.append(f"wait for {stream}")
     coordinator = backend.optimizer.parameter_offload.param_coordinator
@@ -120,5 +123,17 @@ def test_stage_3_gathers_only_after_the_shards_are_written(tmp_path, pools):
     for events in pools(2).run(events_of_stage_3, str(tmp_path)):
         text = " ".join(events)
         assert events.count("write") >= 2 * 2 + 1 and events[0] == "gather" and events[-1] == "gather"
+        assert events.count("wait for compute") == 2 * 2 + 1  # optimizer, moving average; and what was loaded
         for written in text.split("write ")[1:]:
             assert "gather" not in written.split("wait for compute")[0], text
+
+
+@pytest.mark.parametrize(
+    "overrides", [zero(1), [*zero(1), "train_micro_batch_size_per_gpu=2"], zero(2)], ids=["1", "1-chunks", "2"]
+)
+def test_gradients_reduced_in_the_backward_pass_are_the_same(tmp_path, pools, overrides):
+    """As the recipes of batch 4096 do it, in several buckets."""
+    overlap = ["zero_optimization.overlap_comm=true", "zero_optimization.reduce_bucket_size=5000"]
+    for name, more in (("behind", []), ("during", overlap)):
+        pools(2).run(train, [*VIT, *LARS, *overrides, *more], str(tmp_path / name), 4)
+    assert losses(tmp_path / "during") == losses(tmp_path / "behind")
