@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from crossbatch import InputError
+from crossbatch.engine.runtime.gpu_check import check_gpus
 from crossbatch.launch.arguments import positive
 
 _RUN_ID = "crossbatch-legacy-launch"  # by which a rank knows that one of these commands has started it
@@ -92,6 +93,8 @@ def _asked(given: argparse.Namespace) -> _Asked | None:
     if os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID:
         return None
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "gloo":
+        check_gpus()  # says what is wrong with the GPU, where the next line would refuse nccl
     if given.dist_backend not in (None, backend):
         raise InputError(f"--dist-backend: given {given.dist_backend}; allowed here: {backend}; leave it out")
     numbers = ("world_size", "rank", "gpu", "nproc_per_node")

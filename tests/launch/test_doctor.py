@@ -23,11 +23,19 @@ def old_driver(monkeypatch):
         monkeypatch.setattr(module, "driver_cuda", lambda: (12, 2))
 
 
-@pytest.mark.parametrize("command", [pretrain, finetune, linear, knn], ids=lambda command: command.__name__)
-def test_an_unusable_gpu_stops_a_command_before_it_writes(old_driver, monkeypatch, capsys, tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (pretrain, []),
+        (pretrain, ["--multiprocessing-distributed", "--dist-backend", "nccl"]),
+        (finetune, ["--checkpoint", "resnet50.pth"]),
+        (linear, ["--checkpoint", "resnet50.pth"]),
+        (knn, ["--checkpoint", "resnet50.pth"]),
+    ],
+)
+def test_an_unusable_gpu_stops_a_command_before_it_writes(old_driver, monkeypatch, capsys, tmp_path, command, flags):
     out = tmp_path / "run"
-    checkpoint = [] if command is pretrain else ["--checkpoint", "resnet50.pth"]
-    monkeypatch.setattr(sys, "argv", ["command", "--out", str(out), "--data", "shapes://", *checkpoint])
+    monkeypatch.setattr(sys, "argv", ["command", "--out", str(out), "--data", "shapes://", *flags])
     with pytest.raises(SystemExit) as stop:
         run_main(command.main)
     assert stop.value.code == 2 and not out.exists()

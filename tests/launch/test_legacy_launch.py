@@ -186,6 +186,7 @@ NODES = ["--multiprocessing-distributed", "--dist-url", "tcp://node0:29500"]
 def test_a_dry_run_counts_them(monkeypatch, capsys, flags, gpus, ranks):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # it may ask `device_count`
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # nor is it a GPU that torch fails to see
     assert call(monkeypatch, "--dry-run", "-b", "32", *flags) == 0
     assert json.loads(capsys.readouterr().out)["world_size"] == ranks
 
