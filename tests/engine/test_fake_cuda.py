@@ -71,9 +71,11 @@ class Watch(TorchDispatchMode):
 
     def launch(self, kernel, *args, grid, warmup, **constants):
         """Stand for `JITFunction.run`, which launches a kernel."""
-        assert all(arg.is_cuda for arg in args if isinstance(arg, torch.Tensor)), f"{kernel.__name__} got a CPU tensor"
-        assert all(size >= 1 for size in grid), f"{kernel.__name__} has a grid of {grid}"
-        self.launches[kernel.__name__] += 1
+        assert all(arg.is_cuda for arg in args if isinstance(arg, torch.Tensor)), (
+            f"{kernel.fn.__name__} got a CPU tensor"
+        )
+        assert all(size >= 1 for size in grid), f"{kernel.fn.__name__} has a grid of {grid}"
+        self.launches[kernel.fn.__name__] += 1
 
     def _look_for_waiting(self, name, tensors, kwargs) -> None:
         waits = False
@@ -107,7 +109,7 @@ class Watch(TorchDispatchMode):
         if name == "batch_norm_update_stats":
             return torch.empty_like(args[1]), torch.empty_like(args[1])
         if name == "batch_norm_backward_elemt":
-            return torch.empty_like(args[0])
+            return kwargs.get("out", torch.empty_like(args[0]))
         if name == "native_batch_norm" and "out" in kwargs:
             return kwargs["out"], args[1], args[2]
         out = func(*args, **kwargs)
@@ -221,6 +223,7 @@ def a_gpu(capability: tuple[int, int]):
 
 def step(recipe: str, chunks: int, capability: tuple[int, int], *overrides: str) -> Watch:
     """Make one step of 16 images of 64 px, and return what was watched."""
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     overrides = (
@@ -244,7 +247,9 @@ def step(recipe: str, chunks: int, capability: tuple[int, int], *overrides: str)
             parameters.normalize(views[0].to(GPU))  # which keeps two constants on the GPU
             train.backend.local_optimizer_state()  # which the first step would make
         watch = Watch(fake, dtype, channels_last="resnet" in cfg.crossbatch.model.arch)
-        with watch, mock.patch.object(JITFunction, "run", lambda *args, **kwargs: watch.launch(*args, **kwargs)):
+        with watch, contextlib.ExitStack() as patches:
+            for kind in (JITFunction, InterpretedFunction):
+                patches.enter_context(mock.patch.object(kind, "run", lambda *args, **more: watch.launch(*args, **more)))
             result = train(views)
     output = result.output
     assert {value.dtype for value in (output.loss, *output.terms.values(), *output.signals.values())} == {torch.float32}
@@ -252,8 +257,8 @@ def step(recipe: str, chunks: int, capability: tuple[int, int], *overrides: str)
     return watch
 
 
-# Launches of a step as they are, with a margin of 2 %: lower a number with every kernel that is saved.
-LAUNCHES = {("bs4096", 1): 0, ("bs4096", 4): 0, ("vits_bs4096", 1): 0, ("vits_bs4096", 4): 0}
+# Launches of a step as they are: lower a number with every kernel that is saved.
+LAUNCHES = {("bs4096", 1): 4917, ("bs4096", 4): 19309, ("vits_bs4096", 1): 1815, ("vits_bs4096", 4): 5690}
 
 
 @pytest.mark.parametrize(("recipe", "chunks"), LAUNCHES)
