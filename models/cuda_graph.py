@@ -10,7 +10,7 @@ them) then fail, at random. The engine closes its loader first.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def capture(parts: Sequence[nn.Module], samples: Sequence[tuple[Tensor, Tensor]]
         graphs = torch.cuda.make_graphed_callables(tuple(parts), copies, **options)
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
-    return tuple(_once_a_step(graph, part) for graph, part in zip(graphs, parts, strict=True))
+    return tuple(_once_a_step(graph, part) for graph, part in zip(cast(tuple[Part, ...], graphs), parts, strict=True))
 
 
 def _once_a_step(graph: Part, part: nn.Module) -> Part:

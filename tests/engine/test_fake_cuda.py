@@ -10,6 +10,7 @@ import contextlib
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from crossbatch.data.augment import parameters
 from crossbatch.engine.config import Device, load_config, resolve
@@ -57,14 +59,12 @@ class Watch(TorchDispatchMode):
             with self:
                 return INNER[name](*args, **kwargs)
         name = name.removeprefix("aten::")
-        tensors = [arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, torch.Tensor)]
+        tensors = [arg for arg in tree_leaves((args, kwargs)) if isinstance(arg, torch.Tensor)]
         self._look_for_waiting(name, tensors, kwargs)
         if name in PRODUCTS:
             self._check_product(name, args)
         out = self._run(name, func, args, kwargs)
-        on_gpu = any(
-            t.is_cuda for t in [*tensors, *torch.utils._pytree.tree_leaves(out)] if isinstance(t, torch.Tensor)
-        )
+        on_gpu = any(t.is_cuda for t in [*tensors, *tree_leaves(out)] if isinstance(t, torch.Tensor))
         if on_gpu and not is_view(func) and name not in NO_KERNEL and "::" not in name:
             self.launches[name] += 1
         return out
@@ -115,7 +115,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         if name.startswith("convolution") and args[0].is_contiguous(memory_format=torch.channels_last):
             # As cuDNN does; the fake takes the backend of a machine without a driver.
-            out = torch.utils._pytree.tree_map_only(torch.Tensor, _channels_last, out)
+            out = tree_map_only(torch.Tensor, _channels_last, out)
         return out
 
 
@@ -144,8 +144,8 @@ def backward(loss: torch.Tensor) -> None:
     """Do what `Tensor.backward` does; torch's own engine asks a driver for streams, even with fake tensors."""
     assert loss.grad_fn is not None
     waiting_for: collections.Counter[object] = collections.Counter()
-    found = {loss.grad_fn}
-    stack = [loss.grad_fn]
+    found: set[Any] = {loss.grad_fn}
+    stack: list[Any] = [loss.grad_fn]
     while stack:
         for node, _ in stack.pop().next_functions:
             if node is not None:
@@ -155,7 +155,7 @@ def backward(loss: torch.Tensor) -> None:
                     stack.append(node)
     gradients: dict = collections.defaultdict(dict)
     gradients[loss.grad_fn][loss.output_nr] = torch.ones_like(loss)
-    ready = [loss.grad_fn]
+    ready: list[Any] = [loss.grad_fn]
     while ready:
         node = ready.pop()
         given = gradients.pop(node, {})
