@@ -11,8 +11,9 @@ CUDA ?= $(or $(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-cuda1
 pretrain: install  ## the quickstart: generates small images, pretrains on them, shows what was learned
 	$(BIN)/python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
 
-test: install  ## the tests
+test: install  ## the tests, Triton kernels interpreted; where there is a GPU, then those that need one, with compiled kernels
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	test ! -e /dev/nvidiactl || $(BIN)/python -m pytest -m gpu
 
 test-all: install  ## with every combination of ranks, backend, optimizer and model, and runs killed twenty times (more than an hour on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''

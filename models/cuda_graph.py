@@ -10,7 +10,7 @@ them) then fail, at random. The engine closes its loader first.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ def capture(parts: Sequence[nn.Module], samples: Sequence[tuple[Tensor, Tensor]]
     before = [buffer.clone() for buffer in buffers]
     copies = tuple((x.detach().clone().requires_grad_(x.requires_grad), seeds.clone()) for x, seeds in samples)
     known = inspect.signature(torch.cuda.make_graphed_callables).parameters
+    # The graphs keep nodes of autograd that belong to the stream of the capture, of which torch would warn in a backward pass.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     # Without its cache, since weights that autocast remembers as bf16 would be those of this step.
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     with torch.autocast(device, dtype, enabled, cache_enabled=False):
@@ -38,9 +40,7 @@ def capture(parts: Sequence[nn.Module], samples: Sequence[tuple[Tensor, Tensor]]
         graphs = torch.cuda.make_graphed_callables(tuple(parts), copies, **options)
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
-    # The graphs keep nodes of autograd that belong to the stream of the capture. torch would warn in each backward pass.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    return tuple(_once_a_step(graph, part) for graph, part in zip(graphs, parts, strict=True))
+    return tuple(_once_a_step(graph, part) for graph, part in zip(cast(tuple[Part, ...], graphs), parts, strict=True))
 
 
 def _once_a_step(graph: Part, part: nn.Module) -> Part:

@@ -109,8 +109,8 @@ class MoCo(ShardableModel):
         batchformer_kernel: `kernel` of `BatchFormer`.
         batchformer_mode: "trained": one module for both encoders, trained through the queries. "released": the same module,
             frozen at its initialisation, as the released BatchFormer code behaves. "ema": the keys use a moving average.
-        cuda_graph: run what follows the backbone as a CUDA graph, see `crossbatch.models.cuda_graph`: one backward pass
-            a step, with `zero_grad()` after it, and no other thread that allocates on the GPU during the first step.
+        cuda_graph: run what follows the backbone as a CUDA graph; see `crossbatch.models.cuda_graph`. It takes one backward
+            pass a step, with `zero_grad()` after it, and no other thread that allocates on the GPU during the first step.
         process_group: ranks that hold the global batch; None means all ranks, or this process alone without
             torch.distributed.
         backbone_options: image_size, stem, stop_grad_conv1, backbone_args of `build_backbone`, with a name only.

@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> None:
         compiler = Compiler(capability)
         with mock.patch.object(JITFunction, "run", lambda *args, c=compiler, **more: c.run(*args, **more)):
             if planted:
-                too_much_shared_memory[(1,)](torch.zeros(1), SIZE=1 << 17, num_warps=32)
+                too_much_shared_memory[(1,)](torch.zeros(1), SIZE=1 << 17, num_warps=32)  # pyright: ignore[reportCallIssue]
             sixteen_bits = (torch.float16, torch.bfloat16) if capability >= 80 else (torch.float16,)
             batchformer(sixteen_bits[-1], WIDTHS[0], GROUPS[0], 0.5)
             optimizer()
