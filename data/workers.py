@@ -150,7 +150,11 @@ def prefetched(
     def deliver(computed: Future[Item]) -> tuple[Item, torch.cuda.Event | None]:
         with torch.cuda.stream(stream):
             item = bring(computed.result())
-            return item, None if stream is None else stream.record_event()
+        if stream is None:
+            return item, None
+        ready = torch.cuda.Event()
+        ready.record(stream)
+        return item, ready
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="batches", **start)
     try:
@@ -176,8 +180,8 @@ def start_method() -> str:
     communicating = torch.distributed.is_available() and torch.distributed.is_initialized()
     threads = torch.cuda.is_initialized() or communicating or "nvidia.dali" in sys.modules
     if threads or sys.version_info >= (3, 12):
-        # Preloaded, torch and OpenCV are imported once, in the server, and not again in every worker.
-        modules = ["crossbatch.data.worker_batches", "crossbatch.data.augment.opencv"]
+        # Preloaded, these are imported and held once, by the server, and not by every worker again.
+        modules = ["crossbatch.data.worker_batches", "crossbatch.data.augment.opencv", "torchvision.transforms"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
         return "forkserver"
     return "fork"

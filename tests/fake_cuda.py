@@ -7,7 +7,7 @@ is in there only if somebody made one wait for the other.
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,7 +20,7 @@ class OnGpu(torch.Tensor):
     is_cuda = True  # pyright: ignore[reportAssignmentType]
     is_cpu = False  # pyright: ignore[reportAssignmentType]
 
-    def record_stream(self, s) -> None:
+    def record_stream(self, s: Any) -> None:
         OnGpu.recorded.add((self.data_ptr(), s.name))
 
 
@@ -30,11 +30,8 @@ def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 
 class FakeStream:
     def __init__(self, device=None, name: str = "side"):
-        self.device, self.name, self.seen = (
-            torch.device("cuda", torch.device(device or "cuda:3").index or 0),
-            name,
-            set(),
-        )
+        self.device = torch.device("cuda", torch.device(device or "cuda").index or 0)
+        self.name, self.seen = name, set()
 
     def wait_event(self, event: "FakeEvent") -> None:
         self.seen |= event.seen
@@ -42,20 +39,16 @@ class FakeStream:
     def wait_stream(self, other: "FakeStream") -> None:
         self.seen |= other.seen
 
-    def record_event(self, event: "FakeEvent | None" = None) -> "FakeEvent":
-        event = event or FakeEvent()
-        event.seen, event.device = set(self.seen), self.device
-        return event
-
 
 class FakeEvent:
     """`elapsed_time` is the number of launches that the stream learned of between two events."""
 
     def __init__(self, enable_timing: bool = False):
-        self.timed, self.seen, self.device, self.waited_for = enable_timing, set(), None, False
+        self.timed, self.waited_for = enable_timing, False
 
-    def record(self, stream: FakeStream | None = None) -> None:
-        (stream or torch.cuda.current_stream()).record_event(self)  # pyright: ignore[reportArgumentType]
+    def record(self, stream: Any = None) -> None:
+        stream = stream or torch.cuda.current_stream()
+        self.seen, self.device = set(stream.seen), stream.device
 
     def synchronize(self) -> None:
         self.waited_for = True

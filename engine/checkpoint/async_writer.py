@@ -156,7 +156,8 @@ class AsyncCheckpointWriter:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             torch._foreach_copy_(host, sources, non_blocking=True)
-            self._copied, self._wait = self._stream.record_event(), None
+        self._copied, self._wait = torch.cuda.Event(), None
+        self._copied.record(self._stream)
         for values in sources:
             if values.is_cuda:
                 values.record_stream(self._stream)  # whoever frees it meanwhile, as a step out of memory does

@@ -9,6 +9,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -484,7 +485,7 @@ class Noted:
 def test_workers_of_a_server_hold_large_arrays_once(monkeypatch):
     monkeypatch.setattr(stream, "start_method", lambda: "forkserver")
     dataset = Noted()
-    pool = stream.WorkerPool(dataset, range(4), 2, 2)
+    pool: Any = stream.WorkerPool(dataset, range(4), 2, 2)
     assert [small for _, small in pool] == [[0, 1, 2]] * 4
     pool.restart(range(2))
     assert [seen for seen, _ in pool] == [4, 4]  # what the other worker wrote, too
