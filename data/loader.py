@@ -14,7 +14,7 @@ Nothing in a batch depends on the number of workers, on timing or on what was re
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -42,7 +42,7 @@ class SkipLimitExceeded(RuntimeError):
 class Batch:
     """Holds one rank's n images of one step, in v views each."""
 
-    views: torch.Tensor  # uint8 [v, n, 3, H, W], channels last; on the GPU with DALI, else pinned where there is one
+    views: torch.Tensor  # uint8 [v, n, 3, H, W], channels last; on the loader's device, pinned in host memory
     labels: torch.Tensor | None  # int64 [n], of the images in `views`, on the CPU; None if the source has no labels
     indices: np.ndarray  # int64 [n], of the images in `views`: where one was broken, of the one that replaces it
     skipped: list[str]  # names of the broken images found in this batch
@@ -73,8 +73,8 @@ class TrainLoader:
         max_skipped_fraction: the largest share of broken images among those read so far, 0 to 1.
         backend: what decodes and augments: "dali" (NVIDIA DALI, on the GPU if `device` is one), "opencv", "torchvision" (PIL,
             the reference), or "auto": DALI where it is installed and `device` is a GPU, else OpenCV.
-        device: where the training runs; DALI makes the views there, and on a CPU if it is None. Other backends leave them
-            in the CPU's memory, pinned if there is a GPU.
+        device: where the training runs and the views arrive: DALI makes them there, other backends copy them from pinned
+            memory while the step before is computed. If it is None they stay in host memory, pinned where there is a GPU.
 
     Raises:
         TypeError: `source` is no `Source`.
@@ -182,9 +182,9 @@ class TrainLoader:
             self._start(epoch, step)
         assert self._batches is not None
         self._position = None  # if this raises, the stream is not where it says
-        batch, broken = next(self._batches)
+        batch, broken = self._on_device(next(self._batches))  # nothing is left to copy if there is a thread
         if batch.views.is_cuda:
-            batch.views.record_stream(torch.cuda.current_stream())  # it was made on the stream of another thread
+            batch.views.record_stream(torch.cuda.current_stream(self._device))  # its memory is that of another stream
         self._check_skip_limit(self.sampler.local_batch, broken)
         self._position = self._next_position(epoch, step)
         return batch
@@ -203,7 +203,12 @@ class TrainLoader:
             dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend)
             self._worker_batches = WorkerPool(dataset, keys, self._workers, max(2, ahead))
         batches = self._collate(self._worker_batches)
-        self._batches = prefetched(batches, self._device) if self._workers or self._backend == "dali" else batches
+        in_thread = self._workers or self._backend == "dali"
+        self._batches = prefetched(batches, self._on_device, self._device) if in_thread else batches
+
+    def _on_device(self, collated: tuple[Batch, list[BrokenFile]]) -> tuple[Batch, list[BrokenFile]]:
+        batch, broken = collated
+        return replace(batch, views=batch.views.to(self._device, non_blocking=True)), broken
 
     def _keys(self, epoch: int, step: int, workers: int, max_images: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (epoch, image indices) of one worker batch after the other, endlessly, from a position on."""
@@ -232,8 +237,6 @@ class TrainLoader:
                 views[:, filled : filled + len(part.indices)] = part.views
                 read.append(part.indices)
                 filled += len(part.indices)
-            if on_gpu:
-                torch.cuda.current_stream().synchronize()
             indices = np.concatenate(read)
             labels = torch.from_numpy(self._source.labels[indices]) if self._source.has_labels else None
             yield Batch(views, labels, indices, [image.name for image in broken]), broken
@@ -259,33 +262,61 @@ class TrainLoader:
 
 
 class EvaluationLoader:
-    """Loads the central views of `indices` of `source`, in order, once per iteration: (uint8 [m, 3, H, W], int64 [m]).
+    """Loads the central views of images of `sources`, in worker processes that live until `close`.
 
-    A broken image is left out: its index does not come back, and its name is in `skipped` after the iteration. (A
-    replacement would count twice in an accuracy.) Raises SkipLimitExceeded if not one image could be read.
+        with EvaluationLoader([train, evaluation], 224, batch_size=64, workers=8) as loader:
+            for images, indices in loader.read(evaluation, np.arange(1000)):
+
+    Between two `read`s the workers wait, without any images in memory.
     """
 
-    def __init__(self, source: Source, image_size: int, indices: np.ndarray, batch_size: int, workers: int):
+    def __init__(self, sources: Sequence[Source], image_size: int, batch_size: int, workers: int):
         self.skipped: list[str] = []
-        self._dataset = EvaluationDataset(source, image_size)
-        self._keys = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        self._workers = workers
+        self._sources, self._batch_size, self._workers = sources, batch_size, workers
+        self._dataset = EvaluationDataset(sources, image_size)
+        self._pool: WorkerPool | None = None
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        broken: list[BrokenFile] = []
-        some = False
-        stream = WorkerPool(self._dataset, self._keys, self._workers, prefetch=2)
+    def read(self, source: Source, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        """Yield the images `indices` of one of the sources, in order: (uint8 [m, 3, H, W], int64 [m]).
+
+        A broken image is left out: its index does not come back, and its name is in `skipped` after the iteration. (A
+        replacement would count twice in an accuracy.) An iteration that is abandoned ends the workers, as `close` does.
+
+        Raises:
+            SkipLimitExceeded: if not one image could be read.
+        """
+        number = next(number for number, candidate in enumerate(self._sources) if candidate is source)
+        keys = [(number, indices[start:][: self._batch_size]) for start in range(0, len(indices), self._batch_size)]
+        self.skipped, broken, some, done = [], [], False, False
+        if self._pool is None:
+            self._pool = WorkerPool(self._dataset, keys, self._workers, prefetch=2)
+        else:
+            self._pool.restart(keys)
         try:
-            for part in stream:
+            for part in self._pool:
                 broken += part.broken
                 self.skipped = [image.name for image in broken]
                 if part.views is not None:
                     some = True
                     yield part.views, part.indices
+            done = True
         finally:
-            stream.close()
+            if not done:
+                self.close()
         if broken and not some:
             raise SkipLimitExceeded(_with_names(f"none of the {len(broken)} evaluation images could be read", broken))
+
+    def close(self) -> None:
+        """End the workers; the next `read` starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
+
+    def __enter__(self) -> "EvaluationLoader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def _world_size_and_rank() -> tuple[int, int]:

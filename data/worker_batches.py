@@ -62,18 +62,19 @@ class TrainDataset:
 
 
 class EvaluationDataset:
-    """Makes the central views of images and leaves out broken ones: a map-style dataset, its "index" an array of indices."""
+    """Makes central views, as a map-style dataset: its "index" is (number of a source, indices). Broken images are left out."""
 
-    def __init__(self, source: Source, image_size: int):
-        self.source, self.image_size = source, image_size
+    def __init__(self, sources: Sequence[Source], image_size: int):
+        self.sources, self.image_size = sources, image_size
 
-    def __getitem__(self, indices: np.ndarray) -> WorkerBatch:
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
+        source, indices = self.sources[key[0]], key[1]
         views, kept, broken = [], [], []
         for index in indices:
             try:
-                image = self.source.open(int(index))
+                image = source.open(int(index))
             except OSError as error:
-                broken.append(_describe(self.source, int(index), error))
+                broken.append(_describe(source, int(index), error))
                 continue
             views.append(evaluation_image(image, self.image_size))
             kept.append(index)

@@ -3,37 +3,46 @@
 Decided here is how worker processes start, how they end (also after a failure), and what the trainer sees when one dies.
 """
 
-import collections
+import io
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from crossbatch.data.worker_batches import WorkerBatch
 
+Item = TypeVar("Item")
+
+_SHARED_FROM = 2**16  # bytes of an array; smaller ones are not worth a file descriptor
+
 
 class WorkerPool:
-    """Iterates over `dataset[key]` for each key, in order, computed by `workers` processes (0: in this one)."""
+    """Iterates over `dataset[key]` for each key, in order, computed by `workers` processes (0: in this one) until `close`."""
 
-    def __init__(self, dataset: Any, keys: Any, workers: int, prefetch: int):
-        self._workers = workers
-        loader = DataLoader(
-            dataset,
+    def __init__(self, dataset: Any, keys: Iterable[Any], workers: int, prefetch: int):
+        self._workers, self._keys = workers, _Keys(keys)
+        method = start_method() if workers else None
+        self._loader = DataLoader(
+            _Shared(dataset) if method == "forkserver" else dataset,  # pyright: ignore[reportArgumentType]
             batch_size=None,
-            sampler=keys,
+            sampler=self._keys,
             num_workers=workers,
             collate_fn=_unchanged,
             worker_init_fn=_start_worker,
             prefetch_factor=prefetch if workers else None,
-            multiprocessing_context=start_method() if workers else None,
+            persistent_workers=workers > 0,
+            multiprocessing_context=method,
             # By default DataLoader takes a number from torch's global random stream, which a resumed run would miss.
             generator=torch.Generator(),
         )
@@ -41,9 +50,14 @@ class WorkerPool:
         threads = cv2.getNumThreads() if cv2 else 0
         if cv2:  # a forked child would wait for ever for its parent's threads, when it ends them
             cv2.setNumThreads(1)
-        self._iterator = iter(loader)
+        self._iterator = iter(self._loader)
         if cv2:
             cv2.setNumThreads(threads)
+
+    def restart(self, keys: Iterable[Any]) -> None:
+        """Iterate over `dataset[key]` for each of other keys, in the same processes; the keys before must be done."""
+        self._keys.now = keys
+        self._iterator = iter(self._loader)
 
     def __iter__(self) -> Iterator[WorkerBatch]:
         return self
@@ -70,25 +84,87 @@ class WorkerPool:
             shut_down()
 
 
-def prefetched(items: Iterator[Any], device: torch.device) -> Generator[Any, None, None]:
-    """Yield what `items` yields, computed in a thread two items ahead; an error comes out where the item would.
+class _Shared:
+    """Stands for a dataset that is sent to several workers, and sends its large arrays as shared memory.
 
-    With a GPU as `device` the thread has a CUDA stream of its own there, so that nothing waits for what it launches. A process
-    that ends without `close` waits for the item that the thread works on: if it did not, the thread would take the process down
-    ("terminate called"), and with it the exit code.
+    The names of ImageNet's images take 47 MB. Every worker had a copy of its own.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def compute() -> Any:
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+        self._arrays: list[torch.Tensor] = []
+
+    def __reduce__(self) -> tuple:
+        file, buffers = io.BytesIO(), []
+
+        def is_small(buffer: pickle.PickleBuffer) -> bool:
+            small = buffer.raw().nbytes < _SHARED_FROM
+            if not small:
+                buffers.append(buffer.raw())
+            return small
+
+        ForkingPickler(file, 5, True, is_small).dump(self._dataset)
+        for buffer in buffers[len(self._arrays) :]:  # none for the second worker
+            self._arrays.append(torch.empty(buffer.nbytes, dtype=torch.uint8).share_memory_())
+            self._arrays[-1].numpy()[:] = np.frombuffer(buffer, dtype=np.uint8)
+        return _open_shared, (file.getvalue(), self._arrays)
+
+
+def _open_shared(pickled: bytes, arrays: list[torch.Tensor]) -> Any:
+    """Return the dataset of a `_Shared`, in a worker."""
+    return pickle.loads(pickled, buffers=[array.numpy() for array in arrays])
+
+
+class _Keys:
+    """Gives a DataLoader the keys of the next iteration as its sampler."""
+
+    def __init__(self, keys: Iterable[Any]):
+        self.now = keys
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.now)
+
+
+def prefetched(
+    items: Iterator[Item], bring: Callable[[Item], Item], device: torch.device
+) -> Generator[Item, None, None]:
+    """Yield `bring(item)` of each item, computed in a thread two items ahead; an error comes out where the item would.
+
+    `bring` moves an item to `device`, one item ahead, so that host memory holds the second one. With a GPU the thread works on
+    that GPU, on a CUDA stream of its own. The stream of whoever asks for an item waits for what was launched for it (its copy,
+    DALI's kernels), and the process does not. Call record_stream on the tensors of an item: their memory belongs to the thread.
+
+    A process that ends without `close` waits for the item that the thread works on: if it did not, the thread would take the
+    process down ("terminate called"), and with it the exit code.
+    """
+    stream, start = None, {}
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        # A new thread is on GPU 0, and the ranks of a node would all make a CUDA context there: 0.5 GB each.
+        start = {"initializer": torch.cuda.set_device, "initargs": (stream.device,)}
+
+    def compute() -> Item:
         with torch.cuda.stream(stream):  # does nothing for None
             return next(items)
 
-    thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    def deliver(computed: Future[Item]) -> tuple[Item, torch.cuda.Event | None]:
+        with torch.cuda.stream(stream):
+            item = bring(computed.result())
+        if stream is None:
+            return item, None
+        ready = torch.cuda.Event()
+        ready.record(stream)
+        return item, ready
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batches", **start)
     try:
-        ready = collections.deque(thread.submit(compute) for _ in range(2))
+        delivered = thread.submit(deliver, thread.submit(compute))
+        computed = thread.submit(compute)
         while True:
-            item = ready.popleft().result()
-            ready.append(thread.submit(compute))
+            item, ready = delivered.result()
+            delivered, computed = thread.submit(deliver, computed), thread.submit(compute)
+            if ready is not None:
+                torch.cuda.current_stream(device).wait_event(ready)
             yield item
     finally:
         thread.shutdown(cancel_futures=True)
@@ -104,8 +180,8 @@ def start_method() -> str:
     communicating = torch.distributed.is_available() and torch.distributed.is_initialized()
     threads = torch.cuda.is_initialized() or communicating or "nvidia.dali" in sys.modules
     if threads or sys.version_info >= (3, 12):
-        # Preloaded, torch and OpenCV are imported once, in the server, and not again in every worker.
-        modules = ["crossbatch.data.worker_batches", "crossbatch.data.augment.opencv"]
+        # Preloaded, these are imported and held once, by the server, and not by every worker again.
+        modules = ["crossbatch.data.worker_batches", "crossbatch.data.augment.opencv", "torchvision.transforms"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
         return "forkserver"
     return "fork"

@@ -10,7 +10,7 @@ What autograd keeps is not modelled but asked: see `engine.sketch`. The rest fol
     activations     what the online backbone keeps for one chunk, and 16-bit weights under autocast
     batch-wide part the same for BatchFormer and heads on the whole local batch, and cached features where there are chunks
     keys            normalised, gathered and put in order; a tile of logits
-    images          a chunk as bytes and as normalised fp32; where DALI decodes on the GPU, three batches of bytes
+    images          a chunk as bytes and as normalised fp32; two batches of bytes on a GPU, three where DALI decodes there
     working memory  what is alive for a moment: the largest layer of the momentum encoder's forward pass
     context         CUDA, cuDNN and NCCL: assumed
 
@@ -75,7 +75,7 @@ class StepMemory:
         """Return the parts at the peak of a step whose backbone sees `chunk` images at once."""
         cfg, kept, model = self.cfg, self.sketch.backbone, self.sketch.model
         local, size = cfg.local_batch, NUM_VIEWS * 3 * cfg.crossbatch.data.image_size**2
-        decodes_here = cfg.device.type == "cuda" and cfg.crossbatch.data.backend == "dali"
+        batches = 0 if cfg.device.type != "cuda" else 3 if cfg.crossbatch.data.backend == "dali" else 2
         cached = 3 * NUM_VIEWS * local * model.online.backbone.num_features * _FP32 if chunk < local else 0
         keys = NUM_VIEWS * key_streams(model) * cfg.train_batch_size * cfg.crossbatch.model.projection_dim * _FP32
         parts = [
@@ -85,7 +85,7 @@ class StepMemory:
                 kept.per_image * chunk + kept.fixed,
                 f"computed: {kept.per_image / 2**20:.1f} MiB an image",
             ),
-            Part("images", chunk * size * (1 + _FP32) + (3 * local * size if decodes_here else 0)),
+            Part("images", chunk * size * (1 + _FP32) + batches * local * size),
         ]
         later = [
             Part("batch-wide part", self.sketch.batch_wide + cached),

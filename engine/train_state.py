@@ -15,6 +15,7 @@ from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.checkpoint.schedule import Snapshot
 from crossbatch.engine.config import to_dict
 from crossbatch.engine.runtime.distributed import mean_over_ranks
+from crossbatch.engine.runtime.nonfinite import Backup
 from crossbatch.engine.step import Progress
 from crossbatch.engine.tasks.task import Step, Task, TrainResult
 
@@ -56,6 +57,7 @@ class TrainState:
         cfg = self.task.cfg
         torch.manual_seed(cfg.crossbatch.seed)
         self.step: Step = self.task.build_step(chunk)
+        self._statistics = Backup(self.step.backend.model.buffers())
         self.chunk, self.has_trained = chunk, False
         resumed = checkpoint.resume(
             self.candidates,
@@ -74,7 +76,7 @@ class TrainState:
 
     def build_with_smaller_chunks(self) -> None:
         """Free the memory of the step, and build it anew for half as many images at once."""
-        del self.step.backend, self.step
+        del self.step.backend, self.step, self._statistics
         gc.collect()
         torch.cuda.empty_cache()
         self.allow_change += (CHUNK_KEY,)
@@ -85,14 +87,13 @@ class TrainState:
 
         Such a step updates no parameter, but its forward pass has changed the running statistics, maybe to NaN.
         """
-        progress, buffers = replace(self.step.progress), list(self.step.backend.model.buffers())
-        statistics = [buffer.detach().clone() for buffer in buffers]
+        progress = replace(self.step.progress)
+        self._statistics.take()
         result = self.task.train_on(self.step, batch)
         if math.isfinite(result.grad_norm):
             self.nonfinite_in_a_row = 0
         else:
-            for buffer, before in zip(buffers, statistics, strict=True):
-                buffer.detach().copy_(before)
+            self._statistics.restore()
             self.nonfinite_in_a_row += 1
             if self.nonfinite_in_a_row == 1:
                 self._finite_progress = progress

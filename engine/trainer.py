@@ -86,7 +86,7 @@ class Trainer:
             self.saves.close()
             self.sync.close()
         finally:
-            self.task.data.loader.close()
+            self.task.close()
             self.log.close()
 
     def _loop(self) -> signal.Signals | None:

@@ -177,14 +177,16 @@ class DaliPipeline:
         return views.permute(0, 1, 4, 2, 3)
 
     def _build(self) -> Any:
-        gpu = self.device.type == "cuda"
+        gpu, number = self.device.type == "cuda", self.device.index
+        if gpu and number is None:
+            number = torch.cuda.current_device()
         pipeline = _graph(
             len(self.augmentations),
             self.augmentations[0].image_size,
             "mixed" if gpu else "cpu",
             batch_size=MAX_IMAGES,
             num_threads=self._threads,
-            device_id=(self.device.index or 0) if gpu else None,
+            device_id=number if gpu else None,
             prefetch_queue_depth=1,  # we schedule ahead ourselves
         )
         pipeline.build()

@@ -1,19 +1,28 @@
 """Saves a checkpoint while training goes on.
 
-Training stops only while this rank's slices are copied into host memory that is kept for the purpose (on a GPU: pinned, and
-filled by the copy engine). A thread then writes them. It has a gloo group of its own, so that its messages never mix with
-those of training. Only one save is under way at a time; on a slow disk the next one waits.
+This rank's slices are copied into host memory that is kept for the purpose, and a thread then writes them. On a CPU training
+stops for the copies. On a GPU a side stream fills pinned memory while the next step computes its gradients:
+
+    compute stream    step 8 | buffers cloned | forward, backward of step 9 | waits here, if at all | update of step 9
+    side stream                               | copies of parameters, optimizer state and clones    |
+
+A forward pass changes buffers (running statistics), so these are cloned first. All else changes in an optimizer's step, and a
+hook of torch before the steps of all optimizers makes them wait for the copies.
+
+The thread has a gloo group of its own, so that its messages never mix with those of training. Only one save is under way at a
+time; on a slow disk the next one waits.
 """
 
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from crossbatch.engine.checkpoint.directory import Keep
 from crossbatch.engine.checkpoint.slices import Slices, shares
@@ -26,13 +35,22 @@ PATIENCE_S = 86400  # for a rank with a slow disk; a rank that has died is notic
 
 @dataclass(frozen=True)
 class Outcome:
-    """Tells how a save ended. `error` is the same on all ranks, and None if the checkpoint is safely on disk."""
+    """Tells how a save ended.
+
+    Attributes:
+        step: what was saved.
+        error: why it failed, the same on all ranks; None if the checkpoint is safely on disk.
+        num_bytes: of all files.
+        seconds: until it was on disk.
+        stalled_s: seconds for which training waited. That is the host's time until it could go on, and the GPU's time between
+            two events around the wait for the copies, which the next update makes if they are not done by then.
+    """
 
     step: int
     error: str | None
     num_bytes: int
-    seconds: float  # from the call until it was on disk
-    stalled_s: float  # for which training waited
+    seconds: float
+    stalled_s: float
 
 
 class AsyncCheckpointWriter:
@@ -49,6 +67,10 @@ class AsyncCheckpointWriter:
         self.directory, self.keep, self.token, self.asynchronous = directory, keep, token, asynchronous
         self._group = cpu_group(PATIENCE_S)
         self._host: dict[tuple[str, int], torch.Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None  # what the next update must wait for
+        self._wait: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # start and end of that wait
+        self._hook = register_optimizer_step_pre_hook(self._before_update)
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
 
@@ -58,15 +80,20 @@ class AsyncCheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def save(
-        self, held: Mapping[str, LocalShards], manifest: Manifest, config: dict[str, Any], wait: bool = False
+        self,
+        held: Mapping[str, LocalShards],
+        manifest: Manifest,
+        config: dict[str, Any],
+        wait: bool = False,
+        start: float | None = None,
     ) -> None:
         """Start a save. With `wait`, or if the writer is not `asynchronous`, return only when it has ended.
 
-        `finished` tells how it ended.
+        `finished` tells how it ended; it counts from `start` (of time.perf_counter), or from this call.
         """
+        start = time.perf_counter() if start is None else start
         self.wait()
         wait = wait or not self.asynchronous
-        start = time.perf_counter()
         copied = self._copy(shares(held, dist.get_rank(), dist.get_world_size()))
         stalled_s = time.perf_counter() - start
 
@@ -92,7 +119,12 @@ class AsyncCheckpointWriter:
         """Return how the last save ended, once; None while it is under way and afterwards."""
         if self.busy:
             return None
-        outcome, self._outcome = self._outcome, None
+        outcome, self._outcome, self._copied = self._outcome, None, None
+        if outcome is not None and self._wait is not None:
+            start, end = self._wait
+            end.synchronize()
+            self._wait = None
+            return replace(outcome, stalled_s=outcome.stalled_s + start.elapsed_time(end) / 1000)
         return outcome
 
     def wait(self) -> None:
@@ -104,6 +136,7 @@ class AsyncCheckpointWriter:
     def close(self) -> None:
         """Leave the group of the writers; every rank calls it after the last save."""
         self.wait()
+        self._hook.remove()
         dist.destroy_process_group(self._group)
 
     def _copy(self, slices: Slices) -> torch.cuda.Event | None:
@@ -113,9 +146,29 @@ class AsyncCheckpointWriter:
                 key: torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
                 for key, values in slices.items()
             }
-        torch._foreach_copy_([self._host[key] for key in slices], list(slices.values()), non_blocking=True)
-        if not any(values.is_cuda for values in slices.values()):
+        host, sources = [self._host[key] for key in slices], list(slices.values())
+        device = next((values.device for values in sources if values.is_cuda), None)
+        if device is None:
+            torch._foreach_copy_(host, sources)
             return None
-        copied = torch.cuda.Event()
-        copied.record()
-        return copied
+        sources = [values.clone() if name.startswith("buffers.") else values for (name, _), values in slices.items()]
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            torch._foreach_copy_(host, sources, non_blocking=True)
+        self._copied, self._wait = torch.cuda.Event(), None
+        self._copied.record(self._stream)
+        for values in sources:
+            if values.is_cuda:
+                values.record_stream(self._stream)  # whoever frees it meanwhile, as a step out of memory does
+        return self._copied
+
+    def _before_update(self, *_: Any) -> None:
+        """Let the current stream wait for the copies of the last save, whose sources an update overwrites."""
+        if self._copied is None:
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda.current_stream().wait_event(self._copied)
+        end.record()
+        self._copied, self._wait = None, (start, end)

@@ -1,5 +1,6 @@
 """Decides when a run saves, and reports how each save ended."""
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,7 +70,8 @@ class CheckpointSchedule:
             self._due = True
         if self._due and not any_busy:
             self._due = False
-            self.writer.save(*self.snapshot())
+            start = time.perf_counter()
+            self.writer.save(*self.snapshot(), start=start)
 
     def final(self, step: int) -> None:
         """Save the state after `step`, and return when it is safely on the disk. Raises RunStopped if that fails."""
@@ -77,7 +79,8 @@ class CheckpointSchedule:
         self._report()
         if self._saved_step == step:
             return
-        self.writer.save(*self.snapshot(), wait=True)
+        start = time.perf_counter()
+        self.writer.save(*self.snapshot(), wait=True, start=start)
         error = self._report()
         if error is not None:
             raise RunStopped(

@@ -84,6 +84,10 @@ class EvalLoaderConfig:
     workers: int
     device: torch.device
 
+    def open(self, *sources: Source) -> EvaluationLoader:
+        """Return a loader of images of `sources`, to be closed."""
+        return EvaluationLoader(sources, self.image_size, self.batch_size, self.workers)
+
 
 @torch.no_grad()
 def extract(
@@ -93,6 +97,7 @@ def extract(
     reading: EvalLoaderConfig,
     collective: Collective,
     advance: Callable[[int], object] = lambda images: None,
+    loader: EvaluationLoader | None = None,
 ) -> FeatureSet:
     """Return the features of this rank's share of `indices`, from the central views; every rank must call it.
 
@@ -101,14 +106,15 @@ def extract(
     Args:
         indices: images of `source`, [N], the same on all ranks.
         advance: is called with the number of images that this rank has just loaded.
+        loader: reads the images, and stays open; of `reading`, with `source`. Without one, workers start and end here.
 
     Raises:
         RunStopped: if images were lost.
     """
     mine = indices[evaluation_share(len(indices), collective.world_size, collective.rank)]
     largest_share = -(-len(indices) // collective.world_size)
-    loader = EvaluationLoader(source, reading.image_size, mine, reading.batch_size, reading.workers)
-    batches = iter(loader)
+    ours = loader or reading.open(source)
+    batches = ours.read(source, mine)
     images = torch.zeros(1, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
     features, read = [], []
     for _ in range(-(-largest_share // reading.batch_size)):
@@ -118,10 +124,12 @@ def extract(
         read.append(numbers)
         advance(len(numbers))
     with stop_on_lost_images():
-        next(batches, None)  # lets the loader end its workers
+        next(batches, None)  # the end, where it raises if not one image could be read
+    if loader is None:
+        ours.close()
     numbers = np.concatenate(read)
     labels, numbers = (torch.as_tensor(array, device=reading.device) for array in (source.labels[numbers], numbers))
-    return FeatureSet(torch.cat(features), labels, numbers, loader.skipped)
+    return FeatureSet(torch.cat(features), labels, numbers, ours.skipped)
 
 
 def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -104,13 +104,18 @@ def score(
 
 
 class KnnMonitor:
-    """Scores evaluation images against evenly spread training images while a network is pretrained, on all ranks."""
+    """Scores evaluation images against evenly spread training images while a network is pretrained, on all ranks.
+
+    The images are read as `launch/knn.py` reads them, by PIL, so both give a checkpoint the same score. The workers that read
+    them live until `close`.
+    """
 
     def __init__(self, cfg: ResolvedConfig, train: Source, evaluation: Source, device: torch.device):
         self.settings = cfg.crossbatch.evaluate
         size = cfg.crossbatch.data.image_size
         self.reading = EvalLoaderConfig(size, min(256, max(cfg.chunk, 32)), cfg.workers, device)
         self.train, self.evaluation = train, evaluation
+        self.loader = self.reading.open(train, evaluation)
         self.collective = GroupCollective()
         bank = min(len(train), self.settings.knn_bank_size)
         self.bank_indices = np.arange(bank) * len(train) // bank
@@ -122,8 +127,17 @@ class KnnMonitor:
             return backend("embed", images)
 
         backend.model.eval()
-        bank = extract(embed, self.train, self.bank_indices, self.reading, self.collective)
-        queries = extract(embed, self.evaluation, np.arange(len(self.evaluation)), self.reading, self.collective)
+        bank, queries = (
+            extract(embed, source, indices, self.reading, self.collective, loader=self.loader)
+            for source, indices in (
+                (self.train, self.bank_indices),
+                (self.evaluation, np.arange(len(self.evaluation))),
+            )
+        )
         backend.model.train()
         k = self.settings.knn_k
         return score(bank, queries, [k], len(self.train.class_names), self.collective).top1(k)
+
+    def close(self) -> None:
+        """End the workers."""
+        self.loader.close()

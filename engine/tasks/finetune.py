@@ -141,6 +141,10 @@ class FinetuneTask:
         save_figures(self.out, figures, last_step)
         return []
 
+    def close(self) -> None:
+        """End the processes that load images."""
+        self.data.loader.close()
+
 
 def finetune_task(cfg: ResolvedFinetune, world: World, device: torch.device, out: Path) -> FinetuneTask:
     """Open the images and read the pretrained weights, which say what the network is; all ranks of a process group call it.

@@ -98,6 +98,12 @@ class PretrainTask:
         backbone = FrozenModelConfig(checkpoint=str(self.out))
         return [command("linear", backbone, self.cfg.crossbatch.data.path)] if self.has_labels else []
 
+    def close(self) -> None:
+        """End the processes that load images."""
+        self.data.loader.close()
+        if self.knn is not None:
+            self.knn.close()
+
 
 def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: Path) -> PretrainTask:
     """Open the images and find a chunk that fits into memory; all ranks of a process group call it.

@@ -97,3 +97,7 @@ class Task(Protocol[StepT]):
         `scores` are the number of steps and the percentages of every evaluation since the start of this process.
         """
         ...
+
+    def close(self) -> None:
+        """End the processes that load images; called once, also after a failure."""
+        ...

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from crossbatch.data.sources import open_source
 from crossbatch.data.sources.shard_writer import write_shards
 from crossbatch.data.sources.synthetic import Synthetic
 from crossbatch.data.worker_batches import split_for_workers
+from tests.fake_cuda import FakeCuda, OnGpu
 
 AUGMENTATIONS = moco_v3_augmentations(8, 0.2)
 
@@ -199,7 +202,8 @@ def test_a_programming_error_is_not_a_broken_image(error):
     with pytest.raises(type(error)):
         next(make(0, Damaged(24, {3: error})).epoch(0))
     with pytest.raises(type(error)):
-        list(EvaluationLoader(Damaged(4, {3: error}), 16, np.arange(4), batch_size=2, workers=0))
+        source = Damaged(4, {3: error})
+        list(EvaluationLoader([source], 16, batch_size=2, workers=0).read(source, np.arange(4)))
 
 
 def test_a_dying_worker_is_an_error_not_a_hang():
@@ -305,6 +309,50 @@ def test_forkserver_workers_give_the_same(two_epochs, monkeypatch):
     served.close()
 
 
+@pytest.fixture
+def cuda(monkeypatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def test_batches_reach_a_gpu_on_a_stream_of_their_own(two_epochs, cuda):
+    """The thread is on this rank's GPU, a copy waits for no step, and a step for the copy of its own batch alone."""
+    loader, batches = make(1, device="cuda:3"), []
+    for step, batch in enumerate(loader.epoch(0)):
+        assert [f"to GPU {number}" in cuda.compute.seen for number in range(4)] == [
+            number <= step for number in range(4)
+        ]
+        assert (batch.views.data_ptr(), "compute") in OnGpu.recorded
+        cuda.launch(f"step {step}")
+        batches.append(batch)
+    loader.close()
+    for number in range(4):
+        assert not any(name.startswith("step") for name in cuda.launched[f"to GPU {number}"])
+    assert cuda.devices == {"batches_0": torch.device("cuda:3")}
+    assert_same(batches, two_epochs[:4])
+
+
+def test_a_step_waits_for_what_made_its_batch(cuda):
+    """As DALI does, whose kernels make a batch on the GPU."""
+
+    def decoded() -> Iterator[int]:
+        for number in range(9):
+            cuda.launch(f"decode {number}")
+            yield number
+
+    batches = stream.prefetched(decoded(), lambda batch: batch, torch.device("cuda:1"))
+    for number in range(4):
+        assert next(batches) == number and f"decode {number}" in cuda.compute.seen
+        cuda.launch(f"step {number}")
+    batches.close()
+    assert not any(name.startswith("step") for number in range(4) for name in cuda.launched[f"decode {number}"])
+
+
+def test_without_workers_the_step_copies(two_epochs, cuda):
+    batch = next(make(0, device="cuda").epoch(0))
+    assert batch.views.is_cuda and cuda.devices == {} and list(cuda.launched) == ["to GPU 0"]
+    assert_same([batch], two_epochs[:1])
+
+
 def test_fork_only_where_nothing_communicates(monkeypatch):
     monkeypatch.setattr(stream.sys, "version_info", (3, 11))
     monkeypatch.delitem(stream.sys.modules, "nvidia.dali", raising=False)
@@ -396,23 +444,53 @@ def test_an_import_loads_no_backend():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_loader(workers):
-    source = Damaged(30, {4: OSError("cut")}, size=20)
-    indices = np.array([9, 4, 2, 25, 11])
-    evaluation = EvaluationLoader(source, 16, indices, batch_size=2, workers=workers)
-    for _ in range(2):
-        got = list(evaluation)
-        assert [kept.tolist() for _, kept in got] == [[9], [2, 25], [11]]
-        assert evaluation.skipped == [source.name(4)]
-        for images, kept in got:
-            assert images.dtype == torch.uint8 and images.shape == (len(kept), 3, 16, 16)
-            for image, index in zip(images, kept, strict=True):
-                assert torch.equal(image, evaluation_image(source.open(int(index)), 16))
+    """The second source is another one, and the same workers read both, time after time."""
+    source, other = Damaged(30, {4: OSError("cut")}, size=20), Synthetic(9, 18, split=1)
+    indices, pids = np.array([9, 4, 2, 25, 11]), []
+    with EvaluationLoader([source, other], 16, batch_size=2, workers=workers) as evaluation:
+        for _ in range(2):
+            got = list(evaluation.read(source, indices))
+            assert [kept.tolist() for _, kept in got] == [[9], [2, 25], [11]]
+            assert evaluation.skipped == [source.name(4)]
+            got += evaluation.read(other, np.arange(3))
+            assert [kept.tolist() for _, kept in got[3:]] == [[0, 1], [2]] and evaluation.skipped == []
+            for number, (images, kept) in enumerate(got):
+                assert images.dtype == torch.uint8 and images.shape == (len(kept), 3, 16, 16)
+                for image, index in zip(images, kept, strict=True):
+                    assert torch.equal(image, evaluation_image((source, other)[number > 2].open(int(index)), 16))
+            pids.append(children())
+        assert pids[0] == pids[1] and len(pids[0]) >= workers
+        next(evaluation.read(source, indices))  # abandoned
+        assert [kept.tolist() for _, kept in evaluation.read(other, np.arange(1))] == [[0]]
+    assert not children()
 
 
 def test_evaluation_without_a_readable_image():
     source = Damaged(4, dict.fromkeys(range(4), OSError("gone")))
     with pytest.raises(SkipLimitExceeded, match="none of the 4 evaluation images"):
-        list(EvaluationLoader(source, 16, np.arange(4), batch_size=2, workers=0))
+        list(EvaluationLoader([source], 16, batch_size=2, workers=0).read(source, np.arange(4)))
+
+
+class Noted:
+    """A dataset that writes key k into its large array, and returns how many keys it has seen written."""
+
+    def __init__(self):
+        self.large, self.small = np.zeros(2**16, dtype=np.uint8), np.arange(3)
+
+    def __getitem__(self, key: int) -> tuple[int, list[int]]:
+        self.large[key] = 1
+        return int(self.large.sum()), self.small.tolist()
+
+
+def test_workers_of_a_server_hold_large_arrays_once(monkeypatch):
+    monkeypatch.setattr(stream, "start_method", lambda: "forkserver")
+    dataset = Noted()
+    pool: Any = stream.WorkerPool(dataset, range(4), 2, 2)
+    assert [small for _, small in pool] == [[0, 1, 2]] * 4
+    pool.restart(range(2))
+    assert [seen for seen, _ in pool] == [4, 4]  # what the other worker wrote, too
+    pool.close()
+    assert dataset.large.sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ import shutil
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from crossbatch import InputError
 from crossbatch.engine import checkpoint
-from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
+from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Keep, Manifest, Unreadable, async_writer
 from crossbatch.engine.checkpoint.changes import differences, fixed_values
 from crossbatch.engine.checkpoint.slices import shares
 from crossbatch.engine.checkpoint.store import read_manifest
@@ -25,6 +26,7 @@ from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import RunLog
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.sharding import FlatSlice, LocalShards
+from tests.fake_cuda import FakeCuda, OnGpu, on_gpu
 
 
 def manifest_of(step: int, shapes: dict[str, list[int]]) -> Manifest:
@@ -174,6 +176,40 @@ def test_shares_cover_what_all_ranks_hold():
         ]
     sizes = [sum(values.numel() for values in part.values()) for part in parts]
     assert max(sizes) - min(sizes) <= 20
+
+
+# --- while training goes on ------------------------------------------------------------------------------------------------
+
+
+def test_copies_from_a_gpu_run_beside_the_next_step_and_before_its_update(tmp_path, monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(async_writer, "cpu_group", lambda patience_s: None)
+    monkeypatch.setattr(async_writer, "dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1))
+    monkeypatch.setattr(async_writer, "time", SimpleNamespace(perf_counter=lambda: 5.0))
+    writer = AsyncCheckpointWriter(tmp_path, Keep(1), "0")
+    parameter, statistic = (on_gpu(torch.full((3, 2), 2.0)) for _ in range(2))
+    held = {"parameters.a": LocalShards.whole(parameter), "buffers.b": LocalShards.whole(statistic)}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    hosts = []
+    for step, copies in ((2, "to host 0"), (4, "to host 1")):
+        cuda.launch(f"step {step}")
+        writer.save(held, manifest_of(step, {"parameters.a": [3, 2], "buffers.b": [3, 2]}), {"world_size": 1})
+        assert f"step {step}" in cuda.launched[copies]
+        cuda.launch(f"forward after {step}")
+        assert copies not in cuda.launched[f"forward after {step}"]
+        optimizer.step()
+        cuda.launch(f"update after {step}")
+        assert copies in cuda.launched[f"update after {step}"]
+        writer.wait()
+        outcome = writer.finished()
+        assert outcome is not None and (outcome.step, outcome.error) == (step, None)
+        assert outcome.stalled_s == 0.001  # one launch in the clock of these events
+        hosts.append([values.data_ptr() for values in writer._host.values()])
+    assert "checkpoint of step 4" in cuda.devices  # else the thread would take memory on GPU 0
+    assert (parameter.data_ptr(), "side") in OnGpu.recorded  # a step out of memory may free it
+    assert statistic.data_ptr() not in {address for address, _ in OnGpu.recorded}  # the forward pass changes it
+    assert hosts[0] == hosts[1]
+    writer._hook.remove()
 
 
 # --- crashes -----------------------------------------------------------------------------------------------------------

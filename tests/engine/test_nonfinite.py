@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from crossbatch import RunStopped
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import WatchConfig
 from crossbatch.engine.runtime.distributed import world_from_environment
-from crossbatch.engine.runtime.nonfinite import LossMonitor
+from crossbatch.engine.runtime.nonfinite import Backup, LossMonitor
 from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, losses, run, zero
 
 
@@ -90,6 +91,20 @@ def test_two_bad_steps_are_survived_and_rates_are_those_of_the_step(tmp_path, on
     assert [line["lr"] for line in lines] == pytest.approx([peak * updates / 4 for updates in updates_before])
     momenta = [1 - 0.1 * (1 + math.cos(math.pi * updates / 20)) / 2 for updates in (1, 2, 3, 4)]
     assert [line["momentum"] for line in lines] == pytest.approx([*momenta[:2], None, None, *momenta[2:]])
+
+
+def test_statistics_come_back_in_a_launch_for_each_dtype(monkeypatch):
+    statistics = [torch.randn(5), torch.tensor(3), torch.randn(2, 4).T, torch.tensor(7), torch.tensor([math.nan])]
+    want, calls, copy = [tensor.clone() for tensor in statistics], [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: calls.append(lists) or copy(*lists))
+    backup = Backup(statistics)
+    backup.take()
+    for tensor in statistics:
+        tensor.fill_(9)
+    backup.restore()
+    for tensor, before in zip(statistics, want, strict=True):
+        torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
+    assert len(calls) == 4 and all(len({x.dtype for x in one}) == 1 for lists in calls for one in lists)
 
 
 # --- alarms ------------------------------------------------------------------------------------------------------------

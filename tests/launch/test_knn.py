@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import sys
 import tarfile
 from pathlib import Path
@@ -68,6 +69,27 @@ def test_a_run_is_scored(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     assert results["top1"] == pytest.approx(by_scikit_learn(tiny_runs("resnet"), shapes, 5))
     assert call(monkeypatch, *arguments, "--encoder", "momentum") == 0  # over its own results it may write
     assert "momentum encoder" in results_of(out)["pretrained"]["from"]
+
+
+def train_here(settings: list[str], out: str) -> tuple[str, int]:
+    """Train two steps on this rank; return why that stopped, and how many processes it has left."""
+    from tests.small_runs import run
+
+    return run(settings, out, 2), len(multiprocessing.active_children())
+
+
+def test_a_checkpoint_scores_as_it_did_in_training(monkeypatch, shapes, one_rank, tmp_path):
+    from tests.small_runs import LARS, RESNET
+
+    evaluate = ["crossbatch.evaluate.knn_every_epochs=1", "crossbatch.evaluate.knn_k=5", "crossbatch.data.workers=1"]
+    settings = [*RESNET, *LARS, f"crossbatch.data.path={shapes}", *evaluate]
+    assert one_rank.run(train_here, settings, str(tmp_path / "run")) == [("", 0)]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    scores = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    assert len(scores) == 2  # before the first step, and now
+    arguments = ["--checkpoint", tmp_path / "run", "--data", shapes, "--out", tmp_path / "knn", "-j", 0]
+    assert call(monkeypatch, *arguments, "--set=crossbatch.knn.k=[5]") == 0
+    assert results_of(tmp_path / "knn")["top1"] == scores[-1]
 
 
 def test_a_figure_that_fails_does_not_lose_the_numbers(monkeypatch, tiny_runs, shapes, tmp_path):
