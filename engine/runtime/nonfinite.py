@@ -1,4 +1,4 @@
-"""Says what went wrong with a step that is not finite, and warns about spikes of the loss and collapse of the features."""
+"""Says where a step became non-finite, and warns about spikes of the loss and collapse of the features."""
 
 import math
 from collections import deque
@@ -68,6 +68,6 @@ class LossMonitor:
         if was or not self._collapsed:
             return None
         return (
-            f"feature_std fell to {feature_std:.3g}: the features of different images become equal (collapse); lower "
+            f"feature_std fell to {feature_std:.3g}: the features of different images are becoming equal (collapse); lower "
             f"optimizer.params.base_lr or raise crossbatch.momentum.base"
         )
