@@ -462,5 +462,7 @@ def test_a_data_set_of_torchvision_that_is_wrapped():
 
 @pytest.mark.parametrize("source", ["synthetic://100", FakeData(4), None])
 def test_what_is_no_source_is_refused(source):
-    with pytest.raises(TypeError, match=rf"`source` is a {type(source).__name__}; it must be a Source: give open_source"):
+    with pytest.raises(
+        TypeError, match=rf"`source` is a {type(source).__name__}; it must be a Source: give open_source"
+    ):
         TrainLoader(source, batch_size=4)

@@ -106,7 +106,11 @@ def test_the_file_says_how_many_heads_it_has(tiny_runs, tmp_path, to, name):
 
 def test_what_others_cannot_build_goes_to_safetensors(tiny_runs, tmp_path):
     small_stem = load_pretrained(tiny_runs("resnet"))
-    for to, words in (("torchvision", "stem small, width 8"), ("timm", "stem small"), ("deit", "DeiT trains only ViTs")):
+    for to, words in (
+        ("torchvision", "stem small, width 8"),
+        ("timm", "stem small"),
+        ("deit", "DeiT trains only ViTs"),
+    ):
         with pytest.raises(InputError, match=f"--to {to}: .*{words}.*; --to safetensors"):
             export(small_stem, to, tmp_path / "file")
     with pytest.raises(InputError, match="torchvision's ViTs differ"):
