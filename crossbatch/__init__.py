@@ -57,14 +57,17 @@ __all__ = [
 
 
 class InputError(ValueError):
-    """The user's input was wrong; the commands print the message without a traceback and exit with code 2.
+    """Raised when the user's input is wrong; the commands print its message without a traceback and exit with code 2.
 
-    The message names where (key path, flag or file), what was given, what is allowed, and what to change.
+    The message says where the error is (key path, flag or file), what was given, what is allowed, and what to change.
     """
 
 
 class RunStopped(RuntimeError):
-    """The run stopped itself (non-finite loss, lost data) with everything saved; the commands exit with code 3."""
+    """Raised when a run stops itself (non-finite loss, lost data, a full disk); the commands exit with code 3.
+
+    The message says what was saved, and what to change before the run is resumed.
+    """
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ Three questions, kept apart:
 `sources/` opens images: `open_source` reads a folder of images or tar shards, torchvision's data sets, or generated images.
 `decode` says what an image file means, and is the only place that decodes one with PIL.
 
-docs/extending.md says how to add a source or an augmentation. An import of this package loads torch, numpy and PIL; OpenCV,
+docs/extending.md says how to add a source or an augmentation. Importing this package loads torch, numpy and PIL; OpenCV,
 DALI, Triton and torchvision are loaded when they are used.
 """
 

@@ -7,7 +7,7 @@ Whatever PIL raises over damaged bytes becomes a `BrokenImage`. Its format plugi
 shows as nearly any exception: OSError, SyntaxError, struct.error, zlib.error, IndexError, ...
 
 DALI gets only what it surely reads as PIL does: baseline or progressive JPEGs of one or three components with their header in
-order (`jpeg_size`). All else (PNG, CMYK, arithmetic coding, cut-off files, ...) goes to PIL, because DALI 2.4 crashed over
+order (`jpeg_size`). All else (PNG, CMYK, arithmetic coding, cut-off files, ...) goes to PIL, because DALI 2.4 crashed on
 batches with several damaged headers.
 """
 
@@ -27,7 +27,7 @@ _SEGMENTS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # tables, restart inte
 
 
 class BrokenImage(OSError):
-    """Says that an image file is damaged, or is no image."""
+    """Raised when an image file is damaged or is not an image."""
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -41,7 +41,7 @@ def decode(encoded: bytes) -> Image.Image:
 
 
 def encode_bmp(image: Image.Image) -> bytes:
-    """Encode `image` as an uncompressed BMP: what sources without files give a decoder that wants one."""
+    """Encode `image` as an uncompressed BMP, for sources without files and decoders that need a file."""
     file = io.BytesIO()
     image.save(file, "BMP")
     return file.getvalue()
@@ -50,7 +50,7 @@ def encode_bmp(image: Image.Image) -> bytes:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image fully and convert it to RGB.
 
-    Two modes need help. PIL warns about palettes with several transparent entries unless they pass through RGBA; and it
+    Two modes need special care. PIL warns about palettes with several transparent entries unless they pass through RGBA; and it
     clips 16-bit gray at 255 (a white rectangle) where it should be divided by 256.
     """
     if image.mode == "RGB":

@@ -35,7 +35,7 @@ _NUM_NAMED = 5  # broken images named in a message
 
 
 class SkipLimitExceeded(RuntimeError):
-    """Says that too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
+    """Raised when too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
 
 
 @dataclass
@@ -56,19 +56,19 @@ class TrainLoader:
                 batch.views, batch.labels
 
     A `Batch` holds the rank's n = batch_size / world_size images. `views` is uint8 [v, n, 3, image_size, image_size], view v by
-    `augmentations[v]`: two for contrastive learning, one to classify (`crossbatch.data.normalize` makes floats of them).
-    `labels` is int64 [n] on the CPU, or None if the source has none. A broken image is replaced by the next one that can be
-    read.
+    `augmentations[v]`: two views for contrastive learning, one for classification; `crossbatch.data.normalize` turns them into
+    normalised floats. `labels` is int64 [n] on the CPU, or None if the source has none. A broken image is replaced by the next
+    one that can be read.
 
     Args:
-        source: the images, as `open_source` returns them; must pickle if `workers` > 0.
+        source: the images, as `open_source` returns them; it must be picklable if `workers` > 0.
         batch_size: images of one step over all ranks; each rank gets an equal part, and the batch does not depend on the
             number of ranks. Ranks are those of torch.distributed if it is initialised at the first batch, else there is one.
         image_size: side of a view in pixels, for the two views of MoCo v3; 224 if neither it nor `augmentations` is given.
         sampler: says which images this rank reads, and when; instead of `batch_size`.
         augmentations: one per view, with one image size; instead of `image_size`.
-        seed: of the order (without a `sampler`) and of the augmentation; the same on all ranks.
-        workers: processes that read and augment (with DALI: threads); 0 works in this one. As with torch's DataLoader, a
+        seed: the seed of the order (without a `sampler`) and of the augmentation, the same on all ranks.
+        workers: processes that read and augment (with DALI: threads); 0 works in this process. As with torch's DataLoader, a
             script that uses processes needs `if __name__ == "__main__":`.
         max_skipped_fraction: the largest share of broken images among those read so far, 0 to 1.
         backend: what decodes and augments: "dali" (NVIDIA DALI, on the GPU if `device` is one), "opencv", "torchvision" (PIL,
@@ -79,8 +79,9 @@ class TrainLoader:
     Raises:
         TypeError: `source` is no `Source`.
         ValueError: an argument is wrong.
-        SkipLimitExceeded: from the iterators: too many broken images, or 16 in a row.
-        RuntimeError: from the iterators: a worker died (out of memory, or of shared memory).
+        SkipLimitExceeded: raised during iteration: too many images are broken, or 16 in a row.
+        RuntimeError: raised during iteration: a worker died (out of memory or of shared memory), or torch.distributed was
+            initialised with other ranks after the first use.
     """
 
     def __init__(
@@ -99,15 +100,17 @@ class TrainLoader:
     ):
         if not isinstance(source, Source):
             raise TypeError(
-                f"`source` is a {type(source).__name__}, must be a Source: give open_source(path), or wrap a data set of your "
-                f"own in a class with labels, class_names, has_labels, __len__, name, read and open (docs/data.md has one)"
+                f"`source` is a {type(source).__name__}; it must be a Source: give open_source(path), or wrap your own data "
+                f"set in a class with labels, class_names, has_labels, __len__, name, read and open (docs/data.md shows one)"
             )
         if (batch_size is None) == (sampler is None):
-            raise ValueError("give either `batch_size` or `sampler`")
+            raise ValueError("give exactly one of `batch_size` and `sampler`")
         if batch_size is not None and not 1 <= batch_size <= len(source):
             raise ValueError(f"`batch_size` (={batch_size}) must be in [1, {len(source)}], the number of images")
         if image_size is not None and augmentations is not None:
-            raise ValueError("give either `image_size` or `augmentations`, which have image sizes of their own")
+            raise ValueError(
+                "give `image_size` or `augmentations`, not both: each augmentation has an image_size of its own"
+            )
         if image_size is not None and image_size < 1:
             raise ValueError(f"`image_size` (={image_size}) must be at least 1 pixel")
         if augmentations is None:
@@ -118,7 +121,7 @@ class TrainLoader:
         if len(set(sizes)) > 1:
             raise ValueError(f"`augmentations` must share one image_size, got {sizes}")
         if workers < 0:
-            raise ValueError(f"`workers` (={workers}) must be at least 0, which works in this process")
+            raise ValueError(f"`workers` (={workers}) must be at least 0; 0 loads in this process")
         if not 0 <= max_skipped_fraction <= 1:
             raise ValueError(f"`max_skipped_fraction` (={max_skipped_fraction}) must be in [0, 1]")
         if sampler is not None:
@@ -137,7 +140,7 @@ class TrainLoader:
 
     @cached_property
     def sampler(self) -> GlobalBatchSampler:
-        """Return the order in which this rank reads; the loader builds it at the first use, unless it was given."""
+        """Return the sampler, which says in which order this rank reads; unless given, it is built at the first use."""
         assert self._batch_size is not None
         world_size, rank = _world_size_and_rank()
         if self._batch_size % world_size:
@@ -152,7 +155,7 @@ class TrainLoader:
         return self.sampler.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `epoch` from `start_step` on (counted inside the epoch)."""
+        """Yield the batches of epoch number `epoch`, from 0, starting at step `start_step` of the epoch."""
         if self._batch_size is not None and _world_size_and_rank() != (self.sampler.world_size, self.sampler.rank):
             raise RuntimeError(
                 "the ranks of torch.distributed have changed since the first use; build a new TrainLoader"
@@ -221,7 +224,7 @@ class TrainLoader:
         return (epoch + 1, 0) if step + 1 == self.steps_per_epoch else (epoch, step + 1)
 
     def _collate(self, stream: Iterator[WorkerBatch]) -> Generator[tuple[Batch, list[BrokenFile]], None, None]:
-        """Join worker batches to batches of n images, each in one tensor, pinned so that its transfer can overlap."""
+        """Join worker batches into batches of n images, each in one tensor, pinned so that its transfer can overlap."""
         n, size = self.sampler.local_batch, self._augmentations[0].image_size
         on_gpu = self._backend == "dali" and self._device.type == "cuda"
         where: dict = {"device": self._device} if on_gpu else {"pin_memory": torch.cuda.is_available()}
@@ -258,7 +261,7 @@ class TrainLoader:
                 f"{len(self._broken)} of {read} images were broken, more than the {allowed} that max_skipped_fraction "
                 f"(={self._max_skipped_fraction}) allows"
             )
-            raise SkipLimitExceeded(_with_names(what, list(self._broken.values())))
+            raise SkipLimitExceeded(_with_names(what, list(self._broken.values())) + ", or raise max_skipped_fraction")
 
 
 class EvaluationLoader:
@@ -326,6 +329,6 @@ def _world_size_and_rank() -> tuple[int, int]:
 
 
 def _with_names(what: str, broken: list[BrokenFile]) -> str:
-    """Return a message that says what was found, names the last broken images, and says what to do."""
+    """Return a message that says what was found, names the last broken images, and says what to do about them."""
     shown = "; ".join(f"{image.name} ({image.reason})" for image in broken[-_NUM_NAMED:])
-    return f"{what}; the last ones: {shown}. Repair or remove them, or raise the limit"
+    return f"{what}; the last ones: {shown}. Repair or remove them"

@@ -41,12 +41,12 @@ class GlobalBatchSampler:
         seed: the seed of the order, the same on all ranks.
         num_images: number of training images.
         global_batch: images per step over all ranks.
-        world_size, rank: of this process.
-        shuffle_window: images that are shuffled among each other; 0 for all of them.
+        world_size, rank: the number of ranks, and this process's number among them, from 0.
+        shuffle_window: size in images of the window inside which the order is shuffled; 0 shuffles all images.
 
     Raises:
-        ValueError: fewer images than one global batch, a global batch that the ranks cannot share equally, or a window
-            smaller than a global batch.
+        ValueError: there are fewer images than one global batch, the ranks cannot share a global batch equally, or the window
+            is smaller than a global batch.
     """
 
     seed: int
@@ -72,8 +72,8 @@ class GlobalBatchSampler:
             )
         if self.shuffle_window and self.shuffle_window < self.global_batch:
             raise ValueError(
-                f"`shuffle_window` (={self.shuffle_window}) is smaller than `global_batch` (={self.global_batch}), so that a "
-                f"batch would be one place of the data; use 0 (all images), or several batches, such as {4 * self.global_batch}"
+                f"`shuffle_window` (={self.shuffle_window}) is smaller than `global_batch` (={self.global_batch}), so a batch "
+                f"would come from one place in the data; use 0 (all images) or several batches, such as {4 * self.global_batch}"
             )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"`rank` (={self.rank}) must be in [0, {self.world_size})")

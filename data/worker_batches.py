@@ -1,7 +1,7 @@
 """Reads a few images, makes their views and replaces broken ones: what one worker process does at a time.
 
-A worker batch is at most 64 images of one rank's batch. Workers take worker batches, so that all of them work on the batch that
-the step waits for. If each made a whole batch, the first one of 4096 images would come after minutes.
+A worker batch is at most 64 images of one rank's batch. They are so small that all workers work on the batch that
+the step waits for. If each made a whole batch, the first one of 4096 images would take minutes.
 """
 
 import math
@@ -86,8 +86,8 @@ def open_or_replace(
 ) -> tuple[tuple[int, Opened] | None, list[BrokenFile]]:
     """Open the first image of `source` from `index` on that can be read, by `open_image`.
 
-    The next index replaces a broken image, not a random one: any rule serves that depends on the index alone, and this one
-    can be checked by hand.
+    A broken image is replaced by the one at the next index, not by a random one: any rule that depends on the index alone
+    would do, and this one can be checked by hand.
 
     Returns:
         The image with its index, or None after 16 tries, and the broken ones before it (those that raise OSError).

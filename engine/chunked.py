@@ -1,4 +1,4 @@
-"""The cut step: a loss over the whole batch, with the activations of only one chunk of the backbone in memory.
+"""Computes a loss over the whole batch with the activations of only one chunk of the backbone in memory: the cut step.
 
 A contrastive loss needs the features of the whole batch at once, but only the backbone's memory grows noticeably with the
 batch. So the step is cut at the features (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
@@ -56,21 +56,21 @@ def chunked_backward(
     and are added to `.grad` as `loss.backward()` would. Call `optimizer.step()` (or `engine.step()`) afterwards.
 
     `backbone` may be a plain module, one wrapped in DistributedDataParallel, sharded by `fully_shard` (FSDP2), or a DeepSpeed
-    engine (ZeRO 0 to 3): gradients are exchanged once a step, with the last chunk. Dropout draws the same numbers in both
-    passes (torch's generators on the CPU and on CUDA are restored), and an enclosing `torch.autocast` holds for both. The
-    statistics of an nn.BatchNorm or nn.SyncBatchNorm are those of one chunk, and each chunk moves the running ones once.
+    engine (ZeRO 0 to 3): gradients are exchanged once per step. Dropout draws the same numbers in both
+    passes (torch's generators on the CPU and on CUDA are restored), and an enclosing `torch.autocast` holds for both. An
+    nn.BatchNorm or nn.SyncBatchNorm takes its statistics over one chunk, and each chunk updates its running statistics once.
 
     Args:
         backbone: called with a chunk; returns a tensor or a tuple of tensors. Each has one row per input row, or no dimension
-            at all (such as CLIP's logit scale): that must be equal for all chunks, is passed on as it is, and its gradient
-            flows back once.
+            at all (such as CLIP's logit scale). An output without dimensions must be equal for all chunks; it is passed on
+            unchanged, and its gradient flows back once.
         views: either a tensor [V, n, ...], V views of n samples (a single view of images is `images[None]`): the backbone gets
             [V*m, ...], all m samples of the chunk in view 1, then all of them in view 2, and so on. Or a tuple of tensors
             [n, ...] of any shapes and dtypes, such as images and tokens: the backbone is called with m rows of each as
             positional arguments.
         loss_of_features: gets what the backbone returns, for the whole local batch: features [V, n, ...] for a tensor of
             views, [n, ...] for a tuple. Returns a scalar loss. Called once; parameters used in it receive their gradients once.
-        chunk: samples that the backbone sees at once, at most. Chunks differ by one sample at most.
+        chunk: the largest number of samples that the backbone sees at once. Chunks differ in size by at most one sample.
         backward: back-propagates a scalar; default `Tensor.backward`. With a GradScaler:
             `lambda loss: scaler.scale(loss).backward()`. It is also called to continue through the backbone, with a scalar
             through which the gradients pass as they are, so no scale is applied twice.
@@ -82,11 +82,13 @@ def chunked_backward(
         The loss of this rank, a detached scalar, not scaled.
 
     Raises:
-        TypeError: `backbone`, `views`, the features or the loss are of a wrong type, or `backbone` is wrapped in FSDP1.
+        TypeError: `backbone`, `views`, the features or the loss have a wrong type, or `backbone` is wrapped in FSDP1.
         ValueError: `chunk` is below 1, `views` is empty or has tensors of unequal length, the features carry no gradient,
-            the loss is not a scalar that depends on them, or `backbone` calls a `BatchFormer`, which belongs into the loss.
+            the loss is not a scalar that depends on them, a `ViewBatchNorm` expects another number of views, the wrapper
+            allows only one pass per step (DDP with `static_graph`, DeepSpeed with `gradient_accumulation_steps` above 1), or
+            `backbone` calls a `BatchFormer`, which belongs in the loss.
         RuntimeError: in the first call, gradients differ between ranks (nothing averages them), or the second pass of a chunk
-            gave other features than the first (the backbone draws random numbers that torch does not know of).
+            gave different features from the first (the backbone draws random numbers that do not come from torch).
     """
     sync = _GradientSync(backbone, backward, process_group)
     chunks, stacked = _split(views, chunk)
@@ -153,10 +155,10 @@ def backward_in_chunks(
         num_views: V; features of a chunk of m samples have V*m rows, view-major.
         backbone: holds the batch norms, and parameters on the devices that draw random numbers.
         forward: turns (chunk, with_grad) into features, each [V*m, ...] or 0-dim.
-        forward_again: turns (chunk, is_last) into the same with gradient, perhaps without trailing ones that have none.
+        forward_again: turns (chunk, is_last) into the same with gradient, and may leave out trailing ones that have none.
         loss_of_features: turns features [V, n, ...] of the local batch into a scalar.
         backward: takes (scalar, is_last). A scale that it applies reaches all gradients once.
-        compare: whether to raise RuntimeError if a second pass gives features unlike those of the first.
+        compare: whether to raise RuntimeError if a second pass gives different features from the first.
     """
     *earlier, last = chunks
     replays = [Replay(backbone) for _ in earlier]
@@ -208,7 +210,7 @@ class Replay:
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
-        """Contain the first forward pass."""
+        """Run the first forward pass inside this context."""
         self._cpu_state = torch.get_rng_state()
         self._cuda_states = [torch.cuda.get_rng_state(device) for device in self._devices]
         with reuse_batch_stats(self._module, self._statistics):
@@ -216,7 +218,7 @@ class Replay:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Contain the second forward pass and its backward pass, in which checkpointed blocks run once more."""
+        """Run the second forward pass and its backward pass (in which checkpointed blocks run again) inside this context."""
         with (
             torch.random.fork_rng(self._devices),
             reuse_batch_stats(self._module, self._statistics),
@@ -266,7 +268,7 @@ def _join(pieces: Tensors, num_views: int) -> Tensor:
         if any(not torch.equal(piece, pieces[-1]) for piece in pieces):
             raise ValueError(
                 "backbone: an output without dimensions differs between chunks; allowed: one that is equal for all (such as a "
-                "logit scale); return it by sample, [n], and average it in loss_of_features"
+                "logit scale); return one value per sample, [n], and average it in loss_of_features"
             )
         return pieces[-1]
     return torch.cat([piece.unflatten(0, (num_views, -1)) for piece in pieces], dim=1)
@@ -319,7 +321,7 @@ class _GradientSync:
         self.ddp = [module for module in modules if isinstance(module, DistributedDataParallel)]
         if any(module.static_graph for module in self.ddp):
             raise ValueError(
-                "backbone: DistributedDataParallel has static_graph=True, which allows one pass a step; leave it out"
+                "backbone: DistributedDataParallel has static_graph=True, which allows only one pass per step; leave it out"
             )
         self.fsdp = [module for module in modules if isinstance(module, FSDPModule)]
         self.engine = _deepspeed_engine(backbone, modules)
@@ -333,7 +335,7 @@ class _GradientSync:
 
     @contextlib.contextmanager
     def one_exchange(self, num_chunks: int) -> Iterator[None]:
-        """Contain the whole step; ZeRO 1 to 3 exchange all gradients at its end."""
+        """Run the whole step inside this context; ZeRO 1 to 3 exchange all gradients at its end."""
         if self.engine is None or self.engine.zero_optimization_stage() == 0 or num_chunks == 1:
             yield
             return
@@ -342,7 +344,7 @@ class _GradientSync:
 
     @contextlib.contextmanager
     def exchanging(self, is_last: bool) -> Iterator[None]:
-        """Contain a forward or a backward pass; unless `is_last`, its gradients stay here."""
+        """Run a forward or a backward pass inside this context; unless `is_last`, its gradients stay on this rank."""
         if is_last:
             yield
             return
@@ -368,7 +370,7 @@ class _GradientSync:
             self._backward(scalar)
 
     def check(self, parameters_of_loss: Sequence[nn.Parameter], over_ranks: bool) -> None:
-        """Raise where gradients would be wrong without a word: scaled ones, and ones that nothing averages."""
+        """Raise where gradients would be silently wrong: scaled ones, and ones that nothing averages."""
         named = list(self.backbone.named_parameters())
         known = {id(parameter) for _, parameter in named}
         others = [p for p in parameters_of_loss if id(p) not in known]
@@ -395,7 +397,7 @@ def _deepspeed_engine(backbone: nn.Module, modules: Sequence[nn.Module]) -> Any:
             raise TypeError("backbone: its parameters belong to a DeepSpeed engine; pass the engine, not its .module")
         return None
     if engines != [backbone]:
-        raise TypeError("backbone: contains a DeepSpeed engine; allowed: the engine itself, wrapped in nothing")
+        raise TypeError("backbone: contains a DeepSpeed engine; allowed: the engine itself, not inside another module")
     if (accumulated := engines[0].gradient_accumulation_steps()) != 1:
         raise ValueError(
             f"backbone: its DeepSpeed engine has gradient_accumulation_steps = {accumulated}; set it to 1, and `chunk` to "
@@ -435,7 +437,7 @@ def _split(views: Tensor | Tensors, chunk: int) -> tuple[list[Tensors], bool]:
     if not isinstance(tensors, tuple) or not all(isinstance(tensor, Tensor) for tensor in tensors):
         kinds = [type(tensor).__name__ for tensor in tensors] if isinstance(tensors, tuple) else type(views).__name__
         raise TypeError(
-            f"views: given {kinds}; allowed: a tensor [V, n, ...], for a list of views torch.stack(views), or a tuple of "
+            f"views: given {kinds}; allowed: a tensor [V, n, ...] (for a list of views: torch.stack(views)) or a tuple of "
             f"tensors [n, ...], one for each argument of the backbone"
         )
     dim = 1 if stacked else 0
@@ -471,7 +473,9 @@ def _check_features(features: Any, rows: int, with_grad: bool) -> None:
                 f"backbone: returned {list(feature.shape)} for a chunk of {rows} rows; allowed: {rows} rows, or a scalar"
             )
     if with_grad and not any(feature.requires_grad for feature in features):
-        raise ValueError("backbone: its features carry no gradient; unfreeze it, or compute its features without this")
+        raise ValueError(
+            "backbone: its features carry no gradient; unfreeze it, or compute its features without chunked_backward"
+        )
 
 
 def _check_loss(loss: Any) -> None:
@@ -482,17 +486,17 @@ def _check_loss(loss: Any) -> None:
         raise ValueError(f"loss_of_features: returned a tensor {list(loss.shape)}; allowed: a scalar, such as its mean")
     if not loss.requires_grad:
         raise ValueError(
-            "loss_of_features: the loss carries no gradient; call without torch.no_grad, and do not detach it"
+            "loss_of_features: the loss carries no gradient; call this outside torch.no_grad(), and do not detach the loss"
         )
 
 
 def _compare(first: Tensors, again: Tensors) -> None:
-    """Raise RuntimeError if a second pass gave features unlike those of the first."""
+    """Raise RuntimeError if a second pass gave different features from the first."""
     for before, after in zip(first, again, strict=False):
         if (after.detach().float() - before.float()).norm() > 1e-2 * before.float().norm():
             raise RuntimeError(
-                "backbone: the second pass of a chunk gave other features than the first. Its random numbers must come from "
-                "torch's default generators, and a forward pass must not change what the next one computes."
+                "backbone: the second pass of a chunk gave different features from the first. Its random numbers must come "
+                "from torch's default generators, and a forward pass must not change what the next one computes."
             )
 
 

@@ -2,7 +2,7 @@
 
 Rank 0 prepares the images, every rank opens them, and all must have found the same. Nodes may have copies of their own. One
 file less on one of them gives all images another order there, so that one image would be its own negative and another would
-never be seen, without any error.
+never be seen, without any error message.
 """
 
 import itertools
@@ -113,7 +113,7 @@ def stop_on_lost_images() -> Iterator[None]:
 def training_images(path: str | None, cache: Path) -> tuple[Source, Source | None]:
     """Open the training images of `crossbatch.data.path`, and those to evaluate on if there are any; every rank calls it.
 
-    Raises InputError if there are none, or not the same ones on all ranks.
+    Raises InputError if there are no images, or if the ranks find different ones.
     """
     return _open_on_all_ranks(path, cache, _open)
 
@@ -148,7 +148,7 @@ def _check_labels(source: Source, num_classes: int, where: str) -> None:
     """Raise InputError if no image has a label, or a label has no class."""
     labels = source.labels
     if not (labels >= 0).any():
-        raise InputError(f"{where}: none that has a label; add some")
+        raise InputError(f"{where}: none of them has a label; add labels")
     wrong = np.flatnonzero((labels < -1) | (labels >= num_classes))  # -1: cannot be read, and is left out
     if len(wrong):
         first = int(wrong[0])
@@ -173,7 +173,7 @@ def _open_on_all_ranks(
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
             counts, wanted = (" + ".join(str(images) for images, _ in facts) for facts in (theirs, found[0]))
-            how = f"{counts} images, and rank 0 {wanted}" if counts != wanted else "other labels than rank 0"
+            how = f"{counts} images, but rank 0 finds {wanted}" if counts != wanted else "other labels than rank 0"
             raise InputError(f"{_KEY}: {path}: rank {rank} finds {how}; give every node the same files")
     return sources
 

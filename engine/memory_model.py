@@ -1,6 +1,6 @@
-"""What one training step needs on one GPU, part by part: the model behind the automatic chunk and `launch/plan.py`.
+"""Computes the memory of one training step on one GPU, part by part, for the automatic chunk and `launch/plan.py`.
 
-What autograd keeps is not modelled but asked: see `engine.sketch`. The rest follows from the configuration:
+What autograd keeps is not modelled: `engine.sketch` asks autograd itself. The rest follows from the configuration:
 
     parameters      both encoders, heads and BatchFormer; cut by stage 3, and gathered again while the step runs
     optimizer       the state of what this rank steps on (LARS one number per parameter, AdamW two), and, under ZeRO, the fp32
@@ -34,7 +34,7 @@ _FP32, _LOGITS = 4, 8 * 2**20
 
 @dataclass(frozen=True)
 class Part:
-    """Holds the bytes of one part of the memory, and where the number is from."""
+    """Holds the bytes of one part of the memory, and where the number comes from."""
 
     name: str
     bytes: float

@@ -57,7 +57,7 @@ def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, c
 
 
 class Log:
-    """Does nothing, on the ranks other than 0; `RunLog` describes the methods."""
+    """Takes the place of `RunLog` on the other ranks, and does nothing."""
 
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
@@ -75,7 +75,7 @@ class RunLog(Log):
 
     Args:
         out: the run directory.
-        first_step: optimizer steps already done; later lines of an interrupted run are dropped, because they come again.
+        first_step: optimizer steps already done; lines of later steps are dropped, because these steps are repeated.
         last_step: the step at which the progress bar is full.
     """
 
@@ -155,7 +155,7 @@ class RunLog(Log):
         print_summary(rows, commands, self.out, self.console)
 
     def stopped(self, signal_name: str, step: int) -> None:
-        """Leave a file that tells this run, which goes on when it is resumed, from one that is done."""
+        """Write a file that tells this interrupted run, which can be resumed, from a finished one."""
         with self._warning_if_full(STOPPED):
             write_atomically(self.out / STOPPED, json.dumps({"signal": signal_name, "step": step}) + "\n")
 
@@ -180,7 +180,7 @@ class RunLog(Log):
 
     @contextlib.contextmanager
     def _warning_if_full(self, what: str) -> Iterator[None]:
-        """Only warn, once, if what runs inside cannot write `what`: training matters more than its log."""
+        """Warn once, instead of raising, if the block cannot write `what`: training matters more than its log."""
         try:
             yield
             self.failing.discard(what)
@@ -227,7 +227,7 @@ class StepClock:
         self.start = time.perf_counter()
 
     def waited(self, since: float) -> None:
-        """Count a step whose batch was waited for from `since` (of time.perf_counter) until now."""
+        """Count one step, and the time from `since` (of time.perf_counter) until now as waiting for its batch."""
         self.last_wait_s = time.perf_counter() - since
         self.wait_s += self.last_wait_s
         self.steps += 1

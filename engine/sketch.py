@@ -1,4 +1,4 @@
-"""What a step of a network keeps, found without memory: shapes pass through the real modules, and autograd is asked.
+"""Finds what a training step keeps in memory without allocating it: shapes pass through the real modules and autograd.
 
 Nothing is modelled layer by layer, so any backbone counts, under autocast and with checkpointed blocks too. The tensors are
 those of torch's FakeTensorMode, on its "CPU": what autograd saves there is what it saves on a GPU.

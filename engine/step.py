@@ -1,4 +1,4 @@
-"""One training step: features, batch-wide part, backward, update.
+"""Runs one training step: features, batch-wide part, backward, update.
 
 The step is cut at the backbone's features (see `crossbatch.models.moco`). With one chunk, autograd simply continues through
 the cut. With more, only the backbone is chunked: see `crossbatch.engine.chunked`. The result is that of one chunk, except
@@ -27,7 +27,7 @@ Output = TypeVar("Output")
 
 @dataclass
 class Progress:
-    """Count what a run remembers besides tensors; data position, schedules and random numbers follow from it."""
+    """Hold the counts that a run remembers besides tensors; data position, schedules and random numbers follow from them."""
 
     step: int = 0  # batches trained on
     updates: int = 0  # of these, the ones whose gradients were finite
@@ -135,7 +135,7 @@ class TrainStep:
         return output
 
     def _in_chunks(self, views: torch.Tensor) -> MoCoOutput:
-        """Run forward and backward of the same with the activations of one chunk in memory at a time."""
+        """Run forward and backward of the whole local batch with the activations of one chunk in memory at a time."""
         outputs: list[MoCoOutput] = []
 
         def forward(chunk: torch.Tensor, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ class TrainState:
         allow_change: configuration keys that may differ from those of the checkpoint.
 
     Attributes:
-        step: makes one optimizer step a call.
+        step: makes one optimizer step per call.
         chunk: images that its network sees at once, at most.
         has_trained: whether this process has made a step.
         num_skipped_images: broken images that this rank has replaced in this process.
@@ -50,7 +50,7 @@ class TrainState:
         return self.task.cfg.crossbatch.schedule.epochs * self.task.data.steps_per_epoch
 
     def build(self, chunk: int) -> Resumed | None:
-        """Build the step for chunks of `chunk` images, as the seed says or as the first checkpoint that can be read.
+        """Build the step for chunks of `chunk` images, from the seed or from the first checkpoint that can be read.
 
         Returns that checkpoint, or None for a new run. Raises InputError if there are checkpoints but none fits.
         """

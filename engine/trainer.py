@@ -1,4 +1,4 @@
-"""The training loop: fetch a batch, agree on signals, train, log, evaluate, save, stop. What is trained is a `Task`."""
+"""Runs the training loop: fetch a batch, agree on signals, train, log, evaluate, save, stop. What is trained is a `Task`."""
 
 import math
 import signal
@@ -196,7 +196,7 @@ class Trainer:
             self.state.restore_progress()
             self._save()
             raise RunStopped(
-                f"{skipped} steps in a row skipped: {described}; step {self.num_steps}, before them, is saved; lower "
+                f"{skipped} steps in a row were skipped: {described}; step {self.num_steps}, before them, is saved; lower "
                 f"optimizer.params.base_lr, raise crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
             )
 
@@ -208,7 +208,7 @@ class Trainer:
                 f"out of memory while images were prepared; step {self.num_steps} is saved; lower {CHUNK_KEY}, or use "
                 f"crossbatch.data.backend=opencv"
             ) from failure
-        raise failure or RunStopped(f"rank {failed_rank} got no more data; step {self.num_steps} is saved")
+        raise failure or RunStopped(f"rank {failed_rank} could not load its next batch; step {self.num_steps} is saved")
 
     def _stop_without_memory(self) -> NoReturn:
         """Stop in a step that needs more memory than there is; save the state before it where no other rank has to help."""

@@ -53,23 +53,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_config_flags(
-    parser: argparse.ArgumentParser, aliases: list[Alias] = ALIASES, title: str = "the originals' flags"
+    parser: argparse.ArgumentParser,
+    aliases: list[Alias] = ALIASES,
+    title: str = "flags of MoCo v3's and BatchFormer's released code",
 ) -> None:
     """Add --deepspeed_config, --set, --data and the aliases; `overrides` turns them into key=value pairs."""
     from crossbatch.engine.config.aliases import current_path  # late: `crossbatch --help` should not import torch
 
     parser.add_argument("--deepspeed_config", metavar="F", help="recipe, e.g. ds_configs/bs4096.json")
     parser.add_argument(
-        "--set", metavar="path=value", action="append", default=[], help="override a key; repeatable, applied last"
+        "--set", metavar="path=value", action="append", default=[], help="override any key; repeatable, applied last"
     )
-    parser.add_argument("--data", metavar="DIR", help="crossbatch.data.path")
+    parser.add_argument(
+        "--data", metavar="DIR", help="the images: a folder, cifar10://DIR, ...; sets crossbatch.data.path"
+    )
     parser.add_argument("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
     # The deepspeed launcher adds this one.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group(f"{title}, as aliases of configuration keys")
     for flags, path, kind in aliases:
         key = current_path(path)
-        meaning = key if key == path else f"{key}, by the released code's number for it"
+        meaning = key if key == path else f"{key}, given as the released code's number"
         if kind is None:
             group.add_argument(*flags, dest=path, action="store_const", const="true", help=meaning)
         else:
@@ -89,14 +93,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_output_flags(parser)
     what = "stop at optimizer step N, counted from the start of the run"
     parser.add_argument("--steps", metavar="N", type=positive, help=what)
-    what = "resume although KEY changed; repeatable"
+    what = "resume even though the value of KEY has changed; repeatable"
     parser.add_argument("--allow-change", metavar="KEY", action="append", default=[], help=what)
 
 
 def positive(text: str) -> int:
     """Read a whole number of at least 1, as a type for argparse."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"given {text}; allowed: >= 1")
+        raise argparse.ArgumentTypeError(f"given {text}; allowed: a whole number >= 1")
     return int(text)
 
 
@@ -115,7 +119,7 @@ def output_folder(arguments: argparse.Namespace, name: str) -> Path:
     """Return --out or, without it, runs/<recipe>-<time>; `name` stands in for the recipe's.
 
     Raises:
-        InputError: if it cannot be created and written, which is found out before any data is opened.
+        InputError: if it cannot be created or written; this is checked before any data is opened.
     """
     recipe = Path(arguments.deepspeed_config or name).stem
     path = arguments.out or Path("runs") / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -46,7 +46,13 @@ def add_shards(commands) -> None:
     )
     parser.add_argument("--data", metavar="DIR", required=True, help="what to read: a folder or cifar10://DIR, ...")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
-    parser.add_argument("--images-per-shard", metavar="N", type=positive, default=5000, help="default 5000")
+    parser.add_argument(
+        "--images-per-shard",
+        metavar="N",
+        type=positive,
+        default=5000,
+        help="largest number of images in a shard; default 5000",
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order in the shards; default 0")
     parser.set_defaults(run=shards)
 
@@ -90,7 +96,7 @@ def add_import(commands) -> None:
         "--deepspeed_config ds_configs/bs4096.json",
     )
     parser.add_argument("file", metavar="FILE", type=Path, help="checkpoint_*.pth.tar")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="run directory to make")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="run directory to create")
     add_config_flags(parser)
     parser.set_defaults(run=import_legacy)
 
@@ -129,7 +135,7 @@ def add_export(commands) -> None:
     parser.add_argument("-a", "--arch", metavar="X", help="backbone, where the checkpoint does not say")
     parser.add_argument("--encoder", choices=("online", "momentum"), help="encoder of pretraining; default online")
     parser.add_argument(
-        "--set", metavar="path=value", action="append", default=[], help="a key of crossbatch.model; repeatable"
+        "--set", metavar="path=value", action="append", default=[], help="set a key of crossbatch.model; repeatable"
     )
     parser.set_defaults(run=export_checkpoint)
 

@@ -32,16 +32,23 @@ _WORKERS = "crossbatch.data.workers"
 
 def add_legacy_launch_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `launched` reads."""
-    add = parser.add_argument_group("the originals' way to start ranks (launch/legacy_launch.py)").add_argument
+    add = parser.add_argument_group("starting ranks as the released code does (launch/legacy_launch.py)").add_argument
     add("--multiprocessing-distributed", action="store_true", help="start the ranks of this node, one per GPU")
-    add("--world-size", metavar="N", type=int, help="nodes; ranks, without --multiprocessing-distributed")
+    add(
+        "--world-size", metavar="N", type=int, help="number of nodes, or of ranks without --multiprocessing-distributed"
+    )
     add("--rank", metavar="N", type=int, help="number of this node, or of this process, from 0")
-    add("--dist-url", metavar="tcp://HOST:PORT", help="where they meet: HOST is the node of rank 0")
-    add("--dist-backend", metavar="X", help="nccl on GPUs, gloo on CPUs, as would be taken anyway")
-    add("--gpu", metavar="N", type=int, help="GPU of this process, from 0, where it does not start others")
+    add("--dist-url", metavar="tcp://HOST:PORT", help="where the ranks meet; HOST is the node of rank 0")
+    add("--dist-backend", metavar="X", help="nccl on GPUs, gloo on CPUs; any other value is an error")
+    add("--gpu", metavar="N", type=int, help="GPU of this process, from 0; only without --multiprocessing-distributed")
     add("--nproc-per-node", "--nproc_per_node", metavar="N", type=positive, help="ranks to start, if not one per GPU")
     add("-e", "--evaluate", action="store_true", help=argparse.SUPPRESS)
-    add("--start-epoch", type=int, choices=[0], help="only 0: a run goes on where its checkpoint stands (--resume)")
+    add(
+        "--start-epoch",
+        type=int,
+        choices=[0],
+        help="only 0: a resumed run continues from its checkpoint (see --resume)",
+    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 
 def number_or_list(text: str) -> float | list:
-    """Return a number, or a list that is written as JSON, for argparse. Raises ValueError."""
+    """Return the number or the JSON list in `text`, for argparse. Raises ValueError for anything else."""
     return json.loads(text) if text.startswith("[") else float(text)
 
 

@@ -29,18 +29,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--gpus", metavar="N", type=int, required=True, help="GPUs of all nodes together")
     numbers = f"or its numbers, {GPU_BY_HAND}: GB/s and dense TFLOP/s of its data sheet, without bf16 if it has none"
     add("--gpu", metavar="NAME", required=True, help=f"{', '.join(GPUS)}; {numbers}")
-    add("--nodes", metavar="N", type=int, default=1, help="default %(default)s")
+    add("--nodes", metavar="N", type=int, default=1, help="number of nodes (default %(default)s)")
     networks = f"{', '.join(NETWORKS)}; 4xedr: four adapters in each node"
     add("--interconnect", metavar="NAME", help=f"between nodes: {networks} (default: usual for the GPU)")
     add("--link", metavar="NAME", help=f"inside a node: {', '.join(LINKS)} (default: usual for the GPU)")
-    parser.add_argument("--images", metavar="N", type=int, default=IMAGENET, help="of an epoch (default %(default)s)")
+    parser.add_argument(
+        "--images", metavar="N", type=int, default=IMAGENET, help="images in an epoch (default %(default)s)"
+    )
     parser.add_argument(
         "--feed", metavar="N", type=float, help="images/s that all loaders deliver together (default: enough)"
     )
     parser.add_argument(
-        "--rows", metavar="PATH", type=Path, help="measured by `python -m benchmarks step` or `scaling`"
+        "--rows", metavar="PATH", type=Path, help="rows measured by `python -m benchmarks step` or `scaling`"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object for scripts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
     return parser.parse_args()
 
 

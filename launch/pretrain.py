@@ -26,9 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     add_config_flags(parser)
     add_run_flags(parser)
     add_legacy_launch_flags(parser)
-    what = "time N steps part by part, and trace N, into OUT/profile"
+    what = "time N steps part by part, trace N more, and write both to OUT/profile"
     parser.add_argument("--profile", metavar="N", type=positive, default=0, help=what)
-    what = "print what would run as JSON, without data or processes"
+    what = "print what would run, as JSON, and exit without starting it"
     parser.add_argument("--dry-run", action="store_true", help=what)
     parser.add_argument("--world-size-hint", metavar="N", type=positive, help="with --dry-run: as if on N ranks")
     arguments = parser.parse_args()
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     if Path(arguments.resume).is_file():
         parser.error(
             f"--resume: {arguments.resume} is a file; allowed: auto, none, a run directory or one of its checkpoints/step-N; "
-            f"python launch/convert.py import makes a run of a checkpoint of the originals"
+            f"python launch/convert.py import turns a checkpoint of the released code into a run"
         )
     return arguments
 

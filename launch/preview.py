@@ -24,10 +24,18 @@ def main() -> None:
     parser.add_argument(
         "--data", metavar="DIR", required=True, help="a folder, shards, cifar10://DIR, shapes://DIR, ..."
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, default=Path("preview.png"), help="default preview.png")
-    parser.add_argument("--count", metavar="N", type=positive, default=8, help="images; default 8")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, default=Path("preview.png"), help="picture to write; default preview.png"
+    )
+    parser.add_argument("--count", metavar="N", type=positive, default=8, help="number of images; default 8")
     parser.add_argument("--image-size", metavar="PX", type=positive, default=224, help="side of a view; default 224")
-    parser.add_argument("--crop-min", metavar="A", type=float, default=0.08, help="smallest crop; default 0.08")
+    parser.add_argument(
+        "--crop-min",
+        metavar="A",
+        type=float,
+        default=0.08,
+        help="smallest crop, as a fraction of the image's area; default 0.08",
+    )
     parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="seed of the order and the augmentation; default 0"
     )

@@ -40,7 +40,7 @@ def train(
     check_allowed(arguments.allow_change, type(cfg.config))
     if arguments.out is None and distributed.may_be_restarted():
         raise InputError(
-            "--out: not given, but torchrun may restart this run, which then must find its checkpoints; name one"
+            "--out: not given, but torchrun may restart this run, which must then find its checkpoints; give a folder"
         )
     out = output_folder(arguments, name)
     timeout_s, device_type = cfg.crossbatch.watch.timeout_s, cfg.device.type

@@ -1,6 +1,6 @@
-"""Networks and losses: MoCo v3, backbones, heads, batch norm, BatchFormer.
+"""Defines networks and losses: MoCo v3, backbones, heads, batch norm, BatchFormer.
 
-Nothing here imports the engine or the data, or knows configuration keys. The code is single-device; the few places that talk to
+Nothing here imports `engine` or `data`, or knows configuration keys. The code is single-device; the few places that talk to
 other ranks hold a `Collective`. A new backbone goes into `backbones` (and a file of its own), a new loss term into `loss`, a
 BatchFormer kernel into `batchformer/`. torchvision, timm and triton are imported when they are needed.
 """

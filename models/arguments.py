@@ -1,4 +1,4 @@
-"""Checks of arguments that several modules share. Every message begins with the name of the argument."""
+"""Checks arguments for several modules. Every message begins with the name of the argument."""
 
 import difflib
 from collections.abc import Iterable
@@ -20,6 +20,6 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def list_allowed(given: object, allowed: Iterable[str]) -> str:
-    """Return the part of a message that lists what is allowed, and the one that is spelt most alike."""
+    """Return the part of a message that lists what is allowed, and suggests the most similar name."""
     nearest = difflib.get_close_matches(str(given), allowed, n=1)
     return f"allowed: {', '.join(allowed)}" + (f" (did you mean {nearest[0]!r}?)" if nearest else "")

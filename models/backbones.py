@@ -1,4 +1,4 @@
-"""Every backbone by its name, and the checks of their arguments.
+"""Builds every backbone by its name, and checks its arguments.
 
 A new backbone needs `num_features`, a builder below, and a family of heads (`crossbatch.models.heads`). torchvision and timm
 are imported when a network is built.
@@ -75,7 +75,7 @@ def build_backbone(
             `mlp_ratio` and `patch_size` (not with a conv stem) of a ViT.
 
     Raises:
-        ValueError: for anything that would be ignored or cannot be built; the message begins with the argument.
+        ValueError: for arguments that would be ignored or that make no network; the message begins with the argument.
     """
     args = dict(backbone_args or {})
     if family(arch) == "resnet":
@@ -89,7 +89,7 @@ def build_backbone(
 
     layout = LAYOUTS[arch]
     if stem != "imagenet":
-        raise ValueError(f"stem is {stem!r}, but {arch} has a stem of its own; leave it out (stems are for ResNets)")
+        raise ValueError(f"stem is {stem!r}, but {arch} has a stem of its own; leave it out (only ResNets take one)")
     sizes = ("embed_dim", "depth", "num_heads")
     _check_args(arch, args, integers=sizes if layout.conv_stem else (*sizes, "patch_size"), reals=("mlp_ratio",))
     layout = replace(layout, **args)

@@ -1,4 +1,4 @@
-"""A backbone with a linear classifier on its features, which are trained end to end, and a moving average of both."""
+"""Defines a backbone with a linear classifier, trained end to end, and a moving average of both."""
 
 import copy
 
@@ -31,14 +31,14 @@ class Classifier(ShardableModel):
     """Hold a network that is trained, and its moving average.
 
     Args:
-        backbone: network with the weights to start from; it belongs to the classifier from then on.
+        backbone: the network with the weights to start from; the classifier trains this very module.
         num_classes: width of the head.
-        drop_path: chance of the last block of a ViT to be skipped for an image; earlier blocks are skipped in proportion
+        drop_path: probability that the last block of a ViT is skipped for an image; it falls linearly to 0 at the first block
             (Huang et al., 2016).
         averaged: whether there is a moving average.
 
     Raises:
-        ValueError: for `drop_path` with a ResNet, which has none.
+        ValueError: if `drop_path` is above 0 and the backbone is a ResNet, which has none.
     """
 
     parts = ("logits", "average_logits")

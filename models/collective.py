@@ -1,4 +1,4 @@
-"""The three collective operations that a model needs.
+"""Defines the three collective operations that a model needs.
 
 The few places that talk to other ranks hold a `Collective`: one process, where every operation is the identity.
 `GroupCollective` calls torch.distributed instead. Shapes: W = world size.

@@ -1,4 +1,4 @@
-"""Cross-entropy of rows against many keys, without the matrix of logits.
+"""Computes the cross-entropy of rows against many keys, without the matrix of logits.
 
 A tile of rows meets all keys at once, its softmax gives the loss and, right away, the gradient of the queries
 
@@ -18,17 +18,17 @@ _TILE = 1 << 21  # logits at a time: 8 MiB
 
 
 def cross_entropy_over_keys(queries_nD: Tensor, keys_BD: Tensor, labels_n: Tensor, temperature: float) -> Tensor:
-    """Return the mean over the rows of cross_entropy(queries keys^T / temperature, labels), keeping no matrix [n, B].
+    """Return the mean over the rows of cross_entropy(queries keys^T / temperature, labels), without storing the matrix [n, B].
 
     Args:
-        queries_nD: rows, which get a gradient.
-        keys_BD: keys in the dtype of the queries, e.g. those of all ranks. They get no gradient, as in MoCo.
-        labels_n: int64, the index of each row's own key.
-        temperature: divisor of the logits.
+        queries_nD: n queries, which get a gradient. They are not normalised here.
+        keys_BD: B keys in the dtype of the queries, for example those of all ranks. They get no gradient, as in MoCo.
+        labels_n: int64, for each query the index of its own key, 0 to B - 1.
+        temperature: the logits are divided by it; above 0.
 
     Raises:
-        ValueError: if the keys require a gradient, which this function does not compute; for other shapes than these, no rows
-            or no keys; or if the temperature is not positive.
+        ValueError: if the keys require a gradient, which this function does not compute; if the shapes differ from these, or
+            there are no queries or no keys; or if the temperature is not positive.
     """
     fits = queries_nD.dim() == keys_BD.dim() == 2 and queries_nD.shape[1] == keys_BD.shape[1]
     if not fits or labels_n.shape != queries_nD.shape[:1] or 0 in (len(queries_nD), len(keys_BD)):
@@ -39,7 +39,7 @@ def cross_entropy_over_keys(queries_nD: Tensor, keys_BD: Tensor, labels_n: Tenso
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed: > 0")
     if keys_BD.requires_grad:
-        raise ValueError("keys_BD require a gradient, which they would not get; detach them, or use F.cross_entropy")
+        raise ValueError("keys_BD requires a gradient, which it would not get; detach it, or use F.cross_entropy")
     return _CrossEntropy.apply(queries_nD, keys_BD, labels_n, temperature)  # pyright: ignore[reportReturnType]
 
 

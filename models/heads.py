@@ -1,10 +1,10 @@
-"""The projector (both encoders) and the predictor (online encoder only) of MoCo v3: bias-free MLPs with batch norm.
+"""Builds the projector (both encoders) and the predictor (online encoder only) of MoCo v3: bias-free MLPs with batch norm.
 
               projector                                               predictor
     resnet    C -> mlp_dim -> projection_dim, norm                    projection_dim -> mlp_dim -> projection_dim
     vit       C -> mlp_dim -> mlp_dim -> projection_dim, norm         the same, norm
 
-Hidden layers are followed by norm and ReLU. The norm at the end has no weight and bias. Source: MoCo v3's release;
+Hidden layers are followed by norm and ReLU. The norm at the end has neither weight nor bias. Source: MoCo v3's release;
 sizes there are mlp_dim = 4096 and projection_dim = 256. Linear layers keep torch's default initialisation.
 """
 

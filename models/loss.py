@@ -1,4 +1,4 @@
-"""The contrastive loss over both views and, with BatchFormer, over both streams.
+"""Computes the contrastive loss over both views and, with BatchFormer, over both streams.
 
 One term contrasts the queries of one view and stream with the keys of another:
 
@@ -40,7 +40,7 @@ _STREAMS = "ob"
 
 
 def loss_from_add_bf(add_bf: int) -> BatchFormerLoss:
-    """Return the kind of loss that a number of BatchFormer's release stands for; 0 and less mean "none"."""
+    """Return the kind of loss that BatchFormer's release denotes by the number `add_bf`; 0 and below mean "none"."""
     if add_bf <= 0:
         return "none"
     numbers: dict[int, BatchFormerLoss] = {1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self"}
@@ -48,7 +48,7 @@ def loss_from_add_bf(add_bf: int) -> BatchFormerLoss:
 
 
 def chance_loss(kind: BatchFormerLoss, temperature: float, batch: int) -> float:
-    """Return the loss when every key looks alike: each term is 2T ln(number of keys)."""
+    """Return the loss when all keys look alike: each term is then 2T ln(number of keys)."""
     keys = 2 * batch if kind == "joint" else batch
     return NUM_TERMS[kind] / _DIVISORS.get(kind, 1) * 2 * temperature * math.log(keys)
 
@@ -58,18 +58,19 @@ def contrastive_loss(
 ) -> Tensor:
     """Return MoCo v3's loss ctr(q1, k2) + ctr(q2, k1) of this rank's images against the keys of all ranks, an fp32 scalar.
 
-    The mean over the ranks is the loss of the global batch, and so are gradients that DDP averages. Queries and keys are
-    normalised here.
+    The mean of this loss over the ranks is the loss of the global batch, so the gradients that DDP averages are those of the
+    global batch. Queries and keys are normalised here.
 
     Args:
         queries: predictions of the online encoder for both views, [2, n, D], any floating dtype.
         keys: projections of the momentum encoder, [2, n, D]. They get no gradient.
-        temperature: T; MoCo v3 trains ResNets with 1.0 and ViTs with 0.2.
-        process_group: ranks that hold the global batch, equally many images each; None means all ranks, or this process
-            alone without torch.distributed.
+        temperature: T, above 0; MoCo v3 trains ResNets with 1.0 and ViTs with 0.2.
+        process_group: the ranks that hold the global batch, each with equally many images; None means all ranks, or this
+            process alone without torch.distributed.
 
     Raises:
-        ValueError: for other shapes, no images, a temperature that is not positive, or keys that require a gradient.
+        ValueError: if the shapes differ from these, there are no images, the temperature is not positive, or the keys require
+            a gradient.
     """
     if queries.dim() != 3 or len(queries) != 2 or queries.shape[1] == 0 or queries.shape != keys.shape:
         raise ValueError(

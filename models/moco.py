@@ -1,12 +1,12 @@
-"""MoCo v3 (Chen, Xie, He 2021) with BatchFormer between the backbone and the heads.
+"""Defines MoCo v3 (Chen, Xie, He 2021) with BatchFormer between the backbone and the heads.
 
     views ──> online backbone ──> features ─┬─ o ─┬─> projector ──> predictor ──> queries ─┐
                                  BatchFormer └─ b ─┘                                        ├─> loss
     views ──> momentum backbone ─> features ─┬─ o ─┬─> projector (no gradient) ──> keys ────┘
                                  BatchFormer └─ b ─┘
 
-The step is cut at "features": everything left of it sees an image at a time and may be computed in chunks; everything right
-of it sees the whole batch and is computed once (`contrast`).
+The step is cut at "features": everything to its left sees one image at a time and may be computed in chunks; everything to its
+right sees the whole batch and is computed once (`contrast`).
 
 Both views travel in one tensor, view-major, so every batch norm needs one collective for both and still keeps separate
 statistics per view. With BatchFormer the heads' norms take their statistics over both streams of a view.
@@ -87,37 +87,37 @@ class Heads(nn.Module):
 
 
 class MoCo(ShardableModel):
-    """Train a backbone by MoCo v3: add projector, predictor, momentum encoder and, if asked, BatchFormer.
+    """Wrap a backbone for MoCo v3 pretraining: add projector, predictor, momentum encoder and, if asked, BatchFormer.
 
     In a training loop: `out = moco.loss(images, step, seed)`, `out.loss.backward()`, an optimizer step over the parameters
     that require a gradient, then `moco.update_momentum(0.99)`. In DDP call `ddp("loss", images, step, seed)` instead.
 
     Args:
         backbone: a name (see `build_backbone`), or a module that turns [n, 3, H, W] into a tensor [n, num_features]. A module
-            belongs to MoCo from then on: its batch norms are replaced (`convert_norms`), the momentum encoder is a copy.
-        num_features: width of the features of a module; by default its attribute `num_features`.
-        heads: "resnet" or "vit", the kind of projector and predictor (see `crossbatch.models.heads`); by default that of
-            the name, and "resnet" for a module.
+            is changed in place: its batch norms are replaced (`convert_norms`). The momentum encoder is a copy of it.
+        num_features: number of features that a module returns; by default its attribute `num_features`.
+        heads: "resnet" or "vit", the kind of projector and predictor (see `crossbatch.models.heads`); by default the
+            kind that belongs to the name, and "resnet" for a module.
         checkpoint_activations: recompute the blocks of the online backbone in the backward pass: less memory for a third
             more time.
         projection_dim: width D of queries and keys.
         mlp_dim: hidden width of projector and predictor.
         temperature: T of the loss.
         batchformer_loss: "none" (no BatchFormer), "sum", "mean", "mean_with_self" or "joint"; see `crossbatch.models.loss`.
-        group_size: images of the global batch that attend to each other; see `BatchFormer`.
+        group_size: number of images of the global batch that attend to each other; see `BatchFormer`.
         dropout: dropout probability in BatchFormer.
-        batchformer_kernel: `kernel` of `BatchFormer`.
+        batchformer_kernel: the argument `kernel` of `BatchFormer`.
         batchformer_mode: "trained": one module for both encoders, trained through the queries. "released": the same module,
             frozen at its initialisation, as the released BatchFormer code behaves. "ema": the keys use a moving average.
         cuda_graph: run what follows the backbone as a CUDA graph; see `crossbatch.models.cuda_graph`. It takes one backward
             pass a step, with `zero_grad()` after it, and no other thread that allocates on the GPU during the first step.
-        process_group: ranks that hold the global batch; None means all ranks, or this process alone without
+        process_group: the ranks that hold the global batch; None means all ranks, or this process alone without
             torch.distributed.
-        backbone_options: image_size, stem, stop_grad_conv1, backbone_args of `build_backbone`, with a name only.
+        backbone_options: image_size, stem, stop_grad_conv1 and backbone_args, passed on to `build_backbone`; only for a name.
 
     Raises:
-        TypeError: for a keyword argument that does not exist, or a `num_features` that is no integer.
-        ValueError: for arguments that cannot be combined; the message begins with the argument.
+        TypeError: for an unknown keyword argument, or if `num_features` is not an integer.
+        ValueError: for values that are not allowed or cannot be combined; the message begins with the argument.
     """
 
     parts = ("loss", "features", "embed", "contrast")
@@ -145,7 +145,7 @@ class MoCo(ShardableModel):
         known = [*inspect.signature(MoCo).parameters][:-1] + [*inspect.signature(build_backbone).parameters][1:]
         for name in backbone_options:
             if name not in known:
-                raise TypeError(f"{name} is no argument of MoCo; {list_allowed(name, known)}")
+                raise TypeError(f"{name} is not an argument of MoCo; {list_allowed(name, known)}")
         check_choice("batchformer_loss", batchformer_loss, LOSSES)
         check_choice("batchformer_mode", batchformer_mode, MODES)
         if isinstance(backbone, str):
@@ -166,7 +166,7 @@ class MoCo(ShardableModel):
             width: Any = getattr(network, "num_features", None) if num_features is None else num_features
             if width is None:
                 raise ValueError(
-                    f"num_features is not given, and {type(network).__name__} has no such attribute; give it"
+                    f"num_features is not given, and {type(network).__name__} has no attribute num_features; give it"
                 )
             check_positive_integer("num_features", width)
             projector = build_projector(heads, width, mlp_dim, projection_dim)
@@ -176,7 +176,9 @@ class MoCo(ShardableModel):
         self.momentum = encoder(backbone if isinstance(backbone, str) else copy.deepcopy(backbone))
         if checkpoint_activations:
             if not hasattr(self.online.backbone, "checkpoint_activations"):
-                raise ValueError("checkpoint_activations is true, but the backbone has no method of this name")
+                raise ValueError(
+                    "checkpoint_activations is true, but the backbone has no method checkpoint_activations; set it to false"
+                )
             self.online.backbone.checkpoint_activations()
         self.predictor = build_predictor(heads, mlp_dim, projection_dim)
         self.batchformer = None
@@ -211,7 +213,8 @@ class MoCo(ShardableModel):
     def update_momentum(self, m: float) -> None:
         """Set each momentum parameter to m * itself + (1 - m) * the online one, after the optimizer's step.
 
-        For parameters that are whole on this rank, as in plain torch and DDP. Running statistics of norms follow by themselves.
+        Parameters must be whole on this rank, as in plain torch and DDP. Running statistics of norms need no update: the
+        momentum encoder's norms see the same images.
 
         Raises:
             ValueError: if `m` is not in [0, 1], or if parameters are sharded (ZeRO-3).
@@ -253,16 +256,16 @@ class MoCo(ShardableModel):
         """Compute the loss of this rank's images against the keys of all ranks.
 
         Args:
-            images: [2n, 3, H, W], the first views of all n images, then their second views, normalised, in the dtype of the
-                parameters (fp32).
-            step: number of the step; step and seed are the key of BatchFormer's dropout masks, equal keys give equal masks.
-            seed: see `step`.
+            images: normalised images [2n, 3, H, W] in the dtype of the parameters (fp32): the first views of all n images, then
+                their second views.
+            step: number of the training step; BatchFormer's dropout masks depend on `step` and `seed` alone.
+            seed: seed of the dropout masks.
 
         Returns:
-            The loss with its graph, its terms and the signs of a collapse; all scalars. See `MoCoOutput`.
+            The loss with its graph, its terms and the signs of a collapse, all scalars; see `MoCoOutput`.
 
         Raises:
-            ValueError: if `images` have another shape, or the backbone returns anything but a tensor [2n, num_features].
+            ValueError: if `images` has another shape, or if the backbone returns anything but a tensor [2n, num_features].
         """
         if images.dim() != 4 or not len(images) or len(images) % NUM_VIEWS:
             raise ValueError(

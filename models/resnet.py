@@ -1,4 +1,4 @@
-"""ResNets: torchvision's blocks and state-dict keys, with our norm, a free base width and a stem for small images.
+"""Defines ResNets with torchvision's blocks and state-dict keys, ViewBatchNorm, a free base width and a stem for small images.
 
 It differs from torchvision.models.ResNet in four ways: the norm is ViewBatchNorm; `fc` is the identity, so the network
 returns the pooled feature; the last norm of every residual branch starts at zero, so that a block begins as the

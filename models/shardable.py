@@ -1,4 +1,4 @@
-"""The interface of networks that can be sharded, trained in chunks, and followed by a moving average."""
+"""Defines the interface of networks that can be sharded, trained in chunks, and followed by a moving average."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from crossbatch.models.collective import Collective
 
 
 class ShardableModel(nn.Module, ABC):
-    """Combine an online network, which is trained, with perhaps a momentum network, which follows it."""
+    """Hold an online network, which is trained, and perhaps a momentum network, which follows it."""
 
     parts: tuple[str, ...]  # names of the methods that `forward` calls
     collective: Collective
@@ -25,7 +25,7 @@ class ShardableModel(nn.Module, ABC):
         """Call the method named `part`: DDP and sharding backends do their work where `forward` is called, and only there.
 
         Autocast begins here because DeepSpeed switches off one that surrounds the call of its engine. It begins anew in each
-        call, or it would remember weights that it cast without gradient.
+        call, because it would otherwise reuse weights that it cast without gradient.
 
         Raises:
             ValueError: if `part` is not the name of a part.
@@ -52,7 +52,7 @@ class ShardableModel(nn.Module, ABC):
     def fsdp_units(self) -> list[nn.Module]:
         """Return the modules that FSDP gathers one by one, from the inside out, without the network itself.
 
-        Online and momentum parts have units alike, so that their shards are cut alike.
+        Online and momentum parts have corresponding units, so that their shards are cut alike.
         """
 
 

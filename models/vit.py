@@ -1,4 +1,4 @@
-"""Vision transformers as MoCo v3 trains them: timm's network with fixed positions, another start and another stem.
+"""Defines vision transformers as MoCo v3 trains them: timm's, with fixed positions, other initial weights and another stem.
 
 MoCo v3 (Chen, Xie, He 2021, sections 4 to 6, and their release) differs from timm in:
 
@@ -58,7 +58,8 @@ class ViT(VisionTransformer):
         image_size: side in pixels, or (height, width); multiples of the patch size.
         stop_grad_conv1: freeze the patch projection at its random start.
 
-    Raises ValueError if a conv stem should be frozen.
+    Raises:
+        ValueError: if `stop_grad_conv1` is true for a conv stem.
     """
 
     def __init__(self, layout: Layout, image_size: int | tuple[int, int] = 224, stop_grad_conv1: bool = False):

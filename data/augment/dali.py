@@ -141,7 +141,7 @@ class DaliPipeline:
         self._pipeline.schedule_run()
 
     def _crops(self) -> Any:
-        """Return DALI's crops for the first job, None if it has no images.
+        """Return DALI's crops for the first job, or None if it has no images.
 
         A pipeline that raised cannot be used again: a new one takes over the jobs, and PIL decodes the first one's images.
         """
@@ -220,7 +220,7 @@ def _graph(num_views: int, image_size: int, device: str):
 def encoded(source: Source, index: int, by_pil: bool = False) -> Encoded:
     """Return image `index` for DALI. Raises OSError, as `source.open` does.
 
-    That is its file if it is an ordinary JPEG, otherwise and with `by_pil` a BMP of what PIL decodes.
+    The result holds the file itself if it is an ordinary JPEG; otherwise, or with `by_pil`, a BMP of what PIL decodes.
     """
     data = source.read(index)
     size = None if by_pil else jpeg_size(data)

@@ -57,7 +57,7 @@ class ViewAugmentation:
 def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tuple[ViewAugmentation, ViewAugmentation]:
     """Return the asymmetric pair of MoCo v3 and BYOL: view 1 is always blurred, view 2 seldom blurred and sometimes solarized.
 
-    `image_size` is the side of a view in pixels, `crop_min` the smallest area of a crop as a part of the image's.
+    `image_size` is the side of a view in pixels, `crop_min` the smallest area of a crop as a fraction of the image's area.
     """
     scale = (crop_min, 1.0)
     return (
@@ -174,7 +174,7 @@ def _crop(
 def normalize(views_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normalise uint8 [..., 3, H, W] as ToTensor and Normalize(IMAGENET_MEAN, IMAGENET_STD) do, by one multiply-add per pixel.
 
-    Meant for the training device: a uint8 view travels from worker to GPU in a quarter of the bytes of fp32. The
+    Call it on the training device: a uint8 view travels from worker to GPU in a quarter of the bytes of fp32. The
     arithmetic is fp32 whatever `dtype` is.
     """
     scale, bias = _scale_and_bias(views_uint8.device)

@@ -39,7 +39,7 @@ _COLUMNS: Any = 13
 
 
 def _table(p: ViewParameters, augmentation: ViewAugmentation) -> np.ndarray:
-    """Return the table of parameters; its columns are:
+    """Return the table of parameters, a row per image, with these columns:
 
     0-3 operations in order (-1: none), 4 brightness, 5 contrast, 6 saturation, 7 hue in 1/256 turns, 8 grayscale,
     9 sigma of the blur, 10 solarize from this value on (256: never), 11 flip, 12 whether there is a contrast.

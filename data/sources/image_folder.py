@@ -71,8 +71,8 @@ def _list(root: str) -> tuple[Arrays, int]:
     images = {name: _relative_names(root, name, changes) for name in list_classes(root)}
     if not images:
         raise ValueError(
-            f"{root} has no class folders; expected are images as {root}/<class>/<file>, with one folder (of any name) if "
-            f"there are no classes"
+            f"{root} has no class folders; allowed: images as {root}/<class>/<file>; if there are no classes, move all images "
+            f"into one folder of any name"
         )
     empty = [name for name, names in images.items() if not names]
     if empty:

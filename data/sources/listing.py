@@ -84,12 +84,12 @@ def cached(
     is_current: Callable[[Arrays], bool],
     make: Callable[[], tuple[Arrays, int]],
 ) -> Arrays:
-    """Return the listing of `root` in the folder `cache` while it is right; otherwise make it and keep it.
+    """Return the listing of `root` kept in the folder `cache` while it is current; otherwise make it and keep it.
 
     Args:
         root: the folder that is listed.
         cache: where the listing is kept; None makes it each time.
-        is_current: whether nothing has changed since; may raise KeyError, TypeError, ValueError or OSError for "no".
+        is_current: returns whether nothing has changed since; KeyError, TypeError, ValueError and OSError mean no.
         make: returns the listing and the latest time of change (ns) of what it describes. A folder that has changed
             within the last two seconds may change again without a new timestamp, so its listing is not kept.
     """
@@ -107,5 +107,7 @@ def cached(
         try:
             save(file, arrays)
         except OSError as error:
-            _log.warning("cannot keep the listing of the data in %s (%s): the next start lists again", file, error)
+            _log.warning(
+                "cannot keep the listing of the data in %s (%s); the next start will list it again", file, error
+            )
     return arrays

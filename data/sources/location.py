@@ -19,11 +19,11 @@ _OPTIONS: dict[str, dict[str, int]] = {  # of each scheme, with their defaults
 def parse(path: str | Path) -> tuple[str, str, dict[str, int]]:
     """Split a data path into its scheme ("" for a folder), its folder or (synthetic) number of images, and its options.
 
-    Raises TypeError if it is no path, and ValueError with what is allowed if it is malformed.
+    Raises TypeError if `path` is neither a str nor a Path, and ValueError with what is allowed if it is malformed.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
-            f"`path` is a {type(path).__name__}, must be a str or a Path; give a folder, or synthetic://1000"
+            f"`path` is a {type(path).__name__}; it must be a str or a Path; give a folder, or synthetic://1000"
         )
     text = str(path)
     scheme, separator, rest = text.partition("://")

@@ -30,7 +30,7 @@ _TREE = (
 
 @runtime_checkable
 class Source(Protocol):
-    """Gives images by index. Must pickle, as each worker gets a copy; several threads may call `read` and `open` at once."""
+    """Gives images by index. It must be picklable, as workers get copies; several threads may call `read` and `open`."""
 
     labels: np.ndarray  # int64 [len]; -1 of an image that cannot be read
     class_names: list[str]
@@ -54,8 +54,8 @@ class Source(Protocol):
 def prepare(path: str | Path, cache: Path | None = None) -> None:
     """Download (cifar10, cifar100, flowers, pets) or generate (shapes) the images of `path` if they are not there.
 
-    One process does this before all of them open `path`. With a folder `cache`, it also lists the files of a folder into it,
-    so that the others need not.
+    One process calls it before all of them open `path`. If `cache` is given, the listing of a folder is kept there, so that
+    the other processes need not list it again.
 
     Raises:
         ValueError: `path` is malformed, or its images cannot be downloaded or written.
@@ -68,7 +68,7 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
         try:
             write_shapes(target, **options)
         except OSError as error:
-            raise ValueError(f"cannot write {target} ({error}); name a folder that can be written") from error
+            raise ValueError(f"cannot write {target} ({error}); choose a writable folder") from error
     if cache is not None and scheme in ("", "shapes"):
         _open_folder(_split_folder(Path(target), "train"), cache)
         with contextlib.suppress(ValueError):  # raised again when somebody evaluates
@@ -95,7 +95,7 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
     Args:
         path: a folder, or one of the above.
         split: "train" or "eval".
-        cache: a folder that keeps what was found in `path`, until that changes; None lists the files each time.
+        cache: a folder in which the listing of `path` is kept until its files change; None lists them each time.
         download: first download or generate the images if they are not there, as `prepare` does. Among several
             processes, let one of them do so before the others open `path`.
 
@@ -150,8 +150,8 @@ def _open_folder(folder: Path, cache: Path | None) -> ImageFolder | Shards:
         return ImageFolder(folder, cache)
     if list_classes(folder):
         raise ValueError(
-            f"{folder} holds tar files ({shards[0]}, ...) and folders ({list_classes(folder)[0]}, ...), so it is either "
-            f"shards or class folders; move the others away"
+            f"{folder} holds tar files ({shards[0]}, ...) and folders ({list_classes(folder)[0]}, ...), but must hold "
+            f"only one kind; move the others away"
         )
     return Shards(folder, cache)
 
@@ -174,7 +174,7 @@ def _match_classes(train: Path, folder: Path, source: ImageFolder | Shards, cach
     if not all(opened.has_class_names for opened in shards):
         if len(evaluated) > len(trained):
             raise ValueError(
-                f"{folder} has labels up to {len(evaluated) - 1}, {train} only up to {len(trained) - 1}; the two must number "
+                f"{folder} has labels up to {len(evaluated) - 1}, but {train} only up to {len(trained) - 1}; both must number "
                 f"the same classes"
             )
     elif trained != evaluated:
@@ -186,6 +186,6 @@ def _match_classes(train: Path, folder: Path, source: ImageFolder | Shards, cach
         ]
         raise ValueError(
             f"{train} and {folder} have different classes ({'; '.join(shown) or 'the same names in another order'}); labels "
-            f"are numbered by the names, so make the two lists equal"
+            f"are numbered by the names, so both need the same names"
         )
     source.class_names = trained

@@ -4,8 +4,9 @@ A drawing holds three or four copies of one of eight figures, each in random col
 textured background. Neither colour nor texture nor place says anything about the class, so comparing raw pixels does little
 better than chance (measured in tests/data/test_shapes.py), and a k-NN score that rises above it during pretraining comes from
 learned features. Colours are muted, backgrounds alike and figures several on purpose: what two crops of a drawing share is then
-above all the figure, and a contrastive method finds it within minutes. By vivid colours or by backgrounds of their own it
-would tell the drawings apart first: with those, six epochs gained 16 points of k-NN accuracy, without 30.
+above all the figure, and a contrastive method finds it within minutes. Vivid
+colours or a background of its own would give each drawing away: with those, six epochs gained 16 points of k-NN accuracy;
+without them, 30.
 """
 
 import json
@@ -63,21 +64,23 @@ def write_shapes(directory: str | Path, train: int, val: int, size: int, seed: i
     a data set. Does nothing if `directory` holds this very data set.
 
     Raises:
-        ValueError: `directory` holds anything else, or a split has fewer images than there are classes.
-        OSError: it cannot be written.
+        ValueError: if `directory` holds anything else, or a split has fewer images than there are classes.
+        OSError: if it cannot be written.
     """
     directory = Path(directory)
     settings = {"train": train, "val": val, "size": size, "seed": seed}
     if min(train, val) < len(SHAPES):
-        raise ValueError(f"`train` (={train}) and `val` (={val}) must be at least {len(SHAPES)}, an image per class")
+        raise ValueError(
+            f"`train` (={train}) and `val` (={val}) must each be at least {len(SHAPES)}, one image per class"
+        )
     if directory.is_file() or (directory.exists() and any(directory.iterdir())):
         manifest = directory / _MANIFEST
         if not manifest.is_file():
-            raise ValueError(f"{directory} exists and was not written by shapes://; name another folder")
+            raise ValueError(f"{directory} exists and was not written by shapes://; give another folder")
         written = json.loads(manifest.read_text())
         if written != settings:
             raise ValueError(
-                f"{directory} holds shapes with {written}, asked for were {settings}; remove it or name another folder"
+                f"{directory} holds shapes with {written}, but {settings} were asked for; remove it or give another folder"
             )
         return
     draft = directory.with_name(f"{directory.name}.writing-{os.getpid()}")
@@ -118,7 +121,7 @@ def draw_shape(name: str, size: int, seed: int, split: int, index: int) -> Image
 
 
 def _muted(numbers: Iterator[float], gray: float) -> list[float]:
-    """Return a slightly tinted colour near `gray`; by vivid colours a network would tell the images apart at once."""
+    """Return a slightly tinted colour near `gray`; vivid colours would let a network tell the images apart at once."""
     return [gray + 40 * (next(numbers) - 0.5) for _ in range(3)]
 
 

@@ -45,8 +45,8 @@ def write_shards(
     Files that are no image at all are left out; damage further inside shows only when they are decoded.
 
     Raises:
-        OSError: `folder` exists or cannot be written, or an image cannot be read: a disk that is gone must not make the
-            data set smaller.
+        OSError: if `folder` exists or cannot be written, or if an image cannot be read: a disk that is gone must not make
+            the data set smaller.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists")

@@ -87,7 +87,9 @@ class Shards:
         if len(member) < _BLOCK + length:
             raise BrokenImage(f"the shard is cut off: this image should end at byte {offset + length}")
         if file.checksum(member[:_BLOCK], label_offset) != check:
-            raise BrokenImage(f"the shard is not what its index describes; if it was rewritten, remove {INDEX}")
+            raise BrokenImage(
+                f"the shard does not match its index; if it was rewritten, remove {INDEX} to have the shards scanned again"
+            )
         return member[_BLOCK:]
 
     def open(self, index: int) -> Image.Image:
@@ -154,15 +156,15 @@ def _read_index(folder: Path, cache: Path | None) -> Arrays:
         index = load(file)
         _require_consistent(index)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove it, and the shards are scanned") from error
+        raise ValueError(f"{file} is damaged ({error}); remove it to have the shards scanned again") from error
     indexed = dict(zip(Names(index, "shards").unpack(), index["sizes"].tolist(), strict=True))
     found = {name: (folder / name).stat().st_size for name in list_shards(folder)}
     for name in sorted({*indexed, *found}):
         if indexed.get(name) != found.get(name):
             raise ValueError(
                 f"{file} is not the index of these shards: {name} has {found.get(name, 'no')} bytes in the folder and "
-                f"{indexed.get(name, 'no')} in the index; remove {file}, and the shards are scanned, or bring back the shards "
-                f"it was written for"
+                f"{indexed.get(name, 'no')} in the index; remove {file} to have the shards scanned again, or restore "
+                f"the shards that it was written for"
             )
     return index
 
@@ -186,7 +188,7 @@ def _facts(folder: Path, shards: list[str]) -> Arrays:
 def _require_consistent(index: Arrays) -> None:
     """Raise ValueError or KeyError unless the index is one of ours and whole."""
     if int(index["version"]) != _VERSION:
-        raise ValueError(f"its version is {index['version']}, this program reads {_VERSION}")
+        raise ValueError(f"its version is {index['version']}, but only {_VERSION} can be read")
     num_images, num_classes = len(Names(index, "names")), len(Names(index, "classes")) or 10**6
     if {len(index[column]) for column in _COLUMNS} | {int(index["counts"].sum())} != {num_images}:
         raise ValueError("its columns differ in length")
@@ -203,7 +205,7 @@ def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
     images = np.concatenate([found for _, found in scans])
     if not len(images):
         raise ValueError(
-            f"the {len(shards)} tar files in {folder} hold no images; expected are members such as 0000.jpg (or jpeg, png, "
+            f"the {len(shards)} tar files in {folder} hold no images; allowed: members such as 0000.jpg (or jpeg, png, "
             f"webp) and 0000.cls, its label as a number"
         )
     index = {
@@ -232,7 +234,7 @@ def _scan(shard: Path) -> tuple[list[str], np.ndarray]:
             text = file.read(label_offset, min(parts["cls"].size, _BLOCK + 1))
             if len(text) > _BLOCK or not _LABEL.fullmatch(text):
                 raise ValueError(
-                    f"{shard}: the label of {image.name} is {text[:20]!r}; expected is a number below 10^6"
+                    f"{shard}: the label of {image.name} is {text[:20]!r}; allowed: a whole number below 10^6"
                 )
             label = int(text)
         check = file.checksum(file.read(image.offset_data - _BLOCK, _BLOCK), label_offset)
@@ -254,7 +256,7 @@ def _members(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
             file.seek(end)
             rest = file.read()
             if len(rest) < _BLOCK or rest.strip(b"\0"):
-                raise ValueError("the end of the archive, zeros, is not there")
+                raise ValueError("the zeros at the end of the archive are missing")
     except OSError:
         raise
     except Exception as error:  # tarfile parses in plain Python: damage may raise anything

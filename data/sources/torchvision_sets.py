@@ -71,7 +71,7 @@ def open_set(scheme: str, directory: str, split: str) -> TorchvisionImages:
         return TorchvisionImages(Path(directory), names, cifar.targets, cifar.classes, cifar.data)
     except (OSError, RuntimeError, ValueError) as error:  # torchvision's "not found or corrupted" is a RuntimeError
         raise ValueError(
-            f"{scheme}://{directory} cannot be opened ({str(error).split('. You can')[0]}); expected are the files of "
+            f"{scheme}://{directory} cannot be opened ({str(error).split('. You can')[0]}); it needs the files of "
             f"torchvision.datasets.{kind} in {Path(directory, folder)}; open_source(path, download=True) fetches them"
         ) from error
 
@@ -124,5 +124,5 @@ def _open_files(scheme: str, directory: Path, split: str) -> TorchvisionImages:
     if absent:
         raise ValueError(f"{len(absent)} of {len(files)} images are not in {base / images}, the first: {absent[0]}")
     if not files or not 0 <= min(labels) <= max(labels) < len(class_names):
-        raise ValueError(f"lists no image, or a label that is not from 1 to {len(class_names)}")
+        raise ValueError(f"it lists no image, or a label that is not from 1 to {len(class_names)}")
     return TorchvisionImages(base, [f"{images}/{file}" for file in files], labels, class_names)

@@ -1,7 +1,7 @@
 """Says what a run may change in its configuration when it is resumed.
 
 Keys that the schema declares `resumable` may change: they say only how the same numbers are computed, watched or kept. Any
-other change, from the seed to the length of the schedule, makes another run and has to be accepted with --allow-change.
+other change, from the seed to the length of the schedule, makes a different run and must be accepted with --allow-change.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,16 +22,14 @@ def check_allowed(keys: Iterable[str], schema: type = Config) -> None:
     paths = key_paths(schema)
     for key in keys:
         if not any(covers(current_path(key), path) for path in paths):
-            raise InputError(
-                f"--allow-change {key}: no such key; allowed: the path of a key or a section of config.json"
-            )
+            raise InputError(f"--allow-change {key}: no such key; allowed: the path of a key or section in config.json")
 
 
 def fixed_values(config: Mapping[str, Any], schema: type, allowed: Iterable[str] = ()) -> dict[str, Any]:
     """Return {key path: value} of all keys that a resumed run must keep.
 
     Args:
-        config: a configuration as a plain dict. A key that it lacks has its default: it is newer than the checkpoint.
+        config: a configuration as a plain dict. A key that it lacks has its default, because it is newer than the checkpoint.
         schema: the class that declares the keys and says which of them are resumable.
         allowed: further keys and sections to leave out.
     """

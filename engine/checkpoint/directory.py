@@ -18,7 +18,7 @@ MANIFEST, CONFIG = "state.json", "config.json"
 
 @dataclass(frozen=True)
 class Keep:
-    """Says which checkpoints stay: the newest `newest`, and every one at a multiple of `every_steps` (0: none of these)."""
+    """Says which checkpoints stay: the last `newest` ones, and every one at a multiple of `every_steps` (0: none)."""
 
     newest: int
     every_steps: int = 0
@@ -43,7 +43,7 @@ def candidates(out: Path, resume: str) -> list[Path]:
             directory or of a single checkpoint.
 
     Raises:
-        InputError: if there is no checkpoint at the path, or if "none" would overwrite a run.
+        InputError: if there is no checkpoint at the path, or if `resume` is "none" and `out` already holds a run.
     """
     if resume == "none":
         if (out / "metrics.jsonl").exists():

@@ -34,11 +34,11 @@ class Snapshot(NamedTuple):
 
 
 class CheckpointSchedule:
-    """Saves a run every some steps and at its end; all ranks make the same calls.
+    """Saves a run every `every_steps` steps and at its end; all ranks make the same calls.
 
     Args:
         writer: writes the checkpoints.
-        every_steps: steps between two of them.
+        every_steps: number of steps between two checkpoints.
         snapshot: returns the state of the run as it is now.
         log: is told how each save ended. A save that fails does not stop training; the next one is tried as usual.
         saved_step: the step of the checkpoint that the run continues from, if it lies in the same run directory.
@@ -66,7 +66,7 @@ class CheckpointSchedule:
         self._report()
         if step and step % self.every_steps == 0 and self._saved_step != step:
             if self._due or any_busy:
-                self.log.warn(f"step {step}: the disk is slow, the save waits for the one before it")
+                self.log.warn(f"step {step}: the disk is slow; this save waits for the one before it")
             self._due = True
         if self._due and not any_busy:
             self._due = False
@@ -85,7 +85,7 @@ class CheckpointSchedule:
         if error is not None:
             raise RunStopped(
                 f"step {step} is done but cannot be saved: {error}; the last good checkpoint is {self._last_good()}; repeat "
-                f"the command when there is room, it goes on from there"
+                f"the command when there is room; the run continues from there"
             )
 
     def close(self) -> None:

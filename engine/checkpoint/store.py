@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Unreadable(Exception):
-    """Says that a checkpoint is incomplete, damaged or of another format."""
+    """Raised when a checkpoint is incomplete, damaged or of another format."""
 
 
 @dataclass
@@ -91,11 +91,11 @@ def write(
         manifest: `files` is filled in on rank 0.
         config: the resolved configuration, with `world_size`.
         keep: which checkpoints stay in `directory`.
-        group: a gloo group; None for one process.
+        group: a gloo group of the ranks that write; None for one process.
         token: a text, the same on all ranks, that tells the files of this attempt from those of an interrupted one.
 
     Raises:
-        RuntimeError: if a rank cannot write, with the rank and the reason, or if a rank has gone.
+        RuntimeError: if a rank cannot write (the message names it and the reason), or if a rank has gone.
     """
     rank = 0 if group is None else dist.get_rank(group)
     aside = directory / f".{name_of(manifest.step)}.{token}.tmp"

@@ -20,13 +20,13 @@ NOT_SAID = "if the checkpoint does not say"
 
 
 class FrozenModelConfig(Section):
-    """Declares the keys that name a network. What its checkpoint says of itself, mostly everything, cannot be contradicted."""
+    """Declares the keys that describe a network. They may repeat, but not contradict, what its checkpoint says."""
 
     checkpoint: str | None = key(None, CHECKPOINT, resumable=True)
     arch: str | None = key(None, f"backbone, {NOT_SAID}")
     stem: schema.Stem | None = key(None, f"first layers of a ResNet, {NOT_SAID}")
     backbone_args: Mapping[str, Any] | None = key(None, f"arguments of the backbone, {NOT_SAID}")
-    encoder: Literal["online", "momentum"] = key("online", "which of the two encoders of pretraining is taken")
+    encoder: Literal["online", "momentum"] = key("online", "which of the two encoders of pretraining to use")
 
 
 class ExportModelConfig(Section):
@@ -42,11 +42,13 @@ class ExportConfig(Section):
 class KnnImagesConfig(Section):
     path: str | None = key(None, schema.PATH)
     image_size: Pixels | Auto = key("auto", IMAGE_SIZE)
-    workers: CountOrZero | Auto = key("auto", "loader processes of a rank; 0 loads in the evaluating process")
+    workers: CountOrZero | Auto = key("auto", "loader processes per rank; 0 loads in the evaluating process")
 
 
 class VotesConfig(Section):
-    k: Annotated[tuple[Count, ...], MinLen(1)] = key((20, 10, 100, 200), "neighbours that vote; top1 is of the first")
+    k: Annotated[tuple[Count, ...], MinLen(1)] = key(
+        (20, 10, 100, 200), "numbers of neighbours that vote; top1 in the results is for the first"
+    )
     temperature: schema.Positive = key(
         0.07, "a neighbour of cosine similarity s votes with weight exp(s / temperature)"
     )
@@ -56,7 +58,7 @@ class KnnSection(Section):
     model: FrozenModelConfig = FrozenModelConfig()
     data: KnnImagesConfig = KnnImagesConfig()
     knn: VotesConfig = VotesConfig()
-    precision: Precision = key("fp32", "autocast of the backbone")
+    precision: Precision = key("fp32", "autocast precision of the backbone")
 
 
 class KnnConfig(Section):
@@ -95,7 +97,9 @@ class ProbeConfig(Section):
     norm: bool = key(
         False, "batch norm without parameters before the classifier (He et al. 2022), for any feature scale"
     )
-    cache: bool = key(False, "compute the training features once, from central views, without augmentation; quick")
+    cache: bool = key(
+        False, "compute the training features only once, from central views, without augmentation; faster"
+    )
 
 
 class LinearSection(Section):
@@ -104,7 +108,7 @@ class LinearSection(Section):
     linear: ProbeConfig = ProbeConfig()
     schedule: ProbeScheduleConfig = ProbeScheduleConfig()
     log: LogConfig = key(LogConfig(), resumable=True)
-    precision: Precision = key("fp32", "autocast of the backbone; the classifier is always fp32")
+    precision: Precision = key("fp32", "autocast precision of the backbone; the classifier is always fp32")
     seed: CountOrZero = key(0, "seed of the classifier, the data order and the augmentation")
 
 

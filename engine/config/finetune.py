@@ -41,16 +41,16 @@ class FinetuneScheduleConfig(Section):
 class FinetuneDataConfig(schema.ImageConfig):
     crop_min: schema.PositiveFraction = key(0.05, "smallest crop, as a fraction of the image's area")
     image_size: schema.Pixels = key(224, "side of an image in pixels; the positions of a ViT are resampled to it")
-    repeats: Count = key(1, "repeated augmentation: crops of an image in a batch; a divisor of the local batch")
+    repeats: Count = key(1, "repeated augmentation: crops of each image in a batch; must divide the local batch")
 
 
 class RegularisationConfig(Section):
     drop_path: UpTo90Percent = key(0.1, "probability of skipping the last block of a ViT; it grows linearly over depth")
     mixup: NotNegative = key(0.8, "alpha of mixup; 0: off")
     cutmix: NotNegative = key(1.0, "alpha of CutMix; 0: off; with mixup, each batch gets one of the two at random")
-    label_smoothing: UpTo90Percent = key(0.1, "smoothing of the targets, also of mixed ones")
-    random_erasing: Fraction = key(0.0, "probability of replacing a rectangle of an image by noise")
-    ema_decay: Fraction = key(0.0, "decay of a moving average of the network, which is evaluated, too; 0: none")
+    label_smoothing: UpTo90Percent = key(0.1, "label smoothing, also of mixed targets")
+    random_erasing: Fraction = key(0.0, "random erasing: probability of replacing a rectangle of an image by noise")
+    ema_decay: Fraction = key(0.0, "decay of a moving average of the weights, which is evaluated too; 0: no average")
 
 
 class FinetuneEvaluateConfig(Section):
@@ -93,12 +93,14 @@ def resolve_finetune(
     repeats = cfg.crossbatch.data.repeats
     if cfg.local_batch % repeats:
         raise InputError(
-            f"crossbatch.data.repeats: given {repeats} for {cfg.local_batch} images a rank; allowed: a divisor; set it to 1"
+            f"crossbatch.data.repeats: given {repeats} for {cfg.local_batch} images per rank; allowed: a divisor of "
+            f"these; set it to 1"
         )
     mixes = cfg.crossbatch.finetune.mixup or cfg.crossbatch.finetune.cutmix
     if cfg.local_batch % 2 and mixes:
         raise InputError(
-            f"train_batch_size: given {cfg.train_batch_size}, {cfg.local_batch} images a rank; mixing needs an even number of "
-            f"them; set train_batch_size to {cfg.train_batch_size + world_size}, or finetune.mixup and cutmix to 0"
+            f"train_batch_size: given {cfg.train_batch_size}, or {cfg.local_batch} images per rank; mixup and CutMix need an "
+            f"even number; set train_batch_size to {cfg.train_batch_size + world_size}, or crossbatch.finetune.mixup and "
+            f"cutmix to 0"
         )
     return cfg

@@ -16,7 +16,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 class Section(BaseModel):
-    """Holds a section of a recipe: it cannot be changed, takes no "8" for 8 nor 1 for true, and no key that is not declared."""
+    """Holds a section of a recipe. It is immutable, converts no values ("8" is not 8), and refuses undeclared keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -26,7 +26,7 @@ def key(default: Any, meaning: str = "", *, resumable: bool = False, **more: Any
 
     Args:
         default: the value of the key if a recipe leaves it out.
-        meaning: a phrase for users, with the unit; a section has none.
+        meaning: what the key does, as a phrase for users, with its unit; a section has none.
         resumable: whether a run may change the key, or the whole section, when it is resumed. Such a key says only how the
             same numbers are computed, watched or kept.
         more: further arguments of `pydantic.Field`.

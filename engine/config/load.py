@@ -46,12 +46,12 @@ def parse_config(raw: Mapping[str, Any], schema: type[Schema] = Config) -> Schem
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Return a configuration as a plain dict for JSON, without the keys that are none."""
+    """Return a configuration as a plain dict for JSON, without the keys that are None."""
     return config.model_dump(mode="json", exclude_none=True)
 
 
 def _read_json(path: Path) -> Pairs:
-    """Return the JSON object in a file, or for a bare name ("bs4096") that is no file, in the package's recipe."""
+    """Return the JSON object in a file; a bare name ("bs4096") that is not a file means a recipe of the package."""
     where, folder = f"--deepspeed_config {path}", Path(crossbatch.__file__).parent / "ds_configs"
     recipe = folder / f"{path.name.removesuffix('.json')}.json"
     if path.name == str(path) and not path.exists() and recipe.exists():
@@ -71,12 +71,14 @@ def _read_json(path: Path) -> Pairs:
 
 
 def _apply(overrides: Iterable[str], raw: dict[str, Any]) -> None:
-    """Write overrides into `raw`."""
+    """Write the overrides into `raw`."""
     spelt: dict[str, str] = {}
     for override in overrides:
         given, separator, text = override.partition("=")
         if not separator or not given:
-            raise InputError(f"--set {override}: allowed: path=value, as in --set crossbatch.schedule.epochs=300")
+            raise InputError(
+                f"--set {override}: not path=value; allowed: for example --set crossbatch.schedule.epochs=300"
+            )
         try:
             value = json.loads(text, object_pairs_hook=Pairs)
         except json.JSONDecodeError:
@@ -87,7 +89,7 @@ def _apply(overrides: Iterable[str], raw: dict[str, Any]) -> None:
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise InputError(f"--set {override}: {parent} is a value, not a section")
+                raise InputError(f"--set {override}: {parent} is a value, not a section, and has no keys inside it")
         if spelt.setdefault(path, given) != given:
             check_agreement(path, section.get(name, value), value)
         section[name] = value

@@ -64,7 +64,7 @@ class Resolved(Generic[Crossbatch, Optimizer]):
 
     @property
     def train_batch_size(self) -> int:
-        """Return the images of one optimizer step over all ranks."""
+        """Return the number of images in one optimizer step over all ranks."""
         return self.config.train_batch_size
 
     @property
@@ -83,7 +83,7 @@ class ResolvedConfig(Resolved[CrossbatchConfig, OptimizerConfig]):
 
     @property
     def chance_loss(self) -> float:
-        """Return the loss of a network for which all keys look alike."""
+        """Return the loss of a network to which all keys look alike, as at the start of training."""
         loss, temperature = self.crossbatch.batchformer.loss, self.crossbatch.model.temperature
         return chance_loss(loss, temperature, self.train_batch_size)
 
@@ -169,8 +169,8 @@ def check_training(config: Any, world_size: int) -> None:
             True,
         ):  # FSDP2 always overlaps
             raise InputError(
-                f"zero_optimization.{name}: given {value} with crossbatch.sharding fsdp, which has no such thing; remove it or "
-                f"set crossbatch.sharding to zero"
+                f"zero_optimization.{name}: given {value} with crossbatch.sharding fsdp, which has no such setting; remove it "
+                f"or set crossbatch.sharding to zero"
             )
 
 
@@ -218,9 +218,11 @@ def _group_size(config: Config, local_batch: int) -> int | None:
 
 
 def choose_precision(given: str, device: Device) -> tuple[str, str]:
-    """Return the precision for `crossbatch.precision` on this device, and why. Raises InputError for bf16 without support."""
+    """Return the precision for `crossbatch.precision` on this device, and why. Raises InputError if it has no bf16."""
     if given == "bf16" and not device.has_bf16:
-        raise InputError(f"crossbatch.precision: given bf16; {device.name} has none; allowed: auto, fp16, fp32")
+        raise InputError(
+            f"crossbatch.precision: given bf16, which {device.name} does not support; allowed: auto, fp16, fp32"
+        )
     if given != "auto":
         return given, "as configured"
     if device.type == "cpu":

@@ -41,9 +41,9 @@ REFERENCE_BATCH = "number of images that base_lr is given for"
 class ModelConfig(Section):
     arch: str = key("resnet50", "backbone: resnet18/34/50/101, vit_small, vit_base, vit_conv_small, vit_conv_base")
     stem: Stem = key("imagenet", "first layers of a ResNet; small: 3x3 without pooling, for images up to 64 pixels")
-    projection_dim: AtLeastTwo = key(256, "width of the vectors that are contrasted")
+    projection_dim: AtLeastTwo = key(256, "output width of the projector and the predictor")
     mlp_dim: AtLeastTwo = key(4096, "hidden width of the projector and the predictor")
-    temperature: Positive = key(1.0, "divisor of the cosine similarities")
+    temperature: Positive = key(1.0, "temperature: cosine similarities are divided by it")
     stop_grad_conv1: bool = key(False, "freeze the patch projection of a ViT at its initialisation")
     checkpoint_activations: bool = key(
         False,
@@ -69,13 +69,13 @@ class BatchFormerConfig(Section):
     )
     dropout: Annotated[float, Ge(0), Le(0.95)] = key(0.5, "dropout probability of the BatchFormer layer")
     kernel: Literal["auto", "fused", "sdpa", "reference"] = key(
-        "auto", "implementation (launch/doctor.py says which can run); sdpa only without dropout", resumable=True
+        "auto", "implementation (launch/doctor.py says which can run); sdpa needs dropout 0", resumable=True
     )
-    lr_scale: Positive = key(1.0, "learning rate of BatchFormer, as a factor of the others' rate")
+    lr_scale: Positive = key(1.0, "factor on the learning rate for BatchFormer's parameters")
 
 
 class MomentumConfig(Section):
-    base: Fraction = key(0.99, "momentum of the moving-average encoder at the start")
+    base: Fraction = key(0.99, "momentum of the momentum encoder (a moving average) at the start")
     cosine: bool = key(False, "raise the momentum to 1 along a half cosine")
 
 
@@ -92,7 +92,7 @@ class ImageConfig(Section):
     backend: Backend = key("auto", BACKEND)
     crop_min: PositiveFraction = key(0.08, "smallest crop, as a fraction of the image's area")
     workers: CountOrZero | Auto = key(
-        "auto", "loader processes (with DALI: threads) of a rank; 0 loads in the process that trains", resumable=True
+        "auto", "loader processes (with DALI: threads) per rank; 0 loads in the training process", resumable=True
     )
     max_skipped_fraction: Fraction = key(0.001, "fraction of broken images above which the run stops", resumable=True)
 
@@ -100,7 +100,7 @@ class ImageConfig(Section):
 class DataConfig(ImageConfig):
     image_size: Pixels = key(224, "side of a view in pixels")
     shuffle_window: CountOrZero = key(
-        0, "images shuffled among each other, at least a batch, for tar shards on a network disk; 0: all"
+        0, "size of the shuffle window in images, at least a batch; for tar shards on a network disk; 0: shuffle all"
     )
 
 
@@ -137,11 +137,11 @@ class TrainingConfig(Section):
     watch: WatchConfig = key(WatchConfig(), resumable=True)
     sharding: Sharding = key("zero", "zero: DeepSpeed; fsdp: FSDP2; both read zero_optimization.stage", resumable=True)
     precision: Precision = key(
-        "auto", "autocast of the forward pass; auto: bf16 or, on older GPUs, fp16; fp32 on a CPU"
+        "auto", "autocast precision of the forward pass; auto: bf16, on older GPUs fp16, on a CPU fp32"
     )
     deterministic: bool = key(
         False,
-        "use algorithms that give the same bits again on a GPU, so that a resumed run is exact; slower",
+        "use deterministic algorithms on a GPU, so that a resumed run repeats the same bits; slower",
         resumable=True,
     )
     seed: CountOrZero = key(0, "seed of initial weights, data order, augmentation and all other randomness")
@@ -171,14 +171,14 @@ class LarsConfig(Section):
     reference_batch: Count = key(256, REFERENCE_BATCH)
     momentum: PositiveFraction = key(0.9, "momentum of the velocity")
     weight_decay: NotNegative = key(1e-6, "weight decay of parameters with two or more dimensions")
-    trust_coefficient: Positive = key(0.001, "factor of the layer-wise rate")
+    trust_coefficient: Positive = key(0.001, "trust coefficient: factor of the trust ratio")
     variant: Literal["moco-v3", "larc", "mlperf"] = key(
         "moco-v3",
-        "formula (engine/optimizers/lars.py): MoCo v3's, that of apex's LARC, or that of the MLPerf reference",
+        "formula (engine/optimizers/lars.py): that of MoCo v3, of apex's LARC, or of the MLPerf reference",
     )
-    eps: NotNegative = key(1e-8, "added to the gradient's norm; for larc and mlperf")
-    clip_trust_ratio: bool = key(False, "make the learning rate the upper limit of the layer-wise rate; for larc")
-    decay_after_momentum: bool = key(False, "keep weight decay out of the velocity; for mlperf")
+    eps: NotNegative = key(1e-8, "added to the denominator of the trust ratio; only for larc and mlperf")
+    clip_trust_ratio: bool = key(False, "make the learning rate an upper limit of the layer-wise rate; only for larc")
+    decay_after_momentum: bool = key(False, "keep weight decay out of the velocity; only for mlperf")
 
 
 class AdamWConfig(Section):
@@ -222,11 +222,15 @@ class ZeroConfig(Section):
     reduce_bucket_size: Count | None = key(
         None, "gradients reduced at once; none: all, or with overlap_comm at most 25 million, for which memory is kept"
     )
-    allgather_bucket_size: Count | None = key(None, "elements gathered at once")
-    sub_group_size: Count | None = key(None, "elements in a sub-group of the optimizer in stage 3")
-    stage3_prefetch_bucket_size: CountOrZero | None = key(None, "elements gathered ahead in stage 3")
-    stage3_max_live_parameters: CountOrZero | None = key(None, "elements that are gathered at any time in stage 3")
-    stage3_max_reuse_distance: CountOrZero | None = key(None, "keep what is needed again within this many elements")
+    allgather_bucket_size: Count | None = key(None, "largest number of elements gathered at once")
+    sub_group_size: Count | None = key(None, "stage 3: number of elements in a sub-group of the optimizer")
+    stage3_prefetch_bucket_size: CountOrZero | None = key(None, "stage 3: largest number of elements gathered ahead")
+    stage3_max_live_parameters: CountOrZero | None = key(
+        None, "stage 3: largest number of gathered elements at any time"
+    )
+    stage3_max_reuse_distance: CountOrZero | None = key(
+        None, "stage 3: keep parameters gathered that are needed again within this many elements"
+    )
     offload_optimizer: OffloadConfig = OffloadConfig()
 
     @property

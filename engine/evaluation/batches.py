@@ -1,4 +1,4 @@
-"""Feeds the probe with batches of features: of images that are augmented anew in every epoch, or cached ones."""
+"""Feeds the probe with batches of features, either of images augmented anew in every epoch or cached ones."""
 
 import time
 from collections.abc import Iterator

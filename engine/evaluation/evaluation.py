@@ -28,7 +28,7 @@ MAX_NAMED = 10  # broken images that a rank names
 
 @dataclass
 class Report:
-    """Holds what an evaluation shows to a person."""
+    """Holds what an evaluation shows to a person: figures, a closing table, and the next command."""
 
     figures: dict[str, Figure]
     rows: list[tuple[str, str]]  # of the closing table

@@ -49,7 +49,7 @@ class FrozenBackbone:
         """Raise RuntimeError if any bit of the backbone has changed since it was frozen."""
         if fingerprint(self.backbone) != self.fingerprint:
             raise RuntimeError(
-                "the frozen backbone has changed during the evaluation, so the result is of another network"
+                "the frozen backbone has changed during the evaluation, so the results are not those of the loaded weights"
             )
 
 

@@ -30,7 +30,7 @@ class LinearProbe:
     Args:
         peaks: the learning rate of the first epoch for each classifier.
         norm: whether to put a batch norm without parameters, over the images of all ranks, before the classifiers.
-        seed: of the first weights, which are the same for all classifiers.
+        seed: seed of the initial weights, which are the same for all classifiers.
         collective: the ranks that train together; default only this one.
     """
 

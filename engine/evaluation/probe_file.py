@@ -42,7 +42,7 @@ def read_probe(resume: str, out: Path, identity: dict[str, Any], fingerprint: st
     "auto" is the probe in `out`, if there is one; "none" starts anew; anything else is a file, or the folder that holds it.
 
     Raises:
-        InputError: if that is no probe, or one of another backbone (`fingerprint`), data or settings (`identity`).
+        InputError: if that is not a probe, or the probe of another backbone (`fingerprint`), data or settings (`identity`).
     """
     file = out / PROBE_FILE if resume == "auto" else Path(resume)
     file = file / PROBE_FILE if file.is_dir() else file
@@ -50,15 +50,18 @@ def read_probe(resume: str, out: Path, identity: dict[str, Any], fingerprint: st
         return None
     content = read_torch(file)
     if not isinstance(content, dict) or content.get("kind") != PROBE:
-        raise InputError(f"--resume {file}: is no linear probe; allowed: auto, none, an --out of launch/linear.py")
+        raise InputError(
+            f"--resume {file}: not a linear probe; allowed: auto, none, or the --out of an earlier launch/linear.py"
+        )
     before = content["identity"]
     changed = [
         f"{name}: was {before.get(name)}, is {value}" for name, value in identity.items() if before.get(name) != value
     ]
     if content["backbone"] != fingerprint:
-        changed.append("the weights of the backbone: were others")
+        changed.append("the weights of the backbone: differ")
     if changed:
         raise InputError(
-            f"--resume {file}: is another probe: {'; '.join(changed)}; choose another --out, or start anew with --resume none"
+            f"--resume {file}: belongs to another probe: {'; '.join(changed)}; choose another --out, or start anew "
+            f"with --resume none"
         )
     return content

@@ -1,4 +1,4 @@
-"""What GPUs and links can do at best: every number about hardware that a prediction uses, each with its source.
+"""Lists what GPUs and links can do at best: every hardware number that a prediction uses, with its source.
 
 A GPU's numbers are those of NVIDIA's data sheet, dense (without sparsity), products of 16 bits summed in fp32. A link's
 bandwidth is the "bus bandwidth" of nccl-tests, bytes per second that each rank (within a node) or each adapter (between nodes)
@@ -110,7 +110,7 @@ def machines(gpu: str, gpus: int, nodes: int = 1, interconnect: str | None = Non
     """Look up GPUs and links by name; `interconnect` may carry the number of adapters of a node, as in 4xedr.
 
     Raises:
-        InputError: for names that are not in the tables and numbers that do not fit each other.
+        InputError: for names that are not in the tables, and for numbers of GPUs and nodes that do not fit each other.
     """
     for flag, value in (("--gpus", gpus), ("--nodes", nodes)):
         if value < 1:

@@ -1,4 +1,4 @@
-"""How long a collective takes, by latency and bandwidth (Hockney's model), and what it costs that ranks wait for each other.
+"""Predicts how long a collective takes, from latency and bandwidth (Hockney's model), and what waiting ranks cost.
 
 n ranks on k nodes, g = n / k of a node; S bytes of the whole tensor (gathered, or to be reduced); b the bandwidth of a rank
 inside a node, B that of all adapters of a node. Sources: NVIDIA/nccl-tests doc/PERFORMANCE.md for the bytes of a ring,

@@ -58,7 +58,7 @@ class Question:
 
 
 class Help(NamedTuple):
-    """Holds what to change, what that gains in images/s (a ratio - 1), and where this number is from."""
+    """Holds what to change, what that gains in images/s (as a ratio minus 1), and where this number comes from."""
 
     change: str
     gain: float
@@ -100,7 +100,7 @@ class Plan:
 
 
 def plan(asked: Question) -> Plan:
-    """Answer a question. Raises InputError for a recipe, machines or rows that cannot be."""
+    """Answer a question. Raises InputError if the recipe, the machines or the measured rows are not valid."""
     found = _plan(asked)
     helps = sorted(_helps(asked, found), key=lambda tried: -tried.gain)
     return replace(found, helps=tuple(tried for tried in helps[:3] if tried.gain > 0.005))
@@ -112,7 +112,7 @@ def _plan(asked: Question, constants: Constants = FITTED) -> Plan:
     cfg = resolve(config, at.gpus, device, at.gpus_per_node)
     if at.gpu.peak(cfg.precision) == 0:
         raise InputError(
-            f"crossbatch.precision: given {cfg.precision}; {asked.gpu} has none; allowed: auto, fp16, fp32"
+            f"crossbatch.precision: given {cfg.precision}, which {asked.gpu} does not support; allowed: auto, fp16, fp32"
         )
     memory, origin = StepMemory(cfg), "given"
     if cfg.auto_chunk:
@@ -120,7 +120,7 @@ def _plan(asked: Question, constants: Constants = FITTED) -> Plan:
         if chunk < 1:
             raise InputError(
                 f"--gpu: {asked.gpu} has {at.gpu.memory_gib:g} GiB; not even one image fits beside the batch-wide part of "
-                f"{cfg.local_batch} images a rank; take more or larger GPUs, or lower train_batch_size"
+                f"{cfg.local_batch} images per rank; take more or larger GPUs, or lower train_batch_size"
             )
         config = config.model_copy(update={"train_micro_batch_size_per_gpu": chunk})
         cfg = resolve(config, at.gpus, device, at.gpus_per_node)
@@ -198,7 +198,7 @@ def notes(found: Plan) -> Iterator[str]:
             f"views each; give --feed N if they deliver less"
         )
     if cfg.crossbatch.sharding == "zero" and cfg.config.zero_optimization.stage == 3 and cfg.chunks > 1:
-        yield "parameters: in stage 3 with several chunks DeepSpeed gathers module by module, more than is counted here"
+        yield "parameters: in stage 3 with several chunks, DeepSpeed gathers module by module, more than is counted here"
     yield "memory: computed from shapes and checked on CPUs; not yet measured on this GPU"
 
 

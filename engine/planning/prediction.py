@@ -151,8 +151,8 @@ def estimate(
     """Predict a step of `cfg`, resolved for the GPUs of `at`, with its chunk.
 
     Args:
-        feed_per_s: images that the loaders deliver; enough, if None.
-        backbone: takes the place of the stage "backbone", where a step was measured.
+        feed_per_s: images/s that the loaders deliver; None means enough.
+        backbone: a measured stage that replaces the predicted stage "backbone"; None predicts it.
     """
     traffic = step_traffic(sketch(cfg).model, cfg)
     computed = _computed(cfg, at, constants)

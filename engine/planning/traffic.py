@@ -1,4 +1,4 @@
-"""What the ranks send each other in one training step: collectives by part of the step, kind and bytes of the whole tensor.
+"""Counts what ranks send each other in a training step: collectives by part, kind and bytes of the whole tensor.
 
 Ours are exact on any number of ranks (tests/benchmarks/test_scaling_traffic.py counts them):
 

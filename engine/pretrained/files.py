@@ -1,7 +1,7 @@
 """Reads and writes files of weights of other programs, torch's and safetensors, without running any code in them.
 
 A torch file is a pickle, and a pickle is a program. `read_torch` lets it make tensors, numbers, text, containers of these, and
-the argparse.Namespace that DeiT puts beside its weights; it refuses any other file. Files are written under another name first,
+the argparse.Namespace that DeiT puts beside its weights; it refuses all else. Files are written under another name first,
 so an existing file is replaced by a complete one or not at all.
 """
 
@@ -21,7 +21,7 @@ from crossbatch.engine.runtime.atomic_files import replace_atomically
 
 
 def read_torch(file: Path) -> Any:
-    """Return what `torch.save` wrote, with its tensors mapped from the disk. Raises InputError if the file is no such thing."""
+    """Return what `torch.save` wrote, with its tensors mapped from the disk. Raises InputError if it is not such a file."""
     try:
         mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 cannot be mapped
         with torch.serialization.safe_globals([argparse.Namespace]):

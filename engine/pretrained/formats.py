@@ -28,7 +28,7 @@ def constructor(to: str, arch: str, image_size: int, stem: str, backbone_args: M
     """
     if family(arch) == "resnet":
         if to == "deit":
-            raise ValueError(f"DeiT trains ViTs, and {arch} is none; allowed: vit_small, vit_base")
+            raise ValueError(f"DeiT trains only ViTs, and {arch} is not one; allowed: vit_small, vit_base")
         width = backbone_args.get("width", 64)
         if stem != "imagenet" or width != 64:
             raise ValueError(
@@ -36,7 +36,7 @@ def constructor(to: str, arch: str, image_size: int, stem: str, backbone_args: M
             )
         return f"torchvision.models.{arch}()" if to == "torchvision" else f'timm.create_model("{arch}")'
     if to == "torchvision":
-        raise ValueError(f"torchvision has other ViTs than timm's, and {arch} is one of timm's; allowed: a ResNet")
+        raise ValueError(f"torchvision's ViTs differ from timm's, and {arch} is one of timm's; allowed: a ResNet")
     if arch not in _TIMM_VITS:
         raise ValueError(
             f"{to} cannot build {arch}, because its stem is a stack of convolutions; allowed: vit_small, vit_base"

@@ -78,10 +78,11 @@ def load_pretrained(
     """Load the backbone in `path`: a run directory, one of its checkpoints, or a file; see `weights`.
 
     Args:
-        arch, stem, backbone_args: what `path` does not say; they may repeat, but not contradict, what it says.
-        image_size: side of the images to come, in pixels; None: that of pretraining. The positions of a ViT are resampled if
-            the two differ.
-        encoder: "online" or "momentum", where there are two.
+        arch, stem, backbone_args: as of `build_backbone`, needed where `path` does not say them; they may repeat, but not
+            contradict, what it says.
+        image_size: side in pixels of the images that the network will see; None means that of pretraining. The positions of a
+            ViT are resampled if the two differ.
+        encoder: "online" or "momentum", for checkpoints of pretraining, which hold both.
 
     Raises:
         InputError: if `path` cannot be read, holds no backbone, or one of another architecture or number of heads.
@@ -147,7 +148,7 @@ def _check_heads(weights: Weights, heads: int | None, arch: str, args: Mapping[s
     """Raise InputError if the file means another number of attention heads, or none where the shapes fit two."""
     if heads is not None and weights.num_heads not in (None, heads):
         raise InputError(
-            f"{where}: has {weights.num_heads} heads, {arch} has {heads}, with the same shapes; if they are meant, "
+            f"{where}: has {weights.num_heads} heads, but {arch} has {heads}, with the same shapes; if that is right, give "
             f"--set crossbatch.model.backbone_args='{{\"num_heads\": {weights.num_heads}}}'"
         )
     known = weights.num_heads is not None or weights.arch is not None or "num_heads" in args
@@ -174,11 +175,13 @@ def _load(backbone: Backbone, weights: Weights, arch: str, where: str) -> list[s
     wrong = mismatch(wanted, weights.tensors, optional=("num_batches_tracked",))
     if wrong:
         raise InputError(
-            f"{where}: is no {arch} of this {'stem and width' if family(arch) == 'resnet' else 'size'}: {wrong}; check -a, "
+            f"{where}: is not a {arch} of this {'stem and width' if family(arch) == 'resnet' else 'size'}: {wrong}; check -a, "
             f"crossbatch.model.stem and crossbatch.model.backbone_args"
         )
     broken = [name for name, tensor in weights.tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise InputError(f"{where}: not finite: {', '.join(broken[:2])}; {len(broken)} tensors hold inf or NaN")
+        raise InputError(
+            f"{where}: {len(broken)} tensors hold inf or NaN ({', '.join(broken[:2])}); give another checkpoint"
+        )
     backbone.load_state_dict(weights.tensors, strict=False)
     return sorted(wanted.keys() - weights.tensors.keys())

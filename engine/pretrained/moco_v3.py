@@ -43,14 +43,14 @@ def import_file(file: Path, cfg: ResolvedConfig, images: int, out: Path) -> list
         images: number of training images, which says how many steps an epoch has.
 
     Raises:
-        InputError: if `file` is no checkpoint of the originals, or not of the configured model or optimizer.
+        InputError: if `file` is not a checkpoint of the originals, or does not fit the configured model or optimizer.
     """
     if (out / "checkpoints").exists():
         raise InputError(f"--out {out}: already holds a run; choose another folder")
     theirs = read_torch(file)
     absent = [key for key in ("epoch", "arch", "state_dict") if not isinstance(theirs, dict) or key not in theirs]
     if absent:
-        raise InputError(f"{file}: is no checkpoint of moco-v3 or BatchFormer: it has no {', '.join(absent)}")
+        raise InputError(f"{file}: is not a checkpoint of moco-v3 or BatchFormer: it has no {', '.join(absent)}")
     layout = _Layout(cfg, "crossbatch.batchformer.mode")
     _check_model(file, theirs, layout)
     tensors = {
@@ -136,7 +136,7 @@ class _Layout:
             self.model = build_model(cfg)
         if self.model.momentum.batchformer is not None:
             raise InputError(
-                f"{where} is ema; a moco-v3 file has one BatchFormer for both encoders; allowed: trained, released"
+                f"{where}: given ema; a moco-v3 file has one BatchFormer for both encoders; allowed: trained, released"
             )
         self.projector = {"resnet": "fc", "vit": "head"}[family(cfg.crossbatch.model.arch)]
         self.optimizer_state = ("mu",) if isinstance(cfg.optimizer.params, LarsConfig) else ("exp_avg", "exp_avg_sq")
@@ -177,18 +177,22 @@ def _check_model(file: Path, theirs: dict[str, Any], layout: _Layout) -> None:
     """Raise InputError if the file holds another model than the configured one."""
     arch = layout.cfg.crossbatch.model.arch
     if theirs["arch"] != arch:
-        raise InputError(f"{file}: is a {theirs['arch']}, crossbatch.model.arch is {arch}; give -a {theirs['arch']}")
+        raise InputError(
+            f"{file}: is a {theirs['arch']}, but crossbatch.model.arch is {arch}; give -a {theirs['arch']}"
+        )
     has_batchformer = any(key.startswith("module.encoder_global.") for key in theirs["state_dict"])
     if has_batchformer != (layout.model.batchformer is not None):
         what, flag = ("a", "--add_bf 1") if has_batchformer else ("no", "--add_bf 0")
         raise InputError(
-            f"{file}: has {what} BatchFormer, the configuration differs; give {flag}, or what it was trained with"
+            f"{file}: has {what} BatchFormer, but the configuration says otherwise; give {flag}, or the value it was "
+            f"trained with"
         )
     wanted = {key: tensor for name, tensor in layout.model.state_dict().items() for key in layout.keys(name)}
     wrong = mismatch(wanted, theirs["state_dict"])
     if wrong:
         raise InputError(
-            f"{file}: is of another model: {wrong}; check crossbatch.model (projection_dim, mlp_dim, backbone_args)"
+            f"{file}: does not fit the configured model: {wrong}; check crossbatch.model (projection_dim, "
+            f"mlp_dim, backbone_args)"
         )
 
 

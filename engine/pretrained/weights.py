@@ -43,7 +43,7 @@ def read_weights(path: Path, encoder: str, where: str) -> Weights:
     """Read the tensors of a backbone, without checking that they fit any network.
 
     Args:
-        encoder: "online" or "momentum", where there are two.
+        encoder: "online" or "momentum", for checkpoints of pretraining, which hold both.
         where: flag and path, for messages.
 
     Raises:
@@ -61,7 +61,7 @@ def read_weights(path: Path, encoder: str, where: str) -> Weights:
 def _read_run(path: Path, encoder: str, where: str) -> Weights:
     """Read the backbone of a run directory or of one of its checkpoints."""
     if (path / PROBE_FILE).is_file():
-        raise InputError(f"{where}: is the folder of a linear probe; give the checkpoint that the probe was made on")
+        raise InputError(f"{where}: is the folder of a linear probe; give the checkpoint that the probe was trained on")
     found = checkpoint.find(path, "--checkpoint")
     prefix = f"{encoder}.backbone."
     try:
@@ -103,26 +103,24 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
     """Read the backbone of a file of weights, after finding out what kind of file it is."""
     entries, tensors = _open(path, where)
     if entries.get("kind") == PROBE or "best_acc1" in entries:
-        raise InputError(f"{where}: is the file of a linear probe; give the checkpoint that the probe was made on")
+        raise InputError(f"{where}: is the file of a linear probe; give the checkpoint that the probe was trained on")
     if any(name.startswith(tuple(f"{part}." for part in ENCODERS.values())) for name in tensors):
         return _choose_encoder(path, encoder, where, entries, tensors)
     if "epoch" in entries and "state_dict" in entries:
         raise InputError(
-            f"{where}: is no checkpoint of pretraining: it has an epoch and a state_dict, but no base_encoder in it, as the "
-            f"file of a linear probe; give the checkpoint that it was made on"
+            f"{where}: is not a checkpoint of pretraining: it has an epoch and a state_dict, but no base_encoder, like the "
+            f"file of a linear probe; give the checkpoint that the probe was trained on"
         )
     if encoder != "online":
-        raise InputError(
-            f"{where}: holds one network only; encoder {encoder}: allowed with a checkpoint of pretraining"
-        )
+        raise InputError(f"{where}: holds only one network; encoder {encoder} needs a checkpoint of pretraining")
     chosen = {
         name: value
         for name, value in tensors.items()
         if isinstance(value, Tensor) and name.split(".")[0] not in CLASSIFIERS
     }
     if not chosen:
-        found = ", ".join(list(tensors)[:4]) or "nothing at all"
-        raise InputError(f"{where}: holds nothing of a backbone ({found}); give a file with the weights of one")
+        found = ", ".join(list(tensors)[:4]) or "nothing"
+        raise InputError(f"{where}: holds no backbone, only {found}; give a file with the weights of one")
     ignored = Counter(name.split(".")[0] for name in tensors if name not in chosen)
     note = entries.get(NOTE)
     note = note if isinstance(note, Mapping) else {}
@@ -157,7 +155,7 @@ def _choose_encoder(
         if name.startswith(prefix) and not name.startswith(heads)
     }
     if not chosen:
-        raise InputError(f"{where}: holds nothing of {ENCODERS[encoder]}; give a checkpoint of moco-v3 or BatchFormer")
+        raise InputError(f"{where}: holds no {ENCODERS[encoder]}; give a checkpoint of moco-v3 or BatchFormer")
     rest = [name for name in tensors if name.removeprefix(prefix) not in chosen]
     ignored = Counter(".".join(name.split(".")[: 2 if name.startswith(prefix) else 1]) for name in rest)
     arch = entries.get("arch")

@@ -1,6 +1,6 @@
 """Finds how many images the backbone may see at once, for `train_micro_batch_size_per_gpu: "auto"`.
 
-The chunk is the largest whose step, by `engine.memory_model`, fits into a share of what is free on the poorest rank.
+The chunk is the largest one with which a step, by `engine.memory_model`, fits into a share of the free memory of every rank.
 """
 
 import json
@@ -41,8 +41,8 @@ def automatic_chunk(run: ResolvedConfig, world: World, device: torch.device, cac
         rest = memory.at(1).without_context - memory.sketch.backbone.per_image
         raise InputError(
             f"train_micro_batch_size_per_gpu: not even one image fits into {free / GIB:.1f} GiB: the backbone keeps "
-            f"{each:.0f} MiB of it, and everything else on a rank with {run.local_batch} images takes {rest / GIB:.1f} GiB; "
-            f"lower train_batch_size, use more ranks, or name a chunk to try it all the same"
+            f"{each:.0f} MiB for it, and everything else on a rank with {run.local_batch} images takes {rest / GIB:.1f} GiB; "
+            f"lower train_batch_size, use more ranks, or set a number here to try it anyway"
         )
     if world.is_main:
         remember(cache, run, chunk)
@@ -56,7 +56,7 @@ def remember(cache: Path, run: ResolvedConfig, chunk: int) -> None:
 
 
 def free_bytes(device: torch.device, local_size: int) -> float:
-    """Return this rank's part of the memory that nobody uses, in bytes."""
+    """Return this rank's share of the free memory, in bytes."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

@@ -100,12 +100,12 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
 
 
 def _require_launcher() -> None:
-    """Raise InputError if several processes were started, each of which would become a world of one."""
+    """Raise InputError if several processes were started that would each become a world of one."""
     for started in () if "RANK" in os.environ else ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         if int(os.environ.get(started, "1")) > 1:
             raise InputError(
                 f"{started}={os.environ[started]}, but no RANK: this command was started {os.environ[started]} times, each as "
-                f"a run of its own; start torchrun once a node instead: it starts a rank per GPU (see launch/pretrain.slurm)"
+                f"a run of its own; start torchrun once per node instead: it starts one per GPU (see launch/pretrain.slurm)"
             )
 
 
@@ -172,7 +172,7 @@ def cpu_group(timeout_s: float) -> dist.ProcessGroup:
 
 
 def shared_token() -> str:
-    """Return a name that nobody else uses, the same on all ranks."""
+    """Return a unique name, the same on all ranks."""
     return broadcast_object(uuid.uuid4().hex[:8])
 
 

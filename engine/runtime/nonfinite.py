@@ -93,6 +93,6 @@ class LossMonitor:
         if was or not self._collapsed:
             return None
         return (
-            f"feature_std fell to {feature_std:.3g}: the features of different images become equal (collapse); lower "
+            f"feature_std fell to {feature_std:.3g}: the features of different images are becoming equal (collapse); lower "
             f"optimizer.params.base_lr or raise crossbatch.momentum.base"
         )

@@ -1,12 +1,12 @@
 """Measures where the time of a running job goes (`--profile N`), and traces it.
 
-After WARM_UP steps, N steps are timed part by part, then N are traced; so the trace, which slows a step down, costs the figures
-nothing. It writes into the run directory:
+After WARM_UP steps, N steps are timed part by part, then N are traced; so the trace, which slows steps down, does not
+affect the times. It writes into the run directory:
 
     profile/stages.md, stages.json      the parts of an iteration: waiting for data, the step's own parts, what lies between
     profile/rank0.<time>.pt.trace.json  for TensorBoard (with torch-tb-profiler), chrome://tracing or https://ui.perfetto.dev
 
-Training goes on as it would without.
+Training itself is not changed.
 """
 
 import json

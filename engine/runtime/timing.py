@@ -10,8 +10,8 @@
     moving average      of the momentum encoder
     other               what lies between: schedules, cutting and joining chunks
 
-The step calls `with span("backward"):` and so on, where `span` is `StepTimer.span`, or torch.profiler.record_function if nobody
-measures; either way the spans appear in a trace of torch.profiler under the names above.
+The step calls `with span("backward"):` and so on, where `span` is `StepTimer.span`, or torch.profiler.record_function
+if nothing is measured; either way the spans appear in a trace of torch.profiler under the names above.
 """
 
 import time

@@ -58,7 +58,7 @@ class Backend(ABC):
         """
 
     def zero_grad(self) -> None:
-        """Drop the gradients of a step that was interrupted, on a single rank."""
+        """Drop the gradients of an interrupted step; only with a single rank."""
         for parameter in self.model.parameters():
             parameter.grad = None
 

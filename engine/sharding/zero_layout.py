@@ -163,11 +163,11 @@ def lars_for_zero(engine: "DeepSpeedEngine") -> "DeepSpeedEngine":
     lars_for_zero(engine)
     ```
     Every rank must call this once; calling it again changes nothing. It covers ZeRO stages 0 to 3 in fp32, stages 1 to 3 in
-    bf16 and fp16 (where DeepSpeed keeps fp32 copies), and `offload_optimizer` to "cpu". DeepSpeed wants
-    `"zero_allow_untested_optimizer": true` and, with `offload_optimizer`, `"zero_force_ds_cpu_optimizer": false`.
+    bf16 and fp16 (where DeepSpeed keeps fp32 copies), and `offload_optimizer` to "cpu". DeepSpeed's
+    config needs `"zero_allow_untested_optimizer": true` and, with `offload_optimizer`, `"zero_force_ds_cpu_optimizer": false`.
 
     Args:
-        engine: the first value that `deepspeed.initialize` returned; it was given the LARS as `optimizer`.
+        engine: the first value that `deepspeed.initialize` returned, after it was given the LARS as `optimizer`.
 
     Returns:
         The same engine, changed in place.
@@ -175,7 +175,8 @@ def lars_for_zero(engine: "DeepSpeedEngine") -> "DeepSpeedEngine":
     Raises:
         TypeError: if `engine` is something else, for example the model.
         ValueError: if the engine's optimizer is not a `crossbatch.LARS`.
-        RuntimeError: if DeepSpeed keeps the parameters in a way that is not known here; names the version.
+        RuntimeError: if the engine uses what is not supported (model parallelism, mixture of experts, offload to NVMe, ZenFlow,
+            16 bits at stage 0), or if this version of DeepSpeed stores parameters in an unknown way.
     """
     if not hasattr(engine, "zero_optimization_stage"):
         raise TypeError(

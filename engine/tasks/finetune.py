@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained backbone and a new head, end to end, with the mathematics of DeiT (Touvron et al., 2021)."""
+"""Fine-tunes a pretrained backbone and a new head, end to end, as DeiT does (Touvron et al., 2021)."""
 
 import json
 from collections.abc import Iterable
@@ -75,8 +75,9 @@ class FinetuneTask:
             self.origin = json.loads((resumed.checkpoint.parents[1] / STARTED_FROM).read_text(encoding="utf-8"))
             if self.origin["fingerprint"] != ours and "crossbatch.model.checkpoint" not in allow_change:
                 raise InputError(
-                    f"--resume {resumed.checkpoint}: started from other weights, {self.origin['loaded']}; give --checkpoint "
-                    f"as then, choose another --out, or accept it with --allow-change crossbatch.model.checkpoint"
+                    f"--resume {resumed.checkpoint}: started from other weights, {self.origin['loaded']}; give the "
+                    f"--checkpoint of that start, choose another --out, or accept it with --allow-change "
+                    f"crossbatch.model.checkpoint"
                 )
         if self.world.is_main:
             write_atomically(self.out / STARTED_FROM, json.dumps(self.origin, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""One step of fine-tuning: mixed and erased images, cross-entropy of their chunks, update, moving average.
+"""Runs one step of fine-tuning: mixed and erased images, cross-entropy of their chunks, update, moving average.
 
 Mixup, CutMix and random erasing are timm's; they are drawn anew from (seed, step, rank) in every step, so a resumed run repeats
 them.
@@ -23,13 +23,13 @@ from crossbatch.models.classifier import Classifier
 
 
 class FinetuneStep:
-    """Makes one optimizer step of fine-tuning a call; gradients of chunks of the images add up.
+    """Makes one optimizer step of fine-tuning per call; the gradients of chunks add up.
 
     Args:
         backend: the sharded `Classifier` and its optimizer.
         cfg: the resolved configuration.
         device: where the model lives.
-        steps_per_epoch: of the schedule.
+        steps_per_epoch: optimizer steps in one epoch of the schedule.
         chunk: images that the network sees at once, at most.
         rank: this rank, for the random numbers of mixup and erasing.
     """

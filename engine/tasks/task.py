@@ -69,7 +69,7 @@ class Task(Protocol[StepT]):
         ...
 
     def build_step(self, chunk: int) -> StepT:
-        """Build model, sharding backend and step, by torch's random state; the model sees at most `chunk` images at once."""
+        """Build model, sharding backend and step from torch's current random state; the model sees `chunk` images at most."""
         ...
 
     def on_start(self, step: StepT, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""BatchFormer: attention in which the batch is the sequence.
+"""Defines BatchFormer: attention in which the batch is the sequence.
 
 layer       the module, its groups and its linear layers
 dropout     masks by position in the global batch

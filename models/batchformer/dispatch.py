@@ -1,4 +1,4 @@
-"""The choice of the kernel that computes what lies between the linear layers, and the reasons against the others.
+"""Chooses the kernel that computes what lies between the linear layers, and says why the others cannot run.
 
     fused      Triton passes on a GPU (from V100 on: no `tl.dot`), torch operators in blocks of a cache on a CPU; scores in
                tiles
@@ -35,7 +35,7 @@ def reason_against(name: str, situation: Situation) -> str | None:
     """Say why a kernel cannot run; None means that it can."""
     device, capability, dropout = situation
     if name == "sdpa" and dropout:
-        return f"torch's attention draws its own masks, and dropout {dropout:g} goes by position in the batch"
+        return f"torch's attention draws its own dropout masks; it can be used only with dropout 0, not {dropout:g}"
     if name == "fused" and device == "cuda":
         assert capability is not None
         if not _HAS_TRITON:

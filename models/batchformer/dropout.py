@@ -1,4 +1,4 @@
-"""Dropout masks that depend on an image's position in the global batch, not on the rank or chunk that holds it.
+"""Computes dropout masks that depend on an image's position in the global batch, not on the rank or chunk that holds it.
 
 A mask element is a hash of (seed, step, stream, view, place in the layer, row, column), where the row is the position of an
 image in the global batch. So every split of the batch into ranks and chunks drops the same elements, a second pass over a chunk
@@ -39,7 +39,7 @@ def hash_words(words: Tensor) -> Tensor:
 
 
 def signed(word: int) -> int:
-    """Return the int32 with these 32 bits."""
+    """Return the int32 that has the 32 bits of `word`."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 

@@ -1,4 +1,4 @@
-"""The layer's three functions as fused operators `crossbatch::batchformer_*`, which autograd, torch.compile and FSDP2 know.
+"""Defines the layer's three functions as fused operators `crossbatch::batchformer_*`, for autograd, torch.compile and FSDP2.
 
 Each has a fake (shapes only), and its backward is an operator too. No mask is stored: backward passes derive it from the
 same seeds and positions. Kept per element of a feature: q, k, v and the attention's output; the sum that is normalised;

@@ -1,4 +1,4 @@
-"""The BatchFormer layer (Hou et al., CVPR 2022): one post-norm transformer encoder layer over the images of a batch.
+"""Defines the BatchFormer layer (Hou et al., CVPR 2022): one post-norm transformer encoder layer over the images of a batch.
 
 The batch is the sequence: image i attends to the other images of its group. There is no positional encoding and no mask.
 Parameter names are those of `torch.nn.TransformerEncoderLayer(C, 4, C, dropout)`, and so are the values at dropout 0.
@@ -83,15 +83,16 @@ class AddNorm(nn.LayerNorm):
 class BatchFormer(nn.Module):
     """Mix the features of the images of a group by attention; in evaluation, return them unchanged.
 
-    Features may be fp32 or fp64, as the parameters are; inside `torch.autocast` also fp16 or bf16. The result is fp32 at least.
+    Features have the dtype of the parameters, fp32 or fp64; inside `torch.autocast` they may also be fp16 or bf16. The result
+    is at least fp32.
 
     Args:
-        width: number C of features; `num_heads` divides it.
-        group_size: number G of images that attend to each other, a run of the global batch. It divides the local batch, or is
-            a multiple of it that divides the global batch; ranks hold equally many images.
+        width: number C of features, a multiple of `num_heads`.
+        group_size: number G of consecutive images of the global batch that attend to each other. It must divide the local
+            batch, or be a multiple of it that divides the global batch. All ranks must hold equally many images.
         num_heads: number of attention heads.
-        dropout: share of elements to drop, in [0, 1), at the four places of an encoder layer.
-        kernel: "fused", "sdpa" (for dropout 0 only), "reference", or "auto", which takes the first of them that runs.
+        dropout: dropout probability, in [0, 1), at the four places of an encoder layer.
+        kernel: "fused", "sdpa" (only with dropout 0), "reference", or "auto", which takes the first of these that can run.
         process_group: ranks that hold the global batch; None means all ranks, or this process alone without
             torch.distributed.
 
@@ -136,16 +137,16 @@ class BatchFormer(nn.Module):
         """Mix features [n, C], or [V, n, C] with each view within itself; the result has the same shape.
 
         Args:
-            features: those of this rank's n images.
-            seed: with `step`, view and position in the global batch the key of the dropout masks: the same key drops the same
-                elements with any number of ranks. Without seed and step, masks come from torch's generator.
-            step: number of the training step; see `seed`.
-            dropout_seeds: seeds in a tensor instead, int32 [NUM_PLACES, V], as `DropoutKey.dropout_seeds` makes them: for CUDA
-                graphs and torch.compile.
+            features: the features of this rank's n images, in V views where there are three dimensions.
+            seed: seed of the dropout masks. A mask depends on seed, step, view and position in the global batch, so it is the
+                same with any number of ranks. Without seed and step, masks come from torch's generator.
+            step: number of the training step; give both `seed` and `step`, or neither.
+            dropout_seeds: a tensor in place of seed and step, int32 [NUM_PLACES, V], as `DropoutKey.dropout_seeds` makes it;
+                for CUDA graphs and torch.compile.
 
         Raises:
-            ValueError: for features of another shape; in training also for none, or if `group_size` fits neither the local nor
-                the global batch.
+            ValueError: if features have another shape. In training also if there are no images, if `group_size` fits neither
+                the local nor the global batch, or if the seeds contradict each other.
         """
         is_empty = self.training and 0 in features.shape
         if features.dim() not in (2, 3) or features.shape[-1] != self.width or is_empty:
@@ -168,7 +169,7 @@ class BatchFormer(nn.Module):
         return own.reshape(features.shape)
 
     def _groups(self, features_VnC: Tensor) -> tuple[Tensor, Tensor, int, int]:
-        """Return own rows [S, Q, C], their groups [S, G, C], and the global position of the first image of either."""
+        """Return own rows [S, Q, C], their groups [S, G, C], and the global position of the first image of each."""
         n, size, ranks = features_VnC.shape[1], self.group_size, self.collective.world_size
         first = self.collective.rank * n
         if n % size == 0:
@@ -195,7 +196,7 @@ def _seeds(features_VnC: Tensor, seed: int | None, step: int | None, given: Tens
         raise ValueError(f"seed is {seed} and step is {step}; give both or neither")
     if given is not None:
         if seed is not None:
-            raise ValueError(f"dropout_seeds and seed (={seed}) are given; give one of them")
+            raise ValueError(f"dropout_seeds is given together with seed (={seed}); give only one of them")
         if given.shape != (NUM_PLACES, views) or given.dtype != torch.int32:
             raise ValueError(
                 f"dropout_seeds are {given.dtype} {list(given.shape)}; they must be int32 [{NUM_PLACES}, {views}]"

@@ -1,4 +1,4 @@
-"""The passes between the products, by torch operators over blocks that stay in a core's cache.
+"""Computes the passes between the products by torch operators over blocks that stay in a core's cache.
 
 The functions are those of `passes_triton`. Masks cost some fifteen integer operations an element, in place in one block.
 """

@@ -1,4 +1,4 @@
-"""The passes between the products, as Triton kernels without `tl.dot`: they run from V100 (sm_70) on.
+"""Computes the passes between the products in Triton kernels without `tl.dot`, which run from V100 (sm_70) on.
 
 A program handles some whole rows, reads fp16, bf16 or fp32 and computes in fp32. Masks come from the seeds of
 `DropoutKey.dropout_seeds` on the GPU, so that a new step compiles nothing anew, and from positions; see `dropout` for the hash.

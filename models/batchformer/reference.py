@@ -1,4 +1,4 @@
-"""The layer's three functions in a few lines of at least fp32: the yardstick of the other kernels.
+"""Computes the layer's three functions in a few lines of at least fp32, the reference for the other kernels.
 
 Every kernel is a module with these three functions. Shapes: S sequences (views x groups), H heads, Q own rows, G images of a
 group, D features of a head, C features.

@@ -1,4 +1,4 @@
-"""Attention by torch's `scaled_dot_product_attention`: for dropout 0, since it draws its own masks.
+"""Computes attention by torch's `scaled_dot_product_attention`, for dropout 0 only, since it draws its own masks.
 
 Its flash kernels end at 256 features of a head (a ResNet-50 has 512), its memory-efficient one takes any number.
 """

@@ -1,4 +1,4 @@
-"""Attention over tiles of the score matrices: two products and one pass between them, and never all of the matrix.
+"""Computes attention over tiles of the score matrices: two products, one pass between them, and never the whole matrix.
 
 A tile is either whole sequences with all their heads, or rows of one head. The backward pass computes the scores again (one
 product of seven), so memory is O(G * C) plus a tile: on every device, for any width of a head. Scores and their

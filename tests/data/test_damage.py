@@ -118,5 +118,5 @@ def test_an_index_of_another_shard(tmp_path, index):
     source = shards(tmp_path, damage.shard(1), index)
     for image in range(damage.SAMPLES):
         assert damage.label_of(0, image) != damage.label_of(1, image)
-        with pytest.raises(BrokenImage, match="not what its index describes"):
+        with pytest.raises(BrokenImage, match="does not match its index"):
             source.read(image)

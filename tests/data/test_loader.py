@@ -370,9 +370,9 @@ def test_bad_positions_and_recipes():
         with pytest.raises(ValueError, match=rf"`batch_size` \(={wrong}\) must be in \[1, 10\], the number of images"):
             TrainLoader(Synthetic(10), wrong)
     for wrong in ({}, {"batch_size": 5, "sampler": GlobalBatchSampler(0, 10, 5)}):
-        with pytest.raises(ValueError, match="either `batch_size` or `sampler`"):
+        with pytest.raises(ValueError, match="exactly one of `batch_size` and `sampler`"):
             TrainLoader(Synthetic(10), **wrong)
-    with pytest.raises(ValueError, match="either `image_size` or `augmentations`"):
+    with pytest.raises(ValueError, match="`image_size` or `augmentations`, not both"):
         TrainLoader(Synthetic(10), 5, 8, augmentations=AUGMENTATIONS)
 
 
@@ -540,5 +540,7 @@ def test_a_data_set_of_torchvision_that_is_wrapped():
 
 @pytest.mark.parametrize("source", ["synthetic://100", FakeData(4), None])
 def test_what_is_no_source_is_refused(source):
-    with pytest.raises(TypeError, match=rf"`source` is a {type(source).__name__}, must be a Source: give open_source"):
+    with pytest.raises(
+        TypeError, match=rf"`source` is a {type(source).__name__}; it must be a Source: give open_source"
+    ):
         TrainLoader(source, batch_size=4)

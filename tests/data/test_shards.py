@@ -212,7 +212,7 @@ def test_exchanged_shards_are_noticed_at_each_read(tmp_path):
     (tmp_path / "x.tar").rename(tmp_path / "train/a-1.tar")
     source = Shards(tmp_path / "train")
     for index in range(12):
-        with pytest.raises(BrokenImage, match="not what its index describes"):
+        with pytest.raises(BrokenImage, match="does not match its index"):
             source.read(index)
 
 
@@ -287,7 +287,7 @@ def test_shards_of_which_nothing_can_be_used(tmp_path, name):
         write_tar(path, [("a.cls", b"cat"), ("a.jpg", content(0))])
     message = rejected(tmp_path / "train")
     expected = {
-        "no images": "hold no images; expected are",
+        "no images": "hold no images; allowed:",
         "labels of text": "the label of a.jpg is b'cat'; expected is a",
     }
     assert expected.get(name, "a.tar is cut off or damaged after byte 0 (") in message

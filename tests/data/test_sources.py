@@ -125,7 +125,7 @@ def test_shapes_are_written_by_prepare_only(tmp_path):
 
 def test_shapes_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"^cannot write .*name a folder"):
+    with pytest.raises(ValueError, match=r"^cannot write .*choose a writable folder"):
         prepare(f"shapes://{tmp_path}/file/s?train=8&val=8")
 
 
@@ -165,7 +165,7 @@ def test_malformed_paths(path, message):
 def test_a_path_that_is_none(path):
     for function in (open_source, prepare, has_evaluation_split):
         with pytest.raises(
-            TypeError, match=rf"`path` is a {type(path).__name__}, must be a str or a Path; give a folder"
+            TypeError, match=rf"`path` is a {type(path).__name__}; it must be a str or a Path; give a folder"
         ):
             function(path)
 

@@ -264,7 +264,7 @@ def test_a_backbone_that_is_not_repeatable_is_found_out():
             self.calls += 1
             return super().forward(input) * self.calls
 
-    with pytest.raises(RuntimeError, match="the second pass of a chunk gave other features"):
+    with pytest.raises(RuntimeError, match="the second pass of a chunk gave different features"):
         chunked_backward(Restless(4, 4), torch.randn(2, 10, 4), nt_xent, chunk=4)
 
 

@@ -261,7 +261,7 @@ def test_the_table_for_users_is_that_of_the_schema():
             ["crossbatch.sharding=fsdp", "zero_optimization.overlap_comm=false"],
             1,
             CPU,
-            ["zero_optimization.overlap_comm", "no such thing"],
+            ["zero_optimization.overlap_comm", "no such setting"],
         ),
         (
             ["crossbatch.precision=bf16"],

@@ -81,8 +81,8 @@ def test_labels_must_have_a_class(monkeypatch, tmp_path):
 
     assert "training images: 1 labels out of range, the first 3 of image 1; allowed: 0 to 2" in refused([0, 3], [0])
     assert "evaluation images: 2 labels out of range, the first 255 of image 0" in refused([0, 1], [255, -2])
-    assert "evaluation images: none that has a label" in refused([0, 1], [-1, -1])
-    assert "evaluation images: none that has a label" in refused([0, 1], [])
+    assert "evaluation images: none of them has a label" in refused([0, 1], [-1, -1])
+    assert "evaluation images: none of them has a label" in refused([0, 1], [])
     splits.update(train=source_with([-1, 2]), eval=source_with([0]))
     assert labelled_sources("DIR")[0] is splits["train"]
 
@@ -118,7 +118,7 @@ def test_all_ranks_must_find_the_same_images(tmp_path, two_ranks):
     }
     assert found["copy"] == ["", ""]
     for said in found["less"]:  # also the rank whose own images are as they should be
-        assert "rank 1 finds 15 + 8 images, and rank 0 16 + 8; give every node the same files" in said
+        assert "rank 1 finds 15 + 8 images, but rank 0 finds 16 + 8; give every node the same files" in said
     assert all("rank 1 finds other labels than rank 0" in said for said in found["other"])
     assert all("rank 1: crossbatch.data.path" in said for said in found["none"])
 

@@ -223,8 +223,8 @@ def test_the_average_follows_and_drop_path_grows():
     [
         ([], "crossbatch.model.checkpoint: not given; allowed: a run directory"),
         (["crossbatch.model.checkpoint=/nowhere"], "--checkpoint /nowhere"),
-        (["crossbatch.data.repeats=5"], "crossbatch.data.repeats: given 5 for 12 images a rank; allowed: a divisor"),
-        (["train_batch_size=11"], "mixing needs an even number"),
+        (["crossbatch.data.repeats=5"], "crossbatch.data.repeats: given 5 for 12 images per rank; allowed: a divisor"),
+        (["train_batch_size=11"], "mixup and CutMix need an even number"),
         (["crossbatch.data.path=null"], "crossbatch.data.path: not given"),
     ],
     ids=lambda case: case[0].split("=")[0] if isinstance(case, list) and case else "",

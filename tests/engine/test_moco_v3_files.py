@@ -111,7 +111,11 @@ WRONG = [
     ("vit-adamw", ["crossbatch.model.arch=resnet18"], ["is a vit_small", "-a vit_small"]),
     ("vit-adamw", ["crossbatch.batchformer.add_bf=1"], ["has no BatchFormer", "--add_bf 0"]),
     ("resnet-bf-lars", ["crossbatch.batchformer.add_bf=0"], ["has a BatchFormer", "--add_bf 1"]),
-    ("vit-adamw", ["crossbatch.model.mlp_dim=64"], ["of another model", "of another shape", "mlp_dim"]),
+    (
+        "vit-adamw",
+        ["crossbatch.model.mlp_dim=64"],
+        ["does not fit the configured model", "of another shape", "mlp_dim"],
+    ),
     ("resnet-bf-lars", ["crossbatch.batchformer.mode=ema"], ["crossbatch.batchformer.mode is ema"]),
     ("vit-adamw", [*LARS, "optimizer.params.eps=1e-8", "optimizer.params.variant=moco-v3"], ["--optimizer adamw"]),
 ]

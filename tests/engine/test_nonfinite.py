@@ -66,7 +66,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_with_the_state
     stopped = pools(2).run(run, settings, str(tmp_path), 12, "auto", (), ((CONTRAST, poisoned_from(5)),))
     for message in stopped:
         assert message.startswith(
-            "RunStopped: 3 steps in a row skipped: non-finite on rank 1: features, loss, loss term q1o_k2o "
+            "RunStopped: 3 steps in a row were skipped: non-finite on rank 1: features, loss, loss term q1o_k2o "
         )
         assert "step 5, before them, is saved" in message
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -149,7 +149,7 @@ def test_a_rank_without_data_lets_all_save_before_it_stops(tmp_path, pools):
     patches = (("crossbatch.engine.datasets.TrainData.batches", no_data_on_rank_1_at_step_3),)
     stopped = pools(2).run(run, [*VIT, *LARS, *zero(1)], str(tmp_path), 8, "auto", (), patches)
     assert stopped == [
-        "RunStopped: rank 1 got no more data; step 3 is saved",
+        "RunStopped: rank 1 could not load its next batch; step 3 is saved",
         "RunStopped: data: 16 images in a row were broken",
     ]
     assert checkpoint.candidates(tmp_path, "auto")[0].name == "step-00000003"

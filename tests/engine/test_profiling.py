@@ -118,4 +118,4 @@ def test_the_flag(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--profile", "0"])
     with pytest.raises(SystemExit):
         pretrain.parse_arguments()
-    assert "given 0; allowed: >= 1" in capsys.readouterr().err
+    assert "given 0; allowed: a whole number >= 1" in capsys.readouterr().err

@@ -176,7 +176,7 @@ def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tin
     assert call(monkeypatch, *arguments, "--seed", "1", "--out", tmp_path / "cut") == 2
     assert "crossbatch.seed: was 0, is 1" in capsys.readouterr().err
     assert call(monkeypatch, *arguments, "--encoder", "momentum", "--out", tmp_path / "cut") == 2
-    assert "the weights of the backbone: were others" in capsys.readouterr().err
+    assert "the weights of the backbone: differ" in capsys.readouterr().err
     assert call(monkeypatch, *arguments, "--seed", "1", "--resume", "none", "--out", tmp_path / "cut") == 0
 
 
@@ -213,7 +213,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tiny_ru
     assert "argument --lr/--learning-rate: invalid number_or_list value: 'fast'" in refused("--lr", "fast")
     assert "optimizer.params.base_lr: given -1" in refused("--lr=-1")
     assert "optimizer.type: given 'LARS'" in refused("--set=optimizer.type=LARS")
-    assert "is no linear probe" in refused(*SHORT, "--resume", wrong_file(tmp_path))
+    assert "not a linear probe" in refused(*SHORT, "--resume", wrong_file(tmp_path))
     (tmp_path / "out/results.json").write_text('{"command": "knn"}')
     assert "already holds a run of another kind" in refused(*SHORT)
 

@@ -116,7 +116,7 @@ BAD = [
     (["--deepspeed_config", "ds_configs/bs409.json"], ["bs409.json", "no such file", "bs4096.json"]),
     (["--out", "{tmp}/data/file"], ["--out", "not a writable folder"]),
     (["--resume", "{tmp}/none", *TINY], ["--resume", "no such path"]),
-    (["--set", "crossbatch.sharding=fsdp", "--set", "zero_optimization.reduce_bucket_size=5"], ["no such thing"]),
+    (["--set", "crossbatch.sharding=fsdp", "--set", "zero_optimization.reduce_bucket_size=5"], ["no such setting"]),
     (["--set", "train_batch_size=128", *TINY[:1]], ["train_batch_size", "128", "64"]),
 ]
 

@@ -147,7 +147,11 @@ def test_arguments_that_cannot_be(arguments, error, message):
         ((0, 8), {}, r"features are \[0, 8\]; they must be .*, n >= 1"),
         ((4, 8), {"seed": 1}, "seed is 1 and step is None; give both or neither"),
         ((4, 8), {"dropout_seeds": torch.zeros(4, 2, dtype=torch.int32)}, r"must be int32 \[4, 1\]"),
-        ((4, 8), {"seed": 1, "step": 2, "dropout_seeds": torch.zeros(4, 1, dtype=torch.int32)}, "give one of them"),
+        (
+            (4, 8),
+            {"seed": 1, "step": 2, "dropout_seeds": torch.zeros(4, 1, dtype=torch.int32)},
+            "give only one of them",
+        ),
     ],
 )
 def test_calls_that_cannot_be(shape, arguments, message):

@@ -122,7 +122,7 @@ def test_shapes_and_keys_that_need_a_gradient_are_refused():
         contrastive_loss(q[0], q[0])
     with pytest.raises(ValueError, match="keys require a gradient"):
         contrastive_loss(q, q.clone().requires_grad_())
-    with pytest.raises(ValueError, match="keys_BD require a gradient"):
+    with pytest.raises(ValueError, match="keys_BD requires a gradient"):
         cross_entropy_over_keys(q[0], q[1].clone().requires_grad_(), torch.arange(N), 1.0)
 
 

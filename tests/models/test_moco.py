@@ -221,7 +221,7 @@ class Twofold(Small):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"temprature": 0.2}, TypeError, "temprature is no argument of MoCo; .*did you mean 'temperature'"),
+        ({"temprature": 0.2}, TypeError, "temprature is not an argument of MoCo; .*did you mean 'temperature'"),
         ({"num_features": 12.0}, TypeError, r"num_features is 12\.0; it must be an integer"),
         ({"num_features": 0}, ValueError, "num_features is 0; it must be at least 1"),
     ],
