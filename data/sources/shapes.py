@@ -4,9 +4,8 @@ A drawing holds three or four copies of one of eight figures, each in random col
 textured background. Neither colour nor texture nor place says anything about the class, so comparing raw pixels does little
 better than chance (measured in tests/data/test_shapes.py), and a k-NN score that rises above it during pretraining comes from
 learned features. Colours are muted, backgrounds alike and figures several on purpose: what two crops of a drawing share is then
-above all the figure, and a contrastive method finds it within minutes. Vivid
-colours or a background of its own would give each drawing away: with those, six epochs gained 16 points of k-NN accuracy;
-without them, 30.
+above all the figure, and a contrastive method finds it within minutes. Vivid colours or a background of its own would give
+each drawing away: with those, six epochs gained 16 points of k-NN accuracy; without them, 30.
 """
 
 import json
