@@ -23,7 +23,7 @@ setup(
         "torch>=2.10",  # tensors, FSDP2, DataLoader
         "torchvision>=0.25",  # ResNets, image functions
         "timm>=1.0.21",  # vision transformers
-        "deepspeed>=0.19.3",  # ZeRO and the launcher; before, gradients could be overwritten under overlap_comm (PR 8080)
+        "deepspeed>=0.19.8",  # ZeRO and the launcher; gradients that older ones spoil: docs/versions.md
         "pydantic>=2.7",  # checks recipes, with its annotated-types; DeepSpeed brings both, too
         "numpy>=1.26",  # data order and augmentation parameters
         "scipy>=1.11",  # .mat files of Flowers-102
