@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,20 @@ def test_dali_reads_a_file_once(tmp_path):
     source = Counted()
     image = dali_backend.encoded(source, 0)
     assert (source.reads, image.height, image.width, image.data[:2]) == (1, 30, 40, b"BM")
+
+
+def test_dali_works_on_the_gpu_of_this_rank(monkeypatch):
+    dali_backend, asked = pytest.importorskip("crossbatch.data.augment.dali"), []
+
+    def graph(*arguments, device_id, **options):
+        asked.append(device_id)
+        return SimpleNamespace(build=lambda: None)
+
+    monkeypatch.setattr(dali_backend, "_graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    for device in ("cuda", "cuda:3", "cpu"):
+        dali_backend.DaliPipeline(None, VIEWS, 0, iter(()), 1, torch.device(device)).close()
+    assert asked == [5, 3, None]
 
 
 @pytest.mark.gpu
