@@ -288,7 +288,7 @@ def test_shards_of_which_nothing_can_be_used(tmp_path, name):
     message = rejected(tmp_path / "train")
     expected = {
         "no images": "hold no images; allowed:",
-        "labels of text": "the label of a.jpg is b'cat'; expected is a",
+        "labels of text": "the label of a.jpg is b'cat'; allowed: a whole number",
     }
     assert expected.get(name, "a.tar is cut off or damaged after byte 0 (") in message
 

@@ -195,7 +195,7 @@ def test_the_momentum_encoder_starts_equal_and_follows_exactly():
     [
         ({"batchformer_loss": "max"}, "batchformer_loss is 'max'; allowed: none, sum, mean, mean_with_self, joint"),
         ({"batchformer_mode": "frozen"}, "batchformer_mode is 'frozen'; allowed: trained, released, ema"),
-        ({"backbone": nn.Linear(3, 4)}, "num_features is not given, and Linear has no such attribute"),
+        ({"backbone": nn.Linear(3, 4)}, "num_features is not given, and Linear has no attribute num_features"),
         ({"backbone": Small(), "stem": "small"}, "stem is given with a module"),
         ({"backbone": Small(), "heads": "cnn"}, "heads is 'cnn'; allowed: resnet, vit"),
         (
