@@ -62,7 +62,7 @@ def test_bad_input(monkeypatch, capsys, images, tmp_path):
 
     assert "--data: " in refused("--data", tmp_path / "absent", "--output", tmp_path / "out")
     flags = ("--data", images, "--output", tmp_path, "--images-per-shard", 0)
-    assert "argument --images-per-shard: given 0; allowed: >= 1" in refused(*flags)
+    assert "argument --images-per-shard: given 0; allowed: a whole number >= 1" in refused(*flags)
     (tmp_path / "out/val").mkdir(parents=True)
     assert "out/val exists already; remove it" in refused("--data", images, "--output", tmp_path / "out")
     assert not (tmp_path / "out/train").exists()
@@ -123,8 +123,8 @@ def test_export_refuses_what_would_be_wrong(monkeypatch, capsys, tiny_runs, tmp_
     torch.save({"model": six.state_dict()}, tmp_path / "six.pth")
     said = refused(tmp_path / "six.pth", "timm", "-a", "vit_small", '--set=crossbatch.model.backbone_args={"depth": 1}')
     assert "MoCo v3's ViT-S has 12, DeiT's and timm's has 6" in said
-    assert "--to torchvision: torchvision has other ViTs" in refused(tiny_runs("vit"), "torchvision")
-    assert "--to deit: DeiT trains ViTs" in refused(tiny_runs("resnet"), "deit")
+    assert "--to torchvision: torchvision's ViTs differ" in refused(tiny_runs("vit"), "torchvision")
+    assert "--to deit: DeiT trains only ViTs" in refused(tiny_runs("resnet"), "deit")
     assert "stem small, width 8" in refused(tiny_runs("resnet"), "torchvision")
     assert "holds a resnet18, but vit_base" in refused(tiny_runs("resnet"), "timm", "-a", "vit_base")
     assert "--to moco-v3: writes the whole run" in refused(tiny_runs("resnet"), "moco-v3", "--encoder", "momentum")

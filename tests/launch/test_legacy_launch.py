@@ -196,7 +196,7 @@ BAD = [
     ([*NODES, "--world-size", "2", "--rank", "2"], 0, "--rank: given 2; allowed: 0 to 1"),
     ([*NODES, "--world-size", "0"], 0, "--world-size: given 0; allowed: >= 1, the number of nodes"),
     ([*NODES, "--gpu", "0"], 4, "--gpu: given 0; allowed: the number of one of this machine's 4 GPUs, without"),
-    ([*NODES, "--nproc-per-node", "0"], 0, "--nproc_per_node: given 0; allowed: >= 1"),
+    ([*NODES, "--nproc-per-node", "0"], 0, "--nproc_per_node: given 0; allowed: a whole number >= 1"),
     (["--nproc-per-node", "2"], 0, "without --multiprocessing-distributed"),
     (
         [*NODES[:1], "--world-size", "2", "--rank", "0"],

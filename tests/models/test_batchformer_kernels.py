@@ -230,7 +230,7 @@ def test_torch_compile_takes_the_layer_whole():
 def test_a_kernel_that_cannot_run_says_why():
     assert choose("auto", Situation("cpu")) == "fused" and choose("sdpa", Situation("cpu", dropout=0.0)) == "sdpa"
     with pytest.raises(
-        ValueError, match=r"kernel is 'sdpa', but .*position in the batch; allowed: auto, fused, reference"
+        ValueError, match=r"kernel is 'sdpa', but .*draws its own dropout masks.*; allowed: auto, fused, reference"
     ):
         BatchFormer(8, 2, kernel="sdpa")
     with pytest.raises(ValueError, match="needs sm_70"):
