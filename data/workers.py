@@ -1,4 +1,4 @@
-"""Connects the trainer and its worker processes: torch's DataLoader, with what it leaves open decided.
+"""Connects the trainer and its worker processes by torch's DataLoader, and decides what DataLoader leaves open.
 
 Decided here is how worker processes start, how they end (also after a failure), and what the trainer sees when one dies.
 """

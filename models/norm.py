@@ -56,7 +56,7 @@ class ViewBatchNorm(_BatchNorm):
         eps: added to the variance.
         momentum: weight of a batch in the running statistics, as in nn.BatchNorm2d.
         affine: whether there are a weight and a bias, each [C].
-        device: of parameters and buffers.
+        device: where parameters and buffers are created.
         dtype: of parameters and buffers.
         num_views: number V of views in a batch; 1 gives nn.SyncBatchNorm (which has no CPU version).
         process_group: as in nn.SyncBatchNorm; None means all ranks, or this process alone without torch.distributed.

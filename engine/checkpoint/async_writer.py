@@ -58,7 +58,7 @@ class AsyncCheckpointWriter:
 
     Args:
         directory: `checkpoints/` of the run.
-        keep: what stays there.
+        keep: which checkpoints stay in `directory`.
         token: see `store.write`.
         asynchronous: whether training goes on while a checkpoint is written.
     """

@@ -110,7 +110,7 @@ class Work:
 
     Attributes:
         segments: each with the index of its tensor in `flats`.
-        flats: the tensors; new in every step.
+        flats: the tensors of the current step; every step sets them anew.
         tables: what lars_cuda makes of the segments.
     """
 
@@ -163,7 +163,7 @@ class Update(NamedTuple):
 class LARS(torch.optim.Optimizer):
     """LARS scales the update of each weight matrix by a trust ratio, in plain torch, DDP and FSDP2 (`fully_shard`).
 
-    Under DeepSpeed ZeRO, call `lars_for_zero(engine)` once; forgotten, the first step raises.
+    Under DeepSpeed ZeRO, call `lars_for_zero(engine)` once; without that call, the first step raises.
 
     Which parameters adapt (have a trust ratio and weight decay) follows from their shape when they are given: those with two
     or more dimensions do, biases and norms do not. So `LARS(model.parameters(), lr=0.1, weight_decay=1e-6)` is right. A group
@@ -173,7 +173,7 @@ class LARS(torch.optim.Optimizer):
         params: tensors, (name, tensor) pairs or groups, as for any optimizer of torch. Every other argument is also a key of
             a group. Further keys, except `name`, `lr_scale` and `initial_lr`, are refused.
         lr: learning rate. MoCo v3 multiplies a base rate of 0.3 to 0.6 by batch size / 256.
-        weight_decay: added to the gradient of the parameters that adapt.
+        weight_decay: factor of the weights that is added to the gradient, for parameters that adapt.
         momentum: decay of the velocity.
         trust_coefficient: factor tc of the trust ratio, tc ||w|| / ||gradient||.
         variant: the formula, "moco-v3", "larc" or "mlperf"; see the module's docstring.
@@ -183,7 +183,7 @@ class LARS(torch.optim.Optimizer):
 
     Attributes:
         adapts: for every parameter given, whether it adapts.
-        layout: where the parameters lie in the tensors of `param_groups`; made at the first step or by `lars_for_zero`.
+        layout: says where the parameters lie in the tensors of `param_groups`; the first step or `lars_for_zero` makes it.
 
     The state of a tensor is `mu`, the velocity, with the tensor's shape and placement.
 
