@@ -191,7 +191,7 @@ def test_a_prepared_step_is_the_same_and_never_one_with_old_gradients(passes, mo
         parameters = [torch.nn.Parameter(w.clone()) for w in start]
         optimizer = LARS(parameters, lr=0.5, weight_decay=WD, trust_coefficient=TC)
         for p, g in zip(parameters, gradients, strict=True):
-            p.grad = 2 * g if way == "prepared" else g.clone()
+            p.grad = g.clone() if way == "plain" else 2 * g
         if way != "plain":
             optimizer.prepare()
         if way == "prepared":  # the norm's factor comes in between
