@@ -27,8 +27,6 @@ KERNELS = {
 }
 PLANTED = "too_much_shared_memory"
 
-pytestmark = pytest.mark.xdist_group("kernels")  # compiled once
-
 
 def compiled(*arguments: str) -> list[dict]:
     triton = pytest.importorskip("triton", reason="needs Triton")
