@@ -163,11 +163,13 @@ def check_training(config: Any, world_size: int) -> None:
             f"zero_optimization.offload_optimizer.device: given {offload} with crossbatch.sharding {sharding} and "
             f"zero_optimization.stage {zero.stage}; allowed: none, or cpu with sharding zero and stage 1 to 3; set it to none"
         )
+    known_to_fsdp = {
+        "stage",
+        "offload_optimizer",
+        *(["overlap_comm"] if zero.overlap_comm else []),
+    }  # FSDP2 always overlaps
     for name, value in to_dict(zero).items() if sharding == "fsdp" else ():
-        if name not in ("stage", "offload_optimizer") and (name, value) != (
-            "overlap_comm",
-            True,
-        ):  # FSDP2 always overlaps
+        if name not in known_to_fsdp:
             raise InputError(
                 f"zero_optimization.{name}: given {value} with crossbatch.sharding fsdp, which has no such setting; remove it "
                 f"or set crossbatch.sharding to zero"
