@@ -12,8 +12,9 @@ so the pass for the sums writes it, and the last pass reads it in place of the o
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +42,16 @@ def _passes(x: Tensor) -> ModuleType:
     return passes_triton
 
 
+def run_pass(name: str, x: Tensor, *args) -> Any:
+    """Make the pass `name` over x: the one place from which all of them are called."""
+    return getattr(_passes(x), name)(x, *args)
+
+
 def _define(name: str, signature: str, fake: Callable) -> Callable:
     """Return the operator of the pass `name`, on whatever device x is."""
     operator = f"view_norm_{name}"
     _library.define(f"{operator}(Tensor x, {signature}", tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(operator, lambda x, *args: getattr(_passes(x), name)(x, *args), "CompositeExplicitAutograd")
+    _library.impl(operator, partial(run_pass, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"crossbatch::{operator}", fake, lib=_library)
     return getattr(torch.ops.crossbatch, operator).default
 

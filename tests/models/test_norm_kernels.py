@@ -1,25 +1,37 @@
 """The passes of ViewBatchNorm, Triton's (interpreted where there is no GPU) and torch's, against float64."""
 
 import functools
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from crossbatch.models.norm import ViewBatchNorm, operators, passes_triton, view_batch_norm
-from crossbatch.models.norm.view_batch_norm import for_two_consumers
+from crossbatch.models.norm import (
+    ViewBatchNorm,
+    for_two_consumers,
+    operators,
+    passes_triton,
+    recomputed,
+    view_batch_norm,
+)
 
 EPS = 1e-5
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Take Triton's kernels for everything, with small tiles, so that a view is several strips of several tiles."""
+    """Take Triton's kernels on this device, too, with small tiles, so that a view is several strips."""
+
+    def is_last(x):
+        return x.dim() == 2 or x.is_contiguous(memory_format=torch.channels_last)
+
     for module in (operators, view_batch_norm):
-        monkeypatch.setattr(module, "is_fused", lambda x: True)
-    monkeypatch.setattr(passes_triton, "ELEMENTS", 256)
-    monkeypatch.setattr(passes_triton, "PROGRAMS", 8)
+        monkeypatch.setattr(module, "is_fused", is_last)
+    monkeypatch.setattr(passes_triton, "ELEMENTS", 1024)
+    monkeypatch.setattr(passes_triton, "PROGRAMS", 4)
 
 
 def inputs(shape, dtype, seed=0, mean=0.5):
@@ -90,11 +102,13 @@ def test_all_in_one_pass(fused, dtype, adds, relu):
 def test_shapes_and_numbers_of_views(request, monkeypatch, passes, shape, views):
     if passes == "fused":
         request.getfixturevalue("fused")
-        monkeypatch.setattr(passes_triton, "ELEMENTS", 256 if shape[1] < 2048 else 4096)
+        monkeypatch.setattr(passes_triton, "ELEMENTS", 256 if shape[1] < 100 else 4096)
+        monkeypatch.setattr(passes_triton, "COLUMNS", 64 if shape[1] < 100 else 1024)
     check(shape, views, torch.float32, True, True)
 
 
-def test_a_mean_of_a_thousand_deviations(fused):
+def test_a_mean_of_a_thousand_deviations(fused, monkeypatch):
+    monkeypatch.setattr(passes_triton, "ELEMENTS", 256)  # strips of several tiles
     check((4, 6, 9, 31), 2, torch.float32, True, True, mean=1500.0)
 
 
@@ -136,6 +150,41 @@ def test_two_consumers(request, passes):
         got = made(ViewBatchNorm(5), functools.partial(call, factors), x, residual, dy, *parameters)
         for name, value in got.items():
             torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("passes", ["fused", "torch"])
+def test_an_output_that_is_not_kept_is_computed_again(request, passes):
+    """The convolution behind it keeps the norm's input, and its gradient is the same to the bit."""
+    if passes == "fused":
+        request.getfixturevalue("fused")
+    x, _, dy, weight, bias = inputs((2, 5, 7, 33), torch.bfloat16)
+    kernel, outputs = torch.randn(5, 5, 1, 1).bfloat16().requires_grad_(), []
+
+    def call(recomputes, norm, x, _):
+        norm.recomputes_output = recomputes
+        y = norm(x, relu=True)
+        outputs.append(StorageWeakRef(y.untyped_storage()))
+        with recomputed(y):
+            return nn.functional.conv2d(y, kernel)
+
+    def results(recomputes):
+        def end(norm, x, residual):
+            out = call(recomputes, norm, x, residual)
+            gc.collect()  # the interpreter's circles of references
+            assert outputs[-1].expired() == recomputes
+            return out
+
+        kernel.grad = None
+        return {**made(ViewBatchNorm(5), end, x, x, dy, weight, bias), "kernel": gradient(kernel)}
+
+    want, got = results(False), results(True)
+    for name, value in want.items():
+        assert got[name].equal(value), name
+
+
+def gradient(tensor):
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def test_a_nan_stays(fused):
