@@ -134,8 +134,8 @@ def work_of(precision: str, arch: str, image_size: int, *options: Any, backbone_
     counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
     with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        backbone(torch.empty(1, 3, image_size, image_size))
-    return Work(float(TRAINING_UNITS * counter.get_total_flops()), kept)
+        backbone(torch.empty(2 * NUM_VIEWS, 3, image_size, image_size))
+    return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept)
 
 
 def fixed_ms_on(gpu: Gpu, on_v100_ms: float) -> float:

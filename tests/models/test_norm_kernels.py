@@ -208,29 +208,11 @@ def test_rows_beyond_two_to_the_31st_element():
     x[:4], x[rows : rows + 4] = 0, tile
     channels = torch.zeros(2, C), torch.ones(2, C), torch.ones(C), torch.zeros(C)
     numbers: dict[str, Any] = {"ROWS": 4, "BLOCK": C, "num_warps": 1}
-    passes_triton._normalise[(1, 2)](x, x, y, *channels, C, rows, C, 1, 0.0, RESIDUAL=False, RELU=True, **numbers)  # pyright: ignore
+    kernels: Any = passes_triton
+    kernels._normalise[(1, 2)](x, x, y, *channels, C, rows, C, 1, 0.0, RESIDUAL=False, RELU=True, **numbers)
     assert y[rows : rows + 4].equal(tile.relu())
-    partial = torch.zeros(1, 2, 2, C)
-    passes_triton._backward_sums[(1, 2)](
-        x,
-        x,
-        x,
-        x,
-        x,
-        *channels,
-        partial,
-        C,
-        rows,
-        C,
-        4,
-        1,
-        0.0,
-        TWO=False,
-        RELU=False,
-        KEPT=False,
-        WRITE=False,
-        **numbers,
-    )  # pyright: ignore
+    partial, options = torch.zeros(1, 2, 2, C), dict.fromkeys(("TWO", "RELU", "KEPT", "WRITE"), False)
+    kernels._backward_sums[(1, 2)](x, x, x, x, x, *channels, partial, C, rows, C, 4, 1, 0.0, **options, **numbers)
     torch.testing.assert_close(partial[0, 1, 0], tile.float().sum(0))
 
 
