@@ -123,7 +123,7 @@ def test_what_an_image_keeps():
         mib[what] = (
             sketch(resolve(load_config("ds_configs/bs4096.json", overrides), 16, V100)).backbone.per_image / 2**20
         )
-    assert mib == pytest.approx({"none": 83.5, "norms": 67.9, "blocks": 42.2}, rel=0.005)
+    assert mib == pytest.approx({"none": 83.5, "norms": 67.9, "blocks": 43.4}, rel=0.005)
 
 
 @pytest.mark.parametrize("add_bf", [0, 1, 37])
