@@ -114,7 +114,7 @@ def machines(gpu: str, gpus: int, nodes: int = 1, interconnect: str | None = Non
     """
     for flag, value in (("--gpus", gpus), ("--nodes", nodes)):
         if value < 1:
-            raise InputError(f"{flag}: given {value}; allowed: >= 1")
+            raise InputError(f"{flag}: given {value}; allowed: a whole number >= 1")
     if gpus % nodes:
         raise InputError(
             f"--gpus: given {gpus} on {nodes} nodes; allowed: a multiple of --nodes; take {gpus // nodes * nodes or nodes}"

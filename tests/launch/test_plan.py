@@ -132,7 +132,7 @@ def test_a_measured_row_replaces_the_roofline(tmp_path):
     ("arguments", "said"),
     [
         (["--gpu", "v100", "--gpus", "16"], "did you mean v100-32g"),
-        (["--gpu", "v100-32g", "--gpus", "-16"], "--gpus: given -16; allowed: >= 1"),
+        (["--gpu", "v100-32g", "--gpus", "-16"], "--gpus: given -16; allowed: a whole number >= 1"),
         (["--gpu", "v100-32g", "--gpus", "16", "--nodes", "3"], "a multiple of --nodes"),
         (["--gpu", "v100-32g", "--gpus", "3"], "train_batch_size: given 4096 for 3 ranks"),
         (["--gpu", "t4", "--gpus", "16", "--set", "crossbatch.precision=bf16"], "crossbatch.precision: given bf16"),
