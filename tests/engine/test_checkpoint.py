@@ -27,6 +27,7 @@ from crossbatch.engine.run_log import RunLog
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.sharding import FlatSlice, LocalShards
 from tests.fake_cuda import FakeCuda, OnGpu, on_gpu
+from tests.small_runs import ADAMW, BASE, LARS, VIT, fsdp, name_of, pretrainer, zero
 
 
 def manifest_of(step: int, shapes: dict[str, list[int]]) -> Manifest:
@@ -189,14 +190,19 @@ def test_copies_from_a_gpu_run_beside_the_next_step_and_before_its_update(tmp_pa
     writer = AsyncCheckpointWriter(tmp_path, Keep(1), "0")
     parameter, statistic = (on_gpu(torch.full((3, 2), 2.0)) for _ in range(2))
     held = {"parameters.a": LocalShards.whole(parameter), "buffers.b": LocalShards.whole(statistic)}
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    optimizer, other = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1) for _ in range(2))
     hosts = []
     for step, copies in ((2, "to host 0"), (4, "to host 1")):
         cuda.launch(f"step {step}")
-        writer.save(held, manifest_of(step, {"parameters.a": [3, 2], "buffers.b": [3, 2]}), {"world_size": 1})
+        manifest = manifest_of(step, {"parameters.a": [3, 2], "buffers.b": [3, 2]})
+        writer.save(held, manifest, {"world_size": 1}, optimizer)
         assert f"step {step}" in cuda.launched[copies]
         cuda.launch(f"forward after {step}")
-        assert copies not in cuda.launched[f"forward after {step}"]
+        other.step()
+        cuda.launch(f"another network's update after {step}")
+        assert not any(
+            copies in cuda.launched[f"{what} after {step}"] for what in ("forward", "another network's update")
+        )
         optimizer.step()
         cuda.launch(f"update after {step}")
         assert copies in cuda.launched[f"update after {step}"]
@@ -209,7 +215,39 @@ def test_copies_from_a_gpu_run_beside_the_next_step_and_before_its_update(tmp_pa
     assert (parameter.data_ptr(), "side") in OnGpu.recorded  # a step out of memory may free it
     assert statistic.data_ptr() not in {address for address, _ in OnGpu.recorded}  # the forward pass changes it
     assert hosts[0] == hosts[1]
-    writer._hook.remove()
+
+
+def changes_before_and_after_the_hook(overrides: list[str], out: str) -> list[bool]:
+    """For each of two steps: whether a parameter or optimizer state changed before torch's optimizer was called, and at all."""
+    from crossbatch.engine.checkpoint.slices import local_state
+    from crossbatch.engine.config import Device, resolve
+
+    cfg = resolve(load_config(None, [*BASE, *VIT, *overrides]), 1, Device("cpu"))
+    step = pretrainer(cfg, out, "none", 2).state.step
+    held = {name: shards for name, shards in local_state(step.backend).items() if not name.startswith("buffers.")}
+
+    def values() -> list[torch.Tensor]:
+        return [part.local.clone() for shards in held.values() for part in shards.slices]
+
+    def changed() -> bool:
+        return any(not now.equal(then) for now, then in zip(values(), before, strict=True))
+
+    found = []
+    step.backend.torch_optimizer.register_step_pre_hook(lambda *_: found.append(changed()))
+    views = torch.randint(0, 256, (2, 12, 16, 16, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    step.progress.updates = 1  # the first step of a warm-up has a rate of 0
+    for _ in range(2):
+        before = values()
+        step(views)
+        found.append(changed())
+    return found
+
+
+@pytest.mark.parametrize("backend", [zero(0), zero(2), zero(3), fsdp(3)], ids=name_of)
+@pytest.mark.parametrize("optimizer", [LARS, ADAMW], ids=name_of)
+def test_nothing_that_is_saved_changes_before_torch_s_optimizer_steps(tmp_path, one_rank, backend, optimizer):
+    (found,) = one_rank.run(changes_before_and_after_the_hook, [*backend, *optimizer], str(tmp_path))
+    assert found == [False, True] * 2
 
 
 # --- crashes -----------------------------------------------------------------------------------------------------------
