@@ -95,9 +95,8 @@ class Watch(TorchDispatchMode):
         if caller()[0] not in FP32:
             assert {t.dtype for t in tensors} == {self.dtype}, f"{name} in {caller()} of {[t.dtype for t in tensors]}"
         if self.channels_last and name.startswith("convolution"):
-            images = tensors[: 2 if name.endswith("backward") else 1]
-            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in images), (
-                f"{name} in {caller()} of strides {[(t.shape, t.stride()) for t in images]}"
+            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors), (  # images and weight
+                f"{name} in {caller()} of strides {[(t.shape, t.stride()) for t in tensors]}"
             )
 
     def _run(self, name, func, args, kwargs):
