@@ -38,9 +38,10 @@ LR_PEAK = 0.05 * 12 / 256  # of LARS and BASE
 def device():
     with (
         mock.patch.dict(os.environ),
+        pytest.MonkeyPatch.context() as patch,  # unittest's cannot restore what is set here
         process_group(ALONE, "cuda") as device,
-        mock.patch("torch.backends.cudnn.allow_tf32", False),
     ):
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         del os.environ["DS_ACCELERATOR"]  # which is for this process alone
         yield device
 
@@ -152,15 +153,15 @@ def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(tmp_path, device
         return Manifest({"step": 1, "updates": 1}, shapes, 48, 4, 0, 1, {})
 
     writers = {name: AsyncCheckpointWriter(tmp_path / name, Keep(9), "t", name == "late") for name in ("now", "late")}
-    writers["now"].save(held, manifest(), {"world_size": 1})
     optimizer, trained, write = torch.optim.SGD([weight], lr=1.0), threading.Event(), async_writer.write
+    writers["now"].save(held, manifest(), {"world_size": 1}, optimizer)
 
     def write_later(*arguments) -> None:
         assert trained.wait(60)
         write(*arguments)
 
     with mock.patch.object(async_writer, "write", write_later):
-        writers["late"].save(held, manifest(), {"world_size": 1})
+        writers["late"].save(held, manifest(), {"world_size": 1}, optimizer)
         assert writers["late"].busy
         buffer.add_(1.0)
         weight.grad = torch.ones_like(weight)
