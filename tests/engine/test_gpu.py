@@ -1,5 +1,6 @@
 """The engine on one NVIDIA GPU, in one process, without DeepSpeed and DALI: each path against one that is known to be right."""
 
+import gc
 import json
 import os
 import threading
@@ -131,6 +132,7 @@ def test_an_automatic_chunk_fits_and_fills(tmp_path, device, arch, optimizer):
     with mock.patch.object(chunk_size, "free_bytes", lambda *_: limit):
         chunk, _ = chunk_size.automatic_chunk(cfg, ALONE, device, tmp_path / "chunk.json")
     assert 1 < chunk < 512
+    gc.collect()  # of the test before
     before = torch.cuda.memory_allocated(device)
     step = TrainStep(build_backend(build_model(cfg).to(device), cfg), cfg, device, 10, chunk)
     views = torch.randint(0, 256, (2, 512, 224, 224, 3), dtype=torch.uint8).pin_memory().permute(0, 1, 4, 2, 3)
