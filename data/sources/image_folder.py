@@ -39,8 +39,8 @@ class ImageFolder:
     def __init__(self, root: str | Path, cache: Path | None = None):
         self._root = str(root)
         listing = cached(root, cache, lambda arrays: _is_current(self._root, arrays), lambda: _list(self._root))
-        self.class_names = Names(listing, "classes").unpack()
-        self.labels = listing["labels"]
+        self._folders = self.class_names = Names(listing, "classes").unpack()
+        self._folder_of = self.labels = listing["labels"]  # two names: evaluation images get the labels of training
         self._names = Names(listing, "names")
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class ImageFolder:
 
     def name(self, index: int) -> str:
         """Return the path of image `index` relative to the root, as `class/file`."""
-        return f"{self.class_names[self.labels[index]]}/{self._names[index]}"
+        return f"{self._folders[self._folder_of[index]]}/{self._names[index]}"
 
     def read(self, index: int) -> bytes:
         """Return the file of image `index`. Raises OSError."""

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from crossbatch.data.sources import torchvision_sets
+from crossbatch.data.sources.classes import Classes, training_labels
 from crossbatch.data.sources.image_folder import ImageFolder, list_classes
 from crossbatch.data.sources.location import parse
 from crossbatch.data.sources.shapes import write_shapes
@@ -123,7 +124,7 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
     folder = _split_folder(root, split)
     source = _open_folder(folder, cache)
     if split == "eval":
-        _match_classes(_split_folder(root, "train"), folder, source, cache)
+        _take_training_labels(source, folder, _split_folder(root, "train"), cache)
     return source
 
 
@@ -156,36 +157,31 @@ def _open_folder(folder: Path, cache: Path | None) -> ImageFolder | Shards:
     return Shards(folder, cache)
 
 
-def _match_classes(train: Path, folder: Path, source: ImageFolder | Shards, cache: Path | None) -> None:
-    """Raise ValueError unless the labels of `train` and of `source` mean the same; give `source` the names of `train`.
+def _take_training_labels(source: ImageFolder | Shards, folder: Path, train: Path, cache: Path | None) -> None:
+    """Give `source`, the evaluation images in `folder`, the class names and labels of the images in `train`.
 
-    Labels are positions in the class names, so the names must be equal. Shards without an index of ours have numbers only;
-    these must lie in the range of the training labels.
+    Raises ValueError if their classes cannot be matched; see `classes`.
     """
     training = Shards(train, cache) if list_shards(train) else None
-    trained, evaluated = training.class_names if training else list_classes(train), source.class_names
-    shards = [opened for opened in (training, source) if isinstance(opened, Shards)]
-    for opened in shards:
-        if not opened.has_labels:
+    for shards in (training, source):
+        if isinstance(shards, Shards) and not shards.has_labels:
             raise ValueError(
-                f"the shards in {opened.folder} have no labels (members <key>.cls), which evaluation needs; add them, or "
+                f"the shards in {shards.folder} have no labels (members <key>.cls), which evaluation needs; add them, or "
                 f"move {folder} away"
             )
-    if not all(opened.has_class_names for opened in shards):
-        if len(evaluated) > len(trained):
-            raise ValueError(
-                f"{folder} has labels up to {len(evaluated) - 1}, but {train} only up to {len(trained) - 1}; both must number "
-                f"the same classes"
-            )
-    elif trained != evaluated:
-        only = {train: sorted({*trained} - {*evaluated}), folder: sorted({*evaluated} - {*trained})}
-        shown = [
-            f"only in {where}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for where, names in only.items()
-            if names
-        ]
-        raise ValueError(
-            f"{train} and {folder} have different classes ({'; '.join(shown) or 'the same names in another order'}); labels "
-            f"are numbered by the names, so both need the same names"
-        )
-    source.class_names = trained
+    trained = _classes(train, training) if training else _folder_classes(train)
+    of_training = training_labels(trained, _classes(folder, source))
+    if of_training.tolist() != list(range(len(of_training))):
+        source.labels = np.where(source.labels < 0, source.labels, of_training[source.labels])
+    source.class_names = trained.names
+
+
+def _classes(folder: Path, source: ImageFolder | Shards) -> Classes:
+    are_numbers = isinstance(source, Shards) and not source.has_class_names
+    return Classes(folder, source.class_names, are_numbers, np.unique(source.labels[source.labels >= 0]))
+
+
+def _folder_classes(folder: Path) -> Classes:
+    """Return the classes of class folders without listing their files: each holds images, or training cannot open them."""
+    names = list_classes(folder)
+    return Classes(folder, names, False, np.arange(len(names)))
