@@ -4,6 +4,7 @@ A new kind of source is a class with the members of `Source` in a module of its 
 """
 
 import contextlib
+from collections import Counter
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -13,19 +14,23 @@ from PIL import Image
 from crossbatch.data.sources import torchvision_sets
 from crossbatch.data.sources.classes import Classes, training_labels
 from crossbatch.data.sources.image_folder import ImageFolder, list_classes
+from crossbatch.data.sources.listing import counted
 from crossbatch.data.sources.location import parse
 from crossbatch.data.sources.shapes import write_shapes
 from crossbatch.data.sources.shards import Shards, list_shards
 from crossbatch.data.sources.synthetic import Synthetic
 
-SPLITS = {"train": ("train",), "eval": ("val", "test")}  # the folders a split may lie in, the first that exists
+SPLITS = {
+    "train": ("train",),
+    "eval": ("val", "validation", "test"),
+}  # the folders a split may lie in, the first that exists
 _TREE = (
     "expected\n"
     "  {root}/train/<class>/<image>.jpg   (jpg, jpeg, png, webp, bmp)\n"
-    "  {root}/val/<class>/<image>.jpg     (or test/; only to evaluate, with the same class names)\n"
+    "  {root}/val/<class>/<image>.jpg     (or validation/, test/; only to evaluate, classes of train/)\n"
     "or tar shards with members <key>.jpg and <key>.cls\n"
     "  {root}/train/<name>.tar\n"
-    "  {root}/val/<name>.tar              (or test/)"
+    "  {root}/val/<name>.tar              (or validation/, test/)"
 )
 
 
@@ -72,7 +77,7 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
             raise ValueError(f"cannot write {target} ({error}); choose a writable folder") from error
     if cache is not None and scheme in ("", "shapes"):
         _open_folder(_split_folder(Path(target), "train"), cache)
-        with contextlib.suppress(ValueError):  # raised again when somebody evaluates
+        with contextlib.suppress(ValueError, OSError):  # raised again when somebody evaluates
             _open_folder(_split_folder(Path(target), "eval"), cache)
 
 
@@ -86,7 +91,7 @@ def has_evaluation_split(path: str | Path) -> bool:
 def open_source(path: str | Path, split: str = "train", cache: Path | None = None, download: bool = False) -> Source:
     """Open the training images (`split` "train") or the evaluation images ("eval") of `path`.
 
-        /data/imagenet                            a folder with train/ and, to evaluate, val/ or test/; these hold
+        /data/imagenet                            a folder with train/ and, to evaluate, val/, validation/ or test/, with
                                                   <class>/<image> or tar shards in webdataset's conventions
         cifar10://DIR, cifar100://DIR,            the files of torchvision.datasets in the folder DIR
         flowers://DIR, pets://DIR
@@ -126,6 +131,24 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
     if split == "eval":
         _take_training_labels(source, folder, _split_folder(root, "train"), cache)
     return source
+
+
+def describe_source(source: Source) -> str:
+    """Return in words how many images and classes `source` has, and what lies beside them that was passed over, by kind."""
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.class_names))
+    classes, of_training = int((counts > 0).sum()), len(source.class_names)
+    words = f"{len(source):,} images, "
+    words += f"{classes:,} classes" if source.has_labels else "no labels"
+    if source.has_labels and classes < of_training:
+        lacking = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
+        words += f" of {of_training:,} (none of {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"
+    if unlabelled := int((source.labels < 0).sum()):
+        words += f", {unlabelled:,} of them without a label"
+    passed_over: Counter[str] = getattr(source, "passed_over", Counter())
+    if passed_over:
+        words += f" ({passed_over.total():,} files passed over: {counted(passed_over)})"
+    folder: Path | None = getattr(source, "folder", None)
+    return f"{words} in {folder.name}/" if folder else words
 
 
 def _split_folder(root: Path, split: str) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from crossbatch.data.decode import BrokenImage, decode
-from crossbatch.data.sources import has_evaluation_split, image_folder, open_source, prepare
+from crossbatch.data.sources import describe_source, has_evaluation_split, image_folder, open_source, prepare
 from crossbatch.data.sources.image_folder import ImageFolder
 from crossbatch.data.sources.shard_writer import write_shards
 
@@ -79,7 +79,7 @@ def test_evaluation_split_prefers_val_then_test(tree):
     assert has_evaluation_split(tree) and len(open_source(tree, "eval")) == 2
     shutil.rmtree(tree / "test")
     assert not has_evaluation_split(tree)
-    with pytest.raises(ValueError, match=r"no folder 'val' or 'test' \(it holds: train\)"):
+    with pytest.raises(ValueError, match=r"no folder 'val' or 'validation' or 'test' \(it holds: train\)"):
         open_source(tree, "eval")
 
 
@@ -352,3 +352,54 @@ def test_different_classes_in_train_and_eval(tree):
 def test_a_split_that_is_none():
     with pytest.raises(ValueError, match="train, eval"):
         open_source("synthetic://10", "test")
+
+
+def test_field_what_is_passed_over_is_counted(tree, tmp_path):
+    """Of a folder: other formats, files outside of classes, links to other classes; from the kept listing, too."""
+    for name in ("1.tif", "2.TIF", "3.gif", "4.ppm", "5.avif", "6.jfif", "7.jpe", "8.jp2", "none"):
+        (tree / "train/a" / name).touch()
+    (tree / "train/flat.jpg").touch()
+    (tree / "train/old.tar.gz").touch()
+    (tree / "elsewhere/more").mkdir(parents=True)
+    write(tree / "elsewhere/more/w.png")
+    for name, target in (("part2", "elsewhere"), ("b", "train/b"), ("up", "train"), ("far up", ".")):
+        (tree / "train/a" / name).symlink_to(tree / target)
+    words = (
+        "5 images, 2 classes (16 files passed over: 3 links out of a class folder, 2 .tif, 1 .avif, 1 .gif, 1 .jfif, 1 .jp2, "
+        "1 .jpe, 1 .jpg outside class folders, 1 .md, 1 .ppm, 1 .tar.gz, 1 .txt, 1 no extension) in train/"
+    )
+    hour_ago = time.time() - 3600
+    for folder in [*tree.glob("**/"), tree / "elsewhere/more"]:
+        os.utime(folder, (hour_ago, hour_ago))
+    for _ in range(2):
+        source = open_source(tree, cache=tmp_path / "cache")
+        assert describe_source(source) == words
+    assert [source.name(i) for i in range(5)][:3] == ["a/deep/x.JPEG", "a/part2/more/w.png", "a/z.webp"]
+    assert source.labels.tolist() == [0, 0, 0, 1, 1]
+    shutil.rmtree(tree / "val/a")
+    assert describe_source(open_source(tree, "eval")) == "1 images, 1 classes of 2 (none of a) in val/"
+
+
+def test_field_a_folder_named_validation(tree):
+    (tree / "val").rename(tree / "validation")
+    assert has_evaluation_split(tree) and open_source(tree, "eval").name(0) == "a/v.png"
+
+
+def test_field_what_a_folder_without_images_holds(tree):
+    shutil.rmtree(tree / "train")
+    (tree / "train").mkdir()
+    for name in ("1.tar.gz", "2.tar.gz", "x.jpg"):
+        (tree / "train" / name).touch()
+    assert "has no class folders (it holds 2 .tar.gz, 1 .jpg outside class folders); allowed" in rejected(tree)
+    (tree / "train/a").mkdir()
+    (tree / "train/a/1.tif").touch()
+    assert "hold no images (.jpg, .jpeg, .png, .webp, .bmp): a; fill or remove them (passed over: " in rejected(tree)
+
+
+def test_field_other_files_have_another_checksum(tree):
+    """Of as many images with the same labels; at another path the same files are the same."""
+    first = ImageFolder(tree / "train").checksum
+    (tree / "train").rename(tree / "moved")
+    assert ImageFolder(tree / "moved").checksum == first
+    (tree / "moved/a/z.webp").rename(tree / "moved/a/y.webp")
+    assert ImageFolder(tree / "moved").checksum != first
