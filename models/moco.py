@@ -228,10 +228,28 @@ class MoCo(ShardableModel):
             )
         torch._foreach_lerp_([average for _, average in pairs], [online for online, _ in pairs], weight=1 - m)
 
-    def set_collective(self, collective: Collective) -> None:
-        """Let norms, keys and groups that span ranks use `collective` from now on."""
-        self.collective = collective
-        synchronize_norms(self, collective)
+    @torch.no_grad()
+    def average_running_stats(self) -> None:
+        """Average the norms' running statistics over all ranks, where groups of ranks have statistics of their own.
+
+        Evaluation and checkpoints then are the same on every rank. `norms` of `set_collective` says which ranks form a group.
+        """
+        if self.norm_collective.world_size == self.collective.world_size:
+            return
+        stats = [buffer for name, buffer in self.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        mean = self.collective.all_reduce(torch.cat(stats)) / self.collective.world_size
+        torch._foreach_copy_(stats, mean.split([len(buffer) for buffer in stats]))
+
+    def set_collective(self, collective: Collective, norms: Collective | None = None) -> None:
+        """Let keys and groups that span ranks use `collective` from now on.
+
+        Args:
+            collective: the ranks that hold the global batch.
+            norms: the ranks that share the statistics of norms; None means those of `collective`. If there are fewer, call
+                `average_running_stats` before an evaluation or a checkpoint.
+        """
+        self.collective, self.norm_collective = collective, collective if norms is None else norms
+        synchronize_norms(self, self.norm_collective)
         for module in self.modules():
             if isinstance(module, BatchFormer):
                 module.collective = collective

@@ -5,6 +5,7 @@ Ours are exact on any number of ranks (tests/benchmarks/test_scaling_traffic.py 
     norms   forward, an all-gather of mean and variance of each view and rank; backward, an all-reduce of two sums of each view;
             one of each for every norm and chunk. The passes that repeat a chunk know its statistics
     keys    one all-gather, of all views and streams
+    stats   where groups of ranks have statistics of their own: all running statistics, averaged in one all-reduce
     groups  where a BatchFormer group spans ranks: its features, forward for queries and keys, and back for the queries
     LARS    the sums of squares of all tensors, fp64, in one all-reduce for each call of the optimizer that adapts
 
@@ -24,7 +25,7 @@ from crossbatch.engine.tasks.build import count, parameter_groups
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.norm import ViewBatchNorm
 
-OURS = ("norms", "keys", "groups", "LARS")
+OURS = ("norms", "stats", "keys", "groups", "LARS")
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0
 PREFETCH = 50_000_000  # elements: DeepSpeed's default of stage 3
 _FP32, _FP64 = 4, 8
@@ -71,12 +72,17 @@ def _norms(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
         (model.predictor, 1, 1),
         (model.momentum.projector, 1, 0),
     ]
+    channels = 0
     for module, forward, backward in passes:
         for norm in module.modules():
             if isinstance(norm, ViewBatchNorm):
+                channels += norm.num_features
                 size = 2 * NUM_VIEWS * norm.num_features * _FP32
-                yield from [Message("norms", "all-gather", size * cfg.world_size)] * forward
-                yield from [Message("norms", "all-reduce", size)] * backward
+                if cfg.norm_ranks > 1:
+                    yield from [Message("norms", "all-gather", size * cfg.norm_ranks)] * forward
+                    yield from [Message("norms", "all-reduce", size)] * backward
+    if cfg.norm_ranks < cfg.world_size:
+        yield Message("stats", "all-reduce", 2 * channels * _FP32)
 
 
 def _batch_wide(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:

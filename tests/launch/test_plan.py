@@ -77,6 +77,21 @@ def test_a_chunk_is_chosen_that_fits():
     assert found.fits and found.cfg.chunk == 64
 
 
+def test_norms_within_a_node_gain_most_where_they_wait_for_fewer_ranks():
+    """The ranks of 4 nodes of 4 wait less than those of 2 nodes of 8; on one node nothing changes."""
+
+    def gain(nodes: int) -> float:
+        plain, by_node = (
+            answer(Question(BS4096, (f"crossbatch.model.norm_ranks={ranks}",), "v100-32g", 16, nodes, "edr")).estimate
+            for ranks in ("world", "node")
+        )
+        if nodes > 1:
+            assert by_node.stage("norms").ms < 0.7 * plain.stage("norms").ms  # over the link inside a node
+        return by_node.images_per_s / plain.images_per_s - 1
+
+    assert gain(1) == 0 and 0.05 < gain(2) < gain(4)
+
+
 def test_a_slow_feed_limits():
     found = answer(Question(BS4096, (), "h100-80g", 8, feed_per_s=1000))
     assert found.estimate.limits[0] == "images from the loader"
