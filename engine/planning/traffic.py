@@ -3,7 +3,8 @@
 Ours are exact on any number of ranks (tests/benchmarks/test_scaling_traffic.py counts them):
 
     norms   forward, an all-gather of mean and variance of each view and rank; backward, an all-reduce of two sums of each view;
-            one of each for every norm and chunk. The passes that repeat a chunk know its statistics
+            one of each for every norm and chunk. Norms of the momentum encoder share the all-gathers of their online
+            counterparts (`crossbatch.models.lockstep`). The passes that repeat a chunk know its statistics
     keys    one all-gather, of all views and streams
     stats   where groups of ranks have statistics of their own: all running statistics, averaged in one all-reduce
     groups  where a BatchFormer group spans ranks: its features, forward for queries and keys, and back for the queries
@@ -65,22 +66,20 @@ def totals(traffic: Traffic, by: str = "part") -> dict[str, dict[str, float]]:
 
 
 def _norms(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
-    passes: list[tuple[nn.Module, int, int]] = [  # module, forward and backward passes
-        (model.online.backbone, cfg.chunks, cfg.chunks),
-        (model.momentum.backbone, cfg.chunks, 0),
-        (model.online.projector, 1, 1),
+    encoders: list[tuple[nn.Module, int, int]] = [  # module, encoders that have it, passes
+        (model.online.backbone, 2, cfg.chunks),
+        (model.online.projector, 2, 1),
         (model.predictor, 1, 1),
-        (model.momentum.projector, 1, 0),
     ]
     channels = 0
-    for module, forward, backward in passes:
+    for module, networks, passes in encoders:
         for norm in module.modules():
             if isinstance(norm, ViewBatchNorm):
-                channels += norm.num_features
+                channels += networks * norm.num_features
                 size = 2 * NUM_VIEWS * norm.num_features * _FP32
                 if cfg.norm_ranks > 1:
-                    yield from [Message("norms", "all-gather", size * cfg.norm_ranks)] * forward
-                    yield from [Message("norms", "all-reduce", size)] * backward
+                    yield from [Message("norms", "all-gather", networks * size * cfg.norm_ranks)] * passes
+                    yield from [Message("norms", "all-reduce", size)] * passes
     if cfg.norm_ranks < cfg.world_size:
         yield Message("stats", "all-reduce", 2 * channels * _FP32)
 
