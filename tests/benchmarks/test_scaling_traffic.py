@@ -68,7 +68,7 @@ MORE = {
         [*RESNET, *LARS, *zero(1), CHUNKS],
         [*RESNET, *LARS, *zero(3), "crossbatch.batchformer.lr_scale=0.5"],
         [*RESNET, *LARS, *zero(1), "zero_optimization.reduce_bucket_size=20000"],
-        [*RESNET, *LARS, *zero(1), "crossbatch.model.checkpoint_activations=true"],
+        [*RESNET, *LARS, *zero(1), "crossbatch.model.checkpoint_activations=blocks"],
         [*RESNET, *ADAMW, *fsdp(0)],
         [*RESNET, *LARS, *fsdp(1), CHUNKS],
         [*RESNET, *LARS, *fsdp(3), "crossbatch.batchformer.mode=released"],

@@ -146,6 +146,14 @@ def test_a_former_name_means_its_key_wherever_it_is_written(tmp_path, former, pa
 ADD_BF = {-1: "none", 0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self", 2: "joint", 33: "joint"}
 
 
+@pytest.mark.parametrize(("value", "want"), [("true", "blocks"), ("false", "none"), ("norms", "norms")])
+def test_what_is_checkpointed_may_be_a_boolean_as_in_old_runs(value, want):
+    config = load_config(None, [f"crossbatch.model.checkpoint_activations={value}"])
+    assert config.crossbatch.model.checkpoint_activations == want
+    with pytest.raises(InputError, match=r'activations: given 1; allowed: "none" or "norms" or "blocks"$'):
+        load_config(None, ["crossbatch.model.checkpoint_activations=1"])
+
+
 @pytest.mark.parametrize(("add_bf", "loss"), ADD_BF.items())
 def test_add_bf_is_another_name_of_the_loss(add_bf, loss):
     config = load_config(None, [f"crossbatch.batchformer.add_bf={add_bf}"])
