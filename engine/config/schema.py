@@ -45,6 +45,9 @@ class ModelConfig(Section):
     mlp_dim: AtLeastTwo = key(4096, "hidden width of the projector and the predictor")
     temperature: Positive = key(1.0, "temperature: cosine similarities are divided by it")
     stop_grad_conv1: bool = key(False, "freeze the patch projection of a ViT at its initialisation")
+    norm_ranks: Literal["world", "node"] | Count = key(
+        "world", "ranks that share the statistics of batch norms: all; those of a node; or N consecutive ranks"
+    )
     checkpoint_activations: Literal["none", "norms", "blocks"] = key(
         "none",
         "computed again in the backward pass, to keep less; norms: output of norm and ReLU in a ResNet; blocks: a whole block",

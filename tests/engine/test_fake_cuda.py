@@ -59,6 +59,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if is_view(func):
+            return func(*args, **kwargs)
         name = func._schema.name
         if name in INNER:
             with self:
@@ -69,9 +71,9 @@ class Watch(TorchDispatchMode):
         if name in PRODUCTS:
             self._check_product(name, args)
         out = self._run(name, func, args, kwargs)
-        on_gpu = any(t.is_cuda for t in [*tensors, *tree_leaves(out)] if isinstance(t, torch.Tensor))
-        if on_gpu and not is_view(func) and name not in NO_KERNEL and "::" not in name:
-            self.launches[name] += 1
+        if name not in NO_KERNEL and "::" not in name:
+            on_gpu = any(device_type(t) == "cuda" for t in [*tensors, *tree_leaves(out)] if isinstance(t, torch.Tensor))
+            self.launches[name] += on_gpu
         return out
 
     def launch(self, kernel, *args, grid, warmup, **constants):
@@ -84,9 +86,10 @@ class Watch(TorchDispatchMode):
 
     def _look_for_waiting(self, name, tensors, kwargs) -> None:
         waits = False
-        if any(t.is_cuda for t in tensors):
+        devices = {device_type(t) for t in tensors}
+        if "cuda" in devices:
             to_cpu = name == "_to_copy" and torch.device(kwargs.get("device") or GPU).type == "cpu"
-            across = name == "copy_" and len({t.device for t in tensors}) > 1
+            across = name == "copy_" and len(devices) > 1
             waits = name in ("_local_scalar_dense", *DYNAMIC) or to_cpu or across
             waits |= name == "index" and any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
         elif name == "_to_copy" and torch.device(kwargs.get("device") or "cpu").type == "cuda":
@@ -100,9 +103,8 @@ class Watch(TorchDispatchMode):
         if caller()[0] not in FP32:
             assert {t.dtype for t in tensors} == {self.dtype}, f"{name} in {caller()} of {[t.dtype for t in tensors]}"
         if self.channels_last and name.startswith("convolution"):
-            images = tensors[: 2 if name.endswith("backward") else 1]
-            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in images), (
-                f"{name} in {caller()} of strides {[(t.shape, t.stride()) for t in images]}"
+            assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors), (  # images and weight
+                f"{name} in {caller()} of strides {[(t.shape, t.stride()) for t in tensors]}"
             )
 
     def _run(self, name, func, args, kwargs):
@@ -116,6 +118,11 @@ class Watch(TorchDispatchMode):
             # As cuDNN does; the fake takes the backend of a machine without a driver.
             out = tree_map_only(torch.Tensor, _channels_last, out)
         return out
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """Return "cpu" or "cuda"; to ask a fake tensor for its device is an operator of its own."""
+    return (tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device).type
 
 
 @functools.cache
@@ -257,7 +264,7 @@ def step(recipe: str, chunks: int, capability: tuple[int, int], *overrides: str)
 
 
 # Launches of a step as they are: lower a number with every kernel that is saved.
-LAUNCHES = {("bs4096", 1): 2041, ("bs4096", 4): 7710, ("vits_bs4096", 1): 1815, ("vits_bs4096", 4): 5690}
+LAUNCHES = {("bs4096", 1): 2041, ("bs4096", 4): 7710, ("vits_bs4096", 1): 1265, ("vits_bs4096", 4): 5140}
 
 
 @pytest.mark.parametrize(("recipe", "chunks"), LAUNCHES)
