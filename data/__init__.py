@@ -26,7 +26,7 @@ from crossbatch.data.augment.parameters import (
 )
 from crossbatch.data.loader import Batch, EvaluationLoader, SkipLimitExceeded, TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler, evaluation_share
-from crossbatch.data.sources import Source, has_evaluation_split, open_source, prepare
+from crossbatch.data.sources import Source, describe_source, has_evaluation_split, open_source, prepare
 from crossbatch.data.sources.shapes import write_shapes
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "ViewAugmentation",
     "ViewParameters",
     "choose_backend",
+    "describe_source",
     "draw_parameters",
     "evaluation_share",
     "has_evaluation_split",

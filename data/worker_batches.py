@@ -30,6 +30,9 @@ class BrokenFile:
     name: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
 
 @dataclass
 class WorkerBatch:

@@ -105,7 +105,14 @@ def positive(text: str) -> int:
 
 
 def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> list[str]:
-    """Return what the flags say as key=value pairs: data, aliases, then --set in its order."""
+    """Return what the flags say as key=value pairs: data, aliases, then --set in its order.
+
+    Raises InputError if the data are given twice.
+    """
+    if arguments.data and arguments.data_positional:
+        raise InputError(
+            f"DATA: given {arguments.data_positional} beside --data {arguments.data}; allowed: one of the two; leave one out"
+        )
     data = arguments.data or arguments.data_positional
     pairs = [f"crossbatch.data.path={json.dumps(data)}"] if data else []
     for _, path, kind in aliases:

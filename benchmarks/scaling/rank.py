@@ -65,7 +65,11 @@ def whole_bytes(args: tuple) -> int:
 
 
 def main() -> None:
-    given = parse(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    given = parse(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+    )
     world = world_from_environment()
     cfg = resolved(given, world.size, Device.detect(), world.local_size)
     with process_group(world, cfg.device.type, threads=cfg.threads) as torch_device:

@@ -8,7 +8,7 @@ Shapes: N images, C features, W ranks.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from crossbatch.models import autocast
 from crossbatch.models.backbones import Backbone
 from crossbatch.models.collective import Collective
 
+MAX_NAMED = 10  # broken images that a rank names
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -69,7 +70,7 @@ class FeatureSet:
     features_NC: torch.Tensor  # fp32
     labels_N: torch.Tensor  # int64
     indices_N: torch.Tensor  # int64, in the source
-    skipped: list[str]  # names of broken images, which have no row
+    skipped: list[str]  # name and reason of broken images, which have no row
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -130,6 +131,15 @@ def extract(
     numbers = np.concatenate(read)
     labels, numbers = (torch.as_tensor(array, device=reading.device) for array in (source.labels[numbers], numbers))
     return FeatureSet(torch.cat(features), labels, numbers, ours.skipped)
+
+
+def log_skipped_images(images: Iterable[str], named: set[str] | None = None) -> None:
+    """Print the broken images of this rank, each once, ten at most; `named` remembers those of earlier calls."""
+    named = set() if named is None else named
+    for image in dict.fromkeys(images):
+        if image not in named and len(named) < MAX_NAMED:
+            named.add(image)
+            print(f"skipped a broken image: {image}", flush=True)
 
 
 def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from crossbatch.data import Source
 from crossbatch.engine.config import ResolvedConfig
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered, log_skipped_images
 from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.sharding import Backend
 from crossbatch.models.collective import Collective
@@ -103,6 +103,12 @@ def score(
     return KnnResult(queries, neighbours, predictions)
 
 
+def too_few_neighbours(ks: Sequence[int], images: int, key: str) -> list[str]:
+    """Return a line for the log if fewer than `k` training images can vote, for any k of `ks`, which `key` gives."""
+    larger = ", ".join(str(k) for k in ks if k > images)
+    return [f"{key}: {larger}, but there are {images} training images; all of them vote"] if larger else []
+
+
 class KnnMonitor:
     """Scores evaluation images against evenly spread training images while a network is pretrained, on all ranks.
 
@@ -119,6 +125,7 @@ class KnnMonitor:
         self.collective = GroupCollective()
         bank = min(len(train), self.settings.knn_bank_size)
         self.bank_indices = np.arange(bank) * len(train) // bank
+        self.named: set[str] = set()  # broken images that the log names already
 
     def top1(self, backend: Backend) -> float:
         """Return the top-1 accuracy in percent; every rank must call it, and gets the same number."""
@@ -135,6 +142,7 @@ class KnnMonitor:
             )
         )
         backend.model.train()
+        log_skipped_images(bank.skipped + queries.skipped, self.named)
         k = self.settings.knn_k
         return score(bank, queries, [k], len(self.train.class_names), self.collective).top1(k)
 

@@ -10,7 +10,7 @@ import difflib
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from crossbatch import InputError
@@ -103,6 +103,11 @@ class Machines:
     @property
     def gpus_per_node(self) -> int:
         return self.gpus // self.nodes
+
+    def part_of(self, gpus: int) -> "Machines":
+        """Return the first `gpus` of these, on as few nodes as hold them; groups that cross nodes count as spread evenly."""
+        nodes = 1 if self.gpus_per_node % gpus == 0 else max(2, -(-gpus // self.gpus_per_node))
+        return replace(self, gpus=gpus, nodes=nodes)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from crossbatch.data import Batch, Source
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.config import ResolvedFinetune, user_input
-from crossbatch.engine.datasets import TrainData, labelled_images, train_data
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered
+from crossbatch.engine.datasets import TrainData, found_images, labelled_images, train_data
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered, log_skipped_images
 from crossbatch.engine.evaluation.results import confusion_matrix, curves, save_figures, write_results
 from crossbatch.engine.pretrained.load import Pretrained, load_configured
 from crossbatch.engine.run_log import METRICS, SCORES
@@ -41,6 +41,7 @@ class FinetuneTask:
         pretrained: the backbone to start from. It stays as it is: every `build_step` copies its weights.
         origin: what the run directory keeps about these weights: {"fingerprint": ..., "loaded": ...}.
         predictions: true and predicted classes of the last evaluation.
+        named: broken images that the log names already.
     """
 
     cfg: ResolvedFinetune
@@ -53,6 +54,7 @@ class FinetuneTask:
     pretrained: Pretrained
     origin: dict[str, Any]
     predictions: tuple[np.ndarray, np.ndarray] | None = None
+    named: set[str] = field(default_factory=set)
     timer: None = None
 
     def build_step(self, chunk: int) -> FinetuneStep:
@@ -81,7 +83,7 @@ class FinetuneTask:
                 )
         if self.world.is_main:
             write_atomically(self.out / STARTED_FROM, json.dumps(self.origin, indent=2) + "\n")
-        return [str(self.pretrained)]
+        return [*found_images(self.cfg.crossbatch.data.path, self.source, self.evaluation), str(self.pretrained)]
 
     def train_on(self, step: FinetuneStep, batch: Batch) -> TrainResult:
         """Train on the images with their labels; several views of an image are several images."""
@@ -113,6 +115,7 @@ class FinetuneTask:
         labelled, collective = np.flatnonzero(self.evaluation.labels >= 0), step.model.collective
         logits = partial(step.backend, method)
         rows = gathered(extract(logits, self.evaluation, labelled, loader, collective), collective)
+        log_skipped_images(rows.skipped, self.named)
         return rows.labels_N.cpu().numpy(), rows.features_NC.argmax(1).cpu().numpy()
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:

@@ -20,7 +20,7 @@ from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Keep, Manifest, 
 from crossbatch.engine.checkpoint.changes import differences, fixed_values
 from crossbatch.engine.checkpoint.slices import shares
 from crossbatch.engine.checkpoint.store import read_manifest
-from crossbatch.engine.config import Config, FinetuneConfig, load_config, resumable_keys, to_dict
+from crossbatch.engine.config import Config, Device, FinetuneConfig, load_config, resolve, resumable_keys, to_dict
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import RunLog
@@ -369,6 +369,7 @@ def config(*overrides: str, world_size: int = 2, chunk: int = 8) -> dict:
         ("optimizer.type=AdamW", "optimizer.type: was 'LARS', is 'AdamW'"),
         ("crossbatch.schedule.epochs=200", "crossbatch.schedule.epochs"),
         ("crossbatch.batchformer.group_size=16", "crossbatch.batchformer.group_size"),
+        ("crossbatch.model.norm_ranks=2", "crossbatch.model.norm_ranks: was 'world', is 2"),
         ('crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.backbone_args"),
     ],
 )
@@ -446,6 +447,23 @@ def test_chunks_change_what_the_norms_of_a_resnet_see():
     assert differences(config(), config(chunk=4), ["train_micro_batch_size_per_gpu"]) == []
     vit = "crossbatch.model.arch=vit_small"
     assert differences(config(vit), config(vit, world_size=4, chunk=1)) == []
+
+
+def test_ranks_that_share_statistics_stay():
+    def on(ranks: int, of_a_node: int, given: str = "node") -> dict:
+        settings = ["train_batch_size=16", f"crossbatch.model.norm_ranks={given}"]
+        return {
+            **to_dict(resolve(load_config(None, settings), ranks, Device("cpu"), of_a_node).config),
+            "world_size": ranks,
+        }
+
+    assert differences(on(8, 4), on(8, 4)) == differences(on(8, 4), on(8, 2, "4")) == []
+    assert differences(on(8, 4), on(8, 2)) == ["crossbatch.model.norm_ranks: was 4, is 2"]
+    assert differences(on(8, 4), on(8, 8)) == ["crossbatch.model.norm_ranks: was 4, is 'world'"]
+    (found,) = differences(on(8, 4), on(16, 4))
+    assert found.startswith("crossbatch.model.norm_ranks: was 4 of 8 ranks, is 4 of 16")
+    assert differences(on(8, 4), on(16, 4), ["crossbatch.model.norm_ranks"]) == []
+    assert differences(on(8, 8, "world"), on(4, 2, "world")) == []
 
 
 def test_a_key_that_is_newer_than_the_checkpoint_had_its_default():

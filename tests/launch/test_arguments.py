@@ -1,6 +1,8 @@
 """arguments.py: what all commands' parsers have in common, and how flags become overrides."""
 
+import ast
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import __main__, convert, doctor, finetune, knn, linear, plan, pretrain, preview
 from crossbatch.launch.__main__ import COMMANDS
 from crossbatch.launch.arguments import ALIASES, ArgumentParser, add_config_flags, overrides
+
+ROOT = Path(__file__).parents[2]
 
 # Every command, with what it needs and a beginning of one of its flags.
 SHORTENED = [
@@ -40,6 +44,22 @@ def refused(monkeypatch, capsys, main, *arguments: str) -> str:
 )
 def test_a_shortened_flag_is_refused(monkeypatch, capsys, command, arguments):
     assert "unrecognized arguments: --" in refused(monkeypatch, capsys, command.main, *arguments)
+
+
+def test_field_no_parser_takes_the_beginning_of_a_flag():
+    """`--drop 0.3` would be --drop-path. The commands' own class refuses it, any other parser has to say so."""
+    lacking, found = [], 0
+    for file in (
+        path for folder in ("launch", "benchmarks", "engine", "data") for path in ROOT.glob(f"{folder}/**/*.py")
+    ):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("argparse.ArgumentParser"):
+                found += 1
+                if not any(ast.unparse(keyword) == "allow_abbrev=False" for keyword in call.keywords):
+                    lacking.append(f"{file.relative_to(ROOT)}:{call.lineno}")
+    assert not lacking and found > 5
+    assert not ArgumentParser().allow_abbrev
+    assert not ArgumentParser().add_subparsers().add_parser("x").allow_abbrev
 
 
 def test_those_are_all_commands():

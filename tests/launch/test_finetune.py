@@ -122,7 +122,7 @@ def test_wrong_images(monkeypatch, capsys, tmp_path, weights):
         call(monkeypatch, "--data", tmp_path / "images", "--checkpoint", weights, *SMALL, "--out", tmp_path / "run")
         == 2
     )
-    assert "has no val/ and no test/" in capsys.readouterr().err
+    assert "has none of val/, validation/, test/" in capsys.readouterr().err
     assert call(monkeypatch, "--data", "synthetic://24?size=20", "--drop-paht", "0.1") == 2
     assert "--drop-paht" in capsys.readouterr().err
 
