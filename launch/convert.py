@@ -31,8 +31,15 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_shards, add_import, add_export):
         add(commands)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(_as_export(sys.argv[1:]))
     arguments.run(arguments)
+
+
+def _as_export(given: list[str]) -> list[str]:
+    """Return MoCo v3's command line of convert_to_deit.py, --input X --output Y, as that of `export`; any other as it is."""
+    if not given or not given[0].startswith(("--input", "--output")):
+        return given
+    return ["export", "--to", "deit", *(text.replace("--input", "--checkpoint", 1) for text in given)]
 
 
 def add_shards(commands) -> None:

@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -97,8 +97,7 @@ def _apply(overrides: Iterable[str], raw: dict[str, Any], schema: type[Section])
             value = text
         path = current_path(given)
         # A folder may be called 2012, true or 1e3.
-        hint = declared[path].annotation if path in declared else None
-        takes_text = hint is str or str in get_args(hint)
+        takes_text = path in declared and describe_allowed(declared[path]) == "text"
         value = text if takes_text and not isinstance(value, str | None) else rename(value, given)
         *parents, name = path.split(".")
         section = raw

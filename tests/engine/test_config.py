@@ -99,6 +99,9 @@ def test_field_a_key_of_another_optimizer_names_the_type():
 def test_field_a_folder_may_be_called_like_a_number(name):
     assert load_config(None, [f"crossbatch.data.path={name}"]).crossbatch.data.path == name
     assert load_config(None, [f'crossbatch.data.path="{name}"']).crossbatch.data.path == name
+    assert load_config(None, ['crossbatch.model.backbone_args={"width": 8}']).crossbatch.model.backbone_args == {
+        "width": 8
+    }
 
 
 def test_field_a_whole_number_with_an_exponent(tmp_path):
