@@ -212,6 +212,8 @@ class Trainer:
                 f"out of memory while images were prepared; step {self.num_steps} is saved; lower {CHUNK_KEY}, or use "
                 f"crossbatch.data.backend=opencv"
             ) from failure
+        if isinstance(failure, RunStopped):
+            raise RunStopped(f"{failure}; step {self.num_steps} is saved") from failure
         raise failure or RunStopped(f"rank {failed_rank} could not load its next batch; step {self.num_steps} is saved")
 
     def _stop_without_memory(self) -> NoReturn:

@@ -58,7 +58,7 @@ def measure(arguments: list[str]) -> None:
     given = parse(parser, arguments)
     given.set = [*(ON_GPUS if torch.cuda.is_available() else SMALL), *given.set]
     if min(given.ranks) < 1:
-        raise InputError(f"--ranks: given {' '.join(map(str, given.ranks))}; allowed: >= 1")
+        raise InputError(f"--ranks: given {' '.join(map(str, given.ranks))}; allowed: a whole number >= 1")
     if not Path(given.recipe).exists():
         raise InputError(f"--recipe: no such file: {given.recipe}")
     for size in given.ranks:

@@ -92,7 +92,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     given = parser.parse_args(arguments)
     if given.steps < 1:
-        parser.error(f"argument --steps: given {given.steps}; allowed: >= 1")
+        parser.error(f"argument --steps: given {given.steps}; allowed: a whole number >= 1")
     return given
 
 

@@ -16,6 +16,7 @@ from crossbatch.engine.config import (
 )
 from crossbatch.engine.config.schema import PRINTED_BY_DEEPSPEED
 from crossbatch.engine.optimizers import LARS, split_parameters
+from crossbatch.engine.runtime.distributed import GroupCollective, consecutive_ranks
 from crossbatch.engine.sharding import Backend
 from crossbatch.models import MoCo, ShardableModel
 
@@ -53,6 +54,13 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
             batchformer_kernel=batchformer.kernel,
             cuda_graph=model.cuda_graph,
         )
+
+
+def connect(model: MoCo, cfg: ResolvedConfig) -> None:
+    """Let `model` talk to the other ranks, its norms to those that share statistics; every rank must call it."""
+    # The default group fails a minute later with NCCL, for the watchdog's sake, and so must this one.
+    timeout_s = cfg.crossbatch.watch.timeout_s + (60 if cfg.device.type == "cuda" else 0)
+    model.set_collective(GroupCollective(), norms=GroupCollective(consecutive_ranks(cfg.norm_ranks, timeout_s)))
 
 
 def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[dict[str, Any]]:

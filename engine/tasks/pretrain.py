@@ -15,10 +15,10 @@ from crossbatch.engine.datasets import TrainData, found_images, train_data, trai
 from crossbatch.engine.evaluation.knn import KnnMonitor, too_few_neighbours
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
-from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
+from crossbatch.engine.runtime.distributed import World, on_main
 from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.step import TrainStep
-from crossbatch.engine.tasks.build import build_backend, build_model
+from crossbatch.engine.tasks.build import build_backend, build_model, connect
 from crossbatch.engine.tasks.task import TrainResult
 from crossbatch.models import MoCo
 
@@ -48,7 +48,7 @@ class PretrainTask:
     def build_step(self, chunk: int) -> TrainStep:
         """Build the network with random weights; a chunk smaller than configured is remembered for the run's continuation."""
         model = build_model(self.cfg).to(self.device)
-        model.set_collective(GroupCollective())
+        connect(model, self.cfg)
         if chunk < self.cfg.chunk:
             remember(self.out / CHUNK, self.cfg, chunk)
         self.timer = StepTimer(self.device)

@@ -267,6 +267,14 @@ def test_a_former_name_means_its_key_wherever_it_is_written(tmp_path, former, pa
 ADD_BF = {-1: "none", 0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self", 2: "joint", 33: "joint"}
 
 
+@pytest.mark.parametrize(("value", "want"), [("true", "blocks"), ("false", "none"), ("norms", "norms")])
+def test_what_is_checkpointed_may_be_a_boolean_as_in_old_runs(value, want):
+    config = load_config(None, [f"crossbatch.model.checkpoint_activations={value}"])
+    assert config.crossbatch.model.checkpoint_activations == want
+    with pytest.raises(InputError, match=r'activations: given 1; allowed: "none" or "norms" or "blocks"$'):
+        load_config(None, ["crossbatch.model.checkpoint_activations=1"])
+
+
 @pytest.mark.parametrize(("add_bf", "loss"), ADD_BF.items())
 def test_add_bf_is_another_name_of_the_loss(add_bf, loss):
     config = load_config(None, [f"crossbatch.batchformer.add_bf={add_bf}"])
@@ -400,6 +408,13 @@ def test_the_table_for_users_is_that_of_the_schema():
         (["crossbatch.model.cuda_graph=true"], 1, CPU, ["crossbatch.model.cuda_graph", "on a CPU", "set it to false"]),
         (["crossbatch.model.cuda_graph=true"], 2, Device("cuda"), ["with 2 ranks"]),
         (
+            ["crossbatch.model.norm_ranks=3"],
+            8,
+            CPU,
+            ["crossbatch.model.norm_ranks: given 3 for 8 ranks", "set it to 2"],
+        ),
+        (["crossbatch.model.norm_ranks=16"], 8, CPU, ["a divisor of 8", "set it to 8"]),
+        (
             ["crossbatch.model.cuda_graph=true", "zero_optimization.stage=3"],
             1,
             Device("cuda"),
@@ -426,6 +441,21 @@ def test_group_size_is_cut_to_the_batch_and_may_span_ranks():
     assert resolve(config, 1, CPU).group_size == 64
     assert resolve(config, 4, CPU).group_size == 64
     assert resolve(load_config(None), 1, CPU).group_size is None
+
+
+def test_ranks_that_share_statistics_follow_nodes():
+    def norm_ranks(given: str | int, world: int, of_a_node: int) -> tuple[str | int, int]:
+        cfg = resolve(
+            load_config(None, ["train_batch_size=24", f"crossbatch.model.norm_ranks={given}"]), world, CPU, of_a_node
+        )
+        return to_dict(cfg.config)["crossbatch"]["model"]["norm_ranks"], cfg.norm_ranks
+
+    assert norm_ranks("world", 8, 4) == ("world", 8)
+    assert norm_ranks("node", 8, 4) == (4, 4)
+    assert norm_ranks("node", 4, 4) == norm_ranks(4, 4, 2) == ("world", 4)  # a run of all ranks may go on with fewer
+    assert norm_ranks(2, 8, 4) == (2, 2)
+    with pytest.raises(InputError, match=r"given node, which has 4 ranks here, for 6 ranks.* set it to 3"):
+        norm_ranks("node", 6, 4)
 
 
 def test_a_bare_name_is_a_recipe_of_the_package(tmp_path, monkeypatch):
