@@ -1,6 +1,6 @@
 """Says what becomes of DeepSpeed's own keys in a recipe, in one table.
 
-Keys that DeepSpeed gets as they are (`steps_per_print`, `wall_clock_breakdown`, many of `zero_optimization`) stand in the
+Keys that DeepSpeed gets as they are (`steps_per_print`, `memory_breakdown`, many of `zero_optimization`) stand in the
 schema like any other. The table here holds all the others: the values with which a key changes nothing here, so that it may
 stay in a recipe, and why another value is refused. `fp16`, `bf16` and `torch_autocast` become `crossbatch.precision`.
 """
@@ -54,6 +54,10 @@ KEYS: dict[str, Key] = {
     "wandb": Key((), f"{_METRICS}; wandb.init(sync_tensorboard=True) uploads these"),
     "csv_monitor": Key((), _METRICS),
     "comet": Key((), _METRICS),
+    "wall_clock_breakdown": Key(
+        (False,),
+        "start with --profile N, which measures each part of a step; DeepSpeed's timers expect its own order of calls",
+    ),
     "flops_profiler": Key((), "start with --profile N, which measures each part of a step"),
     "activation_checkpointing": Key(
         (), "set crossbatch.model.checkpoint_activations, or a smaller train_micro_batch_size_per_gpu"

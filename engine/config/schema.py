@@ -30,7 +30,7 @@ Sharding = Literal["zero", "fsdp"]
 Stem = Literal["imagenet", "small"]
 
 # Keys of what DeepSpeed prints itself, which it gets as they are.
-PRINTED_BY_DEEPSPEED = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger")
+PRINTED_BY_DEEPSPEED = ("steps_per_print", "memory_breakdown", "dump_state", "comms_logger")
 OVERLAPPED_BUCKET = 25_000_000  # elements: the 60 million of ResNet-50 with BatchFormer are three messages
 
 # Meanings of keys that several commands have.
@@ -267,9 +267,6 @@ class DeepSpeedConfig(Section):
     gradient_clipping: NotNegative = key(0.0, "largest global norm of the gradients; 0: no clipping")
     zero_optimization: ZeroConfig = key(ZeroConfig(), resumable=True)
     steps_per_print: Count | None = key(None, "steps between two lines that DeepSpeed prints itself", resumable=True)
-    wall_clock_breakdown: bool | None = key(
-        None, "let DeepSpeed print its own timers, which wait for the GPU", resumable=True
-    )
     memory_breakdown: bool | None = key(None, "let DeepSpeed print how much memory is in use", resumable=True)
     dump_state: bool | None = key(None, "let DeepSpeed print its state at the start", resumable=True)
     comms_logger: Mapping[str, Any] | None = key(None, "DeepSpeed's log of its own collectives", resumable=True)

@@ -142,7 +142,7 @@ HARMLESS = {
 
 def test_field_deepspeeds_keys_that_change_nothing(tmp_path):
     config = load_config(write(tmp_path, json.dumps(HARMLESS)))
-    kept = {"steps_per_print": 2000, "wall_clock_breakdown": False, "comms_logger": {"enabled": True, "verbose": False}}
+    kept = {"steps_per_print": 2000, "comms_logger": {"enabled": True, "verbose": False}}
     plain = load_config(None, ["zero_optimization.stage=1", "zero_optimization.overlap_comm=true"])
     assert to_dict(config) == {**to_dict(plain), **kept}
     assert kept.items() <= deepspeed_config(resolve(config, 1, Device("cpu")), 100).items()
@@ -177,6 +177,7 @@ def test_field_deepspeeds_precision_is_ours(tmp_path, section, precision):
         ("fp16", {"enabled": True, "loss_scale_window": 100}, "fp16.loss_scale_window: given 100; .*GradScaler"),
         ("wandb", {"enabled": True}, "TensorBoard files.*sync_tensorboard"),
         ("flops_profiler", {"enabled": True}, "--profile N"),
+        ("wall_clock_breakdown", True, "--profile N"),
         ("prescale_gradients", True, "mean of the gradients"),
         ("communication_data_type", "fp16", "gradients travel in fp32"),
         ("elasticity", {"enabled": True}, "crossbatch has nothing like it; leave it out"),
