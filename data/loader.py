@@ -132,7 +132,12 @@ class TrainLoader:
         self._source, self._batch_size, self._seed, self._workers = source, batch_size, seed, workers
         self._augmentations = tuple(augmentations)
         self._device = torch.device(device or "cpu")
-        self._backend, _ = choose_backend(backend, self._device.type)
+        needs_pil = any(augmentation.needs_pil for augmentation in augmentations)
+        self._backend, _ = choose_backend(backend, "cpu" if needs_pil else self._device.type)
+        if needs_pil and self._backend == "dali":
+            raise ValueError(
+                f"`backend` (={backend!r}) has neither bicubic interpolation nor automatic augmentation; use opencv"
+            )
         self._max_skipped_fraction = max_skipped_fraction
         self._worker_batches: Any = None
         self._batches: Generator[tuple[Batch, list[BrokenFile]], None, None] | None = None
@@ -273,10 +278,12 @@ class EvaluationLoader:
     Between two `read`s the workers wait, without any images in memory.
     """
 
-    def __init__(self, sources: Sequence[Source], image_size: int, batch_size: int, workers: int):
+    def __init__(
+        self, sources: Sequence[Source], image_size: int, batch_size: int, workers: int, interpolation: str = "bilinear"
+    ):
         self.skipped: list[str] = []  # in the last `read`: name and reason
         self._sources, self._batch_size, self._workers = sources, batch_size, workers
-        self._dataset = EvaluationDataset(sources, image_size)
+        self._dataset = EvaluationDataset(sources, image_size, interpolation)
         self._pool: WorkerPool | None = None
 
     def read(self, source: Source, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:

@@ -67,8 +67,8 @@ class TrainDataset:
 class EvaluationDataset:
     """Makes central views, as a map-style dataset: its "index" is (number of a source, indices). Broken images are left out."""
 
-    def __init__(self, sources: Sequence[Source], image_size: int):
-        self.sources, self.image_size = sources, image_size
+    def __init__(self, sources: Sequence[Source], image_size: int, interpolation: str = "bilinear"):
+        self.sources, self.image_size, self.interpolation = sources, image_size, interpolation
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         source, indices = self.sources[key[0]], key[1]
@@ -79,7 +79,7 @@ class EvaluationDataset:
             except OSError as error:
                 broken.append(_describe(source, int(index), error))
                 continue
-            views.append(evaluation_image(image, self.image_size))
+            views.append(evaluation_image(image, self.image_size, self.interpolation))
             kept.append(index)
         return WorkerBatch(torch.stack(views) if views else None, np.array(kept, dtype=np.int64), broken)
 

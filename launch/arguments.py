@@ -68,7 +68,8 @@ def add_config_flags(
         "--data", metavar="DIR", help="the images: a folder, cifar10://DIR, ...; sets crossbatch.data.path"
     )
     parser.add_argument("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
-    # The deepspeed launcher adds this one.
+    # DeepSpeed's own help shows this switch before --deepspeed_config; its launcher adds the next one.
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group(f"{title}, as aliases of configuration keys")
     for flags, path, kind in aliases:

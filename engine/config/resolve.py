@@ -9,7 +9,7 @@ import torch
 from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config.load import to_dict
-from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig
+from crossbatch.engine.config.schema import PRINTED_BY_DEEPSPEED, Config, CrossbatchConfig, LarsConfig, OptimizerConfig
 from crossbatch.engine.config.user_input import user_input
 from crossbatch.engine.runtime.gpu_check import check_gpus
 from crossbatch.models.loss import chance_loss
@@ -171,16 +171,18 @@ def check_training(config: Any, world_size: int) -> None:
             f"zero_optimization.offload_optimizer.device: given {offload} with crossbatch.sharding {sharding} and "
             f"zero_optimization.stage {zero.stage}; allowed: none, or cpu with sharding zero and stage 1 to 3; set it to none"
         )
-    known_to_fsdp = {
-        "stage",
-        "offload_optimizer",
-        *(["overlap_comm"] if zero.overlap_comm else []),
-    }  # FSDP2 always overlaps
-    for name, value in to_dict(zero).items() if sharding == "fsdp" else ():
-        if name not in known_to_fsdp:
+    if sharding == "fsdp":
+        always = {
+            "stage",
+            "offload_optimizer",
+            *(["overlap_comm"] if zero.overlap_comm else []),
+        }  # FSDP2 always overlaps
+        settings = {f"zero_optimization.{name}": value for name, value in to_dict(zero).items() if name not in always}
+        settings |= {name: value for name, value in to_dict(config).items() if name in PRINTED_BY_DEEPSPEED}
+        for name, value in settings.items():
             raise InputError(
-                f"zero_optimization.{name}: given {value} with crossbatch.sharding fsdp, which has no such setting; remove it "
-                f"or set crossbatch.sharding to zero"
+                f"{name}: given {value} with crossbatch.sharding fsdp, which has no such setting; remove it or set "
+                f"crossbatch.sharding to zero"
             )
 
 

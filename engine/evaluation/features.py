@@ -84,10 +84,13 @@ class EvalLoaderConfig:
     batch_size: int  # images that the network of a rank sees at once
     workers: int
     device: torch.device
+    interpolation: str = "bilinear"
 
     def open(self, *sources: Source) -> EvaluationLoader:
         """Return a loader of images of `sources`, to be closed."""
-        return EvaluationLoader(sources, self.image_size, self.batch_size, self.workers)
+        return EvaluationLoader(
+            sources, self.image_size, self.batch_size, self.workers, interpolation=self.interpolation
+        )
 
 
 @torch.no_grad()

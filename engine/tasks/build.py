@@ -14,6 +14,7 @@ from crossbatch.engine.config import (
     ResolvedConfig,
     user_input,
 )
+from crossbatch.engine.config.schema import PRINTED_BY_DEEPSPEED
 from crossbatch.engine.optimizers import LARS, split_parameters
 from crossbatch.engine.runtime.distributed import GroupCollective, consecutive_ranks
 from crossbatch.engine.sharding import Backend
@@ -133,7 +134,9 @@ def deepspeed_config(cfg: Resolved, trained: int) -> dict[str, Any]:
     if zero["stage"] == 3:
         # Parameters that stay gathered would miss the momentum update, which works on the shards.
         zero["stage3_param_persistence_threshold"] = 0
+    printed = {name: getattr(cfg.config, name) for name in PRINTED_BY_DEEPSPEED}
     return {
+        **{name: value for name, value in printed.items() if value is not None},
         "train_batch_size": cfg.train_batch_size,
         "train_micro_batch_size_per_gpu": cfg.local_batch,
         "gradient_accumulation_steps": 1,

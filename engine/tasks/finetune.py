@@ -111,7 +111,8 @@ class FinetuneTask:
     def _predict(self, step: FinetuneStep, method: str) -> tuple[np.ndarray, np.ndarray]:
         """Return true and predicted class of every evaluation image that can be read, once each, on every rank."""
         batch_size = max(32, min(256, step.chunk))
-        loader = EvalLoaderConfig(self.cfg.crossbatch.data.image_size, batch_size, self.cfg.workers, self.device)
+        data = self.cfg.crossbatch.data
+        loader = EvalLoaderConfig(data.image_size, batch_size, self.cfg.workers, self.device, data.interpolation)
         labelled, collective = np.flatnonzero(self.evaluation.labels >= 0), step.model.collective
         logits = partial(step.backend, method)
         rows = gathered(extract(logits, self.evaluation, labelled, loader, collective), collective)
@@ -167,7 +168,10 @@ def finetune_task(cfg: ResolvedFinetune, world: World, device: torch.device, out
     cfg = _with_network(cfg, pretrained)
     origin = {"fingerprint": fingerprint(pretrained.backbone), "loaded": pretrained.summary()}
     settings = cfg.crossbatch.data
-    views = [crop_and_flip(settings.image_size, settings.crop_min)] * settings.repeats
+    with user_input("crossbatch.data.auto_augment"):
+        colours = settings.color_jitter, settings.auto_augment
+        view = crop_and_flip(settings.image_size, settings.crop_min, settings.interpolation, *colours)
+    views = [view] * settings.repeats
     data = train_data(cfg, world, device, source, views, repeats=settings.repeats)
     return FinetuneTask(cfg, world, device, out, data, source, evaluation, pretrained, origin)
 

@@ -1,15 +1,18 @@
 """What a run finds in a folder of images: said at its start, refused only where it is needed, and the same after a resume."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from crossbatch import InputError
-from crossbatch.engine.evaluation.probe_file import read_probe, save_probe
-from crossbatch.engine.run_log import Log
+from crossbatch.engine.evaluation.features import log_skipped_images
+from crossbatch.engine.evaluation.probe_file import read_probe
+from crossbatch.engine.pretrained.weights import PROBE, PROBE_FILE
 from tests.small_runs import RESNET, run
 
 
@@ -32,17 +35,42 @@ def images(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def test_field_a_run_says_what_it_found(images, tmp_path, one_rank, capfd):
+def recorder(file: str):
+    """Return a `log_skipped_images` that writes what it is given to `file`."""
+
+    def record(images: list[str], named: set[str]) -> None:
+        with Path(file).open("a") as lines:
+            lines.writelines(f"{image}\n" for image in images)
+
+    return record
+
+
+def test_field_a_run_says_what_it_found(images, tmp_path, one_rank):
     out, monitored = tmp_path / "run", "crossbatch.evaluate.knn_every_epochs=1"
-    assert one_rank.run(run, settings(images, monitored, "crossbatch.evaluate.knn_k=30"), str(out), 6) == [""]
+    patches = (("crossbatch.engine.evaluation.knn.log_skipped_images", partial(recorder, str(tmp_path / "monitor"))),)
+    overrides = settings(images, monitored, "crossbatch.evaluate.knn_k=30")
+    assert one_rank.run(run, overrides, str(out), 6, "auto", (), patches) == [""]
     told = Path(f"{out}.told").read_text().splitlines()
     assert "training: 24 images, 2 classes (1 files passed over: 1 .tif) in train/" in told
     assert "evaluation: 8 images, 2 classes (1 files passed over: 1 .tif) in val/" in told
     assert "crossbatch.evaluate.knn_k: 30, but there are 24 training images; all of them vote" in told
     skipped = [line for line in told if line.startswith("skipped")]
     assert skipped == ["skipped a broken image: b/01.png (BrokenImage: not an image (UnidentifiedImageError, 8 bytes))"]
-    said = capfd.readouterr().out  # of the monitor, in four evaluations
-    assert said.count("skipped a broken image: b/01.png (BrokenImage: not an image") == 2  # one in train, one in val
+    monitor = Path(tmp_path / "monitor").read_text().splitlines()
+    assert set(monitor) == {
+        "b/01.png (BrokenImage: not an image (UnidentifiedImageError, 8 bytes))"
+    }  # of train, of val
+
+
+def test_field_an_evaluation_names_a_broken_image_once(capsys):
+    named: set[str] = set()
+    for _ in range(3):
+        log_skipped_images(["a (cut off)", "b (no image)", "a (cut off)"], named)
+    log_skipped_images((f"{number} (cut off)" for number in range(20)), named)
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        said[:2] == ["skipped a broken image: a (cut off)", "skipped a broken image: b (no image)"] and len(said) == 10
+    )
 
 
 def test_field_a_folder_that_is_not_needed_stops_no_run(images, tmp_path, one_rank):
@@ -79,10 +107,10 @@ def test_field_a_run_does_not_go_on_with_other_images(images, tmp_path, one_rank
 
 def test_field_a_probe_does_not_go_on_with_other_images(tmp_path):
     kept = {"images": 3, "checksum of names and labels": 5}
-    save_probe(tmp_path, {"identity": kept, "backbone": "x", "history": []}, Log(), is_last=True)
+    torch.save({"kind": PROBE, "identity": kept, "backbone": "x", "history": []}, tmp_path / PROBE_FILE)
     assert read_probe("auto", tmp_path, kept, "x") is not None
     with pytest.raises(InputError, match="another probe: checksum of names and labels: was 5, is 6"):
         read_probe("auto", tmp_path, {**kept, "checksum of names and labels": 6}, "x")
     del kept["checksum of names and labels"]  # as an earlier version saved it
-    save_probe(tmp_path, {"identity": kept, "backbone": "x", "history": []}, Log(), is_last=True)
+    torch.save({"kind": PROBE, "identity": kept, "backbone": "x", "history": []}, tmp_path / PROBE_FILE)
     assert read_probe("auto", tmp_path, {**kept, "checksum of names and labels": 6}, "x") is not None

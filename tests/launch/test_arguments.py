@@ -98,3 +98,20 @@ def test_flags_are_keys(monkeypatch, capsys):
     assert message.startswith("error: crossbatch.batchformer.loss: given twice, as 'sum' and as 'none'")
     assert message.endswith("its former name is crossbatch.batchformer.add_bf\n")
     assert len({path for _, path, _ in ALIASES}) == len(ALIASES)
+
+
+def test_field_data_given_twice(monkeypatch, capsys):
+    said = refused(monkeypatch, capsys, pretrain.main, "--dry-run", "--data", "a", "b")
+    assert said == "error: DATA: given b beside --data a; allowed: one of the two; leave one out\n"
+
+
+def test_field_a_negative_add_bf(monkeypatch, capsys):
+    said = refused(monkeypatch, capsys, pretrain.main, "--dry-run", "--add_bf", "-1")
+    assert said.startswith("error: crossbatch.batchformer.add_bf: given -1; allowed: a whole number >= 0")
+
+
+def test_field_deepspeed_as_its_help_shows_it():
+    parser = ArgumentParser()
+    add_config_flags(parser)
+    arguments = parser.parse_args(["--deepspeed", "--deepspeed_config", "cifar10", "--data", "2012"])
+    assert load_config(arguments.deepspeed_config, overrides(arguments)).crossbatch.data.path == "2012"
