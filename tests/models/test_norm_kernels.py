@@ -118,19 +118,24 @@ def test_equal_inputs_give_equal_bits(fused):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_sequences_and_other_layouts_and_dtypes_of_what_comes_in(fused):
+def test_other_layouts_and_dtypes_of_what_comes_in(fused):
     """A residual in fp32, and a residual and a gradient that are stored contiguously, are those of channels last."""
     x, residual, dy, *parameters = inputs((4, 6, 9, 31), torch.bfloat16)
     call = functools.partial(ours, True, True)
     want = made(ViewBatchNorm(6), call, x, residual, dy, *parameters)
     got = made(ViewBatchNorm(6), call, x, residual.float().contiguous(), dy.contiguous(), *parameters)
-    assert got["dresidual"].dtype == torch.float32 and got["dresidual"].is_contiguous()
+    assert got["dresidual"].dtype == torch.float32
     for name, value in got.items():
         torch.testing.assert_close(value, want[name].to(value.dtype), rtol=0, atol=0)
-    flat = [t.flatten(2).contiguous() for t in (x, residual, dy)]
-    flattened = made(ViewBatchNorm(6), call, *flat, *parameters)
-    for name, value in flattened.items():
-        torch.testing.assert_close(value, want[name].reshape(value.shape), rtol=2e-2, atol=2e-2)
+
+
+def test_sequences_are_images_of_width_1():
+    x, residual, dy, *parameters = inputs((4, 6, 9, 31), torch.float32)
+    call = functools.partial(ours, True, True)
+    want = made(ViewBatchNorm(6), call, x, residual, dy, *parameters)
+    got = made(ViewBatchNorm(6), call, *(t.flatten(2) for t in (x, residual, dy)), *parameters)
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name].reshape(value.shape), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("passes", ["fused", "torch"])
@@ -203,29 +208,11 @@ def test_rows_beyond_two_to_the_31st_element():
     x[:4], x[rows : rows + 4] = 0, tile
     channels = torch.zeros(2, C), torch.ones(2, C), torch.ones(C), torch.zeros(C)
     numbers: dict[str, Any] = {"ROWS": 4, "BLOCK": C, "num_warps": 1}
-    passes_triton._normalise[(1, 2)](x, x, y, *channels, C, rows, C, 1, 0.0, RESIDUAL=False, RELU=True, **numbers)  # pyright: ignore
+    kernels: Any = passes_triton
+    kernels._normalise[(1, 2)](x, x, y, *channels, C, rows, C, 1, 0.0, RESIDUAL=False, RELU=True, **numbers)
     assert y[rows : rows + 4].equal(tile.relu())
-    partial = torch.zeros(1, 2, 2, C)
-    passes_triton._backward_sums[(1, 2)](
-        x,
-        x,
-        x,
-        x,
-        x,
-        *channels,
-        partial,
-        C,
-        rows,
-        C,
-        4,
-        1,
-        0.0,
-        TWO=False,
-        RELU=False,
-        KEPT=False,
-        WRITE=False,
-        **numbers,
-    )  # pyright: ignore
+    partial, options = torch.zeros(1, 2, 2, C), dict.fromkeys(("TWO", "RELU", "KEPT", "WRITE"), False)
+    kernels._backward_sums[(1, 2)](x, x, x, x, x, *channels, partial, C, rows, C, 4, 1, 0.0, **options, **numbers)
     torch.testing.assert_close(partial[0, 1, 0], tile.float().sum(0))
 
 
