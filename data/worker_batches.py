@@ -47,6 +47,10 @@ class TrainDataset:
         self.source, self.augmentations, self.seed = source, augmentations, seed
         self.augment = augment_function(backend)
 
+    def describe(self, key: tuple[int, np.ndarray]) -> str:
+        """Return the name of the first image of a key."""
+        return self.source.name(int(key[1][0]))
+
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         epoch, indices = key
         read, images, broken = [], [], []
@@ -66,6 +70,10 @@ class EvaluationDataset:
 
     def __init__(self, sources: Sequence[Source], image_size: int):
         self.sources, self.image_size = sources, image_size
+
+    def describe(self, key: tuple[int, np.ndarray]) -> str:
+        """Return the name of the first image of a key."""
+        return self.sources[key[0]].name(int(key[1][0]))
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         source, indices = self.sources[key[0]], key[1]

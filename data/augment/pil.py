@@ -46,6 +46,19 @@ def crop(image: Image.Image, p: ViewParameters, row: int) -> Image.Image:
     return image.crop((left, top, left + int(p.crop_width[row]), top + int(p.crop_height[row])))
 
 
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """Cut an image to the middle of its longer side if that is more than 16 times the other.
+
+    The central view needs no more, and 1 x 30000 pixels would become 256 x 7.7 million.
+    """
+    width, height = image.size
+    longest = 16 * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
 def evaluation_image(image: Image.Image, image_size: int) -> torch.Tensor:
     """Make the central view of `image` (RGB) for evaluation: uint8 [3, H, W], as torchvision's Resize and CenterCrop do.
 
@@ -55,5 +68,5 @@ def evaluation_image(image: Image.Image, image_size: int) -> torch.Tensor:
     from torchvision.transforms import functional
 
     shorter = image_size if image_size <= 64 else round(image_size * 256 / 224)
-    view: Any = image  # torchvision's annotations know tensors only
+    view: Any = _without_far_ends(image)  # torchvision's annotations know tensors only
     return functional.pil_to_tensor(functional.center_crop(functional.resize(view, [shorter]), [image_size]))
