@@ -4,9 +4,13 @@ python launch/finetune.py --deepspeed_config ds_configs/finetune_cifar10.json --
 deepspeed --num_gpus 8 launch/finetune.py --deepspeed_config ds_configs/finetune_pets.json --checkpoint runs/vitb --data pets://DIR
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("finetune")  # before the imports below, which take seconds
+
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
 from crossbatch.engine.runtime.distributed import world_from_environment
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, add_run_flags, overrides
 
 ALIASES: list[Alias] = [
@@ -43,7 +47,3 @@ def main() -> None:
     from crossbatch.launch.training import train
 
     train(finetune_task, cfg, world, arguments, "finetune")
-
-
-if __name__ == "__main__":
-    run_main(main)
