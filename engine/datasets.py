@@ -199,4 +199,6 @@ def _open_on_all_ranks(
 def _facts(source: Source) -> tuple[int, int]:
     """Return how many images there are, and a checksum of labels and class names."""
     labels = np.ascontiguousarray(source.labels, dtype=np.int64)
-    return len(source), zlib.crc32("\n".join(source.class_names).encode(), zlib.crc32(labels.tobytes()))
+    return len(source), zlib.crc32(
+        "\n".join(source.class_names).encode("utf-8", "surrogateescape"), zlib.crc32(labels.tobytes())
+    )
