@@ -131,11 +131,16 @@ class TrainLoader:
             self.sampler = sampler
         self.images_read = 0
         self.images_skipped = 0
-        self._broken: dict[str, BrokenFile] = {}  # by name
+        self.broken: dict[str, BrokenFile] = {}  # by name, all so far, with the reason
         self._source, self._batch_size, self._seed, self._workers = source, batch_size, seed, workers
         self._augmentations = tuple(augmentations)
         self._device = torch.device(device or "cpu")
-        self._backend, _ = choose_backend(backend, self._device.type)
+        needs_pil = any(augmentation.needs_pil for augmentation in augmentations)
+        self._backend, _ = choose_backend(backend, "cpu" if needs_pil else self._device.type)
+        if needs_pil and self._backend == "dali":
+            raise ValueError(
+                f"`backend` (={backend!r}) has neither bicubic interpolation nor automatic augmentation; use opencv"
+            )
         self._max_skipped_fraction, self._wait_s = max_skipped_fraction, wait_s
         self._worker_batches: Any = None
         self._batches: Generator[tuple[Batch, list[BrokenFile]], None, None] | None = None
@@ -269,16 +274,16 @@ class TrainLoader:
         """
         self.images_read += images
         self.images_skipped += len(broken)
-        self._broken.update({image.name: image for image in broken})
+        self.broken.update({image.name: image for image in broken})
         read = min(self.images_read, self.sampler.num_images)
         allowed = math.ceil(self._max_skipped_fraction * read)
         enough = self.images_read >= min(_IMAGES_BEFORE_CHECK, self.steps_per_epoch * self.sampler.local_batch)
-        if enough and len(self._broken) > allowed:
+        if enough and len(self.broken) > allowed:
             what = (
-                f"{len(self._broken)} of {read} images were broken, more than the {allowed} that max_skipped_fraction "
+                f"{len(self.broken)} of {read} images were broken, more than the {allowed} that max_skipped_fraction "
                 f"(={self._max_skipped_fraction}) allows"
             )
-            raise SkipLimitExceeded(_with_names(what, list(self._broken.values())) + ", or raise max_skipped_fraction")
+            raise SkipLimitExceeded(_with_names(what, list(self.broken.values())) + ", or raise max_skipped_fraction")
 
 
 class EvaluationLoader:
@@ -291,11 +296,17 @@ class EvaluationLoader:
     """
 
     def __init__(
-        self, sources: Sequence[Source], image_size: int, batch_size: int, workers: int, wait_s: float = WAIT_S
+        self,
+        sources: Sequence[Source],
+        image_size: int,
+        batch_size: int,
+        workers: int,
+        interpolation: str = "bilinear",
+        wait_s: float = WAIT_S,
     ):
-        self.skipped: list[str] = []
+        self.skipped: list[str] = []  # in the last `read`: name and reason
         self._sources, self._batch_size, self._workers, self._wait_s = sources, batch_size, workers, wait_s
-        self._dataset = EvaluationDataset(sources, image_size)
+        self._dataset = EvaluationDataset(sources, image_size, interpolation)
         self._pool: WorkerPool | None = None
 
     @property
@@ -307,7 +318,7 @@ class EvaluationLoader:
     def read(self, source: Source, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield the images `indices` of one of the sources, in order: (uint8 [m, 3, H, W], int64 [m]).
 
-        A broken image is left out: its index does not come back, and its name is in `skipped` after the iteration. (A
+        A broken image is left out: its index does not come back, and name and reason are in `skipped` after the iteration. (A
         replacement would count twice in an accuracy.) An iteration that is abandoned ends the workers, as `close` does.
 
         Raises:
@@ -324,7 +335,7 @@ class EvaluationLoader:
         try:
             for part in self._pool:
                 broken += part.broken
-                self.skipped = [image.name for image in broken]
+                self.skipped = [str(image) for image in broken]
                 if part.views is not None:
                     some = True
                     yield part.views, part.indices
@@ -356,5 +367,5 @@ def _world_size_and_rank() -> tuple[int, int]:
 
 def _with_names(what: str, broken: list[BrokenFile]) -> str:
     """Return a message that says what was found, names the last broken images, and says what to do about them."""
-    shown = "; ".join(f"{image.name} ({image.reason})" for image in broken[-_NUM_NAMED:])
+    shown = "; ".join(map(str, broken[-_NUM_NAMED:]))
     return f"{what}; the last ones: {shown}. Repair or remove them"

@@ -58,6 +58,7 @@ class Trainer:
     signals: Signals = field(default_factory=Signals, init=False)
     clock: StepClock = field(default_factory=StepClock, init=False)
     scores: list[tuple[int, dict[str, float]]] = field(default_factory=list, init=False)  # by number of steps
+    named: set[str] = field(default_factory=set, init=False)  # broken images that the log names already
     step_times: list[dict[str, float]] = field(default_factory=list, init=False)  # read since the last line of metrics
 
     @property
@@ -219,9 +220,12 @@ class Trainer:
         self.clock.restart()
 
     def _log_images(self, batch: Batch) -> None:
-        """Log the names of broken images, and show the very first batch of a run in TensorBoard."""
-        for name in batch.skipped[: max(0, NAMED_IMAGES - self.state.num_skipped_images)]:
-            self.log.note(f"skipped a broken image: {name}")
+        """Log each broken image once, with the reason, and show the very first batch of a run in TensorBoard."""
+        broken = self.task.data.loader.broken
+        for name in dict.fromkeys(batch.skipped):
+            if name not in self.named and len(self.named) < NAMED_IMAGES:
+                self.named.add(name)
+                self.log.note(f"skipped a broken image: {broken[name]}")
         if self.num_steps == 0:
             self.log.first_views(batch.views)
 
@@ -247,6 +251,8 @@ class Trainer:
                 f"out of memory while images were prepared; step {self.num_steps} is saved; lower {CHUNK_KEY}, or use "
                 f"crossbatch.data.backend=opencv"
             ) from failure
+        if isinstance(failure, RunStopped):
+            raise RunStopped(f"{failure}; step {self.num_steps} is saved") from failure
         raise failure or RunStopped(f"rank {failed_rank} could not load its next batch; step {self.num_steps} is saved")
 
     def _stop_without_memory(self) -> NoReturn:

@@ -21,8 +21,8 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from crossbatch import InputError
-from crossbatch.data.sources import has_evaluation_split, open_source, prepare
-from crossbatch.data.sources.shard_writer import write_shards
+from crossbatch.data.sources import describe_source, has_evaluation_split, open_source, prepare
+from crossbatch.data.sources.shard_writer import UnreadableImage, write_shards
 from crossbatch.engine.config import Device, load_config, resolve, user_input
 from crossbatch.engine.config.evaluation import ExportConfig
 from crossbatch.engine.pretrained.formats import FORMATS
@@ -37,8 +37,15 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_shards, add_import, add_export):
         add(commands)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(_as_export(sys.argv[1:]))
     arguments.run(arguments)
+
+
+def _as_export(given: list[str]) -> list[str]:
+    """Return MoCo v3's command line of convert_to_deit.py, --input X --output Y, as that of `export`; any other as it is."""
+    if not given or not given[0].startswith(("--input", "--output")):
+        return given
+    return ["export", "--to", "deit", *(text.replace("--input", "--checkpoint", 1) for text in given)]
 
 
 def add_shards(commands) -> None:
@@ -71,6 +78,8 @@ def shards(arguments: argparse.Namespace) -> None:
         if has_evaluation_split(arguments.data):
             folders["eval"] = arguments.output / "val"
         sources = {split: open_source(arguments.data, split) for split in folders}
+    for source in sources.values():
+        print(f"read: {describe_source(source)}")
     for folder in folders.values():
         if folder.exists():
             raise InputError(f"--output: {folder} exists already; remove it or give another folder")
@@ -79,6 +88,10 @@ def shards(arguments: argparse.Namespace) -> None:
             advance = partial(progress.advance, progress.add_task(escape(str(folder)), total=len(sources[split])))
             try:
                 written = write_shards(sources[split], folder, arguments.images_per_shard, arguments.seed, advance)
+            except UnreadableImage as error:
+                raise InputError(
+                    f"--data: cannot read {error}; nothing was written to {folder}; make it readable, or remove it"
+                ) from error
             except OSError as error:
                 raise InputError(f"--output: cannot write {folder}: {error}; give a folder with room") from error
         for name in written.skipped[:10]:

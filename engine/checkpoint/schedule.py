@@ -19,6 +19,7 @@ class Snapshot(NamedTuple):
     held: dict[str, LocalShards]
     manifest: Manifest
     config: dict[str, Any]
+    optimizer: torch.optim.Optimizer  # whose next step changes what is held
 
     @staticmethod
     def of(backend: Backend, config: dict[str, Any], **facts: Any) -> "Snapshot":
@@ -30,7 +31,7 @@ class Snapshot(NamedTuple):
             world_size=config["world_size"],
             **facts,
         )
-        return Snapshot(held, manifest, config)
+        return Snapshot(held, manifest, config, backend.torch_optimizer)
 
 
 class CheckpointSchedule:

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,15 +16,13 @@ from crossbatch import RunStopped
 from crossbatch.data import Source
 from crossbatch.engine.config import to_dict
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
-from crossbatch.engine.datasets import check_loaders, labelled_images
+from crossbatch.engine.datasets import check_loaders, found_images, labelled_images
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, FrozenBackbone, extract
 from crossbatch.engine.evaluation.results import RESULTS, create_output_dir, save_figures, write_results
 from crossbatch.engine.pretrained.load import load_configured
 from crossbatch.engine.run_log import print_summary
 from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
 from crossbatch.engine.runtime.output import console
-
-MAX_NAMED = 10  # broken images that a rank names
 
 
 @dataclass
@@ -69,7 +67,8 @@ class Evaluation(ABC):
         """Evaluate, write everything to `out`, and return what results.json holds. Raises InputError or RunStopped."""
         started = time.perf_counter()
         if self.world.is_main:
-            print(f"loaded {self.pretrained}", flush=True)
+            found = found_images(self.config.crossbatch.data.path, self.train, self.evaluation)
+            print("\n".join([*found, f"loaded {self.pretrained}"]), flush=True)
         scores, details = self._evaluate()
         results = {
             "command": self.name,
@@ -122,9 +121,3 @@ class Evaluation(ABC):
         """Return the sums of the counts of all ranks, under the same names."""
         total = self.collective.all_reduce(torch.tensor(list(counts.values()), device=self.device)).tolist()
         return dict(zip(counts, total, strict=True))
-
-
-def log_skipped_images(names: Iterable[str]) -> None:
-    """Print the names of the first broken images of this rank."""
-    for name in list(names)[:MAX_NAMED]:
-        print(f"skipped a broken image: {name}", flush=True)

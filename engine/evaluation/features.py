@@ -9,7 +9,7 @@ Shapes: N images, C features, W ranks.
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from crossbatch.models import autocast
 from crossbatch.models.backbones import Backbone
 from crossbatch.models.collective import Collective
 
+MAX_NAMED = 10  # broken images that a rank names
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -71,7 +72,7 @@ class FeatureSet:
     features_NC: torch.Tensor  # fp32
     labels_N: torch.Tensor  # int64
     indices_N: torch.Tensor  # int64, in the source
-    skipped: list[str]  # names of broken images, which have no row
+    skipped: list[str]  # name and reason of broken images, which have no row
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -85,11 +86,14 @@ class EvalLoaderConfig:
     batch_size: int  # images that the network of a rank sees at once
     workers: int
     device: torch.device
+    interpolation: str = "bilinear"
     wait_s: float = WAIT_S  # for images, at most
 
     def open(self, *sources: Source) -> EvaluationLoader:
         """Return a loader of images of `sources`, to be closed."""
-        return EvaluationLoader(sources, self.image_size, self.batch_size, self.workers, self.wait_s)
+        return EvaluationLoader(
+            sources, self.image_size, self.batch_size, self.workers, self.interpolation, self.wait_s
+        )
 
 
 @torch.no_grad()
@@ -133,6 +137,15 @@ def extract(
     numbers = np.concatenate(read)
     labels, numbers = (torch.as_tensor(array, device=reading.device) for array in (source.labels[numbers], numbers))
     return FeatureSet(torch.cat(features), labels, numbers, ours.skipped)
+
+
+def log_skipped_images(images: Iterable[str], named: set[str] | None = None) -> None:
+    """Print the broken images of this rank, each once, ten at most; `named` remembers those of earlier calls."""
+    named = set() if named is None else named
+    for image in dict.fromkeys(images):
+        if image not in named and len(named) < MAX_NAMED:
+            named.add(image)
+            print(f"skipped a broken image: {image}", flush=True)
 
 
 def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from crossbatch.data import Source
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.datasets import longest_wait_s
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered, log_skipped_images
 from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.sharding import Backend
 from crossbatch.models.collective import Collective
@@ -113,6 +113,12 @@ def score(
     return KnnResult(queries, neighbours, predictions)
 
 
+def too_few_neighbours(ks: Sequence[int], images: int, key: str) -> list[str]:
+    """Return a line for the log if fewer than `k` training images can vote, for any k of `ks`, which `key` gives."""
+    larger = ", ".join(str(k) for k in ks if k > images)
+    return [f"{key}: {larger}, but there are {images} training images; all of them vote"] if larger else []
+
+
 class KnnMonitor:
     """Scores evaluation images against evenly spread training images while a network is pretrained, on all ranks.
 
@@ -123,12 +129,15 @@ class KnnMonitor:
     def __init__(self, cfg: ResolvedConfig, train: Source, evaluation: Source, device: torch.device):
         self.settings = cfg.crossbatch.evaluate
         size = cfg.crossbatch.data.image_size
-        self.reading = EvalLoaderConfig(size, min(256, max(cfg.chunk, 32)), cfg.workers, device, longest_wait_s(cfg))
+        self.reading = EvalLoaderConfig(
+            size, min(256, max(cfg.chunk, 32)), cfg.workers, device, wait_s=longest_wait_s(cfg)
+        )
         self.train, self.evaluation = train, evaluation
         self.loader = self.reading.open(train, evaluation)
         self.collective = GroupCollective()
         bank = min(len(train), self.settings.knn_bank_size)
         self.bank_indices = np.arange(bank) * len(train) // bank
+        self.named: set[str] = set()  # broken images that the log names already
 
     def top1(self, backend: Backend, between_batches: Callable[[int], object] = lambda images: None) -> float:
         """Return the top-1 accuracy in percent; every rank must call it, and gets the same number.
@@ -148,6 +157,7 @@ class KnnMonitor:
             )
         )
         backend.model.train()
+        log_skipped_images(bank.skipped + queries.skipped, self.named)
         k = self.settings.knn_k
         return score(bank, queries, [k], len(self.train.class_names), self.collective).top1(k)
 

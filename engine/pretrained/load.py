@@ -22,6 +22,8 @@ from crossbatch.models import build_backbone
 from crossbatch.models.backbones import ARCHS, Backbone, family
 from crossbatch.models.vit import ViT
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass
 class Pretrained:
@@ -187,6 +189,16 @@ def _load(backbone: Backbone, weights: Weights, arch: str, where: str) -> list[s
         raise InputError(
             f"{where}: is not a {arch} of this {'stem and width' if family(arch) == 'resnet' else 'size'}: {wrong}; check -a, "
             f"crossbatch.model.stem and crossbatch.model.backbone_args"
+        )
+    odd = [
+        f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in weights.tensors.items()
+        if wanted[name].is_floating_point() and tensor.dtype not in FLOATS
+    ]
+    if odd:
+        raise InputError(
+            f"{where}: {len(odd)} tensors are no plain floating-point numbers ({', '.join(odd[:2])}); allowed: float64, "
+            f"float32, float16, bfloat16; give the weights before they were quantised"
         )
     broken = [name for name, tensor in weights.tensors.items() if not torch.isfinite(tensor).all()]
     if broken:

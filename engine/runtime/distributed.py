@@ -220,6 +220,24 @@ def cpu_group(timeout_s: float) -> dist.ProcessGroup:
     return group
 
 
+def consecutive_ranks(size: int, timeout_s: float) -> dist.ProcessGroup | None:
+    """Return the group of `size` consecutive ranks that this rank is in; None means all ranks. Every rank must call it.
+
+    Raises InputError if the ranks were given different sizes, which those of unequal nodes may be.
+    """
+    if size == dist.get_world_size():
+        return None
+    sizes: list[int] = [size] * dist.get_world_size()
+    dist.all_gather_object(sizes, size)
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"crossbatch.model.norm_ranks: given node, but nodes have {' or '.join(map(str, sorted(set(sizes))))} ranks; "
+            f"allowed: nodes with equally many ranks; give a divisor of the {len(sizes)} ranks, or world"
+        )
+    group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout_s))
+    return group
+
+
 def shared_token() -> str:
     """Return a unique name, the same on all ranks."""
     return broadcast_object(uuid.uuid4().hex[:8])

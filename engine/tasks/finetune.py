@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,15 @@ from crossbatch.data import Batch, Source
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.config import ResolvedFinetune, user_input
-from crossbatch.engine.datasets import TrainData, check_loaders, labelled_images, longest_wait_s, train_data
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered
+from crossbatch.engine.datasets import (
+    TrainData,
+    check_loaders,
+    found_images,
+    labelled_images,
+    longest_wait_s,
+    train_data,
+)
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered, log_skipped_images
 from crossbatch.engine.evaluation.results import confusion_matrix, curves, save_figures, write_results
 from crossbatch.engine.pretrained.load import Pretrained, load_configured
 from crossbatch.engine.run_log import METRICS, SCORES
@@ -41,6 +48,7 @@ class FinetuneTask:
         pretrained: the backbone to start from. It stays as it is: every `build_step` copies its weights.
         origin: what the run directory keeps about these weights: {"fingerprint": ..., "loaded": ...}.
         predictions: true and predicted classes of the last evaluation.
+        named: broken images that the log names already.
     """
 
     cfg: ResolvedFinetune
@@ -53,6 +61,7 @@ class FinetuneTask:
     pretrained: Pretrained
     origin: dict[str, Any]
     predictions: tuple[np.ndarray, np.ndarray] | None = None
+    named: set[str] = field(default_factory=set)
     timer: None = None
 
     def build_step(self, chunk: int) -> FinetuneStep:
@@ -81,7 +90,7 @@ class FinetuneTask:
                 )
         if self.world.is_main:
             write_atomically(self.out / STARTED_FROM, json.dumps(self.origin, indent=2) + "\n")
-        return [str(self.pretrained)]
+        return [*found_images(self.cfg.crossbatch.data.path, self.source, self.evaluation), str(self.pretrained)]
 
     def train_on(self, step: FinetuneStep, batch: Batch) -> TrainResult:
         """Train on the images with their labels; several views of an image are several images."""
@@ -117,13 +126,14 @@ class FinetuneTask:
 
         reading = self._reading(step.chunk)
         rows = gathered(extract(predicted, self.evaluation, labelled, reading, collective, between_batches), collective)
+        log_skipped_images(rows.skipped, self.named)
         return rows.labels_N.cpu().numpy(), rows.features_NC[:, 0].long().cpu().numpy()
 
     def _reading(self, chunk: int) -> EvalLoaderConfig:
         """Say how evaluation images are loaded; `chunk` is what the network sees at once."""
-        cfg, batch_size = self.cfg, max(32, min(256, chunk))
+        cfg, data, batch_size = self.cfg, self.cfg.crossbatch.data, max(32, min(256, chunk))
         return EvalLoaderConfig(
-            cfg.crossbatch.data.image_size, batch_size, cfg.workers, self.device, longest_wait_s(cfg)
+            data.image_size, batch_size, cfg.workers, self.device, data.interpolation, longest_wait_s(cfg)
         )
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
@@ -178,7 +188,10 @@ def finetune_task(cfg: ResolvedFinetune, world: World, device: torch.device, out
     cfg = _with_network(cfg, pretrained)
     origin = {"fingerprint": fingerprint(pretrained.backbone), "loaded": pretrained.summary()}
     settings = cfg.crossbatch.data
-    views = [crop_and_flip(settings.image_size, settings.crop_min)] * settings.repeats
+    with user_input("crossbatch.data.auto_augment"):
+        colours = settings.color_jitter, settings.auto_augment
+        view = crop_and_flip(settings.image_size, settings.crop_min, settings.interpolation, *colours)
+    views = [view] * settings.repeats
     data = train_data(cfg, world, device, source, views, repeats=settings.repeats)
     task = FinetuneTask(cfg, world, device, out, data, source, evaluation, pretrained, origin)
     check_loaders(world, data.loader, task._reading(cfg.chunk).open(evaluation))

@@ -202,7 +202,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tiny_ru
     assert "--checkpoint" in refused(checkpoint=None)
     assert "crossbatch.data.path: not given" in refused(data=None)
     only_train = folder(tmp_path / "only", "train/a/1.png", "train/b/2.png")
-    assert "has no val/ and no test/" in refused(data=only_train)
+    assert "has none of val/, validation/, test/" in refused(data=only_train)
     (only_train / "test").mkdir()
     assert "has no class folders" in refused(data=only_train)
     (only_train / "test/a").mkdir()
