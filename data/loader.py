@@ -27,14 +27,14 @@ from crossbatch.data.augment.parameters import ViewAugmentation, moco_v3_augment
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import Source
 from crossbatch.data.worker_batches import BrokenFile, EvaluationDataset, TrainDataset, WorkerBatch, split_for_workers
-from crossbatch.data.workers import WorkerPool, prefetched
+from crossbatch.data.workers import AHEAD, WAIT_S, ImagesLost, WorkerPool, prefetched
 
 _BATCHES_AHEAD = 2  # prefetched over all workers, as worker batches
 _IMAGES_BEFORE_CHECK = 1000  # or one epoch if that is less: image number 3 must not stop a run because it is broken
 _NUM_NAMED = 5  # broken images named in a message
 
 
-class SkipLimitExceeded(RuntimeError):
+class SkipLimitExceeded(ImagesLost):
     """Raised when too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
 
 
@@ -75,13 +75,15 @@ class TrainLoader:
             the reference), or "auto": DALI where it is installed and `device` is a GPU, else OpenCV.
         device: where the training runs and the views arrive: DALI makes them there, other backends copy them from pinned
             memory while the step before is computed. If it is None they stay in host memory, pinned where there is a GPU.
+        wait_s: seconds to wait at most for the next images; 300 by default.
 
     Raises:
         TypeError: `source` is no `Source`.
         ValueError: an argument is wrong.
         SkipLimitExceeded: raised during iteration: too many images are broken, or 16 in a row.
-        RuntimeError: raised during iteration: a worker died (out of memory or of shared memory), or torch.distributed was
-            initialised with other ranks after the first use.
+        ImagesLost: raised during iteration: a worker died, /dev/shm is full, or nothing came for `wait_s`; the base of
+            SkipLimitExceeded, and a RuntimeError.
+        RuntimeError: raised during iteration: torch.distributed was initialised with other ranks after the first use.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class TrainLoader:
         max_skipped_fraction: float = 0.001,
         backend: str = "auto",
         device: torch.device | str | None = None,
+        wait_s: float = WAIT_S,
     ):
         if not isinstance(source, Source):
             raise TypeError(
@@ -138,7 +141,7 @@ class TrainLoader:
             raise ValueError(
                 f"`backend` (={backend!r}) has neither bicubic interpolation nor automatic augmentation; use opencv"
             )
-        self._max_skipped_fraction = max_skipped_fraction
+        self._max_skipped_fraction, self._wait_s = max_skipped_fraction, wait_s
         self._worker_batches: Any = None
         self._batches: Generator[tuple[Batch, list[BrokenFile]], None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) of the batch that comes next
@@ -158,6 +161,21 @@ class TrainLoader:
     def steps_per_epoch(self) -> int:
         """Return the number of batches in one epoch; images that do not fill the last batch are left out."""
         return self.sampler.steps_per_epoch
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return how many bytes of images the workers hold in shared memory, at most."""
+        if not self._workers or self._backend == "dali":
+            return 0
+        images = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers)[0])
+        size = self._augmentations[0].image_size
+        return self._workers * self._ahead * images * len(self._augmentations) * 3 * size**2
+
+    @property
+    def _ahead(self) -> int:
+        """Return how many worker batches a worker makes ahead."""
+        per_batch = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers))
+        return max(AHEAD, math.ceil(_BATCHES_AHEAD * per_batch / max(self._workers, 1)))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of epoch number `epoch`, from 0, starting at step `start_step` of the epoch."""
@@ -206,13 +224,12 @@ class TrainLoader:
             self._worker_batches = DaliPipeline(*arguments)
         else:
             keys = self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES)
-            per_batch = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers))
-            ahead = math.ceil(_BATCHES_AHEAD * per_batch / max(self._workers, 1))
             dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend)
-            self._worker_batches = WorkerPool(dataset, keys, self._workers, max(2, ahead))
+            self._worker_batches = WorkerPool(dataset, keys, self._workers, self._ahead, self._wait_s)
         batches = self._collate(self._worker_batches)
         in_thread = self._workers or self._backend == "dali"
-        self._batches = prefetched(batches, self._on_device, self._device) if in_thread else batches
+        wait_s = self._wait_s if self._backend == "dali" else math.inf  # else the pool waits, for parts of a batch
+        self._batches = prefetched(batches, self._on_device, self._device, wait_s) if in_thread else batches
 
     def _on_device(self, collated: tuple[Batch, list[BrokenFile]]) -> tuple[Batch, list[BrokenFile]]:
         batch, broken = collated
@@ -279,12 +296,24 @@ class EvaluationLoader:
     """
 
     def __init__(
-        self, sources: Sequence[Source], image_size: int, batch_size: int, workers: int, interpolation: str = "bilinear"
+        self,
+        sources: Sequence[Source],
+        image_size: int,
+        batch_size: int,
+        workers: int,
+        interpolation: str = "bilinear",
+        wait_s: float = WAIT_S,
     ):
         self.skipped: list[str] = []  # in the last `read`: name and reason
-        self._sources, self._batch_size, self._workers = sources, batch_size, workers
+        self._sources, self._batch_size, self._workers, self._wait_s = sources, batch_size, workers, wait_s
         self._dataset = EvaluationDataset(sources, image_size, interpolation)
         self._pool: WorkerPool | None = None
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return how many bytes of images the workers hold in shared memory, at most."""
+        images = min(self._workers * AHEAD * self._batch_size, max(len(source) for source in self._sources))
+        return images * 3 * self._dataset.image_size**2 if self._workers else 0
 
     def read(self, source: Source, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield the images `indices` of one of the sources, in order: (uint8 [m, 3, H, W], int64 [m]).
@@ -294,12 +323,13 @@ class EvaluationLoader:
 
         Raises:
             SkipLimitExceeded: if not one image could be read.
+            ImagesLost: if no images come for `wait_s`, or a worker died.
         """
         number = next(number for number, candidate in enumerate(self._sources) if candidate is source)
         keys = [(number, indices[start:][: self._batch_size]) for start in range(0, len(indices), self._batch_size)]
         self.skipped, broken, some, done = [], [], False, False
         if self._pool is None:
-            self._pool = WorkerPool(self._dataset, keys, self._workers, prefetch=2)
+            self._pool = WorkerPool(self._dataset, keys, self._workers, AHEAD, self._wait_s)
         else:
             self._pool.restart(keys)
         try:

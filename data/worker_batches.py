@@ -50,6 +50,10 @@ class TrainDataset:
         self.source, self.augmentations, self.seed = source, augmentations, seed
         self.augment = augment_function(backend)
 
+    def describe(self, key: tuple[int, np.ndarray]) -> str:
+        """Return the name of the first image of a key."""
+        return self.source.name(int(key[1][0]))
+
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         epoch, indices = key
         read, images, broken = [], [], []
@@ -69,6 +73,10 @@ class EvaluationDataset:
 
     def __init__(self, sources: Sequence[Source], image_size: int, interpolation: str = "bilinear"):
         self.sources, self.image_size, self.interpolation = sources, image_size, interpolation
+
+    def describe(self, key: tuple[int, np.ndarray]) -> str:
+        """Return the name of the first image of a key."""
+        return self.sources[key[0]].name(int(key[1][0]))
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         source, indices = self.sources[key[0]], key[1]

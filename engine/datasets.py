@@ -21,11 +21,13 @@ import torch.distributed as dist
 from crossbatch import InputError, RunStopped
 from crossbatch.data import (
     Batch,
+    EvaluationLoader,
     GlobalBatchSampler,
-    SkipLimitExceeded,
+    ImagesLost,
     Source,
     TrainLoader,
     ViewAugmentation,
+    check_workers,
     describe_source,
     has_evaluation_split,
     open_source,
@@ -102,16 +104,32 @@ def train_data(
         max_skipped_fraction=data.max_skipped_fraction,
         backend=data.backend,
         device=device,
+        wait_s=longest_wait_s(cfg),
     )
     return TrainData(sampler, loader, max(1, len(source) // batch), checksum(source))
 
 
+def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> None:
+    """Raise InputError, on all ranks, if the workers of a node cannot pass on what `loaders` of its ranks hold at a time."""
+    num_bytes = world.local_size * sum(loader.shared_bytes for loader in loaders)
+    if num_bytes:
+        with user_input("crossbatch.data.workers"):
+            _, errors = on_every_rank(lambda: check_workers(num_bytes, "the data workers of this node"), ValueError)
+            if errors:
+                raise ValueError(errors[0])
+
+
+def longest_wait_s(cfg: Resolved) -> float:
+    """Return how long to wait for images: so long that this rank can still say so before the others give it up."""
+    return cfg.crossbatch.watch.timeout_s / 2
+
+
 @contextmanager
 def stop_on_lost_images() -> Iterator[None]:
-    """Raise a SkipLimitExceeded of a loader as RunStopped, which ends the run and says how to resume it."""
+    """Raise an ImagesLost of a loader as RunStopped, which ends the run and says how to resume it."""
     try:
         yield
-    except SkipLimitExceeded as error:
+    except ImagesLost as error:
         raise RunStopped(f"crossbatch.data: {error}, and resume") from error
 
 

@@ -6,13 +6,18 @@ python launch/convert.py export --checkpoint runs/bs4096 --to moco-v3 --output c
 python launch/convert.py export --checkpoint checkpoint_0299.pth.tar --to timm --output vit_small.pth
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("convert")  # before the imports below, which take seconds
+
 import argparse
 import json
 import sys
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from crossbatch import InputError
@@ -21,7 +26,8 @@ from crossbatch.data.sources.shard_writer import UnreadableImage, write_shards
 from crossbatch.engine.config import Device, load_config, resolve, user_input
 from crossbatch.engine.config.evaluation import ExportConfig
 from crossbatch.engine.pretrained.formats import FORMATS
-from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.output import console
+from crossbatch.engine.runtime.run_lock import locked
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, output_folder, overrides, positive
 
 
@@ -78,8 +84,8 @@ def shards(arguments: argparse.Namespace) -> None:
         if folder.exists():
             raise InputError(f"--output: {folder} exists already; remove it or give another folder")
     for split, folder in folders.items():
-        with Progress(console=Console(stderr=True)) as progress:
-            advance = partial(progress.advance, progress.add_task(str(folder), total=len(sources[split])))
+        with Progress(console=console(stderr=True)) as progress:
+            advance = partial(progress.advance, progress.add_task(escape(str(folder)), total=len(sources[split])))
             try:
                 written = write_shards(sources[split], folder, arguments.images_per_shard, arguments.seed, advance)
             except UnreadableImage as error:
@@ -126,7 +132,9 @@ def import_legacy(arguments: argparse.Namespace) -> None:
         )
     with user_input("crossbatch.data.path"):
         num_images = len(open_source(path, download=True))
-    print("\n".join(import_file(arguments.file, cfg, num_images, output_folder(arguments, "import"))))
+    out = output_folder(arguments, "import")
+    with locked(out):
+        print("\n".join(import_file(arguments.file, cfg, num_images, out)))
     print(f"next: python launch/pretrain.py --out {arguments.out} and the same recipe, flags and data")
 
 
@@ -171,7 +179,3 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
         config = load_config(None, [checkpoint, *pairs], ExportConfig)
         notes = export(load_configured(config.crossbatch.model, "auto"), arguments.to, arguments.output)
     print("\n".join(notes))
-
-
-if __name__ == "__main__":
-    run_main(main)

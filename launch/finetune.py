@@ -4,6 +4,11 @@ python launch/finetune.py --deepspeed_config ds_configs/finetune_cifar10.json --
 deepspeed --num_gpus 8 launch/finetune.py --deepspeed_config ds_configs/finetune_pets.json --checkpoint runs/vitb --data pets://DIR
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("finetune")  # before the imports below, which take seconds
+
 import argparse
 from functools import partial
 from pathlib import Path
@@ -11,7 +16,6 @@ from pathlib import Path
 from crossbatch import InputError
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
 from crossbatch.engine.runtime.distributed import World, world_from_environment
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, add_run_flags, overrides, positive
 
 ALIASES: list[Alias] = [
@@ -153,7 +157,3 @@ def main() -> None:
     from crossbatch.launch.training import train
 
     train(finetune_task, cfg, world, arguments, "finetune")
-
-
-if __name__ == "__main__":
-    run_main(main)

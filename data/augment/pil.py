@@ -83,6 +83,19 @@ def automatically_augmented(pixels: np.ndarray, augmentation: ViewAugmentation, 
         np.random.set_state(numpy_state)
 
 
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """Cut an image to the middle of its longer side if that is more than 16 times the other.
+
+    The central view needs no more, and 1 x 30000 pixels would become 256 x 7.7 million.
+    """
+    width, height = image.size
+    longest = 16 * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
 def evaluation_image(image: Image.Image, image_size: int, interpolation: str = "bilinear") -> torch.Tensor:
     """Make the central view of `image` (RGB) for evaluation: uint8 [3, H, W], as torchvision's Resize and CenterCrop do.
 
@@ -92,6 +105,6 @@ def evaluation_image(image: Image.Image, image_size: int, interpolation: str = "
     from torchvision.transforms import functional
 
     shorter = image_size if image_size <= 64 else round(image_size * 256 / 224)
-    view: Any = image  # torchvision's annotations know tensors only
+    view: Any = _without_far_ends(image)  # torchvision's annotations know tensors only
     resized = functional.resize(view, [shorter], functional.InterpolationMode(interpolation))
     return functional.pil_to_tensor(functional.center_crop(resized, [image_size]))

@@ -111,12 +111,21 @@ def _apply(overrides: Iterable[str], raw: dict[str, Any], schema: type[Section])
 
 
 def _checked(raw: dict[str, Any], schema: type[Schema]) -> Schema:
+    _check_size_of_numbers(raw)
     if issubclass(schema, DeepSpeedConfig):
         raw = without_deepspeed_keys(raw, schema.model_fields)
     try:
         return schema.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         raise InputError(_explain(error.errors()[0]["loc"], raw, schema)) from None
+
+
+def _check_size_of_numbers(given: Any, path: str = "") -> None:
+    """Raise InputError for a whole number that does not fit into 64 bits, which nothing behind the configuration could hold."""
+    if isinstance(given, int) and not -(2**63) <= given < 2**63:
+        raise InputError(f"{path}: given {given}; allowed: a whole number below 2^63")
+    for name, value in given.items() if isinstance(given, dict) else ():
+        _check_size_of_numbers(value, join(path, name))
 
 
 def _explain(location: tuple[str | int, ...], raw: Any, schema: type[Section]) -> str:

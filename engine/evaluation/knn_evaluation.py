@@ -50,8 +50,8 @@ class KnnEvaluation(Evaluation):
         title = f"{k}-NN, top-1 {results['top1']:.2f} %"
         return Report(
             figures={
-                "confusion": confusion_matrix(truth, predicted, self.class_names, title),
-                "neighbours": self._neighbours(details, k, title),
+                "confusion": lambda: confusion_matrix(truth, predicted, self.class_names, title),
+                "neighbours": lambda: self._neighbours(details, k, title),
             },
             rows=[
                 *((f"top-1, k = {k}", f"{value:.2f} %") for k, value in results["top1_by_k"].items()),

@@ -204,8 +204,8 @@ class LinearEvaluation(Evaluation):
         lines = {f"lr {lr:g}": top1 for lr, top1 in self._top1_by_lr()}
         return Report(
             figures={
-                "confusion": confusion_matrix(*details, self.class_names, title),
-                "accuracy": curves(lines, range(1, epochs + 1), title),
+                "confusion": lambda: confusion_matrix(*details, self.class_names, title),
+                "accuracy": lambda: curves(lines, range(1, epochs + 1), title),
             },
             rows=[
                 *(

@@ -1,6 +1,6 @@
 """Pretrains with MoCo v3 + BatchFormer on two views of every image, and scores the features with k-NN along the way."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from crossbatch.data import Batch, has_evaluation_split, moco_v3_augmentations
 from crossbatch.engine.checkpoint import Resumed, create_run_directory
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.datasets import TrainData, found_images, train_data, training_images
+from crossbatch.engine.datasets import TrainData, check_loaders, found_images, train_data, training_images
 from crossbatch.engine.evaluation.knn import KnnMonitor, too_few_neighbours
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
@@ -89,10 +89,10 @@ class PretrainTask:
         every_steps = self.cfg.crossbatch.evaluate.knn_every_epochs * self.data.steps_per_epoch
         return self.knn is not None and (is_last or num_steps % every_steps == 0)
 
-    def evaluate(self, step: TrainStep) -> dict[str, float]:
+    def evaluate(self, step: TrainStep, between_batches: Callable[[int], object]) -> dict[str, float]:
         """Return the top-1 accuracy of k-NN on the features, in percent."""
         assert self.knn is not None
-        return {"knn_top1": self.knn.top1(step.backend)}
+        return {"knn_top1": self.knn.top1(step.backend, between_batches)}
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
         """Return the command of a linear probe."""
@@ -135,6 +135,7 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
         knn = KnnMonitor(cfg, source, evaluation, device)
         bank, k = len(knn.bank_indices), cfg.crossbatch.evaluate.knn_k
         notes += too_few_neighbours([k], bank, "crossbatch.evaluate.knn_k")
+    check_loaders(world, data.loader, *([knn.loader] if knn else []))
     chunk = cfg.chunk
     if cfg.auto_chunk:
         on_main(lambda: create_run_directory(out))
