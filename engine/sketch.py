@@ -134,7 +134,7 @@ def without_memory(build: Callable[[], Network]) -> Network:
     """Build a network that has shapes only; it can run inside `shapes_only`."""
     with torch.device("meta"):  # not in FakeTensorMode, where timm's .item() has no value
         network = build()
-    with _no_memory():
+    with no_memory():
         return network.to_empty(device="cpu")
 
 
@@ -147,12 +147,13 @@ def shapes_only(precision: str) -> Iterator[None]:
         return F.batch_norm(x, None, None, norm.weight, norm.bias, True)
 
     patched = mock.patch.object(ViewBatchNorm, "forward", normalise)
-    with _no_memory(), patched, autocast("cpu", autocast_dtype(precision)):
+    with no_memory(), patched, autocast("cpu", autocast_dtype(precision)):
         yield
 
 
 @functools.cache
-def _no_memory() -> FakeTensorMode:
+def no_memory() -> FakeTensorMode:
+    """Return the mode in which tensors have shapes only."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

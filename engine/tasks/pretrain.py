@@ -1,5 +1,6 @@
 """Pretrains with MoCo v3 + BatchFormer on two views of every image, and scores the features with k-NN along the way."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model
 from crossbatch.engine.tasks.task import TrainResult
 from crossbatch.models import MoCo
+from crossbatch.models.compiled import compiled_modules
 
 CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_gpu: "auto"` came to
 
@@ -55,12 +57,15 @@ class PretrainTask:
         return TrainStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.timer)
 
     def on_start(self, step: TrainStep, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
-        """Return what was chosen automatically: the chunk, and the kernel of BatchFormer."""
+        """Return what was chosen automatically: the chunk, and the kernel of BatchFormer; and what is compiled."""
         model = step.backend.model
         assert isinstance(model, MoCo)
         notes = [self.chunk_note] if self.chunk_note else []
         if model.batchformer is not None:
             notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
+        if compiled := Counter(type(module).__name__.removeprefix("FSDP") for module in compiled_modules(model)):
+            parts = ", ".join(f"{count} x {kind}" for kind, count in compiled.items())
+            notes.append(f"torch.compile: {parts}, each when it is first called")
         return notes
 
     def train_on(self, step: TrainStep, batch: Batch) -> TrainResult:
