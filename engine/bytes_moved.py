@@ -6,7 +6,7 @@ device keep counts all the same.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crossbatch.engine.config import autocast_dtype
-from crossbatch.engine.sketch import no_memory, without_memory
-from crossbatch.models import NUM_VIEWS, autocast
+from crossbatch.engine.sketch import shapes_only, without_memory
+from crossbatch.models import NUM_VIEWS
+from crossbatch.models.norm import operators, view_batch_norm
 
 PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
 _OUT = {"out", "out0", "out1", "out2"}
@@ -101,13 +101,13 @@ def of_backbone(build: Callable[[], nn.Module], image_size: int, precision: str,
 
 
 @contextlib.contextmanager
-def fake_gpu(precision: str):
+def fake_gpu(precision: str) -> Iterator[None]:
     """Let networks of `without_memory` run under autocast as on a GPU: the norms take the operators of their kernels."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(no_memory())
-        for place in ("operators", "view_batch_norm"):
-            stack.enter_context(mock.patch(f"crossbatch.models.norm.{place}.is_fused", lambda x: True))
-        yield stack.enter_context(autocast("cpu", autocast_dtype(precision)))
+        stack.enter_context(shapes_only(precision))
+        for module in (operators, view_batch_norm):
+            stack.enter_context(mock.patch.object(module, "is_fused", lambda x: True))
+        yield
 
 
 def _elements(tensor: torch.Tensor) -> int:

@@ -14,14 +14,14 @@ from unittest import mock
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
 from crossbatch.models.backbones import blocks
-from crossbatch.models.norm import ViewBatchNorm
+from crossbatch.models.norm import view_batch_norm
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -61,7 +61,8 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
     model = without_memory(lambda: build_model(cfg))
     model.cuda_graph = False  # there is nothing to capture
     size, backbone = cfg.crossbatch.data.image_size, model.online.backbone
-    kept = kept_by_backbone(backbone, size, cfg.precision, cfg.crossbatch.model.checkpoint_activations)
+    repeats = cfg.crossbatch.model.checkpoint_activations == "blocks"
+    kept = kept_by_backbone(backbone, size, cfg.precision, repeats)
     working = _working(model.momentum.backbone, size, cfg.precision)
     model.set_collective(_AnyRank(cfg.world_size))
     with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
@@ -100,7 +101,16 @@ def _saved(call: Callable[[], Any], module: nn.Module) -> float:
         found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def within(inner_pack: Callable, unpack: Callable) -> Any:
+        # Hooks inside of hooks replace them; these keep some tensors, which count, and of others only how to compute them.
+        def inner(tensor: torch.Tensor) -> Any:
+            packed = inner_pack(tensor)
+            return pack(packed) if isinstance(packed, torch.Tensor) else packed
+
+        return saved_tensors_hooks(inner, unpack)
+
+    hooks = saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, mock.patch.object(view_batch_norm, "saved_tensors_hooks", within):
         alive.append(call())
     return float(sum(size for storage, size in found.items() if storage not in own))
 
@@ -134,7 +144,7 @@ def without_memory(build: Callable[[], Network]) -> Network:
     """Build a network that has shapes only; it can run inside `shapes_only`."""
     with torch.device("meta"):  # not in FakeTensorMode, where timm's .item() has no value
         network = build()
-    with no_memory():
+    with _no_memory():
         return network.to_empty(device="cpu")
 
 
@@ -142,18 +152,12 @@ def without_memory(build: Callable[[], Network]) -> Network:
 def shapes_only(precision: str) -> Iterator[None]:
     """Let networks of `without_memory` run without arithmetic, under autocast to `precision`; new tensors have no memory."""
 
-    def normalise(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
-        # Ours calls kernels that have no version without memory; this one keeps as much.
-        return F.batch_norm(x, None, None, norm.weight, norm.bias, True)
-
-    patched = mock.patch.object(ViewBatchNorm, "forward", normalise)
-    with no_memory(), patched, autocast("cpu", autocast_dtype(precision)):
+    with _no_memory(), autocast("cpu", autocast_dtype(precision)):
         yield
 
 
 @functools.cache
-def no_memory() -> FakeTensorMode:
-    """Return the mode in which tensors have shapes only."""
+def _no_memory() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

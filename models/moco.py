@@ -100,8 +100,9 @@ class MoCo(ShardableModel):
         num_features: number of features that a module returns; by default its attribute `num_features`.
         heads: "resnet" or "vit", the kind of projector and predictor (see `crossbatch.models.heads`); by default the
             kind that belongs to the name, and "resnet" for a module.
-        checkpoint_activations: recompute the blocks of the online backbone in the backward pass: less memory for a third
-            more time.
+        checkpoint_activations: what the backward pass of the online backbone computes again, to keep less memory: "none";
+            "norms", of a ResNet: the outputs of the ReLUs inside blocks, a fifth less for little time; "blocks": everything but
+            the inputs of blocks, for a third more time.
         projection_dim: width D of queries and keys.
         mlp_dim: hidden width of projector and predictor.
         temperature: T of the loss.
@@ -130,7 +131,7 @@ class MoCo(ShardableModel):
         *,
         num_features: int | None = None,
         heads: str | None = None,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: str = "none",
         projection_dim: int = 256,
         mlp_dim: int = 4096,
         temperature: float = 1.0,
@@ -176,12 +177,13 @@ class MoCo(ShardableModel):
 
         self.online = encoder(backbone)
         self.momentum = encoder(backbone if isinstance(backbone, str) else copy.deepcopy(backbone))
-        if checkpoint_activations:
+        if checkpoint_activations != "none":
             if not hasattr(self.online.backbone, "checkpoint_activations"):
                 raise ValueError(
-                    "checkpoint_activations is true, but the backbone has no method checkpoint_activations; set it to false"
+                    f"checkpoint_activations is {checkpoint_activations!r}, but the backbone has no method "
+                    f"checkpoint_activations; set it to 'none'"
                 )
-            self.online.backbone.checkpoint_activations()
+            self.online.backbone.checkpoint_activations(checkpoint_activations)
         self.predictor = build_predictor(heads, mlp_dim, projection_dim)
         self.batchformer = None
         if batchformer_loss != "none":

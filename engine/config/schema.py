@@ -45,9 +45,9 @@ class ModelConfig(Section):
     mlp_dim: AtLeastTwo = key(4096, "hidden width of the projector and the predictor")
     temperature: Positive = key(1.0, "temperature: cosine similarities are divided by it")
     stop_grad_conv1: bool = key(False, "freeze the patch projection of a ViT at its initialisation")
-    checkpoint_activations: bool = key(
-        False,
-        "recompute the backbone's blocks in the backward pass instead of keeping their activations",
+    checkpoint_activations: Literal["none", "norms", "blocks"] = key(
+        "none",
+        "computed again in the backward pass, to keep less; norms: output of norm and ReLU in a ResNet; blocks: a whole block",
         resumable=True,
     )
     cuda_graph: bool = key(
@@ -61,6 +61,12 @@ class ModelConfig(Section):
     backbone_args: Mapping[str, Any] = key(
         {}, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
     )
+
+    @field_validator("checkpoint_activations", mode="before")
+    @classmethod
+    def _of_a_boolean(cls, value: Any) -> Any:
+        """Accept the values that the key had before, as in the config.json of old runs."""
+        return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class BatchFormerConfig(Section):

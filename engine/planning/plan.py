@@ -36,8 +36,9 @@ CHANGES = (
     ("crossbatch.sharding=fsdp", "zero_optimization.stage=1"),
     ("zero_optimization.stage=0",),
     ("zero_optimization.overlap_comm=true",),
-    ("crossbatch.model.checkpoint_activations=true",),
-    ("crossbatch.model.checkpoint_activations=false",),
+    ("crossbatch.model.checkpoint_activations=norms",),
+    ("crossbatch.model.checkpoint_activations=blocks",),
+    ("crossbatch.model.checkpoint_activations=none",),
 )
 
 

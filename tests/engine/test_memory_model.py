@@ -43,11 +43,10 @@ def images(size, count=IMAGES):
     return x.to(memory_format=torch.channels_last)
 
 
-def computed(arch, size, precision="fp32", checkpointed=False, **options) -> float:
+def computed(arch, size, precision="fp32", checkpointed="none", **options) -> float:
     backbone = without_memory(lambda: build_backbone(arch, size, **options))
-    if checkpointed:
-        backbone.checkpoint_activations()
-    kept = kept_by_backbone(backbone, size, precision, checkpointed)
+    backbone.checkpoint_activations(checkpointed)
+    kept = kept_by_backbone(backbone, size, precision, checkpointed == "blocks")
     return kept.per_image * IMAGES + kept.fixed
 
 
@@ -91,10 +90,10 @@ def test_checkpointed_blocks(arch, size):
         block.register_forward_pre_hook(lambda block, args: inputs.setdefault(block, args[0].detach()))
     backbone(images(size))
     insides = [saved(lambda b=b, x=x: b(x.clone().requires_grad_()), b) - x.nbytes for b, x in inputs.items()]
-    backbone.checkpoint_activations()
+    backbone.checkpoint_activations("blocks")
     really = saved(lambda: backbone(images(size)), backbone) + max(insides)
-    assert computed(arch, size, checkpointed=True) == pytest.approx(really, rel=0.03)
-    assert computed(arch, size, checkpointed=True) < 0.8 * computed(arch, size)
+    assert computed(arch, size, checkpointed="blocks") == pytest.approx(really, rel=0.03)
+    assert computed(arch, size, checkpointed="blocks") < 0.8 * computed(arch, size)
 
 
 @pytest.mark.parametrize("add_bf", [0, 1, 37])
