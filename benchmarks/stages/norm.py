@@ -88,10 +88,10 @@ def _bytes() -> Iterator[Row]:
         "our ResNet-50": partial(build_backbone, "resnet50"),
     }
     moved = {f"bytes, {name}": of_backbone(build, 224, "bf16") for name, build in networks.items()}
-    plain, ours = ([name, found.elementwise / 1e6] for name, found in moved.items())
-    megabytes = dict([plain, [f"bytes, our ResNet-50 at {BEFORE_COMMIT}", BEFORE_MB], ours])
+    plain, ours = ((name, [found.elementwise / 1e6]) for name, found in moved.items())
+    megabytes = dict((plain, (f"bytes, our ResNet-50 at {BEFORE_COMMIT}", [BEFORE_MB]), ours))
     settings = {"image_size": 224, "views": NUM_VIEWS, "precision": "bf16"}
-    for row in summarise({name: [value] for name, value in megabytes.items()}, settings, "MB/image"):
+    for row in summarise(megabytes, settings, "MB/image"):
         if row.case in moved:
             row.settings = row.settings | {"with_products": moved[row.case].total / 1e6}
         else:

@@ -15,7 +15,8 @@ data         what a step waits for images, if it is known how many come
 The roofline (Williams et al. 2009) is the larger of two times, with two factors that are fitted to published runs on one GPU:
 
     arithmetic   counted floating-point operations / (peak x share of it that training reaches)
-    memory       bytes that the operators read and write, counted / (bandwidth x share of it that training reaches)
+    memory       bytes that autograd keeps x how often each is read and written / bandwidth; for our ResNets times the share
+                 that their operators move, counted, of what torchvision's do, which the published runs trained
 
 A ResNet-50 in 16 bits is bound by memory on every GPU since Volta, which is why its images/s follow the bandwidth and not the
 tensor cores. A backward pass costs two forward passes, so training an image once is three units; MoCo v3 takes eight for an
@@ -29,7 +30,6 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,7 +38,7 @@ from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.planning.catalogue import GPUS, Gpu, Machines
 from crossbatch.engine.planning.communication import collective_ms, wait_ms
 from crossbatch.engine.planning.traffic import Traffic, of_parts, step_traffic
-from crossbatch.engine.sketch import shapes_only, sketch, without_memory
+from crossbatch.engine.sketch import kept_by_backbone, shapes_only, sketch, without_memory
 from crossbatch.models import NUM_VIEWS
 from crossbatch.models.backbones import RESNETS, build_backbone
 
@@ -56,7 +56,7 @@ class Constants:
     contention_ms: float  # of an image, for every further GPU of a node
     share: float  # of a rank's time that it is interrupted
     of_peak: float  # share of the peak FLOP/s that training reaches
-    of_bandwidth: float  # share of the memory's bandwidth that training reaches
+    moves: float  # times that each byte kept for the backward pass is moved
 
 
 # What `python -m benchmarks scaling backtest` finds (tests/benchmarks/test_scaling_model.py holds them together), and the
@@ -117,15 +117,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Work:
-    """Counts what training on one crop takes: operations of forward and backward, and bytes that these read and write."""
+    """Counts what training on one crop takes: operations of forward and backward, and bytes kept for the backward pass."""
 
     flops: float
-    moved: float
+    kept: float
+    moved_share: float = 1.0  # of the bytes that the networks of the published runs move
 
-    def seconds(self, gpu: Gpu, precision: str, of_peak: float, of_bandwidth: float) -> tuple[float, str]:
-        """Return the time at these shares of peak and bandwidth, and which of the two limits it."""
+    def seconds(self, gpu: Gpu, precision: str, of_peak: float, moves: float) -> tuple[float, str]:
+        """Return the time at a share of the peak and so many moves of each byte kept, and which of the two limits it."""
         arithmetic = self.flops / (gpu.peak(precision) * of_peak)
-        memory = self.moved / (1e9 * gpu.bandwidth * of_bandwidth)
+        memory = self.kept * moves * self.moved_share / (1e9 * gpu.bandwidth)
         return (arithmetic, "arithmetic") if arithmetic > memory else (memory, "memory bandwidth")
 
 
@@ -135,24 +136,25 @@ def work_of(
 ) -> Work:
     """Count what one crop through a backbone takes.
 
-    Args:
-        precision: "fp32", "bf16" or "fp16".
-        arch, image_size, options: as of `build_backbone`.
-        backbone_args: the items of `backbone_args` there.
-        published: count what others publish runs of: a ResNet of torchvision, with its norms.
+    Arguments are those of `build_backbone`, with the items of `backbone_args`; with `published`, the norms of a ResNet are
+    torch's, as in the published runs.
     """
-
-    def build() -> nn.Module:
-        if published and arch in RESNETS:
-            return torchvision.models.get_model(arch)
-        return build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args))
-
-    backbone, counter = without_memory(build), FlopCounterMode(display=False)
+    backbone = without_memory(lambda: build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args)))
+    kept = kept_by_backbone(backbone, image_size, precision).per_image / NUM_VIEWS
+    counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
     with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         backbone(torch.empty(1, 3, image_size, image_size))
-    moved = of_backbone(build, image_size, precision).total / NUM_VIEWS
-    return Work(float(TRAINING_UNITS * counter.get_total_flops()), moved)
+    share = 1.0 if published or arch not in RESNETS else _moved_share(arch, precision)
+    return Work(float(TRAINING_UNITS * counter.get_total_flops()), kept, share)
+
+
+@functools.cache
+def _moved_share(arch: str, precision: str) -> float:
+    """Return what our ResNet moves as a share of what torchvision's does; it hardly depends on width and size of images."""
+    networks = (functools.partial(build_backbone, arch), functools.partial(torchvision.models.get_model, arch))
+    ours, plain = (of_backbone(network, 224, precision).total for network in networks)
+    return ours / plain
 
 
 def fixed_ms_on(gpu: Gpu, on_v100_ms: float) -> float:
@@ -212,7 +214,7 @@ def _computed(cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[S
         TRAINING_UNITS + (1 - 1 / cfg.chunks) + REPEATED[model.checkpoint_activations] + 1
     )  # the last: momentum encoder
     crops = NUM_VIEWS * cfg.local_batch * units / TRAINING_UNITS
-    crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, constants.of_bandwidth)
+    crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, constants.moves)
     # The queries' side costs three forward passes, the keys' side one: about twice what both cost forward.
     heads_flops = 2 * sketch(cfg).heads_flops
     heads_ms = 1000 * heads_flops / (at.gpu.peak(cfg.precision) * constants.of_peak)
