@@ -56,7 +56,7 @@ class ImageFolder:
         self._folder_of = self.labels = listing["labels"]  # two names: evaluation images get the labels of training
         self._names = Names(listing, "names")
         self.passed_over = unpack_counts(listing, "passed_over")
-        names = zlib.crc32(self._names.text, zlib.crc32(self._names.stops))
+        names = zlib.crc32(self._names.text.tobytes(), zlib.crc32(self._names.stops.tobytes()))
         self.checksum = zlib.crc32("\n".join(self._folders).encode(errors="surrogateescape"), names)
 
     def __len__(self) -> int:

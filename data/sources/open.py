@@ -144,7 +144,7 @@ def describe_source(source: Source) -> str:
         words += f" of {of_training:,} (none of {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"
     if unlabelled := int((source.labels < 0).sum()):
         words += f", {unlabelled:,} of them without a label"
-    passed_over: Counter[str] = getattr(source, "passed_over", Counter())
+    passed_over = Counter(getattr(source, "passed_over", {}))
     if passed_over:
         words += f" ({passed_over.total():,} files passed over: {counted(passed_over)})"
     folder: Path | None = getattr(source, "folder", None)

@@ -77,7 +77,7 @@ class Shards:
         self._ends = np.cumsum(index["counts"])  # of each shard's images
         self._names = Names(index, "names")
         self._index = [index[column] for column in _COLUMNS]
-        self.checksum = zlib.crc32(self._names.text, zlib.crc32(index["checks"]))
+        self.checksum = zlib.crc32(self._names.text.tobytes(), zlib.crc32(index["checks"].tobytes()))
         beside = files_beside(self.folder)
         self.passed_over = Counter({kind: count for kind, count in beside.items() if kind not in (".tar", ".npz")})
         self.passed_over += unpack_counts(index, "passed_over") if "passed_over" in index else Counter()

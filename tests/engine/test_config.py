@@ -265,7 +265,7 @@ def test_a_former_name_means_its_key_wherever_it_is_written(tmp_path, former, pa
     assert former not in flatten(to_dict(config)) and path in flatten(to_dict(config))
 
 
-ADD_BF = {-1: "none", 0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self", 2: "joint", 33: "joint"}
+ADD_BF = {0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self", 2: "joint", 33: "joint"}
 
 
 @pytest.mark.parametrize(("value", "want"), [("true", "blocks"), ("false", "none"), ("norms", "norms")])
