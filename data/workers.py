@@ -334,7 +334,7 @@ def prefetched(
             yield item
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
-        under_way = [future for future in (delivered, computed) if not future.done()]
+        under_way: list[Future[Any]] = [future for future in (delivered, computed) if not future.done()]
         _given_up.extend(futures.wait(under_way, _CLOSE_S).not_done)
 
 

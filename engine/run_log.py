@@ -129,7 +129,7 @@ class RunLog(Log):
             self.metrics = self.metrics or (self.out / METRICS).open("ab", buffering=0)
             if begin is not None:
                 self.metrics.truncate(begin)
-            begin = self.metrics.seek(0, 2) + len(self.waiting) - len(line)
+            begin = (self.out / METRICS).stat().st_size + len(self.waiting) - len(line)
             while self.waiting:
                 self.waiting = self.waiting[self.metrics.write(self.waiting) :]
             self.begin = begin

@@ -17,7 +17,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from crossbatch import InputError
 from crossbatch.engine.config import user_input
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.pretrained.weights import Weights, check_kinds, mismatch, read_weights
+from crossbatch.engine.pretrained.weights import Weights, mismatch, read_weights
 from crossbatch.models import build_backbone
 from crossbatch.models.backbones import ARCHS, Backbone, family
 from crossbatch.models.vit import ViT
@@ -91,7 +91,7 @@ def load_pretrained(
     """
     where = f"--checkpoint {path}"
     weights = read_weights(Path(path), encoder, where)
-    check_kinds(weights.tensors, where)
+    _check_kinds(weights, where)
     arch, stem, args = _network(weights, arch, stem, backbone_args, where)
     side = _grid_side(weights)
     size = image_size or (side * int(args.get("patch_size", 16)) if side else weights.image_size or 224)
@@ -162,6 +162,20 @@ def _check_heads(weights: Weights, heads: int | None, arch: str, args: Mapping[s
         )
 
 
+def _check_kinds(weights: Weights, where: str) -> None:
+    """Raise InputError for tensors that are no floating-point numbers, but for batch counters."""
+    odd = [
+        f"{name} is {'meta, without values' if tensor.is_meta else str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in weights.tensors.items()
+        if not name.endswith("num_batches_tracked") and (tensor.is_meta or tensor.dtype not in FLOATS)
+    ]
+    if odd:
+        raise InputError(
+            f"{where}: {len(odd)} tensors are no plain floating-point numbers ({', '.join(odd[:2])}); allowed: float64, "
+            f"float32, float16, bfloat16; give the weights before they were quantised"
+        )
+
+
 def _fit_positions(weights: Weights, backbone: Backbone, where: str) -> list[str]:
     """Resample the positions of a ViT for images of another size; return what to tell the user about it."""
     side = _grid_side(weights)
@@ -189,16 +203,6 @@ def _load(backbone: Backbone, weights: Weights, arch: str, where: str) -> list[s
         raise InputError(
             f"{where}: is not a {arch} of this {'stem and width' if family(arch) == 'resnet' else 'size'}: {wrong}; check -a, "
             f"crossbatch.model.stem and crossbatch.model.backbone_args"
-        )
-    odd = [
-        f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
-        for name, tensor in weights.tensors.items()
-        if wanted[name].is_floating_point() and tensor.dtype not in FLOATS
-    ]
-    if odd:
-        raise InputError(
-            f"{where}: {len(odd)} tensors are no plain floating-point numbers ({', '.join(odd[:2])}); allowed: float64, "
-            f"float32, float16, bfloat16; give the weights before they were quantised"
         )
     broken = [name for name, tensor in weights.tensors.items() if not torch.isfinite(tensor).all()]
     if broken:

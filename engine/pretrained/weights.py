@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crossbatch import InputError
@@ -26,7 +25,6 @@ from crossbatch.models.backbones import ARCHS, family
 ENCODERS = {"online": "base_encoder", "momentum": "momentum_encoder"}  # in the files of moco-v3 and BatchFormer
 NOTE = "crossbatch"  # entry of an exported file that describes its network
 PROBE, PROBE_FILE = "linear probe", "probe.pt"  # "kind" of the file that the linear probe saves, and its name
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOMENTUM = ("momentum", "teacher", "ema", "target", "encoder_k")  # in the prefix of a momentum encoder, anywhere
 MARKS = ("layer4.0.conv1.weight", "blocks.0.norm1.weight")  # of a ResNet, of a ViT
 CLASSIFIERS = ("fc", "head", "head_dist")  # in torchvision, timm and DeiT; the projector in a file of moco-v3
@@ -194,26 +192,6 @@ def _choose_encoder(
     ignored = Counter(".".join(name.split(".")[: 2 if name.startswith(prefix) else 1]) for name in rest)
     arch = entries.get("arch")
     return Weights(chosen, f"{path}, {encoder} encoder", ignored, arch=arch if isinstance(arch, str) else None)
-
-
-def check_kinds(tensors: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for tensors that are no weights in fp16, bf16, fp32 or fp64; counters may be whole numbers."""
-
-    def is_plain(name: str, tensor: Any) -> bool:
-        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_quantized:
-            return False
-        return tensor.dtype in FLOATS or name.endswith("num_batches_tracked")
-
-    odd = [name for name, tensor in tensors.items() if not is_plain(name, tensor)]
-    if odd:
-        first = tensors[odd[0]]
-        kind = type(first).__name__
-        if isinstance(first, Tensor):
-            kind = "no values (meta)" if first.is_meta else str(first.dtype).removeprefix("torch.")
-        raise InputError(
-            f"{where}: {len(odd)} tensors are no plain weights ({odd[0]}: {kind}); allowed: fp32, fp64, bf16 or fp16; convert "
-            f"the file, such as by `.float()` or `.dequantize()`"
-        )
 
 
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str | None:

@@ -111,7 +111,7 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
         )
     try:
         yield device
-    except Exception as error:
+    except BaseException as error:
         if world.size == 1 or isinstance(error, InputError):
             dist.destroy_process_group()
         raise  # else not: the others may be gone, and leaving the group would wait for them

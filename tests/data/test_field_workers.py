@@ -131,7 +131,8 @@ def test_field_a_signal_is_taken_in_while_images_do_not_come(pool):
 def test_field_a_prefetched_batch_has_a_limit_too():
     """As with DALI, whose threads read."""
     go = threading.Event()
-    batches = workers.prefetched(iter([go.wait]), lambda wait: wait(), torch.device("cpu"), wait_s=0.1)
+    item: Any = go.wait
+    batches = workers.prefetched(iter([item]), lambda wait: wait(), torch.device("cpu"), wait_s=0.1)
     with pytest.raises(ImagesLost, match=r"came for 0\.1 s"):
         next(batches)
     go.set()

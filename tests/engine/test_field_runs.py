@@ -258,9 +258,9 @@ WEIGHT = "blocks.0.attn.proj.weight"
     [
         (
             {WEIGHT: torch.zeros(24, 24).to(torch.float8_e4m3fn)},
-            f"1 tensors are no plain weights ({WEIGHT}: float8_e4m3fn)",
+            f"1 tensors are no plain floating-point numbers ({WEIGHT} is float8_e4m3fn)",
         ),
-        ({WEIGHT: torch.zeros(24, 24, device="meta")}, f"({WEIGHT}: no values (meta))"),
+        ({WEIGHT: torch.zeros(24, 24, device="meta")}, f"({WEIGHT} is meta, without values)"),
         (
             {"pos_embed": torch.zeros(1, 16, 24), "cls_token": None},
             "has 16 positions (no square",

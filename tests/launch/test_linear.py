@@ -155,12 +155,8 @@ def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tin
         if len(content["history"]) == 2:
             raise KeyboardInterrupt
 
-    with (
-        mock.patch.object(linear_evaluation, "save_probe", dies_after_two_epochs),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        call(monkeypatch, *arguments, "--out", tmp_path / "cut")
-    torch.distributed.destroy_process_group()
+    with mock.patch.object(linear_evaluation, "save_probe", dies_after_two_epochs):
+        assert call(monkeypatch, *arguments, "--out", tmp_path / "cut") == 3
     assert not (tmp_path / "cut/results.json").exists()
     capsys.readouterr()
     assert call(monkeypatch, *arguments, "--out", tmp_path / "cut") == 0
