@@ -60,11 +60,11 @@ def sketch(cfg: ResolvedConfig) -> Sketch:
 def _sketch(cfg: ResolvedConfig) -> Sketch:
     model = without_memory(lambda: build_model(cfg))
     model.cuda_graph = False  # there is nothing to capture
+    model.set_collective(_AnyRank(cfg.world_size))  # no shape may travel to other ranks, which torch 2.10 refuses
     size, backbone = cfg.crossbatch.data.image_size, model.online.backbone
     repeats = cfg.crossbatch.model.checkpoint_activations == "blocks"
     kept = kept_by_backbone(backbone, size, cfg.precision, repeats)
     working = _working(model.momentum.backbone, size, cfg.precision)
-    model.set_collective(_AnyRank(cfg.world_size))
     with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
         online, momentum = (torch.empty(NUM_VIEWS * cfg.local_batch, backbone.num_features) for _ in range(2))
         behind = _saved(lambda: model.contrast(online.requires_grad_(), momentum, 0, 0).loss, model)

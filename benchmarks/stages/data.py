@@ -2,9 +2,10 @@
 
 Both have as many worker processes as there are cores (plain_data.py is the baseline). It says how many images per second can be
 trained on, and whether memory stays flat. Times are ms for a batch while nothing trains, an average over up to 20 of them.
-Memory is the resident size of this process and its workers, at three points of one long run.
+Memory is the resident size of this process and its workers, at three points of one long run, where there is psutil.
 """
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,7 +29,8 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
     backends = [name for name in BACKENDS if name != "dali" or has_dali()]
     with image_folder(images, effort.pick(32, 256, 256)) as root:
         yield from _speed(root, backends, effort, "given" if images else "generated")
-    yield from _memory(effort.pick(backends[:1], backends, backends), effort)
+    if importlib.util.find_spec("psutil") is not None:  # comes with DeepSpeed
+        yield from _memory(effort.pick(backends[:1], backends, backends), effort)
 
 
 def _speed(root: Path, backends: list[str], effort: Effort, folder: str) -> list[Row]:
@@ -79,7 +81,7 @@ def _endless(loader: TrainLoader) -> Iterator:
 
 def _resident_mib() -> float:
     """Sum the proportional set sizes, where shared pages count once, of this process and all that descend from it."""
-    import psutil  # comes with DeepSpeed
+    import psutil
 
     this = psutil.Process()
     return sum(process.memory_full_info().pss for process in [this, *this.children(recursive=True)]) / 2**20

@@ -228,3 +228,17 @@ def test_nothing_is_drawn_and_nothing_stays_patched():
     StepMemory(resolve(load_config("ds_configs/bs4096.json", overrides), 1, Device("cuda", True, "A100")))
     assert torch.equal(torch.get_rng_state(), before)
     assert type(torch.empty(1)) is torch.Tensor and not torch.is_autocast_enabled("cpu")
+
+
+def test_no_shape_travels_to_other_ranks(monkeypatch):
+    """Where a process group is there, as when the chunk of a run on several ranks is computed."""
+    from crossbatch.models import GroupCollective
+
+    def refuse(*_):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr(GroupCollective, "world_size", 2)
+    for name in ("all_gather", "all_reduce", "reduce_scatter"):
+        monkeypatch.setattr(GroupCollective, name, refuse)
+    overrides = ["train_batch_size=24", "crossbatch.batchformer.group_size=8", "crossbatch.data.image_size=40"]
+    sketch(resolve(load_config(None, overrides), 2, Device("cpu")))

@@ -1,5 +1,6 @@
 """The batch-wide part as CUDA graphs: the wiring with a stand-in for torch's capture, the real one on a GPU."""
 
+import importlib.util
 import threading
 from unittest import mock
 
@@ -96,6 +97,7 @@ def run(overrides: list[str], out: str) -> list[int]:
     return threads
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_the_loader_rests_while_a_graph_is_captured(tmp_path, one_rank):
     overrides = ["crossbatch.precision=fp32", "crossbatch.data.workers=1"]
     assert one_rank.run(run, [*overrides, "crossbatch.model.cuda_graph=true"], str(tmp_path / "graph")) == [[0]]
