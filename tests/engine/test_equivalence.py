@@ -189,6 +189,7 @@ def normalise_by_group(norm: ViewBatchNorm, x: torch.Tensor, residual=None, relu
     over = [2, *range(4, grouped.dim())]
     mean, var = grouped.mean(over, keepdim=True), grouped.var(over, keepdim=True, correction=0)
     count = grouped[0, 0, :, 0].numel()
+    assert norm.running_mean is not None and norm.running_var is not None
     for running, of_views in ((norm.running_mean, mean), (norm.running_var, var * count / (count - 1))):
         for of_nodes in of_views.flatten(2):
             running.copy_(0.9 * running + 0.1 * of_nodes.mean(0))
