@@ -63,7 +63,8 @@ class FsdpBackend(Backend):
         # FSDP2 would prefetch in the reverse order of all forward passes, and so gather units of the momentum encoder, which
         # has no backward pass.
         averages = {average for _, _, average in model.momentum_pairs()}
-        online = [unit for unit in self._wrapped[:-1] if averages.isdisjoint(unit.parameters())]
+        units = zip(model.fsdp_units(), self._wrapped, strict=False)
+        online = [wrapped for unit, wrapped in units if averages.isdisjoint(unit.parameters())]
         for before, unit in itertools.pairwise(online):
             unit.set_modules_to_backward_prefetch([before])
         self.optimizer = make_optimizer(model)

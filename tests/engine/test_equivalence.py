@@ -162,11 +162,15 @@ def test_running_statistics_stay_equal_and_fp32(tmp_path, pools, backend, precis
     assert any(name.endswith("running_mean") and any(values) for name, _, values in ranks[0])
 
 
+# Without BatchFormer, which computes in fp32.
+IN_FLOAT64 = [*BASE, *RESNET, "crossbatch.batchformer.add_bf=0"]
+
+
 def node_groups_in_float64() -> tuple:
     """On one of four ranks, two a "node": loss, gradients averaged over ranks, and running statistics after one step."""
     world = world_from_environment()
-    overrides = [*RESNET, "crossbatch.model.norm_ranks=node", "crossbatch.batchformer.group_size=6"]
-    cfg = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"), world.size // 2)
+    config = load_config(None, [*IN_FLOAT64, "crossbatch.model.norm_ranks=node"])
+    cfg = resolve(config, world.size, Device("cpu"), world.size // 2)
     torch.manual_seed(0)
     model = build_model(cfg).double()
     connect(model, cfg)
@@ -179,25 +183,26 @@ def node_groups_in_float64() -> tuple:
     return mean_over_ranks(loss.detach()), mean, dict(model.named_buffers())
 
 
-def normalise_by_group(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
+def normalise_by_group(norm: ViewBatchNorm, x: torch.Tensor, residual=None, relu: bool = False) -> torch.Tensor:
     """Batch norm of one process that holds all 12 images, each view and each half of them by statistics of their own."""
-    parts = x.unflatten(0, (2, -1, 2, 6))  # view, stream, node, image
-    grouped = parts.movedim(2, 1).flatten(2, 3)  # [view, node, images of both streams, C, ...]
+    grouped = x.unflatten(0, (2, 2, 6))  # [view, node, image, C, ...]
     over = [2, *range(4, grouped.dim())]
     mean, var = grouped.mean(over, keepdim=True), grouped.var(over, keepdim=True, correction=0)
     count = grouped[0, 0, :, 0].numel()
+    assert norm.running_mean is not None and norm.running_var is not None
     for running, of_views in ((norm.running_mean, mean), (norm.running_var, var * count / (count - 1))):
         for of_nodes in of_views.flatten(2):
             running.copy_(0.9 * running + 0.1 * of_nodes.mean(0))
     shape = (1, -1, *(1,) * (x.dim() - 2))
     weight, bias = (1.0, 0.0) if norm.weight is None else (norm.weight.view(shape), norm.bias.view(shape))
-    normalised = ((grouped - mean) / (var + norm.eps).sqrt()).unflatten(2, (-1, 6)).movedim(1, 2).flatten(0, 3)
-    return normalised * weight + bias
+    y = ((grouped - mean) / (var + norm.eps).sqrt()).flatten(0, 2) * weight + bias
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y
 
 
 def test_norms_of_nodes_are_those_of_one_process_that_normalises_group_by_group(pools, monkeypatch):
     ranks = pools(4).run(node_groups_in_float64)
-    cfg = resolve(load_config(None, [*BASE, *RESNET, "crossbatch.batchformer.group_size=6"]), 1, Device("cpu"))
+    cfg = resolve(load_config(None, IN_FLOAT64), 1, Device("cpu"))
     torch.manual_seed(0)
     model = build_model(cfg).double()
     views = torch.randn(2, cfg.train_batch_size, 3, 16, 16, dtype=torch.float64).flatten(0, 1)
@@ -205,10 +210,11 @@ def test_norms_of_nodes_are_those_of_one_process_that_normalises_group_by_group(
     loss = model.loss(views, 0, 0).loss
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for of_rank, means, buffers in ranks:
-        assert torch.allclose(of_rank, loss, rtol=1e-10)
-        assert means.keys() == gradients.keys()
-        assert all(torch.allclose(means[name], gradients[name], rtol=1e-7, atol=1e-10) for name in gradients)
+    for of_rank, means, buffers in ranks:  # the loss is fp32, and so are gradients in their precision
+        assert torch.allclose(of_rank, loss, rtol=1e-6)
+        assert means.keys() == gradients.keys() and len(gradients) > 60
+        off = {name: float((means[name] - g).norm() / (g.norm() + 1e-6)) for name, g in gradients.items()}
+        assert max(off.values()) < 1e-5, off
         for name, buffer in model.named_buffers():
             assert torch.equal(buffers[name], ranks[0][2][name])
             assert name.endswith("tracked") or torch.allclose(buffers[name], buffer, rtol=1e-9, atol=1e-12)

@@ -60,8 +60,8 @@ def test_a_profiled_run_trains_the_same_and_leaves_table_and_traces(tmp_path, tw
         names = [event.get("name") for event in events if event.get("ph") == "X"]
         assert names.count("step") == 2 and names.count("second pass") == 2  # of two chunks, one a step
         assert {"ProfilerStep#6", "ProfilerStep#7", "online and momentum features", "moving average"} <= set(names)
-        # Norms of both encoders, in two threads: forward, a second pass of one chunk of two, 3 x 20 of a ResNet-18 a step.
-        assert len({event["tid"] for event in events if event.get("name") == "aten::conv2d"}) == 2
+        # The momentum encoder runs in threads of its own.
+        assert len({event["tid"] for event in events if event.get("name") == "aten::conv2d"}) > 1
 
 
 def test_too_many_steps_to_profile_are_refused(tmp_path, one_rank):

@@ -93,7 +93,7 @@ def test_the_second_function_runs_as_if_it_were_called_here():
 
     def function(name):
         def run():
-            weight = nn.Parameter(torch.eye(4))
+            product = weight = nn.Parameter(torch.eye(4))
             for turn in range(2):
                 told.append((name, turn))
                 product = weight @ weight
