@@ -74,8 +74,9 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
 def kept_by_backbone(backbone: nn.Module, image_size: int, precision: str, checkpointed: bool = False) -> Kept:
     """Trace what a backbone keeps of both views; with `checkpointed` blocks, also one of them while it is repeated."""
     with shapes_only(precision):
-        one, two = (_kept_of(backbone, _images(count, image_size), checkpointed) for count in (1, 2))
-    return Kept(two - one, 2 * one - two)
+        # Not one image: a norm has no statistics where a view is a single pixel.
+        two, three = (_kept_of(backbone, _images(count, image_size), checkpointed) for count in (2, 3))
+    return Kept(three - two, 3 * two - 2 * three)
 
 
 def _kept_of(backbone: nn.Module, images: torch.Tensor, checkpointed: bool) -> float:
@@ -125,10 +126,10 @@ def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
     hooks = [layer.register_forward_hook(note) for layer in backbone.modules() if not list(layer.children())]
     hooks += [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes)) for b in _blocks(backbone)]
     with shapes_only(precision), torch.no_grad():
-        backbone(_images(1, image_size))
+        backbone(_images(2, image_size))
     for hook in hooks:
         hook.remove()
-    return float(max(layers) + max(inputs))
+    return (max(layers) + max(inputs)) / 2
 
 
 def _blocks(backbone: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,7 @@ Stems: "imagenet" is 7x7 stride 2 followed by a 3x3 max pool of stride 2, as pub
 that would leave a map of 1 to 2 pixels at the end; "small" is 3x3 stride 1 without the pool, the usual one for CIFAR.
 """
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -98,6 +99,7 @@ class ResNet(torchvision.models.ResNet):
         """Initialise as torchvision with zero_init_residual=True: He et al. (2015), fan out; last norm of a branch 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
+                module.__class__ = _Conv2d  # torchvision's blocks make their own
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, (BasicBlock, Bottleneck)):
                 nn.init.zeros_(module.get_parameter(f"{module.last_norm}.weight"))
@@ -126,6 +128,20 @@ class ResNet(torchvision.models.ResNet):
         if what == "blocks":
             for name in ("layer1", "layer2", "layer3", "layer4"):
                 setattr(self, name, _Checkpointed(*self.get_submodule(name).children()))
+
+
+class _Conv2d(nn.Conv2d):
+    """Gives cuDNN the weight in the type and layout of its images, in one copy.
+
+    cuDNN would copy a weight of 3x3 into that layout by itself, in the forward and again in the backward pass, after autocast
+    has copied it. The parameter stays contiguous, as the flat buffers of DeepSpeed and FSDP2 are.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if input.is_cuda and input.is_contiguous(memory_format=torch.channels_last):
+            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+            weight = weight.to(dtype, memory_format=torch.channels_last)
+        return super()._conv_forward(input, weight, bias)
 
 
 class _Checkpointed(nn.Sequential):

@@ -4,9 +4,9 @@ backbone     crops x roofline, or a measured step of one rank
 heads        products of BatchFormer, heads and loss at the same share of the peak
 fixed        what a step takes however few its images; once a chunk
 contention   what every further GPU of a node costs each view: cores, memory and power of a host, shared
-norms        latency of their collectives, one by one: nothing can be done meanwhile
+norms        latency of their collectives among the ranks that share statistics, one by one: nothing can be done meanwhile
 stragglers   waiting for each other at all of these (communication.py)
-keys         keys, and features of BatchFormer groups that span ranks
+keys         keys, features of BatchFormer groups that span ranks, and running statistics where not all ranks share them
 gradients    what does not fit beside the backward pass, if the backend overlaps at all: FSDP2 does, ZeRO 3 does, and the
              other stages with `overlap_comm`; all in one bucket, nothing can overlap
 parameters   gathered for the forward pass (stage 3), or after the update (ZeRO 1 and 2)
@@ -44,8 +44,8 @@ from crossbatch.models.backbones import RESNETS, build_backbone
 
 TRAINING_UNITS = 3  # forward passes that a forward and a backward pass take
 BACKWARD = 2 / 3  # of the computation
-# Forward passes that `checkpoint_activations` repeats; of norms a read and a write of a fifth of what a forward pass moves.
-REPEATED = {"none": 0.0, "norms": 0.1, "blocks": 1.0}
+# Forward passes that `checkpoint_activations` repeats; of norms 33 of the 246 MB that a forward pass of an image moves.
+REPEATED = {"none": 0.0, "norms": 0.13, "blocks": 1.0}
 
 
 @dataclass(frozen=True)
@@ -121,37 +121,31 @@ class Work:
 
     flops: float
     kept: float
-    moved_share: float = 1.0  # of the bytes that the networks of the published runs move
 
     def seconds(self, gpu: Gpu, precision: str, of_peak: float, moves: float) -> tuple[float, str]:
         """Return the time at a share of the peak and so many moves of each byte kept, and which of the two limits it."""
         arithmetic = self.flops / (gpu.peak(precision) * of_peak)
-        memory = self.kept * moves * self.moved_share / (1e9 * gpu.bandwidth)
+        memory = self.kept * moves / (1e9 * gpu.bandwidth)
         return (arithmetic, "arithmetic") if arithmetic > memory else (memory, "memory bandwidth")
 
 
 @functools.cache
-def work_of(
-    precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = (), published: bool = False
-) -> Work:
-    """Count what one crop through a backbone takes.
-
-    Arguments are those of `build_backbone`, with the items of `backbone_args`; with `published`, the norms of a ResNet are
-    torch's, as in the published runs.
-    """
+def work_of(precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = ()) -> Work:
+    """Count what one crop through a backbone takes; arguments as of `build_backbone`, with the items of `backbone_args`."""
     backbone = without_memory(lambda: build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args)))
     kept = kept_by_backbone(backbone, image_size, precision).per_image / NUM_VIEWS
     counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
     with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        backbone(torch.empty(1, 3, image_size, image_size))
-    share = 1.0 if published or arch not in RESNETS else _moved_share(arch, precision)
-    return Work(float(TRAINING_UNITS * counter.get_total_flops()), kept, share)
+        backbone(torch.empty(2 * NUM_VIEWS, 3, image_size, image_size))
+    return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept)
 
 
 @functools.cache
-def _moved_share(arch: str, precision: str) -> float:
-    """Return what our ResNet moves as a share of what torchvision's does; it hardly depends on width and size of images."""
+def moved_share(precision: str, arch: str) -> float:
+    """Return what our network moves as a share of what torchvision's does; it hardly depends on width and size of images."""
+    if arch not in RESNETS:
+        return 1.0
     networks = (functools.partial(build_backbone, arch), functools.partial(torchvision.models.get_model, arch))
     ours, plain = (of_backbone(network, 224, precision).total for network in networks)
     return ours / plain
@@ -179,12 +173,14 @@ def estimate(
     computed = _computed(cfg, at, constants)
     computed[0] = backbone or computed[0]
     compute_ms = sum(stage.ms for stage in computed)
-    waits = of_parts(traffic, "norms", "keys", "groups").total() + 1  # and once for the gradients
-    waiting_ms = wait_ms(at.gpus, waits, compute_ms, constants.share)
+    of_all = of_parts(traffic, "stats", "keys", "groups").total() + 1  # and once for the gradients
+    norms = of_parts(traffic, "norms")
+    waits, share_norms = norms.total() + of_all, at.part_of(cfg.norm_ranks)
+    waiting_ms = wait_ms(share_norms.gpus, waits, compute_ms, constants.share, at.gpus // share_norms.gpus, of_all)
     links = [at.link] + [at.network] * (at.nodes > 1)
     counted = "counted; " + "; ".join(link.source.split(";")[0] for link in links)
 
-    def each_ms(*parts: str) -> list[float]:
+    def each_ms(*parts: str, at: Machines = at) -> list[float]:
         return [collective_ms(message.kind, message.size, at) for message in of_parts(traffic, *parts).elements()]
 
     zero, is_fsdp = cfg.config.zero_optimization, cfg.crossbatch.sharding == "fsdp"
@@ -194,9 +190,9 @@ def estimate(
     gradients_ms = _exposed_ms(each_ms("gradients"), behind_ms) + sum(each_ms("LARS"))
     stages = [
         *computed,
-        Stage("norms", sum(each_ms("norms")), f"{of_parts(traffic, 'norms').total()} collectives, counted; {_LATENCY}"),
+        Stage("norms", sum(each_ms("norms", at=share_norms)), f"{norms.total()} collectives, counted; {_LATENCY}"),
         Stage("stragglers", waiting_ms, f"{waits} synchronisations; {_FITTED}"),
-        Stage("keys", sum(each_ms("keys", "groups")), counted),
+        Stage("keys", sum(each_ms("stats", "keys", "groups")), counted),
         Stage("gradients", gradients_ms, counted),
         Stage("parameters", _exposed_ms(each_ms("parameters"), ahead_ms), counted),
     ]
@@ -214,7 +210,8 @@ def _computed(cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[S
         TRAINING_UNITS + (1 - 1 / cfg.chunks) + REPEATED[model.checkpoint_activations] + 1
     )  # the last: momentum encoder
     crops = NUM_VIEWS * cfg.local_batch * units / TRAINING_UNITS
-    crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, constants.moves)
+    moves = constants.moves * moved_share(cfg.precision, model.arch)
+    crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, moves)
     # The queries' side costs three forward passes, the keys' side one: about twice what both cost forward.
     heads_flops = 2 * sketch(cfg).heads_flops
     heads_ms = 1000 * heads_flops / (at.gpu.peak(cfg.precision) * constants.of_peak)

@@ -11,9 +11,11 @@ keep the residual (the shortcut of the first block of a ResNet's stage). The gra
 so the pass for the sums writes it, and the last pass reads it in place of the output and the incoming gradients.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +31,12 @@ _library = torch.library.Library("crossbatch", "FRAGMENT")
 def is_fused(x: Tensor) -> bool:
     """Return whether the passes over `x` are Triton's."""
     is_last = x.dim() == 2 or x.is_contiguous(memory_format=torch.channels_last)
-    return x.is_cuda and is_last and x.dtype != torch.float64
+    return x.is_cuda and is_last and x.dtype != torch.float64 and _runs_triton(x.device)
+
+
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def _passes(x: Tensor) -> ModuleType:
@@ -41,11 +48,16 @@ def _passes(x: Tensor) -> ModuleType:
     return passes_triton
 
 
+def run_pass(name: str, x: Tensor, *args) -> Any:
+    """Make the pass `name` over x: the one place from which all of them are called."""
+    return getattr(_passes(x), name)(x, *args)
+
+
 def _define(name: str, signature: str, fake: Callable) -> Callable:
     """Return the operator of the pass `name`, on whatever device x is."""
     operator = f"view_norm_{name}"
     _library.define(f"{operator}(Tensor x, {signature}", tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(operator, lambda x, *args: getattr(_passes(x), name)(x, *args), "CompositeExplicitAutograd")
+    _library.impl(operator, functools.partial(run_pass, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"crossbatch::{operator}", fake, lib=_library)
     return getattr(torch.ops.crossbatch, operator).default
 
@@ -116,18 +128,11 @@ class ViewNormalise(torch.autograd.Function):
         # `dy` is the gradient before the ReLU, or without one written, that behind it.
         dy, relu = (written[0], False) if written else (given[0], relu)
         # The parameters' gradients first: an all-reduce may work in place.
-        dbias, dweight = sums_V2C.sum(0).to(weight.dtype) if needs_dweight or needs_dbias else (None, None)
+        dweight = sums_V2C[:, 1].sum(0).to(weight.dtype) if needs_dweight else None
+        dbias = sums_V2C[:, 0].sum(0).to(weight.dtype) if needs_dbias else None
         dx = None
         if needs_dx:
             if collective.world_size > 1:
                 sums_V2C = collective.all_reduce(sums_V2C)
             dx = input_gradient(x, dy, *channels, sums_V2C, eps, count, relu)
-        return (
-            dx,
-            dweight if needs_dweight else None,
-            dbias if needs_dbias else None,
-            None,
-            None,
-            dy if needs_residual else None,
-            None,
-        )
+        return dx, dweight, dbias, None, None, dy if needs_residual else None, None

@@ -28,7 +28,7 @@ def statistics(x: Tensor, num_views: int) -> Tensor:
     partial, out = x.new_empty(strips, num_views, 2, C, dtype=torch.float32), _pairs(x, num_views)
     columns = triton.cdiv(C, block["BLOCK"])
     _launch(_strip_statistics, (strips * columns, num_views), x, partial, rows, C, strip, columns, **block)
-    _launch(_merge, (columns, num_views), partial, out, rows, C, strip, strips, **block)
+    _launch(_merge, (columns, num_views), x, partial, out, rows, C, strip, strips, **block)
     return out
 
 
@@ -170,18 +170,23 @@ def _store_sums(partial, number, i, C, first, second):
 
 @triton.jit
 def _strip_statistics(x, partial, rows, C, strip, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Store the mean of a strip, and its sum of squares around it. Sums are shifted by the mean of the strip's first tile."""
+    """Store how far the mean of a strip is from the view's first row, and the sum of squares around the mean.
+
+    Sums are of small numbers: of differences to the first row, less their mean in the strip's first tile.
+    """
     number, i, at = _tile(columns, C, ROWS, BLOCK)
     first, last = number * strip, tl.minimum(number * strip + strip, rows)
     row = tl.arange(0, ROWS)[:, None]
-    value = tl.load(x + _first_element(first, rows, C) + at, (first + row < last) & (i < C), 0.0).to(tl.float32)
-    shift = tl.sum(value, 0, keep_dims=True) / tl.minimum(ROWS, last - first)
+    first_row = tl.load(x + _first_element(0, rows, C) + i, i < C, 0.0).to(tl.float32)
+    inside = (first + row < last) & (i < C)
+    value = tl.load(x + _first_element(first, rows, C) + at, inside, 0.0).to(tl.float32)
+    shift = tl.sum(tl.where(inside, value - first_row, 0.0), 0, keep_dims=True) / tl.minimum(ROWS, last - first)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(first, last, ROWS):
         inside = (start + row < last) & (i < C)
         value = tl.load(x + _first_element(start, rows, C) + at, inside, 0.0).to(tl.float32)
-        value = tl.where(inside, value - shift, 0.0)
+        value = tl.where(inside, value - first_row - shift, 0.0)
         sums += value
         squares += value * value
     total = tl.sum(sums, 0, keep_dims=True)
@@ -190,8 +195,8 @@ def _strip_statistics(x, partial, rows, C, strip, columns, ROWS: tl.constexpr, B
 
 
 @triton.jit
-def _merge(partial, out, rows, C, strip, strips, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Store mean and biased variance of a view, [V, 2, C], from those of its strips (Chan et al., 1979)."""
+def _merge(x, partial, out, rows, C, strip, strips, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Store mean and biased variance of a view, [V, 2, C], from `_strip_statistics` (Chan et al., 1979)."""
     view, views = tl.program_id(1), tl.num_programs(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     shift = tl.load(partial + view * 2 * C + i, i < C, 0.0)
@@ -207,7 +212,8 @@ def _merge(partial, out, rows, C, strip, strips, ROWS: tl.constexpr, BLOCK: tl.c
         squares += tl.load(at + C, inside, 0.0) + count * away * away
     total = tl.sum(sums, 0, keep_dims=True)
     variance = (tl.sum(squares, 0, keep_dims=True) - total * (total / rows)) / rows
-    tl.store(out + view * 2 * C + i, shift + total / rows, i < C)
+    first_row = tl.load(x + _first_element(0, rows, C) + i, i < C, 0.0).to(tl.float32)
+    tl.store(out + view * 2 * C + i, first_row + (shift + total / rows), i < C)
     tl.store(out + view * 2 * C + C + i, tl.maximum(variance, 0.0), i < C)
 
 

@@ -15,6 +15,9 @@ from crossbatch.models.backbones import blocks
 from crossbatch.models.classifier import Classifier
 from tests.small_runs import ADAMW, BASE, RESNET, VIT, fsdp, losses, name_of, pretrainer, run, zero
 
+# torch looks at `.grad` of every input while it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 SIZES = {"image_size": 16, "projection_dim": 8, "mlp_dim": 16, "group_size": 4, "batchformer_loss": "sum"}
 ARCHS = {
     "vit_small": {"backbone_args": {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 4}},

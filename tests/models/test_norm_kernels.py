@@ -1,25 +1,37 @@
 """The passes of ViewBatchNorm, Triton's (interpreted where there is no GPU) and torch's, against float64."""
 
 import functools
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from crossbatch.models.norm import ViewBatchNorm, operators, passes_triton, view_batch_norm
-from crossbatch.models.norm.view_batch_norm import for_two_consumers
+from crossbatch.models.norm import (
+    ViewBatchNorm,
+    for_two_consumers,
+    operators,
+    passes_triton,
+    recomputed,
+    view_batch_norm,
+)
 
 EPS = 1e-5
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Take Triton's kernels for everything, with small tiles, so that a view is several strips of several tiles."""
+    """Take Triton's kernels on this device, too, with small tiles, so that a view is several strips."""
+
+    def is_last(x):
+        return x.dim() == 2 or x.is_contiguous(memory_format=torch.channels_last)
+
     for module in (operators, view_batch_norm):
-        monkeypatch.setattr(module, "is_fused", lambda x: True)
-    monkeypatch.setattr(passes_triton, "ELEMENTS", 256)
-    monkeypatch.setattr(passes_triton, "PROGRAMS", 8)
+        monkeypatch.setattr(module, "is_fused", is_last)
+    monkeypatch.setattr(passes_triton, "ELEMENTS", 1024)
+    monkeypatch.setattr(passes_triton, "PROGRAMS", 4)
 
 
 def inputs(shape, dtype, seed=0, mean=0.5):
@@ -71,9 +83,11 @@ def check(shape, views, dtype, adds, relu, **options):
     torchs = made(make(shape[1], EPS), plain, *given)
     got = made(ViewBatchNorm(shape[1], EPS, num_views=views), functools.partial(ours, adds, relu), *given)
     assert got.keys() == want.keys()
+    # The interpreter cuts bfloat16 off, where a GPU rounds to the nearest: twice the error, and a little more by chance.
+    slack = 2e-7 if dtype != torch.bfloat16 else 5e-4
     for name, value in got.items():
         assert value.dtype == torchs[name].dtype and value.shape == want[name].shape
-        assert error(value, want[name]) <= 2 * error(torchs[name], want[name]) + 2e-7, name
+        assert error(value, want[name]) <= 2 * error(torchs[name], want[name]) + slack, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -90,11 +104,13 @@ def test_all_in_one_pass(fused, dtype, adds, relu):
 def test_shapes_and_numbers_of_views(request, monkeypatch, passes, shape, views):
     if passes == "fused":
         request.getfixturevalue("fused")
-        monkeypatch.setattr(passes_triton, "ELEMENTS", 256 if shape[1] < 2048 else 4096)
+        monkeypatch.setattr(passes_triton, "ELEMENTS", 256 if shape[1] < 100 else 4096)
+        monkeypatch.setattr(passes_triton, "COLUMNS", 64 if shape[1] < 100 else 1024)
     check(shape, views, torch.float32, True, True)
 
 
-def test_a_mean_of_a_thousand_deviations(fused):
+def test_a_mean_of_a_thousand_deviations(fused, monkeypatch):
+    monkeypatch.setattr(passes_triton, "ELEMENTS", 256)  # strips of several tiles
     check((4, 6, 9, 31), 2, torch.float32, True, True, mean=1500.0)
 
 
@@ -104,19 +120,24 @@ def test_equal_inputs_give_equal_bits(fused):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_sequences_and_other_layouts_and_dtypes_of_what_comes_in(fused):
+def test_other_layouts_and_dtypes_of_what_comes_in(fused):
     """A residual in fp32, and a residual and a gradient that are stored contiguously, are those of channels last."""
     x, residual, dy, *parameters = inputs((4, 6, 9, 31), torch.bfloat16)
     call = functools.partial(ours, True, True)
     want = made(ViewBatchNorm(6), call, x, residual, dy, *parameters)
     got = made(ViewBatchNorm(6), call, x, residual.float().contiguous(), dy.contiguous(), *parameters)
-    assert got["dresidual"].dtype == torch.float32 and got["dresidual"].is_contiguous()
+    assert got["dresidual"].dtype == torch.float32
     for name, value in got.items():
         torch.testing.assert_close(value, want[name].to(value.dtype), rtol=0, atol=0)
-    flat = [t.flatten(2).contiguous() for t in (x, residual, dy)]
-    flattened = made(ViewBatchNorm(6), call, *flat, *parameters)
-    for name, value in flattened.items():
-        torch.testing.assert_close(value, want[name].reshape(value.shape), rtol=2e-2, atol=2e-2)
+
+
+def test_sequences_are_images_of_width_1():
+    x, residual, dy, *parameters = inputs((4, 6, 9, 31), torch.float32)
+    call = functools.partial(ours, True, True)
+    want = made(ViewBatchNorm(6), call, x, residual, dy, *parameters)
+    got = made(ViewBatchNorm(6), call, *(t.flatten(2) for t in (x, residual, dy)), *parameters)
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name].reshape(value.shape), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("passes", ["fused", "torch"])
@@ -138,6 +159,41 @@ def test_two_consumers(request, passes):
             torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("passes", ["fused", "torch"])
+def test_an_output_that_is_not_kept_is_computed_again(request, passes):
+    """The convolution behind it keeps the norm's input, and its gradient is the same to the bit."""
+    if passes == "fused":
+        request.getfixturevalue("fused")
+    x, _, dy, weight, bias = inputs((2, 5, 7, 33), torch.bfloat16)
+    kernel, outputs = torch.randn(5, 5, 1, 1).bfloat16().requires_grad_(), []
+
+    def call(recomputes, norm, x, _):
+        norm.recomputes_output = recomputes
+        y = norm(x, relu=True)
+        outputs.append(StorageWeakRef(y.untyped_storage()))
+        with recomputed(y):
+            return nn.functional.conv2d(y, kernel)
+
+    def results(recomputes):
+        def end(norm, x, residual):
+            out = call(recomputes, norm, x, residual)
+            gc.collect()  # the interpreter's circles of references
+            assert outputs[-1].expired() == recomputes
+            return out
+
+        kernel.grad = None
+        return {**made(ViewBatchNorm(5), end, x, x, dy, weight, bias), "kernel": gradient(kernel)}
+
+    want, got = results(False), results(True)
+    for name, value in want.items():
+        assert got[name].equal(value), name
+
+
+def gradient(tensor):
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def test_a_nan_stays(fused):
     x, residual, *_ = inputs((2, 5, 7, 33), torch.float32)
     residual[0, 0, 0, 0] = torch.nan
@@ -154,29 +210,11 @@ def test_rows_beyond_two_to_the_31st_element():
     x[:4], x[rows : rows + 4] = 0, tile
     channels = torch.zeros(2, C), torch.ones(2, C), torch.ones(C), torch.zeros(C)
     numbers: dict[str, Any] = {"ROWS": 4, "BLOCK": C, "num_warps": 1}
-    passes_triton._normalise[(1, 2)](x, x, y, *channels, C, rows, C, 1, 0.0, RESIDUAL=False, RELU=True, **numbers)  # pyright: ignore
+    kernels: Any = passes_triton
+    kernels._normalise[(1, 2)](x, x, y, *channels, C, rows, C, 1, 0.0, RESIDUAL=False, RELU=True, **numbers)
     assert y[rows : rows + 4].equal(tile.relu())
-    partial = torch.zeros(1, 2, 2, C)
-    passes_triton._backward_sums[(1, 2)](
-        x,
-        x,
-        x,
-        x,
-        x,
-        *channels,
-        partial,
-        C,
-        rows,
-        C,
-        4,
-        1,
-        0.0,
-        TWO=False,
-        RELU=False,
-        KEPT=False,
-        WRITE=False,
-        **numbers,
-    )  # pyright: ignore
+    partial, options = torch.zeros(1, 2, 2, C), dict.fromkeys(("TWO", "RELU", "KEPT", "WRITE"), False)
+    kernels._backward_sums[(1, 2)](x, x, x, x, x, *channels, partial, C, rows, C, 4, 1, 0.0, **options, **numbers)
     torch.testing.assert_close(partial[0, 1, 0], tile.float().sum(0))
 
 
