@@ -16,10 +16,14 @@ SIZE = (8, 6, 40, 40)
 IMAGE = 2 * 8 * 6 * 40 * 40  # bytes of one tensor of that size in 16 bits
 
 
+def images() -> torch.Tensor:
+    return torch.empty(SIZE, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+
+
 def moved(norm: nn.Module, *residual: torch.Tensor, **more) -> float:
     """Count a norm's passes in tensors: what it moves besides vectors of channels, in units of its input."""
+    x = images()
     with BytesMoved("cpu") as counted:
-        x = torch.empty(SIZE, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
         y = norm(x, *residual, **more)
         y.backward(torch.empty_like(y))
     return counted.total / IMAGE
@@ -38,9 +42,8 @@ def test_a_fused_norm_moves_nothing_more_for_its_relu_and_two_tensors_for_its_re
     with fake_gpu("fp32"):
         assert moved(norm) == pytest.approx(3 + 5, rel=0.1)
         assert moved(norm, relu=True) == pytest.approx(3 + 5, rel=0.1)
-        r = torch.empty(SIZE, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
         # Forward reads the residual. Backward the sums read x, dy, y and write the gradient of the sum, which dx needs with x.
-        assert moved(norm, r, relu=True) == pytest.approx(1 + 3 + 4 + 3, rel=0.1)
+        assert moved(norm, images(), relu=True) == pytest.approx(1 + 3 + 4 + 3, rel=0.1)
 
 
 def test_a_resnet50_moves_what_its_layers_do():

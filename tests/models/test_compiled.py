@@ -174,7 +174,13 @@ def compiled_run(overrides: list[str], out: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("model", "backend"),
-    [(VIT, zero(1)), (VIT, zero(3)), (VIT, fsdp(3)), (RESNET, fsdp(1)), (RESNET, zero(3))],
+    [
+        (VIT, zero(3)),
+        (VIT, fsdp(3)),
+        (RESNET, fsdp(1)),
+        pytest.param(VIT, zero(1), marks=pytest.mark.slow),
+        pytest.param(RESNET, zero(3), marks=pytest.mark.slow),
+    ],
     ids=name_of,
 )
 def test_ranks_compute_what_they_did_before(tmp_path, two_ranks, model, backend):
