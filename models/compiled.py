@@ -54,7 +54,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         _compiled(_two_operators, BACKEND)(torch.ones(16, device=device))
     except Exception as error:
-        *_, reason = str(error).strip().partition("\n")[0].rpartition("Error: ")
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+        *_, reason = (lines or [type(error).__name__])[0].rpartition("Error: ")
         missing = "Triton and a C compiler (gcc)" if device.type == "cuda" else "a C++ compiler (g++)"
         raise ValueError(
             f"compile is true, but torch.compile cannot compile for {device.type} here: {reason}; install {missing}, or set it "

@@ -121,37 +121,31 @@ class Work:
 
     flops: float
     kept: float
-    moved_share: float = 1.0  # of the bytes that the networks of the published runs move
 
     def seconds(self, gpu: Gpu, precision: str, of_peak: float, moves: float) -> tuple[float, str]:
         """Return the time at a share of the peak and so many moves of each byte kept, and which of the two limits it."""
         arithmetic = self.flops / (gpu.peak(precision) * of_peak)
-        memory = self.kept * moves * self.moved_share / (1e9 * gpu.bandwidth)
+        memory = self.kept * moves / (1e9 * gpu.bandwidth)
         return (arithmetic, "arithmetic") if arithmetic > memory else (memory, "memory bandwidth")
 
 
 @functools.cache
-def work_of(
-    precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = (), published: bool = False
-) -> Work:
-    """Count what one crop through a backbone takes.
-
-    Arguments are those of `build_backbone`, with the items of `backbone_args`; with `published`, the norms of a ResNet are
-    torch's, as in the published runs.
-    """
+def work_of(precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = ()) -> Work:
+    """Count what one crop through a backbone takes; arguments as of `build_backbone`, with the items of `backbone_args`."""
     backbone = without_memory(lambda: build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args)))
     kept = kept_by_backbone(backbone, image_size, precision).per_image / NUM_VIEWS
     counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
     with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         backbone(torch.empty(2 * NUM_VIEWS, 3, image_size, image_size))
-    share = 1.0 if published or arch not in RESNETS else _moved_share(arch, precision)
-    return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept, share)
+    return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept)
 
 
 @functools.cache
-def _moved_share(arch: str, precision: str) -> float:
-    """Return what our ResNet moves as a share of what torchvision's does; it hardly depends on width and size of images."""
+def moved_share(precision: str, arch: str) -> float:
+    """Return what our network moves as a share of what torchvision's does; it hardly depends on width and size of images."""
+    if arch not in RESNETS:
+        return 1.0
     networks = (functools.partial(build_backbone, arch), functools.partial(torchvision.models.get_model, arch))
     ours, plain = (of_backbone(network, 224, precision).total for network in networks)
     return ours / plain
@@ -216,7 +210,8 @@ def _computed(cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[S
         TRAINING_UNITS + (1 - 1 / cfg.chunks) + REPEATED[model.checkpoint_activations] + 1
     )  # the last: momentum encoder
     crops = NUM_VIEWS * cfg.local_batch * units / TRAINING_UNITS
-    crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, constants.moves)
+    moves = constants.moves * moved_share(cfg.precision, model.arch)
+    crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, moves)
     # The queries' side costs three forward passes, the keys' side one: about twice what both cost forward.
     heads_flops = 2 * sketch(cfg).heads_flops
     heads_ms = 1000 * heads_flops / (at.gpu.peak(cfg.precision) * constants.of_peak)

@@ -15,6 +15,9 @@ from crossbatch.models.backbones import blocks
 from crossbatch.models.classifier import Classifier
 from tests.small_runs import ADAMW, BASE, RESNET, VIT, fsdp, losses, name_of, pretrainer, run, zero
 
+# torch looks at `.grad` of every input while it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 SIZES = {"image_size": 16, "projection_dim": 8, "mlp_dim": 16, "group_size": 4, "batchformer_loss": "sum"}
 ARCHS = {
     "vit_small": {"backbone_args": {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 4}},
@@ -101,8 +104,9 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_parameters(counter):
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.zero_()
-        assert not blocks(copied.online.backbone)[0](torch.zeros(2, 17, 24)).any()
-        assert blocks(model.online.backbone)[0](torch.ones(2, 17, 24).cumsum(-1)).any()
+        x = torch.randn(2, 17, 24)
+        assert blocks(copied.online.backbone)[0](x).equal(x)  # only the shortcut is left
+        assert not blocks(model.online.backbone)[0](x).equal(x)
 
 
 def test_stochastic_depth_draws_the_same_numbers(counter):
@@ -171,7 +175,13 @@ def compiled_run(overrides: list[str], out: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("model", "backend"),
-    [(VIT, zero(1)), (VIT, zero(3)), (VIT, fsdp(3)), (RESNET, fsdp(1)), (RESNET, zero(3))],
+    [
+        (VIT, zero(3)),
+        (VIT, fsdp(3)),
+        (RESNET, fsdp(1)),
+        pytest.param(VIT, zero(1), marks=pytest.mark.slow),
+        pytest.param(RESNET, zero(3), marks=pytest.mark.slow),
+    ],
     ids=name_of,
 )
 def test_ranks_compute_what_they_did_before(tmp_path, two_ranks, model, backend):
