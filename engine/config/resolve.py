@@ -217,7 +217,7 @@ def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:
 def _norm_ranks(config: Config, world_size: int, local_world_size: int) -> int | str:
     """Return how many ranks share statistics: a number below the number of ranks, or "world", which fits any of them."""
     given = config.crossbatch.model.norm_ranks
-    ranks = {"world": world_size, "node": local_world_size}.get(given, given)
+    ranks = given if isinstance(given, int) else {"world": world_size, "node": local_world_size}[given]
     if world_size % ranks:
         what = f"node, which has {ranks} ranks here," if given == "node" else given
         near = max(n for n in range(1, min(ranks, world_size) + 1) if world_size % n == 0)

@@ -90,7 +90,7 @@ class Options(NamedTuple):
 
     eps: float
     relu: bool
-    count: int  # of values in a channel of a view, over all ranks
+    values: int  # in a channel of a view, over all ranks
     collective: Collective
     keeps_output: bool  # for the mask of the ReLU; otherwise it is computed again
 
@@ -117,7 +117,7 @@ class ViewNormalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x, weight, bias, mean_VC, var_VC, y), (eps, relu, count, collective, _) = ctx.saved_tensors, ctx.options
+        (x, weight, bias, mean_VC, var_VC, y), (eps, relu, values, collective, _) = ctx.saved_tensors, ctx.options
         needs_dx, needs_dweight, needs_dbias, _, _, needs_residual, _ = ctx.needs_input_grad
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         given = [dy.contiguous(memory_format=memory_format) for dy in dys if dy is not None]
@@ -134,5 +134,5 @@ class ViewNormalise(torch.autograd.Function):
         if needs_dx:
             if collective.world_size > 1:
                 sums_V2C = collective.all_reduce(sums_V2C)
-            dx = input_gradient(x, dy, *channels, sums_V2C, eps, count, relu)
+            dx = input_gradient(x, dy, *channels, sums_V2C, eps, values, relu)
         return dx, dweight, dbias, None, None, dy if needs_residual else None, None

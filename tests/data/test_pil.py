@@ -138,7 +138,7 @@ def test_field_bicubic_is_pils_and_opencv_agrees():
     other = automatic_views(None, range(6), interpolation="bicubic", backend="opencv")
     assert (views.float() - other.float()).abs().mean() < 2
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 60, 3), dtype=np.uint8))
-    want = TF.resize(image, [24 * 2], TF.InterpolationMode.BICUBIC)
+    want = TF.resize(image, [24 * 2], TF.InterpolationMode.BICUBIC)  # pyright: ignore[reportArgumentType]
     assert torch.equal(evaluation_image(image, 48, "bicubic"), TF.pil_to_tensor(TF.center_crop(want, [48])))
 
 

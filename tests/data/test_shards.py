@@ -408,6 +408,7 @@ def test_field_members_are_read_by_their_last_extension_or_counted(tmp_path):
             "second image of a key": 2, "second .cls of a key": 1, ".json": 1, ".txt": 1, ".tif": 1, "no extension": 1,
             ".cls without an image": 2, "hard link": 1, "link": 1, ".tar.gz": 1
         }  # fmt: skip
+    source = Shards(tmp_path / "train", tmp_path / "cache")
     assert describe_source(source).startswith(
         "6 images, 3 classes, 1 of them without a label (12 files passed over: 2 .cls"
     )

@@ -374,6 +374,7 @@ def test_field_what_is_passed_over_is_counted(tree, tmp_path):
     for _ in range(2):
         source = open_source(tree, cache=tmp_path / "cache")
         assert describe_source(source) == words
+    source = open_source(tree, cache=tmp_path / "cache")
     assert [source.name(i) for i in range(5)][:3] == ["a/deep/x.JPEG", "a/part2/more/w.png", "a/z.webp"]
     assert source.labels.tolist() == [0, 0, 0, 1, 1]
     shutil.rmtree(tree / "val/a")

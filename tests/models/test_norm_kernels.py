@@ -34,7 +34,7 @@ def fused(monkeypatch):
     monkeypatch.setattr(passes_triton, "PROGRAMS", 4)
 
 
-def inputs(shape, dtype, seed=0, mean=0.5):
+def inputs(shape, dtype, seed=0, mean=0.5) -> tuple[torch.Tensor, ...]:
     """Return x, the residual and the gradient of the output, channels last, and weight and bias."""
     generator = torch.Generator().manual_seed(seed)
     x, residual, dy = torch.randn((3, *shape), generator=generator)
