@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores; ranks and workers br
 
 import importlib.metadata
 import multiprocessing
+import signal
 import socket
 import traceback
 
@@ -17,7 +18,12 @@ from tests.jobs import IMPORTED_ONCE
 
 
 def pytest_configure(config):
-    """Kernels are interpreted, but for the tests that are about a GPU. Must be set before triton is imported."""
+    """Kernels are interpreted, but for the tests that are about a GPU. Must be set before triton is imported.
+
+    Signals do what they do in a terminal: a shell starts a job in the background with SIGINT ignored, nohup with SIGHUP.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     compiled = config.option.markexpr.startswith("gpu")
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")
     if os.environ["TRITON_INTERPRET"] == "1" and _triton_version().startswith("3.6."):

@@ -60,13 +60,14 @@ def measured_with() -> dict:
 
 def train(settings: dict, out: str) -> None:
     """Run the launcher's main on this rank of a pool, inside the pool's process group."""
+    from crossbatch.engine.runtime import distributed
     from crossbatch.launch import pretrain
 
     flags = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain.py", "--out", out, f"--steps={STEPS}", *flags]))
         stack.enter_context(mock.patch.dict(os.environ, OMP_NUM_THREADS=str(THREADS), CUDA_VISIBLE_DEVICES=""))
-        os.environ.pop("MASTER_ADDR")  # the pool has met already, and stays together
+        stack.enter_context(mock.patch.object(distributed, "_store"))  # the pool has met already, and stays together
         for name in ("init_process_group", "destroy_process_group"):
             stack.enter_context(mock.patch(f"torch.distributed.{name}"))
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
