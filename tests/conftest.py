@@ -67,6 +67,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(autouse=True)
+def handlers_of_signals():
+    """Take back what a run in this process leaves when it ends with an error: there, the process ends, too."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = [(number, signal.getsignal(number)) for number in numbers]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
 class RankPool:
     """World-size processes joined by gloo; `run` calls a module-level function on every rank and returns the results."""
 
