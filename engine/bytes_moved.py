@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from crossbatch.engine.sketch import shapes_only, without_memory
 from crossbatch.models import NUM_VIEWS
-from crossbatch.models.norm import operators, view_batch_norm
+from crossbatch.models.norm.operators import as_if_fused
 
 PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
 _OUT = {"out", "out0", "out1", "out2"}
@@ -103,10 +102,7 @@ def of_backbone(build: Callable[[], nn.Module], image_size: int, precision: str,
 @contextlib.contextmanager
 def fake_gpu(precision: str) -> Iterator[None]:
     """Let networks of `without_memory` run under autocast as on a GPU: the norms take the operators of their kernels."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(shapes_only(precision))
-        for module in (operators, view_batch_norm):
-            stack.enter_context(mock.patch.object(module, "is_fused", lambda x: True))
+    with shapes_only(precision), as_if_fused():
         yield
 
 

@@ -49,9 +49,10 @@ _sketches: dict[str, Sketch] = {}
 
 
 def sketch(cfg: ResolvedConfig) -> Sketch:
-    """Trace the network of `cfg`, once: configurations that differ in sharding or chunks share it."""
+    """Trace the network of `cfg`, once: configurations that differ in sharding, chunks or who shares statistics share it."""
     ours, batch = cfg.crossbatch, (cfg.group_size, cfg.local_batch, cfg.world_size)
-    key = repr((ours.model, ours.batchformer, ours.data.image_size, cfg.precision, batch))
+    model = ours.model.model_copy(update={"norm_ranks": "world"})
+    key = repr((model, ours.batchformer, ours.data.image_size, cfg.precision, batch))
     if key not in _sketches:
         _sketches[key] = _sketch(cfg)
     return _sketches[key]

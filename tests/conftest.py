@@ -14,7 +14,7 @@ import traceback
 import pytest
 import torch
 
-from tests.jobs import IMPORTED_ONCE
+from tests.jobs import IMPORTED_ONCE, Nursery
 
 
 def pytest_configure(config):
@@ -159,6 +159,14 @@ def pools():
     yield get
     for pool in open_pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    """Starts the processes of runs that tests stop, kill or cut off from each other."""
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
 
 
 @pytest.fixture(scope="session")

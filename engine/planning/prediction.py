@@ -206,9 +206,8 @@ def _computed(cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[S
     model, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
     args = tuple(model.backbone_args.items())
     crop = work_of(cfg.precision, model.arch, size, model.stem, model.stop_grad_conv1, backbone_args=args)
-    units = (
-        TRAINING_UNITS + (1 - 1 / cfg.chunks) + REPEATED[model.checkpoint_activations] + 1
-    )  # the last: momentum encoder
+    repeated = (1 - 1 / cfg.chunks) + REPEATED[model.checkpoint_activations]
+    units = TRAINING_UNITS + repeated + 1  # the last: momentum encoder
     crops = NUM_VIEWS * cfg.local_batch * units / TRAINING_UNITS
     moves = constants.moves * moved_share(cfg.precision, model.arch)
     crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, moves)

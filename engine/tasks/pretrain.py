@@ -58,8 +58,7 @@ class PretrainTask:
         return TrainStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.timer)
 
     def on_start(self, step: TrainStep, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
-        """Return what was chosen automatically: the chunk, and the kernel of BatchFormer; and what is compiled."""
-        """Return what was found and chosen automatically: images, the chunk, and the kernel of BatchFormer."""
+        """Return what was found and chosen automatically: images, the chunk, the kernel of BatchFormer, what is compiled."""
         model = step.backend.model
         assert isinstance(model, MoCo)
         notes = [*self.notes]

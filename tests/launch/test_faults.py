@@ -23,13 +23,6 @@ EVERY_2 = ["crossbatch.checkpoint.every_steps=2"]
 ONE_CHUNK = ["train_micro_batch_size_per_gpu=12"]  # at most; "auto" takes each start longer than the steps
 
 
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
 def flags(out: Path, *settings: str) -> list[str]:
     return [f"--out={out}", *(f"--set={setting}" for setting in (*BASE, *EVERY_2, *ONE_CHUNK, *settings))]
 

@@ -23,17 +23,10 @@ from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import finetune, knn, linear
 from crossbatch.launch.__main__ import COMMANDS
 from crossbatch.models import build_backbone
-from tests.jobs import Nursery, metrics
+from tests.jobs import metrics
 from tests.small_runs import BASE, LARS, RESNET, VIT, fsdp
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 def flags(out: Path, *settings: str) -> list[str]:
