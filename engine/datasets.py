@@ -6,12 +6,13 @@ never be seen, without any error message.
 """
 
 import itertools
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from crossbatch.engine.config.schema import PATH
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
+_COMPARED = 64  # files that every rank reads to see whether it has the same ones as the others
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
 
@@ -172,13 +174,30 @@ def _open_on_all_ranks(
     dist.all_gather_object(found, mine)
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
-            counts, wanted = (" + ".join(str(images) for images, _ in facts) for facts in (theirs, found[0]))
-            how = f"{counts} images, but rank 0 finds {wanted}" if counts != wanted else "other labels than rank 0"
+            counts, wanted = (" + ".join(str(facts[0]) for facts in splits) for splits in (theirs, found[0]))
+            how = f"{counts} images, but rank 0 finds {wanted}" if counts != wanted else _differing(theirs, found[0])
             raise InputError(f"{_KEY}: {path}: rank {rank} finds {how}; give every node the same files")
     return sources
 
 
-def _facts(source: Source) -> tuple[int, int]:
-    """Return how many images there are, and a checksum of labels and class names."""
+def _differing(theirs: list["Facts"], first: list["Facts"]) -> str:
+    """Return in what the images of a rank differ from those of rank 0."""
+    pairs = zip(zip(*theirs, strict=True), zip(*first, strict=True), strict=True)
+    kinds = ("numbers", "labels", "file names", "file contents")
+    return f"other {next(kind for kind, (its, ours) in zip(kinds, pairs, strict=True) if its != ours)} than rank 0"
+
+
+Facts: TypeAlias = tuple[int, int, int, int]
+
+
+def _facts(source: Source) -> Facts:
+    """Return how many images there are, and checksums: of labels and class names, of all file names, of some files."""
     labels = np.ascontiguousarray(source.labels, dtype=np.int64)
-    return len(source), zlib.crc32("\n".join(source.class_names).encode(), zlib.crc32(labels.tobytes()))
+    named = zlib.crc32("\n".join(source.class_names).encode(), zlib.crc32(labels.tobytes()))
+    names, contents = 0, 0
+    for index in range(len(source)):  # 1 s for ImageNet
+        names = zlib.crc32(os.fsencode(source.name(index)), names)
+    for index in np.unique(np.linspace(0, len(source) - 1, _COMPARED).astype(int)).tolist():
+        with suppress(OSError):  # a broken image, on all nodes or on one
+            contents = zlib.crc32(source.read(index), contents)
+    return len(source), named, names, contents

@@ -5,13 +5,15 @@ torchrun --nproc_per_node 8 launch/knn.py --checkpoint checkpoint_0099.pth.tar -
 python launch/knn.py --checkpoint runs/cifar10 --data cifar10://datasets --set crossbatch.knn.k=[20,5]
 """
 
+from functools import partial
 from pathlib import Path
 
-from crossbatch.engine.config import Device, choose_precision, load_config
+from crossbatch.engine.config import Device, choose_precision, load_config, to_dict
 from crossbatch.engine.config.evaluation import KnnConfig
 from crossbatch.engine.config.resolve import share_cores
 from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.same_run import check_same_run, facts_of
 from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, output_folder, overrides
 
 ALIASES: list[Alias] = [
@@ -34,7 +36,8 @@ def main() -> None:
     choose_precision(config.crossbatch.precision, device)  # refuses bf16 where there is none
     workers, threads = share_cores(config.crossbatch.data.workers, device, world.local_size)
     out = output_folder(arguments, "knn")
-    with process_group(world, device.type, threads) as torch_device:
+    facts = facts_of(to_dict(config), out=arguments.out)
+    with process_group(world, device.type, threads, check=partial(check_same_run, facts)) as torch_device:
         from crossbatch.engine.evaluation.knn_evaluation import KnnEvaluation
 
         KnnEvaluation(config, world, torch_device, workers, broadcast_object(out)).run()

@@ -1,14 +1,16 @@
-"""Joins the processes of a run as ranks. No other file of the engine reads the environment.
+"""Joins the processes of a run as ranks. No other file of the engine but `launchers` reads the environment.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; a plain `python` sets nothing and becomes a world of
-one.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; srun and mpirun have names of their own for them; a
+plain `python` sets nothing and becomes a world of one.
 """
 
 import contextlib
 import ctypes
 import os
+import re
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,14 +42,84 @@ class World:
 
 
 def world_from_environment() -> World:
-    """Return the rank that the launcher has given this process; no process group is needed."""
+    """Return the rank that the launcher has given this process; no process group is needed.
+
+    Where nothing says how many ranks a node has, a LOCAL_RANK means that all are on this one, none that each has its own.
+
+    Raises InputError if srun or mpirun have started several ranks, but nothing says where they meet.
+    """
+    adopt_scheduler()
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_sizes = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+    unsaid = str(size) if "LOCAL_RANK" in os.environ else "1"
     return World(
         rank=int(os.environ.get("RANK", "0")),
         size=size,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(size)))),
+        local_size=int(next(filter(None, local_sizes), unsaid)),
     )
+
+
+# What srun and mpirun set: the number of ranks, this rank, its number on its node, the number of ranks there. mpirun comes
+# first: in a Slurm job it starts its daemons with srun, and the ranks see the numbers of the daemons, too.
+_SCHEDULERS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
+
+
+def adopt_scheduler() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_* from what srun or mpirun have set, if nobody else has.
+
+    They go into the environment because DeepSpeed looks for them there.
+
+    Raises InputError if several ranks have been started, but nothing says where they meet.
+    """
+    found = next((names for names in _SCHEDULERS if int(os.environ.get(names[0], "1")) > 1), None)
+    if "RANK" in os.environ or found is None:
+        return
+    missing = [name for name in found if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"{found[0]}={os.environ[found[0]]}, but no {missing[0]}: this command was started that many times and "
+            f"does not know as which rank; set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        )
+    size, rank, local_rank, local_size = (os.environ[name] for name in found)
+    if found[0].startswith("SLURM"):
+        local_size = str(_tasks_per_node(local_size)[int(os.environ["SLURM_NODEID"])])
+    if "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+        local_rank = "0"  # each rank has a GPU of its own and sees no other (srun --gpus-per-task)
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    if "MASTER_ADDR" in os.environ:
+        address = os.environ["MASTER_ADDR"]
+    elif nodes is not None:
+        address = _first_host(nodes)
+    elif local_size == size:
+        address = "127.0.0.1"
+    else:
+        raise InputError(
+            f"{found[0]}={size}: mpirun has started ranks on several nodes, but no MASTER_ADDR says where they meet; give it "
+            f"the host of rank 0: mpirun -x MASTER_ADDR=HOST (Intel MPI, MPICH: -genv MASTER_ADDR HOST)"
+        )
+    # Two jobs on one node must not meet each other.
+    job = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE")]
+    port = 15000 + zlib.crc32(" ".join(job).encode()) % 15000  # below those that the kernel gives to connections
+    os.environ.update(
+        RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=local_size, MASTER_ADDR=address
+    )
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Return Slurm's number of tasks of each node: of "2(x3),1" it is [2, 2, 2, 1]."""
+    parts = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(","))
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+
+
+def _first_host(nodes: str) -> str:
+    """Return the first of Slurm's nodes: of "gpu[07-09,12],login1" it is gpu07."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
 def hides_gpus() -> bool:
@@ -61,15 +133,19 @@ def may_be_restarted() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(world: World, device_type: str, threads: int = 1, timeout_s: float = 1800) -> Iterator[torch.device]:
+def process_group(
+    world: World,
+    device_type: str,
+    threads: int = 1,
+    timeout_s: float = 1800,
+    check: Callable[[dist.Store, World, float], None] | None = None,
+) -> Iterator[torch.device]:
     """Join the ranks (NCCL on GPUs, gloo on CPUs) and yield this rank's device; leave the group at the end.
 
     On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise. A collective fails after `timeout_s`. With NCCL, which
-    then ends the process by itself, it fails a minute later, so that the watchdog can name the rank at fault first.
-
-    Raises InputError if srun or mpirun started several processes that do not know of each other.
+    then ends the process by itself, it fails a minute later, so that the watchdog can name the rank at fault first. `check` is
+    called with the store in which the ranks meet, before they join, and with `world` and `timeout_s`.
     """
-    _require_launcher()
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -82,9 +158,12 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
     timeout = timedelta(seconds=timeout_s)
+    store = meet(world, timeout)
+    if check is not None:
+        check(store, world, timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=_store(world, timeout),
+        store=store,
         rank=world.rank,
         world_size=world.size,
         timeout=timeout + timedelta(seconds=60 if device.type == "cuda" else 0),
@@ -99,22 +178,15 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
     dist.destroy_process_group()
 
 
-def _require_launcher() -> None:
-    """Raise InputError if several processes were started that would each become a world of one."""
-    for started in () if "RANK" in os.environ else ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if int(os.environ.get(started, "1")) > 1:
-            raise InputError(
-                f"{started}={os.environ[started]}, but no RANK: this command was started {os.environ[started]} times, each as "
-                f"a run of its own; start torchrun once per node instead: it starts one per GPU (see launch/pretrain.slurm)"
-            )
-
-
-def _store(world: World, timeout: timedelta) -> dist.Store:
-    """Return the store in which the ranks find each other."""
+def meet(world: World, timeout: timedelta) -> dist.Store:
+    """Return the store in which the ranks find each other; it is there once rank 0 is."""
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
-    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
-    return unused(store, world) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else store
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+        return unused(store, world)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, world.size, world.is_main, timeout, wait_for_workers=False)
 
 
 def unused(store: dist.Store, world: World) -> dist.Store:

@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from crossbatch import InputError, RunStopped
 from crossbatch.engine.runtime.distributed import World, world_from_environment
+from crossbatch.engine.runtime.launchers import check_whole_command, end_with_launcher
+from crossbatch.engine.runtime.same_run import refuse
 
 BUG, WRONG_INPUT, STOPPED = 1, 2, 3
 
@@ -16,13 +18,14 @@ BUG, WRONG_INPUT, STOPPED = 1, 2, 3
 def run_main(main: Callable[[], None]) -> None:
     """Call a command's `main` and turn what it raises into a message on stderr and an exit code.
 
-    All ranks find the same fault with the input, so only rank 0 prints it; a rank that stops prints its own reason.
+    Rank 0 prints what is wrong with the input; a rank that stops prints its own reason.
     """
+    end_with_launcher()
     try:
+        check_whole_command()
         main()
     except InputError as error:
-        if world_from_environment().is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        refuse(_world(), str(error))
         sys.exit(WRONG_INPUT)
     except RunStopped as error:
         world = world_from_environment()
@@ -35,6 +38,14 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         traceback.print_exc()
         _exit(BUG, world)
+
+
+def _world() -> World:
+    """Return this rank, or a world of one where the environment is what is wrong."""
+    try:
+        return world_from_environment()
+    except InputError:
+        return World(0, 1, 0, 1)
 
 
 def _exit(code: int, world: World) -> NoReturn:

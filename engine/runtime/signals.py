@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from crossbatch.engine.runtime.distributed import cpu_group
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Signals:
@@ -23,7 +23,10 @@ class Signals:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        heard = [
+            number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        ]
+        self._before = {number: signal.signal(number, self._remember) for number in heard}  # nohup ignores SIGHUP
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
