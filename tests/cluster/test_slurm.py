@@ -17,7 +17,7 @@ from tests.cluster.conftest import (
 )
 
 pytestmark = pytest.mark.slow
-STEPS = 400
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
