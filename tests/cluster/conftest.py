@@ -54,6 +54,7 @@ class Box:
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
+        self.commands: list[Command] = []
         python = Path(sys.executable).parent
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI"))},
@@ -83,11 +84,17 @@ class Box:
     def on(self, node: str, *command: str, **environment: str) -> Command:
         """Start a command on a node; `exec` keeps its process id that of the launcher, for signals."""
         self.count += 1
-        return Command(
-            ["bash", str(FOLDER / "nodes.sh"), "on", node, *command],
-            self.folder / f"log-{self.count}",
-            {**self.environment, **environment},
-        )
+        arguments = ["bash", str(FOLDER / "nodes.sh"), "on", node, *command]
+        self.commands.append(Command(arguments, self.folder / f"log-{self.count}", {**self.environment, **environment}))
+        return self.commands[-1]
+
+    def end_commands(self) -> None:
+        """Kill what a test has left; ranks of other sessions end with their launcher."""
+        for command in self.commands:
+            if command.process.poll() is None:
+                os.killpg(command.process.pid, signal.SIGKILL)
+                command.process.wait()
+        self.commands.clear()
 
     def ask(self, node: str, *command: str) -> str:
         """Return what a command prints."""
@@ -99,6 +106,12 @@ class Box:
             ["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True
         ).stdout.splitlines()
         return [line for line in lines if str(out) in line and "launch/pretrain" in line]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(box):
+    yield
+    box.end_commands()
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,17 @@ def start(box, launcher: str, out, *flags: str) -> list:
         run = [*TORCHRUN, f"--master_port={port}"]
         return [box.on(f"node{n + 1}", *run, f"--node_rank={n}", *pretrain(out, *flags)) for n in (0, 1)]
     if launcher == "mpirun":
-        run = ["mpirun", "--allow-run-as-root", "--host", "node1,node2", "-x", "MASTER_ADDR=10.88.0.1"]
+        # Open MPI would bind each rank, with the workers that load its images, to one core.
+        run = [
+            "mpirun",
+            "--allow-run-as-root",
+            "--bind-to",
+            "none",
+            "--host",
+            "node1,node2",
+            "-x",
+            "MASTER_ADDR=10.88.0.1",
+        ]
         for transport in ("btl", "oob"):
             run += ["--mca", f"{transport}_tcp_if_include", "eth0"]
         for variable in ("PATH", "PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS"):

@@ -11,8 +11,10 @@ from PIL import Image
 from tests.jobs import Job, Nursery
 from tests.small_runs import BASE, LARS, VIT, fsdp
 
-FLAGS = [f"--set={setting}" for setting in (*BASE, *VIT, *LARS, *fsdp(1)) if not setting.startswith("train_batch_size")]
-FLAGS += ["-b=12", "--steps=2"]
+# Not with --set, which would win over the flags of a test.
+FLAGS = ["-b=12", "--moco-t=0.2", "--lr=0.05", "--steps=2", "--data=synthetic://48?size=20,classes=4"]
+BY_FLAG = ("train_batch_size=", "crossbatch.model.temperature=", "optimizer.params.lr=", "crossbatch.data.path=")
+FLAGS += [f"--set={setting}" for setting in (*BASE, *VIT, *LARS, *fsdp(1)) if not setting.startswith(BY_FLAG)]
 
 
 @pytest.fixture(scope="module")
