@@ -188,7 +188,7 @@ def _start_ranks(asked: _Asked, workers: int | None) -> None:
         ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=unblock))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code, kill_at = 0, math.inf
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:
         failed = [rank.returncode for rank in ranks if rank.returncode]
         if failed and not code:
             code, kill_at = failed[0], time.monotonic() + _GRACE_S
