@@ -37,11 +37,13 @@ bench-gpu: $(if $(VENV),install)  ## on a machine with an NVIDIA GPU: its tests 
 
 install: $(VENV)/installed-$(CUDA)
 
-# Two DALIs cannot stand side by side: they have the same files.
+# Libraries of two CUDAs are the same files (DALI's, cuDNN's, NCCL's), and those of the other CUDA go first: written over and still
+# installed to pip, they would be what torch gets when it goes back.
+OTHER = $(if $(filter %12,$@),13,12)
 $(VENV)/installed-cuda12 $(VENV)/installed-cuda13: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	rm -f $(VENV)/installed-*
-	$(BIN)/python -m pip uninstall --quiet --quiet --yes $(if $(filter %12,$@),nvidia-dali-cuda130,nvidia-dali-cuda120)
+	$(BIN)/python -m pip freeze | grep -oE '^nvidia-.*-cu(da)?$(OTHER)0?' | xargs -r $(BIN)/python -m pip uninstall --quiet --yes
 	$(BIN)/python -m pip install --quiet --editable '.[$(@:$(VENV)/installed-%=%),test,dev]'
 	touch $@

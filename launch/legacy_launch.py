@@ -53,10 +53,17 @@ def add_legacy_launch_flags(parser: argparse.ArgumentParser) -> None:
     add("-e", "--evaluate", action="store_true", help=argparse.SUPPRESS)
     add(
         "--start-epoch",
-        type=int,
-        choices=[0],
+        type=_first_epoch,
         help="only 0: a resumed run continues from its checkpoint (see --resume)",
     )
+
+
+def _first_epoch(text: str) -> int:
+    if text != "0":
+        raise argparse.ArgumentTypeError(
+            f"given {text}; allowed: 0; leave it out: a run continues from its checkpoint (see --resume)"
+        )
+    return 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from crossbatch.engine.checkpoint import check_allowed, create_run_directory
 from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.runtime import distributed
 from crossbatch.engine.runtime.distributed import World
+from crossbatch.engine.runtime.run_lock import locked_on_main
 from crossbatch.engine.runtime.same_run import check_same_run, check_visible, facts_of
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.start import build_trainer
@@ -57,14 +58,22 @@ def train(
     group = distributed.process_group(world, device_type, cfg.threads, timeout_s, partial(check_same_run, facts))
     with group as device, Watchdog(world, timeout_s) as watchdog:
         out = distributed.broadcast_object(out)
-        distributed.on_main(lambda: create_run_directory(out))
-        check_visible(out)
-        task = build_task(cfg, world, device, out)
-        trainer = build_trainer(
-            task, world, device, out, arguments.resume, arguments.steps, arguments.allow_change, watchdog, profile_steps
-        )
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(
-                number, signal.SIG_IGN
-            )  # what `train` restores: a run that is done shall not die of a late signal
-        trainer.train()
+        with locked_on_main(out):
+            distributed.on_main(lambda: create_run_directory(out))
+            check_visible(out)
+            task = build_task(cfg, world, device, out)
+            trainer = build_trainer(
+                task,
+                world,
+                device,
+                out,
+                arguments.resume,
+                arguments.steps,
+                arguments.allow_change,
+                watchdog,
+                profile_steps,
+            )
+            # What `train` restores: a run that is done shall not die of a late signal.
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            trainer.train()

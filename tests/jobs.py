@@ -79,9 +79,10 @@ class Nursery:
         self._pids: set[int] = set()
 
     def start(self, folder: Path, ranks: int, *arguments: str, last: tuple[str, ...] = (), **environment: str) -> Job:
-        """`arguments` of launch/pretrain.py, those of the `last` rank besides; logs go to `folder`.
+        """`arguments` of launch/pretrain.py, or of that of COMMAND, those of the `last` rank besides; logs go to `folder`.
 
-        NETWORKS: names of network namespaces, by rank. PRIVATE: a folder that the last rank does not share with the others.
+        NETWORKS: names of network namespaces, by rank. STDOUT: a file that takes the place of the log, but for stderr.
+        PRIVATE: a folder that the last rank does not share with the others.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
@@ -149,21 +150,23 @@ def _nurse(pipe) -> None:
 
 def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
     from crossbatch.engine.runtime.exit_codes import run_main
-    from crossbatch.launch import pretrain
+    from crossbatch.engine.runtime.output import protect_streams
 
     code = 1
     try:
         output = os.open(log, os.O_WRONLY | os.O_APPEND)
-        os.dup2(output, 1)
+        os.dup2(os.open(environment["STDOUT"], os.O_WRONLY) if "STDOUT" in environment else output, 1)
         os.dup2(output, 2)
+        protect_streams()
         os.environ.update(environment)
-        sys.argv = ["launch/pretrain.py", *arguments]
+        command = environment.get("COMMAND", "pretrain")
+        sys.argv = [f"launch/{command}.py", *arguments]
         if "NETWORKS" in environment:
             _enter_network(environment["NETWORKS"].split(",")[int(environment["RANK"])])
         if "PRIVATE" in environment and int(environment["RANK"]) == int(environment["WORLD_SIZE"]) - 1:
             _hide_under_another(environment["PRIVATE"])
         code = 0
-        run_main(pretrain.main)
+        run_main(importlib.import_module(f"crossbatch.launch.{command}").main)
     except SystemExit as stop:
         code = int(stop.code or 0)
     except BaseException:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from crossbatch.data import counter
 from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters
 
 BACKENDS = {
@@ -16,8 +17,8 @@ BACKENDS = {
     "torchvision": "worker processes with PIL, to the bit as torchvision",
 }
 
-# (image in RGB, parameters, row of them, image_size, solarize_threshold) -> uint8 [image_size, image_size, 3]
-Augment: TypeAlias = Callable[[Image.Image, ViewParameters, int, int, int], np.ndarray]
+# (image in RGB, parameters, row, image_size, solarize_threshold, interpolation) -> uint8 [image_size, image_size, 3]
+Augment: TypeAlias = Callable[[Image.Image, ViewParameters, int, int, int, str], np.ndarray]
 
 
 def choose_backend(asked: str, device_type: str) -> tuple[str, str]:
@@ -74,5 +75,12 @@ def make_views(
     for view, augmentation in enumerate(augmentations):
         parameters = draw_parameters(augmentation, seed, epoch, indices, view, heights, widths)
         for row, image in enumerate(images):
-            views[view, row] = augment(image, parameters, row, size, augmentation.solarize_threshold)
+            views[view, row] = augment(
+                image, parameters, row, size, augmentation.solarize_threshold, augmentation.interpolation
+            )
+        if augmentation.auto_augment is not None:
+            from crossbatch.data.augment.pil import automatically_augmented
+
+            for row, bits in enumerate(counter.bits(counter.AUTO_AUGMENT, seed, epoch, view, indices).tolist()):
+                views[view, row] = automatically_augmented(views[view, row], augmentation, bits)
     return torch.from_numpy(views).permute(0, 1, 4, 2, 3)

@@ -22,11 +22,16 @@ from crossbatch.data.augment.pil import crop
 
 
 def augment(
-    image: Image.Image, p: ViewParameters, row: int, image_size: int, solarize_threshold: int = 128
+    image: Image.Image,
+    p: ViewParameters,
+    row: int,
+    image_size: int,
+    solarize_threshold: int = 128,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """Make one view of `image` (RGB) by row `row` of the parameters `p`: uint8 [image_size, image_size, 3]."""
     pixels = torch.from_numpy(np.array(crop(image, p, row))).permute(2, 0, 1)[None]  # [1, 3, h, w], channels last
-    view = F.interpolate(pixels, (image_size, image_size), mode="bilinear", antialias=True)
+    view = F.interpolate(pixels, (image_size, image_size), mode=interpolation, antialias=True)
     return colour(view[0].permute(1, 2, 0).contiguous().numpy(), p, row, solarize_threshold)
 
 

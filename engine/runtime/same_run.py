@@ -9,7 +9,6 @@ writes that, so that the others need not wait for it.
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import socket
 import sys
@@ -24,7 +23,7 @@ import torch.distributed as dist
 
 import crossbatch
 from crossbatch import InputError, RunStopped
-from crossbatch.engine.runtime.distributed import World, meet, on_every_rank, on_main
+from crossbatch.engine.runtime.distributed import World, meet, on_every_rank, on_main, tries_to_meet
 
 _PACKAGES = (
     "torch",
@@ -85,13 +84,14 @@ def refuse(world: World, message: str) -> None:
 
     If that fails, because rank 0 is not there, the first rank of each node prints.
     """
-    if world.is_main:
+    alone = bool(tries_to_meet) and not _Start.compared  # it has found no store where others could read it
+    if world.is_main or (alone and world.local_rank == 0):
         _print(message)
-    if world.size == 1 or _Start.compared or "MASTER_ADDR" not in os.environ:
+    if world.size == 1 or alone or _Start.compared:
         return
     try:
         _exchange(meet(world, timedelta(seconds=REFUSAL_S)), world, {"error": message}, REFUSAL_S)
-    except (RuntimeError, ValueError):  # no store there
+    except (KeyError, RuntimeError, ValueError):  # no store there
         if not world.is_main and world.local_rank == 0:
             _print(message)
 

@@ -103,7 +103,7 @@ class Box:
     def running(self, out: Path) -> list[str]:
         """Return the processes of a run, launchers included."""
         lines = subprocess.run(
-            ["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True
+            ["ps", "-ewwo", "pid=,args="], capture_output=True, text=True, check=True
         ).stdout.splitlines()
         return [line for line in lines if str(out) in line and "launch/pretrain" in line]
 

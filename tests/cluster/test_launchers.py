@@ -45,6 +45,8 @@ def start(box, launcher: str, out, *flags: str) -> list:
             "-x",
             "MASTER_ADDR=10.88.0.1",
         ]
+        # It would kill ranks a second after a SIGTERM, and die of a SIGHUP.
+        run += ["--mca", "odls_base_sigkill_timeout", "600", "--mca", "ess_base_forward_signals", "SIGHUP"]
         for transport in ("btl", "oob"):
             run += ["--mca", f"{transport}_tcp_if_include", "eth0"]
         for variable in ("PATH", "PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS"):
@@ -78,7 +80,7 @@ def test_every_launcher_trains_the_same_run(request, whole, tmp_path, launcher):
 CODES = {
     "two commands": dict.fromkeys(SIGNALS, 0),
     "torchrun": dict.fromkeys(SIGNALS, 1),
-    "mpirun": dict.fromkeys(SIGNALS, 0),
+    "mpirun": {signal.SIGTERM: 1, signal.SIGUSR1: 0, signal.SIGINT: 1, signal.SIGHUP: 0},
     "srun": {signal.SIGTERM: 0, signal.SIGUSR1: 0},
     "deepspeed": {signal.SIGTERM: 1, signal.SIGINT: 1},
 }
@@ -92,6 +94,7 @@ def test_a_signal_to_the_launcher(request, whole, tmp_path, launcher, number):
     box, out = request.getfixturevalue(NEEDS[launcher]), tmp_path / "out"
     commands = start(box, launcher, out, *LONG)
     wait_for_step(out, 3, *commands)
+    assert box.running(out)
     send(commands[0], number)
     codes = [command.wait() for command in commands]
     wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 60)

@@ -99,7 +99,7 @@ def missing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed, "rank 1 finds other file names than rank 0"),
+        (renamed, "rank 1 finds other files or labels than rank 0"),
         (another, "rank 1 finds other file contents than rank 0"),
         (missing, "rank 1 finds 23 images, but rank 0 finds 24"),
     ],
