@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from crossbatch.engine import checkpoint
 from tests.cluster.conftest import (
     FLAGS,
     SIGNALS,
@@ -45,8 +46,6 @@ def start(box, launcher: str, out, *flags: str) -> list:
             "-x",
             "MASTER_ADDR=10.88.0.1",
         ]
-        # It would kill ranks a second after a SIGTERM, and die of a SIGHUP.
-        run += ["--mca", "odls_base_sigkill_timeout", "600", "--mca", "ess_base_forward_signals", "SIGHUP"]
         for transport in ("btl", "oob"):
             run += ["--mca", f"{transport}_tcp_if_include", "eth0"]
         for variable in ("PATH", "PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS"):
@@ -76,12 +75,12 @@ def test_every_launcher_trains_the_same_run(request, whole, tmp_path, launcher):
     assert assert_prefix(tmp_path / "out", whole) == STEPS
 
 
-# What a launcher returns after a signal. torchrun gives 1 whatever its ranks give; `deepspeed` and srun have their own ideas.
+# What a launcher returns after a signal that lets its ranks save; those that are absent are below.
 CODES = {
     "two commands": dict.fromkeys(SIGNALS, 0),
     "torchrun": dict.fromkeys(SIGNALS, 1),
-    "mpirun": {signal.SIGTERM: 1, signal.SIGUSR1: 0, signal.SIGINT: 1, signal.SIGHUP: 0},
-    "srun": {signal.SIGTERM: 0, signal.SIGUSR1: 0},
+    "mpirun": {signal.SIGUSR1: 0},
+    "srun": {signal.SIGUSR1: 0},
     "deepspeed": {signal.SIGTERM: 1, signal.SIGINT: 1},
 }
 
@@ -177,3 +176,19 @@ def test_a_cut_network_is_named(box, tmp_path):
         box.script("nodes", "plug", "node2")
     assert time.monotonic() - cut < 20 + 100  # of that, the machine may be busy
     assert "stopped (rank 0): rank 1 is gone" in commands[0].text()
+
+
+KILL = [("mpirun", number) for number in SIGNALS if number != signal.SIGUSR1]  # a second after they got the signal
+KILL += [("srun", signal.SIGTERM), ("srun", signal.SIGHUP)]
+
+
+@pytest.mark.parametrize(("launcher", "number"), KILL, ids=str)
+def test_a_signal_at_which_a_launcher_kills_its_ranks(request, tmp_path, launcher, number):
+    """Nothing of the run is left, and the last checkpoint is good."""
+    box, out = request.getfixturevalue(NEEDS[launcher]), tmp_path / "out"
+    commands = start(box, launcher, out, *LONG)
+    wait_for_step(out, 15, *commands)
+    send(commands[0], number)
+    assert commands[0].wait() != 0
+    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
+    assert checkpoint.read(checkpoint.candidates(out, "auto")[0], "parameters.")
