@@ -59,7 +59,7 @@ PARTS = {
     "1": {"machine": 2, "tests-models-data": 6, "tests-rest": 5, "step": 10, "backbone": 2},
     "2": {stage: 2 for stage in STAGES if stage not in ("step", "backbone")},
 }
-PARTS["2"] |= {"trainer": 5, "batchformer": 6, "heads": 4, "checkpoint": 3, "ema": 1, "decode": 1}
+PARTS["2"] |= {"trainer": 5, "batchformer": 6, "norm": 5, "heads": 4, "checkpoint": 3, "ema": 1, "decode": 1}
 
 
 def main(arguments: list[str]) -> int:

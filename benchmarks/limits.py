@@ -3,10 +3,9 @@
     of_bandwidth      the time that the bytes moved would take at the speed of a large copy, as a share of the time taken
     of_convolutions   the time of the backbone's convolutions and linear layers, one by one, as a share of the time taken
 
-Both are measured in the process that measures the step. Bytes are those that torch's operators read and write, each tensor
-once an operator: what a kernel of our own that torch does not know as an operator moves is left out (LARS on a GPU), and what
-the caches keep counts all the same. The second share compares with a step in which norms, activations, heads and optimizer
-take no time: a ResNet cannot reach 100 % without fusing them into its convolutions.
+Both are measured in the process that measures the step; engine/bytes_moved.py counts the bytes. The second share compares with
+a step in which norms, activations, heads and optimizer take no time: a ResNet cannot reach 100 % without fusing them into its
+convolutions.
 """
 
 import functools
@@ -17,20 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import block_ms, call_ms, events_ms
 from benchmarks.rows import Row
+from crossbatch.engine.bytes_moved import BytesMoved
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.sketch import shapes_only, without_memory
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS
-
-_OUT = {"out", "out0", "out1", "out2"}
-# These write what they are given and do not read it, and these move nothing.
-_NOT_READ = ("copy_", "fill_", "zero_", "normal_", "uniform_", "_foreach_copy_", "_foreach_zero_")
-_NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "record_stream")
 
 
 def copy_row(megabytes: int) -> Row:
@@ -46,45 +39,9 @@ def copy_row(megabytes: int) -> Row:
 
 def bytes_moved(call: Callable[[], Any], device: torch.device) -> int:
     """Make one call and return the bytes that its operators read and write on `device`."""
-    with _Bytes(device) as counted:
+    with BytesMoved(device.type) as counted:
         call()
     return counted.total
-
-
-class _Bytes(TorchDispatchMode):
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device, self.total = device.type, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        returned = func(*args, **kwargs)
-        schema, name = func._schema, func._schema.name.partition("::")[2]
-        if func.namespace not in ("aten", "crossbatch") or name in _NOTHING:
-            return returned
-        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-        if not written and schema.returns and all(r.alias_info is not None for r in schema.returns):
-            return returned  # a view
-        unread = {"self", *written} if name in _NOT_READ or name.endswith("_like") else written & _OUT
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-        for argument, value in given.items():
-            self.total += self._size(value) * ((argument not in unread) + (argument in written))
-        outputs = returned if len(schema.returns) > 1 else [returned]
-        new = [output for output, declared in zip(outputs, schema.returns, strict=False) if declared.alias_info is None]
-        self.total += self._size(new)
-        return returned
-
-    def _size(self, values: Any) -> int:
-        """Count the bytes of all tensors of this device; what is expanded lies in memory once."""
-        tensors = [t for t in tree_leaves(values) if isinstance(t, torch.Tensor) and t.device.type == self.device]
-        return sum(_elements(t) * t.element_size() for t in tensors)
-
-
-def _elements(tensor: torch.Tensor) -> int:
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else 1
-    return count
 
 
 class Products(NamedTuple):

@@ -25,11 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossbatch.models.arguments import check_choice, check_positive_integer, list_allowed
-from crossbatch.models.backbones import Backbone, build_backbone, family
+from crossbatch.models.backbones import Backbone, blocks, build_backbone, family
 from crossbatch.models.batchformer import BatchFormer, DropoutKey
 from crossbatch.models.collective import Collective, GroupCollective
+from crossbatch.models.compiled import check_compiler, compile_method
 from crossbatch.models.cuda_graph import capture
 from crossbatch.models.heads import FAMILIES, build_predictor, build_projector
 from crossbatch.models.lockstep import LockstepCollective, in_lockstep
@@ -261,6 +263,34 @@ class MoCo(ShardableModel):
         for module in self.modules():
             if isinstance(module, BatchFormer):
                 module.collective = collective
+
+    def compile_regions(self) -> None:
+        """Let torch.compile take the blocks of ViTs, the heads' linear layers and BatchFormer, each by itself.
+
+        Parameters and state dicts stay as they are, and evaluation is not compiled. Nor are a ResNet's blocks, because their
+        norms talk to other ranks, nor with `cuda_graph` what follows the backbone. Call it before the model is sharded.
+
+        Raises:
+            ValueError: if there is nothing to compile, or torch.compile finds no compiler for the device of the parameters.
+        """
+        backbones = (self.online.backbone, self.momentum.backbone)
+        methods = [
+            (block, "forward")
+            for backbone in backbones
+            for block in blocks(backbone)
+            if not any(isinstance(module, _BatchNorm) for module in block.modules())
+        ]
+        if not self.cuda_graph:
+            heads = (self.online.projector, self.momentum.projector, self.predictor)
+            methods += [(m, "forward") for head in heads for m in head.modules() if isinstance(m, nn.Linear)]
+            methods += [(m, "mix") for m in (self.batchformer, self.momentum.batchformer) if m is not None]
+        if not methods:
+            raise ValueError(
+                "compile is true, but with cuda_graph only the blocks of a ViT could be compiled; set one of them to false"
+            )
+        check_compiler(next(self.parameters()).device)
+        for module, name in methods:
+            compile_method(module, name)
 
     @property
     def awaits_capture(self) -> bool:

@@ -134,7 +134,7 @@ def _beside_ms(row: ScalingRow, run: Run, step_ms: float, constants: Constants) 
 
 def predict_one_gpu(row: OneGpuRow, constants: Constants) -> float:
     """Predict images/s of supervised training on one GPU, by the roofline."""
-    work = work_of(row.precision, row.arch, 224)
+    work = work_of(row.precision, row.arch, 224, published=True)
     # Scores of 12 blocks on 197 tokens: probabilities in fp32, as softmax gives them, and in fp16, as the product takes them.
     work = replace(work, kept=work.kept + 12 * row.score_heads * 197**2 * 6.0)
     return 1 / work.seconds(GPUS[row.gpu], row.precision, **constants)[0]

@@ -8,7 +8,19 @@ import enum
 from typing import TypeVar
 
 # What a GPU decides comes first: where time runs out, the rest is left out.
-STAGES = ("step", "backbone", "batchformer", "heads", "optimizer", "ema", "transfer", "augment", "data", "decode")
+STAGES = (
+    "step",
+    "backbone",
+    "norm",
+    "batchformer",
+    "heads",
+    "optimizer",
+    "ema",
+    "transfer",
+    "augment",
+    "data",
+    "decode",
+)
 STAGES += ("checkpoint", "trainer", "collectives", "index")
 WITH_IMAGES = ("decode", "augment", "data")  # their `run` takes a folder of images
 

@@ -58,6 +58,11 @@ class ModelConfig(Section):
     cuda_graph: bool = key(
         False, "replay BatchFormer and heads as a CUDA graph; one GPU, sharding zero below stage 3", resumable=True
     )
+    compile: bool = key(
+        False,
+        "torch.compile the blocks of a ViT, the heads' linear layers and BatchFormer; not a ResNet",
+        resumable=True,
+    )
     backbone_args: Mapping[str, Any] = key(
         {}, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
     )

@@ -15,7 +15,8 @@ data         what a step waits for images, if it is known how many come
 The roofline (Williams et al. 2009) is the larger of two times, with two factors that are fitted to published runs on one GPU:
 
     arithmetic   counted floating-point operations / (peak x share of it that training reaches)
-    memory       bytes that autograd keeps x how often each is read and written / bandwidth
+    memory       bytes that autograd keeps x how often each is read and written / bandwidth; for our ResNets times the share
+                 that their operators move, counted, of what torchvision's do, which the published runs trained
 
 A ResNet-50 in 16 bits is bound by memory on every GPU since Volta, which is why its images/s follow the bandwidth and not the
 tensor cores. A backward pass costs two forward passes, so training an image once is three units; MoCo v3 takes eight for an
@@ -28,16 +29,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from crossbatch.engine.bytes_moved import of_backbone
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.planning.catalogue import GPUS, Gpu, Machines
 from crossbatch.engine.planning.communication import collective_ms, wait_ms
 from crossbatch.engine.planning.traffic import Traffic, of_parts, step_traffic
 from crossbatch.engine.sketch import kept_by_backbone, shapes_only, sketch, without_memory
 from crossbatch.models import NUM_VIEWS
-from crossbatch.models.backbones import build_backbone
+from crossbatch.models.backbones import RESNETS, build_backbone
 
 TRAINING_UNITS = 3  # forward passes that a forward and a backward pass take
 BACKWARD = 2 / 3  # of the computation
@@ -118,24 +121,40 @@ class Work:
 
     flops: float
     kept: float
+    moved_share: float = 1.0  # of the bytes that the networks of the published runs move
 
     def seconds(self, gpu: Gpu, precision: str, of_peak: float, moves: float) -> tuple[float, str]:
         """Return the time at a share of the peak and so many moves of each byte kept, and which of the two limits it."""
         arithmetic = self.flops / (gpu.peak(precision) * of_peak)
-        memory = self.kept * moves / (1e9 * gpu.bandwidth)
+        memory = self.kept * moves * self.moved_share / (1e9 * gpu.bandwidth)
         return (arithmetic, "arithmetic") if arithmetic > memory else (memory, "memory bandwidth")
 
 
 @functools.cache
-def work_of(precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = ()) -> Work:
-    """Count what one crop through a backbone takes; arguments as of `build_backbone`, with the items of `backbone_args`."""
+def work_of(
+    precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = (), published: bool = False
+) -> Work:
+    """Count what one crop through a backbone takes.
+
+    Arguments are those of `build_backbone`, with the items of `backbone_args`; with `published`, the norms of a ResNet are
+    torch's, as in the published runs.
+    """
     backbone = without_memory(lambda: build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args)))
     kept = kept_by_backbone(backbone, image_size, precision).per_image / NUM_VIEWS
     counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
     with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         backbone(torch.empty(2 * NUM_VIEWS, 3, image_size, image_size))
-    return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept)
+    share = 1.0 if published or arch not in RESNETS else _moved_share(arch, precision)
+    return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept, share)
+
+
+@functools.cache
+def _moved_share(arch: str, precision: str) -> float:
+    """Return what our ResNet moves as a share of what torchvision's does; it hardly depends on width and size of images."""
+    networks = (functools.partial(build_backbone, arch), functools.partial(torchvision.models.get_model, arch))
+    ours, plain = (of_backbone(network, 224, precision).total for network in networks)
+    return ours / plain
 
 
 def fixed_ms_on(gpu: Gpu, on_v100_ms: float) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import nn
 
 from crossbatch.engine.optimizers import LARS
@@ -26,6 +27,7 @@ from crossbatch.engine.sharding.backend import (
 )
 from crossbatch.engine.sharding.zero_layout import ZeroLayout, lars_for_zero
 from crossbatch.models import ShardableModel
+from crossbatch.models.compiled import compiled_modules
 
 
 class ZeroBackend(Backend):
@@ -48,6 +50,9 @@ class ZeroBackend(Backend):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = config["zero_optimization"]["stage"]
         self._exchange: contextlib.ExitStack | None = None  # open while gradients add up; closing it sends them
+        if self.stage == 3:
+            for module in compiled_modules(model):
+                set_z3_leaf_module(module, True)  # or DeepSpeed's hooks inside would break the graph
         optimizer = make_optimizer(model)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         logging.getLogger("DeepSpeed").addFilter(_is_relevant)

@@ -105,7 +105,13 @@ def build_backend(model: ShardableModel, cfg: Resolved) -> Backend:
     """Shard `model` (already on its device, equal on all ranks) and build its optimizer.
 
     A backend is imported only where it is used, because DeepSpeed takes seconds.
+
+    Raises:
+        InputError: if parts of the network are to be compiled, and torch.compile cannot do it here.
     """
+    if isinstance(model, MoCo) and isinstance(cfg, ResolvedConfig) and cfg.crossbatch.model.compile:
+        with user_input("crossbatch.model."):
+            model.compile_regions()
 
     def make_optimizer(module: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(parameter_groups(module, cfg.config), cfg.config)

@@ -1,5 +1,6 @@
 """Pretrains with MoCo v3 + BatchFormer on two views of every image, and scores the features with k-NN along the way."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model, connect
 from crossbatch.engine.tasks.task import TrainResult
 from crossbatch.models import MoCo
+from crossbatch.models.compiled import compiled_modules
 
 CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_gpu: "auto"` came to
 
@@ -56,12 +58,15 @@ class PretrainTask:
         return TrainStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.timer)
 
     def on_start(self, step: TrainStep, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
-        """Return what was found and chosen automatically: images, the chunk, and the kernel of BatchFormer."""
+        """Return what was found and chosen automatically: images, the chunk, the kernel of BatchFormer, what is compiled."""
         model = step.backend.model
         assert isinstance(model, MoCo)
         notes = [*self.notes]
         if model.batchformer is not None:
             notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
+        if compiled := Counter(type(module).__name__.removeprefix("FSDP") for module in compiled_modules(model)):
+            parts = ", ".join(f"{count} x {kind}" for kind, count in compiled.items())
+            notes.append(f"torch.compile: {parts}, each when it is first called")
         return notes
 
     def train_on(self, step: TrainStep, batch: Batch) -> TrainResult:

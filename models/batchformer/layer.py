@@ -50,10 +50,10 @@ class BatchAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, own_SQC: Tensor, group_SGC: Tensor, kernel: ModuleType, mask: Mask) -> Tensor:
-        """Return the attention's output, [S, Q, C]."""
+    def forward(self, own_SQC: Tensor, group_SGC: Tensor | None, kernel: ModuleType, mask: Mask) -> Tensor:
+        """Return the attention's output, [S, Q, C]; without a group, rows attend to each other."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if group_SGC is own_SQC:
+        if group_SGC is None:
             q, k, v = self._heads(F.linear(own_SQC, weight, bias), 3)
         else:
             width = own_SQC.shape[-1]
@@ -159,22 +159,31 @@ class BatchFormer(nn.Module):
         seeds = _seeds(features_VnC, seed, step, dropout_seeds)
         kernel = KERNELS[choose(self.kernel, Situation.on(features.device, self.dropout))]
         own, group, first_row, first_column = self._groups(features_VnC)
+        own = self.mix(own, group, kernel, seeds, first_row, first_column)
+        return own.reshape(features.shape)
+
+    def mix(
+        self, own: Tensor, group: Tensor | None, kernel: ModuleType, seeds: Tensor, first_row: int, first_column: int
+    ) -> Tensor:
+        """Compute the layer, [S, Q, C], without messages to other ranks; `models.moco` may have it compiled."""
 
         def mask(place: int) -> Mask:
             return Mask(seeds[place], self.dropout, first_row, first_column)
 
         own = self.norm1(own, self.self_attn(own, group, kernel, mask(ATTENTION)), kernel, mask(AFTER_ATTENTION))
         hidden = self.linear1(own, kernel, mask(INSIDE_MLP))
-        own = self.norm2(own, self.linear2(hidden), kernel, mask(AFTER_MLP))
-        return own.reshape(features.shape)
+        return self.norm2(own, self.linear2(hidden), kernel, mask(AFTER_MLP))
 
-    def _groups(self, features_VnC: Tensor) -> tuple[Tensor, Tensor, int, int]:
-        """Return own rows [S, Q, C], their groups [S, G, C], and the global position of the first image of each."""
+    def _groups(self, features_VnC: Tensor) -> tuple[Tensor, Tensor | None, int, int]:
+        """Return own rows [S, Q, C], their groups [S, G, C] and the global positions of the first image of each.
+
+        Instead of groups that are the rows themselves, return None.
+        """
         n, size, ranks = features_VnC.shape[1], self.group_size, self.collective.world_size
         first = self.collective.rank * n
         if n % size == 0:
             own = features_VnC.reshape(-1, size, self.width)
-            return own, own, first, first
+            return own, None, first, first
         if size % n or n * ranks % size:
             raise ValueError(
                 f"group_size is {size}, but there are {n} images on each of {ranks} rank(s); it must divide {n}, or be a "

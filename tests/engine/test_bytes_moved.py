@@ -1,0 +1,69 @@
+"""Bytes that a backbone moves on a GPU, counted by shapes, against formulas."""
+
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from benchmarks.stages.norm import BEFORE_MB
+from crossbatch.engine.bytes_moved import BytesMoved, fake_gpu, of_backbone
+from crossbatch.engine.sketch import without_memory
+from crossbatch.models import ViewBatchNorm, build_backbone
+
+IMAGE = 2 * (4 * 6 * 10 * 10)  # bytes of one tensor below, in 16 bits
+
+
+def moved(norm: nn.Module, *residual: torch.Tensor, **more) -> float:
+    """Count a norm's passes in tensors: what it moves besides vectors of channels, in units of its input."""
+    with BytesMoved("cpu") as counted:
+        x = torch.empty(4, 6, 10, 10, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+        y = norm(x, *residual, **more)
+        y.backward(torch.empty_like(y))
+    return counted.total / IMAGE
+
+
+def test_a_norm_reads_its_inputs_twice_each_way():
+    """Forward x, x, y; backward x, dy, x, dy, dx. In evaluation, and where only sums are wanted, once."""
+    plain = without_memory(lambda: nn.BatchNorm2d(6))
+    with fake_gpu("fp32"):
+        assert moved(plain) == pytest.approx(3 + 5, rel=0.1)
+        assert moved(plain.eval()) == pytest.approx(2 + 3, rel=0.1)
+
+
+def test_a_fused_norm_moves_nothing_more_for_its_relu_and_two_tensors_for_its_residual_forward():
+    norm = without_memory(lambda: ViewBatchNorm(6))
+    with fake_gpu("fp32"):
+        assert moved(norm) == pytest.approx(3 + 5, rel=0.1)
+        assert moved(norm, relu=True) == pytest.approx(3 + 5, rel=0.1)
+        r = torch.empty(4, 6, 10, 10, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+        # Forward reads the residual. Backward the sums read x, dy, y and write the gradient of the sum, which dx needs with x.
+        assert moved(norm, r, relu=True) == pytest.approx(1 + 3 + 4 + 3, rel=0.1)
+
+
+def test_a_resnet50_moves_what_its_layers_do():
+    """torchvision's, by hand: norms 8 passes, ReLUs 2 + 3, additions 3 and 3 where gradients meet, the pools a little."""
+    sizes = {"norm": 0.0, "relu": 0.0}
+
+    def note(kind):
+        return lambda _, args, output: sizes.update({kind: sizes[kind] + output.numel()})
+
+    network = torchvision.models.resnet50().to("meta")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(note("norm"))
+        elif isinstance(module, nn.ReLU):
+            module.register_forward_hook(note("relu"))
+    network(torch.empty(1, 3, 224, 224, device="meta"))
+    blocks = sum(c * side**2 * count for c, side, count in ((256, 56, 3), (512, 28, 4), (1024, 14, 6), (2048, 7, 3)))
+    by_hand = 2 * 2 * (8 * sizes["norm"] + 5 * sizes["relu"] + 6 * blocks)  # two views, two bytes
+    found = of_backbone(torchvision.models.resnet50, 224, "bf16")
+    assert by_hand < found.elementwise < 1.06 * by_hand
+    assert 1.2 * found.elementwise < found.total < 1.5 * found.elementwise
+
+
+def test_our_resnet50_moves_far_less_than_before():
+    """By hand: norms with ReLU 8 passes as before alone; with a residual 4 + 5 + 3, where two gradients meet in the sums."""
+    ours = of_backbone(partial(build_backbone, "resnet50"), 224, "bf16")
+    assert ours.elementwise <= 1e6 * BEFORE_MB / 1.65
