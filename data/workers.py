@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, TypeVar
@@ -351,8 +352,24 @@ def start_method() -> str:
         # Preloaded, these are imported and held once, by the server, and not by every worker again.
         modules = ["crossbatch.data.worker_batches", "crossbatch.data.augment.opencv", "torchvision.transforms"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+        _start_servers()
         return "forkserver"
     return "fork"
+
+
+def _start_servers() -> None:
+    """Start multiprocessing's fork server and resource tracker deaf to the signals that a whole process group may get.
+
+    They would die, and the workers with them, while the trainer still needs images for the step that it wants to save.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the tracker has unblocked two of them
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start_worker(worker_id: int) -> None:
@@ -365,7 +382,7 @@ def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
     if "cv2" in sys.modules:  # if this worker needs it: its dataset names the functions of the backend
         sys.modules["cv2"].setNumThreads(1)
-    for left_to_the_trainer in (signal.SIGINT, signal.SIGUSR1):
+    for left_to_the_trainer in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(left_to_the_trainer, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the thread started here, too

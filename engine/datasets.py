@@ -8,7 +8,7 @@ never be seen, without any error message.
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from crossbatch.engine.config.schema import PATH
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
+_COMPARED = 64  # files that every rank reads to see whether it has the same ones as the others
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
 
@@ -208,19 +209,29 @@ def _open_on_all_ranks(
     sources, errors = on_every_rank(lambda: opened(path, cache), InputError)
     if sources is None or errors:
         raise InputError(errors[0])
-    mine = [(len(source), checksum(source)) for source in sources if source is not None]
+    mine = [(len(source), checksum(source), _contents(source)) for source in sources if source is not None]
     found = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
-            counts, wanted = (" + ".join(str(images) for images, _ in facts) for facts in (theirs, found[0]))
-            how = (
-                f"{counts} images, but rank 0 finds {wanted}"
-                if counts != wanted
-                else "other files or labels than rank 0"
-            )
+            counts, wanted = (" + ".join(str(images) for images, *_ in facts) for facts in (theirs, found[0]))
+            names, first = ([checksums for _, checksums, _ in facts] for facts in (theirs, found[0]))
+            how = "other file contents than rank 0"
+            if counts != wanted:
+                how = f"{counts} images, but rank 0 finds {wanted}"
+            elif names != first:
+                how = "other files or labels than rank 0"
             raise InputError(f"{_KEY}: {path}: rank {rank} finds {how}; give every node the same files")
     return sources
+
+
+def _contents(source: Source) -> int:
+    """Return a checksum of some of the files, evenly spread."""
+    contents = 0
+    for index in np.unique(np.linspace(0, len(source) - 1, _COMPARED).astype(int)).tolist():
+        with suppress(OSError):  # a broken image, on all nodes or on one
+            contents = zlib.crc32(source.read(index), contents)
+    return contents
 
 
 def checksum(source: Source) -> int:

@@ -124,10 +124,10 @@ class Trainer:
             self.clock.waited(before_s)
 
             agreed = self.sync.exchange(self.signals.received, self.saves.busy, failure is not None)
+            if agreed.received is not None:
+                return agreed.received  # first: a signal to the whole process group can end what loads images, too
             if agreed.failed_rank is not None:
                 self._stop_without_data(failure, agreed.failed_rank)
-            if agreed.received is not None:
-                return agreed.received
 
             self._set_phase("saving")
             before_s = time.perf_counter()

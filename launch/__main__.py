@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from crossbatch import __version__
+from crossbatch.engine.runtime.launchers import end_with_launcher
 from crossbatch.engine.runtime.output import protect_streams
 from crossbatch.launch.arguments import ArgumentParser
 
@@ -45,6 +46,7 @@ def run(name: str) -> NoReturn:
     Its imports take seconds. A Ctrl-C meanwhile ends the process at once, because a KeyboardInterrupt would show a traceback,
     or get lost in a library that tries whether it can import another.
     """
+    end_with_launcher()
     protect_streams()
     interactive = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else: a shell has started it with &
     if interactive:

@@ -10,13 +10,15 @@ if __name__ == "__main__":
 
     run("knn")  # before the imports below, which take seconds
 
+from functools import partial
 from pathlib import Path
 
-from crossbatch.engine.config import Device, choose_precision, load_config
+from crossbatch.engine.config import Device, choose_precision, load_config, to_dict
 from crossbatch.engine.config.evaluation import KnnConfig
 from crossbatch.engine.config.resolve import share_cores
 from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
 from crossbatch.engine.runtime.run_lock import locked_on_main
+from crossbatch.engine.runtime.same_run import check_same_run, facts_of
 from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, output_folder, overrides
 
 ALIASES: list[Alias] = [
@@ -39,7 +41,8 @@ def main() -> None:
     choose_precision(config.crossbatch.precision, device)  # refuses bf16 where there is none
     workers, threads = share_cores(config.crossbatch.data.workers, device, world.local_size)
     out = output_folder(arguments, "knn")
-    with process_group(world, device.type, threads) as torch_device:
+    facts = facts_of(to_dict(config), out=arguments.out)
+    with process_group(world, device.type, threads, check=partial(check_same_run, facts)) as torch_device:
         from crossbatch.engine.evaluation.knn_evaluation import KnnEvaluation
 
         out = broadcast_object(out)

@@ -3,10 +3,10 @@
     python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://node0:29500 ... DATA
     python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://node0:29500 ... DATA
 
---world-size and --rank count nodes. Each command starts the ranks of its node, through torchrun: one per GPU, one where there
-is no GPU, or as many as --nproc-per-node says; it ends with the exit code of the first that failed. A SIGTERM is passed on to
-them, so that they save; the exit code is then 143. `torchrun --nnodes 2 --node-rank 0 --master-addr node0 --nproc-per-node 8
-launch/pretrain.py ...` does the same, and can restart what failed.
+--world-size and --rank count nodes. Each command starts the ranks of its node: one per GPU, one where there is no GPU, or as
+many as --nproc-per-node says. It passes signals on to them, so that they save, and ends with the exit code of the first that
+failed. `torchrun --nnodes 2 --node-rank 0 --master-addr node0 --nproc-per-node 8 launch/pretrain.py ...` starts the same ranks,
+and can restart what failed.
 
     python launch/pretrain.py --world-size 4 --rank 2 --gpu 0 --dist-url tcp://node0:29500 ... DATA
 
@@ -17,17 +17,24 @@ import argparse
 import math
 import os
 import re
+import signal
+import socket
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from functools import partial
+from types import FrameType
 
 import torch
 
 from crossbatch import InputError
-from crossbatch.engine.runtime.distributed import meeting
 from crossbatch.engine.runtime.gpu_check import check_gpus
+from crossbatch.engine.runtime.launchers import LAUNCHER
+from crossbatch.engine.runtime.signals import SIGNALS
 from crossbatch.launch.arguments import positive
 
-_RUN_ID = "crossbatch-legacy-launch"  # by which a rank knows that one of these commands has started it
+_GRACE_S = 30.0  # for the other ranks of this node, after one has failed
 _WORKERS = "crossbatch.data.workers"
 
 
@@ -105,7 +112,7 @@ def _asked(given: argparse.Namespace) -> _Asked | None:
             "--evaluate: does nothing by itself; launch/linear.py with the --out of a finished probe evaluates it, and "
             "launch/knn.py a backbone"
         )
-    if os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID:
+    if LAUNCHER in os.environ:
         return None
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "gloo":
@@ -155,29 +162,53 @@ def _asked(given: argparse.Namespace) -> _Asked | None:
 
 
 def _start_ranks(asked: _Asked, workers: int | None) -> None:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    """Start the ranks of this node, pass signals on to them, wait for all, and exit with the code of the first that failed.
 
-    ranks = LaunchConfig(
-        min_nodes=asked.count,
-        max_nodes=asked.count,
-        nproc_per_node=asked.processes,
-        run_id=_RUN_ID,
-        rdzv_backend="static" if asked.address else "c10d",
-        rdzv_endpoint=asked.address or "localhost:0",
-        rdzv_configs={"rank": asked.number} if asked.address else {},
-        max_restarts=0,
-    )
-    command = ["-u", *sys.argv]
+    They are sessions of their own, so that a Ctrl-C reaches them once, from here. (torchrun would end with code 1 after a
+    SIGTERM, kill what has not saved within 30 s, and die of a SIGUSR1.)
+    """
+    address, port = (asked.address or f"127.0.0.1:{_free_port()}").rsplit(":", 1)
+    meeting = {"MASTER_ADDR": address.strip("[]"), "MASTER_PORT": port}  # an IPv6 address has brackets in a URL
+    command = [sys.executable, "-u", *sys.argv]
     if workers is not None:  # -j is a node's there, a rank's here
-        command[2:2] = ["--set", f"{_WORKERS}={math.ceil(workers / asked.processes)}"]
-    host, _, port = (asked.address or "").rpartition(":")
-    try:
-        with meeting(host.strip("[]"), port):
-            elastic_launch(ranks, sys.executable)(*command)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    except SignalException as stop:
-        sys.exit(128 + stop.sigval)
+        command[3:3] = ["--set", f"{_WORKERS}={math.ceil(workers / asked.processes)}"]
+    ranks: list[subprocess.Popen] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            rank.send_signal(number)  # does nothing if it has ended
+
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # else: nohup
+            signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until all have been started, or one would miss it
+    for local_rank in range(asked.processes):
+        numbers = {
+            "RANK": asked.number * asked.processes + local_rank,
+            "WORLD_SIZE": asked.count * asked.processes,
+            "LOCAL_RANK": local_rank,
+            "LOCAL_WORLD_SIZE": asked.processes,
+            LAUNCHER: os.getpid(),
+        }
+        environment = {**os.environ, **meeting, **{name: str(number) for name, number in numbers.items()}}
+        unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
+        ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=unblock))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    code, kill_at = 0, math.inf
+    while None in [rank.poll() for rank in ranks]:
+        failed = [rank.returncode for rank in ranks if rank.returncode]
+        if failed and not code:
+            code, kill_at = failed[0], time.monotonic() + _GRACE_S
+            pass_on(signal.SIGTERM, None)
+        if time.monotonic() > kill_at:
+            pass_on(signal.SIGKILL, None)
+        time.sleep(0.1)
+    code = code or next((rank.returncode for rank in ranks if rank.returncode), 0)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -11,12 +11,14 @@ if __name__ == "__main__":
     run("linear")  # before the imports below, which take seconds
 
 import json
+from functools import partial
 
-from crossbatch.engine.config import Device, load_config
+from crossbatch.engine.config import Device, load_config, to_dict
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
 from crossbatch.engine.runtime.run_lock import locked_on_main
+from crossbatch.engine.runtime.same_run import check_same_run, facts_of
 from crossbatch.launch.arguments import (
     Alias,
     ArgumentParser,
@@ -62,7 +64,8 @@ def main() -> None:
     world, device = world_from_environment(), Device.detect()
     cfg = resolve_training(config, world.size, device, world.local_size)
     out = output_folder(arguments, "linear")
-    with process_group(world, device.type, cfg.threads) as torch_device:
+    facts = facts_of(to_dict(cfg.config), out=arguments.out, resume=arguments.resume)
+    with process_group(world, device.type, cfg.threads, check=partial(check_same_run, facts)) as torch_device:
         from crossbatch.engine.evaluation.linear_evaluation import LinearEvaluation
 
         out = broadcast_object(out)

@@ -2,18 +2,21 @@
 
 import argparse
 import os
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from crossbatch import InputError
-from crossbatch.engine.checkpoint import check_allowed
-from crossbatch.engine.config import Resolved
+from crossbatch.engine.checkpoint import check_allowed, create_run_directory
+from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.runtime import distributed
 from crossbatch.engine.runtime.distributed import World
 from crossbatch.engine.runtime.run_lock import locked_on_main
+from crossbatch.engine.runtime.same_run import check_same_run, check_visible, facts_of
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.start import build_trainer
 from crossbatch.engine.tasks.task import Task
@@ -49,10 +52,15 @@ def train(
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if cfg.crossbatch.deterministic:
         distributed.make_deterministic()
-    group = distributed.process_group(world, device_type, cfg.threads, timeout_s)
+    names = ("out", "steps", "resume", "allow_change")
+    flags = {name: getattr(arguments, name) for name in names}
+    facts = facts_of(to_dict(cfg.config), precision=cfg.precision, profile=profile_steps, **flags)
+    group = distributed.process_group(world, device_type, cfg.threads, timeout_s, partial(check_same_run, facts))
     with group as device, Watchdog(world, timeout_s) as watchdog:
         out = distributed.broadcast_object(out)
         with locked_on_main(out):
+            distributed.on_main(lambda: create_run_directory(out))
+            check_visible(out)
             task = build_task(cfg, world, device, out)
             trainer = build_trainer(
                 task,
@@ -65,4 +73,7 @@ def train(
                 watchdog,
                 profile_steps,
             )
+            # What `train` restores: a run that is done shall not die of a late signal.
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
             trainer.train()

@@ -78,10 +78,11 @@ class Nursery:
         self._process.start()
         self._pids: set[int] = set()
 
-    def start(self, folder: Path, ranks: int, *arguments: str, **environment: str) -> Job:
-        """`arguments` of launch/pretrain.py, or of that of COMMAND; logs go to `folder`.
+    def start(self, folder: Path, ranks: int, *arguments: str, last: tuple[str, ...] = (), **environment: str) -> Job:
+        """`arguments` of launch/pretrain.py, or of that of COMMAND, those of the `last` rank besides; logs go to `folder`.
 
         NETWORKS: names of network namespaces, by rank. STDOUT: a file that takes the place of the log, but for stderr.
+        PRIVATE: a folder that the last rank does not share with the others.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
@@ -102,7 +103,8 @@ class Nursery:
             log = folder / f"log-{time.monotonic_ns()}-{rank}"
             log.touch()
             job.logs.append(log)
-            job.pids.append(self._ask("start", list(arguments), {k: str(v) for k, v in variables.items()}, str(log)))
+            flags = [*arguments, *(last if rank == ranks - 1 else ())]
+            job.pids.append(self._ask("start", flags, {k: str(v) for k, v in variables.items()}, str(log)))
         self._pids.update(job.pids)
         return job
 
@@ -161,6 +163,8 @@ def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> N
         sys.argv = [f"launch/{command}.py", *arguments]
         if "NETWORKS" in environment:
             _enter_network(environment["NETWORKS"].split(",")[int(environment["RANK"])])
+        if "PRIVATE" in environment and int(environment["RANK"]) == int(environment["WORLD_SIZE"]) - 1:
+            _hide_under_another(environment["PRIVATE"])
         code = 0
         run_main(importlib.import_module(f"crossbatch.launch.{command}").main)
     except SystemExit as stop:
@@ -180,6 +184,14 @@ def _enter_network(name: str) -> None:
     """Move this process into a network namespace, as `ip netns exec` does; os.setns needs Python 3.12."""
     with Path("/var/run/netns", name).open() as namespace:
         assert ctypes.CDLL(None).setns(namespace.fileno(), 0x40000000) == 0  # CLONE_NEWNET
+
+
+def _hide_under_another(folder: str) -> None:
+    """Give this process an empty folder in place of `folder`, as another node has that does not share it."""
+    libc = ctypes.CDLL(None)
+    assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
+    assert libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None) == 0  # MS_REC | MS_PRIVATE
+    assert libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, None) == 0
 
 
 def metrics(out: Path) -> list[dict]:

@@ -1,4 +1,8 @@
-"""Parses a data path strictly: a folder, or scheme://target?option=number&..."""
+"""Parses a data path strictly: a folder, or scheme://target?option=number,option=number.
+
+`&` separates options, too, as in URLs. But a shell ends the command there, and `deepspeed --hostfile` hands the command to one
+without quotes.
+"""
 
 import difflib
 import os
@@ -38,7 +42,7 @@ def parse(path: str | Path) -> tuple[str, str, dict[str, int]]:
     options = {**_OPTIONS[scheme], **_parse_query(query, list(_OPTIONS[scheme]), text)}
     if scheme == "synthetic":
         if not (target.isdecimal() and int(target) > 0):
-            raise ValueError(f"{text!r} needs a number of images, as in synthetic://1000?size=64&classes=10")
+            raise ValueError(f"{text!r} needs a number of images, as in synthetic://1000?size=64,classes=10")
         return scheme, target, options
     if not target:
         raise ValueError(f"{text!r} needs a folder, as in {scheme}://datasets")
@@ -48,7 +52,7 @@ def parse(path: str | Path) -> tuple[str, str, dict[str, int]]:
 def _parse_query(query: str, allowed: list[str], text: str) -> dict[str, int]:
     """Return the options in `query`; `text` is the whole path, for the messages."""
     given: dict[str, int] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True):
+    for name, value in parse_qsl(query.replace(",", "&"), keep_blank_values=True):
         if name not in allowed:
             names = ", ".join(allowed) or "none"
             raise ValueError(f"unknown option {name!r} in {text!r}{_nearest(name, allowed)}; allowed: {names}")

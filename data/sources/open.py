@@ -95,8 +95,8 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
                                                   <class>/<image> or tar shards in webdataset's conventions
         cifar10://DIR, cifar100://DIR,            the files of torchvision.datasets in the folder DIR
         flowers://DIR, pets://DIR
-        synthetic://1000?size=64&classes=10       1000 images computed from their index, without a disk
-        shapes://DIR?train=4000&val=800&size=64   small labelled drawings, generated into DIR
+        synthetic://1000?size=64,classes=10       1000 images computed from their index, without a disk
+        shapes://DIR?train=4000,val=800&size=64   small labelled drawings, generated into DIR
 
     Args:
         path: a folder, or one of the above.

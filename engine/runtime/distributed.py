@@ -1,15 +1,17 @@
-"""Joins the processes of a run as ranks. No other file of the engine reads the environment.
+"""Joins the processes of a run as ranks. No other file of the engine but `launchers` reads the environment.
 
-`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; a plain `python` sets nothing and becomes a world of
-one.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; srun and mpirun have names of their own for them; a
+plain `python` sets nothing and becomes a world of one.
 """
 
 import contextlib
 import ctypes
 import os
+import re
 import socket
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,13 +46,17 @@ class World:
 def world_from_environment() -> World:
     """Return the rank that the launcher has given this process; no process group is needed.
 
-    Raises InputError if what the environment says cannot be.
+    Where nothing says how many ranks a node has, a LOCAL_RANK means that all are on this one, none that each has its own.
+
+    Raises InputError if what the environment says cannot be, or if nothing says where several ranks meet.
     """
+    adopt_scheduler()
     size = _number("WORLD_SIZE", default=1, least=1)
     rank = _number("RANK", default=0)
     if rank >= size:
         raise InputError(f"RANK: given {rank}; allowed: 0 to {size - 1}, as WORLD_SIZE is {size}; {_START}")
-    local_size = _number("LOCAL_WORLD_SIZE", default=_number("LOCAL_SIZE", default=size, least=1), least=1)
+    unsaid = size if "LOCAL_RANK" in os.environ else 1
+    local_size = _number("LOCAL_WORLD_SIZE", default=_number("LOCAL_SIZE", default=unsaid, least=1), least=1)
     return World(rank, size, _number("LOCAL_RANK", default=0), local_size)
 
 
@@ -65,6 +71,68 @@ def _number(name: str, default: int, least: int = 0) -> int:
     return int(text)
 
 
+# What srun and mpirun set: the number of ranks, this rank, its number on its node, the number of ranks there. mpirun comes
+# first: in a Slurm job it starts its daemons with srun, and the ranks see the numbers of the daemons, too.
+_SCHEDULERS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+)
+
+
+def adopt_scheduler() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_* from what srun or mpirun have set, if nobody else has.
+
+    They go into the environment because DeepSpeed looks for them there.
+
+    Raises InputError if several ranks have been started, but nothing says where they meet.
+    """
+    found = next((names for names in _SCHEDULERS if int(os.environ.get(names[0], "1")) > 1), None)
+    if "RANK" in os.environ or found is None:
+        return
+    missing = [name for name in found if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"{found[0]}={os.environ[found[0]]}, but no {missing[0]}: this command was started that many times and "
+            f"does not know as which rank; set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        )
+    size, rank, local_rank, local_size = (os.environ[name] for name in found)
+    if found[0].startswith("SLURM"):
+        local_size = str(_tasks_per_node(local_size)[int(os.environ["SLURM_NODEID"])])
+    if "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+        local_rank = "0"  # each rank has a GPU of its own and sees no other (srun --gpus-per-task)
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+    if "MASTER_ADDR" in os.environ:
+        address = os.environ["MASTER_ADDR"]
+    elif nodes is not None:
+        address = _first_host(nodes)
+    elif local_size == size:
+        address = "127.0.0.1"
+    else:
+        raise InputError(
+            f"{found[0]}={size}: mpirun has started ranks on several nodes, but no MASTER_ADDR says where they meet; give it "
+            f"the host of rank 0: mpirun -x MASTER_ADDR=HOST (Intel MPI, MPICH: -genv MASTER_ADDR HOST)"
+        )
+    # Two jobs on one node must not meet each other.
+    job = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE")]
+    port = 15000 + zlib.crc32(" ".join(job).encode()) % 15000  # below those that the kernel gives to connections
+    os.environ.update(
+        RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank, LOCAL_WORLD_SIZE=local_size, MASTER_ADDR=address
+    )
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Return Slurm's number of tasks of each node: of "2(x3),1" it is [2, 2, 2, 1]."""
+    parts = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(","))
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+
+
+def _first_host(nodes: str) -> str:
+    """Return the first of Slurm's nodes: of "gpu[07-09,12],login1" it is gpu07."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0]
+
+
 def hides_gpus() -> bool:
     """Return whether CUDA_VISIBLE_DEVICES says that no GPU shall be used; Slurm writes NoDevFiles for a job without one."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
@@ -76,18 +144,24 @@ def may_be_restarted() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(world: World, device_type: str, threads: int = 1, timeout_s: float = 1800) -> Iterator[torch.device]:
+def process_group(
+    world: World,
+    device_type: str,
+    threads: int = 1,
+    timeout_s: float = 1800,
+    check: Callable[[dist.Store, World, float], None] | None = None,
+) -> Iterator[torch.device]:
     """Join the ranks (NCCL on GPUs, gloo on CPUs) and yield this rank's device; leave the group at the end.
 
     On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise. A collective fails after `timeout_s`. With NCCL, which
-    then ends the process by itself, it fails a minute later, so that the watchdog can name the rank at fault first.
+    then ends the process by itself, it fails a minute later, so that the watchdog can name the rank at fault first. `check` is
+    called with the store in which the ranks meet, before they join, and with `world` and `timeout_s`.
 
     Raises:
-        InputError: if srun or mpirun started several processes that do not know of each other, or if the ranks cannot meet
-            where the environment says.
+        InputError: if the ranks cannot meet where the environment says.
         RunStopped: if not all ranks come.
     """
-    _require_launcher(world)
+    _require_meeting_point(world)
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -101,9 +175,12 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
             torch.set_num_threads(threads)
     timeout = timedelta(seconds=timeout_s)
     with meeting(os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")):
+        store = meet(world, timeout)
+        if check is not None:
+            check(store, world, timeout_s)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=_store(world, timeout),
+            store=store,
             rank=world.rank,
             world_size=world.size,
             timeout=timeout + timedelta(seconds=60 if device.type == "cuda" else 0),
@@ -142,28 +219,29 @@ def meeting(host: str, port: str) -> Iterator[None]:
         ) from error
 
 
-def _require_launcher(world: World) -> None:
-    """Raise InputError if ranks cannot find each other, or if several were started that would each be a world of one."""
+def _require_meeting_point(world: World) -> None:
+    """Raise InputError if nothing says where ranks find each other."""
     wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in wanted if name not in os.environ]
     if world.size > 1 and missing:
         raise InputError(f"WORLD_SIZE is {world.size}, but {' and '.join(missing)} are not set; {_START}")
     if not missing:
         _number("MASTER_PORT", default=0)
-    for started in () if "RANK" in os.environ else ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if int(os.environ.get(started, "1")) > 1:
-            raise InputError(
-                f"{started}={os.environ[started]}, but no RANK: this command was started {os.environ[started]} times, each as "
-                f"a run of its own; start torchrun once per node instead: it starts one per GPU (see launch/pretrain.slurm)"
-            )
 
 
-def _store(world: World, timeout: timedelta) -> dist.Store:
-    """Return the store in which the ranks find each other."""
+tries_to_meet: list[World] = []
+
+
+def meet(world: World, timeout: timedelta) -> dist.Store:
+    """Return the store in which the ranks find each other; it is there once rank 0 is."""
+    tries_to_meet.append(world)
     if world.size == 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return dist.HashStore()
-    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
-    return unused(store, world) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else store
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+        return unused(store, world)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, world.size, world.is_main, timeout, wait_for_workers=False)
 
 
 def unused(store: dist.Store, world: World) -> dist.Store:

@@ -10,6 +10,8 @@ from typing import NoReturn
 from crossbatch import InputError, RunStopped
 from crossbatch.data.workers import is_stuck
 from crossbatch.engine.runtime.distributed import World, world_from_environment
+from crossbatch.engine.runtime.launchers import check_whole_command
+from crossbatch.engine.runtime.same_run import refuse
 
 BUG, WRONG_INPUT, STOPPED = 1, 2, 3
 
@@ -31,9 +33,10 @@ REFUSED = {
 def run_main(main: Callable[[], None]) -> None:
     """Call a command's `main` and turn what it raises into a message on stderr and an exit code.
 
-    All ranks find the same fault with the input, so only rank 0 prints it; a rank that stops prints its own reason.
+    Rank 0 prints what is wrong with the input; a rank that stops prints its own reason.
     """
     try:
+        check_whole_command()
         main()
     except InputError as error:
         _refuse(str(error))
@@ -56,9 +59,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    world = _world()
-    if world.is_main:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    refuse(_world(), message)
     if is_stuck():
         _leave(WRONG_INPUT)
     sys.exit(WRONG_INPUT)

@@ -544,3 +544,28 @@ def test_what_is_no_source_is_refused(source):
         TypeError, match=rf"`source` is a {type(source).__name__}; it must be a Source: give open_source"
     ):
         TrainLoader(source, batch_size=4)
+
+
+SERVERS = """
+import multiprocessing.forkserver, multiprocessing.resource_tracker
+from crossbatch.data.workers import _start_servers
+_start_servers()
+servers = multiprocessing.forkserver._forkserver._forkserver_pid, multiprocessing.resource_tracker._resource_tracker._pid
+print(*servers, flush=True)
+input()
+"""
+
+
+def test_a_signal_to_the_process_group_leaves_what_starts_workers():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    servers = [int(text) for text in process.stdout.readline().split()]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for server in servers:
+            os.kill(server, number)
+    time.sleep(0.5)
+    states = [Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[0] for server in servers]
+    assert len(states) == 2 and "Z" not in states
+    process.communicate("\n", timeout=20)

@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,42 @@ def test_ranks_of_one_node_and_their_exit_code(tmp_path):
     workers = ["--set", "crossbatch.data.workers=3"]
     for rank in ("0", "1"):
         assert (tmp_path / f"rank{rank}").read_text() == " ".join([rank, "2", *workers, *line])
+
+
+LISTENERS = LAUNCHER.replace(
+    """    if os.environ["RANK"] == "0":
+        time.sleep(60)
+    time.sleep(1)
+    os._exit(3)
+""",
+    """    import signal
+    heard = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
+    print("ready", flush=True)
+    while len(heard) < 4:
+        time.sleep(0.05)
+    time.sleep(1)  # saves
+    Path(__file__).with_name("rank" + os.environ["RANK"]).write_text(" ".join(heard))
+    os._exit(0)
+""",
+)
+
+
+def test_signals_to_the_command_reach_its_ranks_and_it_waits_for_them(tmp_path):
+    (tmp_path / "script.py").write_text(LISTENERS)
+    line = ["--multiprocessing-distributed", "--world-size", "1", "--rank", "0", "--nproc-per-node", "2"]
+    launcher = start(str(tmp_path / "script.py"), *line)
+    assert launcher.stdout is not None
+    for _ in range(2):
+        assert "ready" in launcher.stdout.readline()
+    names = ["SIGUSR1", "SIGTERM", "SIGHUP", "SIGINT"]
+    for name in names:
+        launcher.send_signal(signal.Signals[name])
+        time.sleep(0.5)
+    said = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 0, said
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [" ".join(names)] * 2
 
 
 def parse(*arguments: str) -> argparse.Namespace:
