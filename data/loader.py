@@ -75,6 +75,8 @@ class TrainLoader:
             the reference), or "auto": DALI where it is installed and `device` is a GPU, else OpenCV.
         device: where the training runs and the views arrive: DALI makes them there, other backends copy them from pinned
             memory while the step before is computed. If it is None they stay in host memory, pinned where there is a GPU.
+        scaled_decode: decode JPEGs with sides of 900 px and more at a half, a quarter or an eighth of their resolution where
+            all crops stay at least twice as large as the views; the pixels differ a little.
 
     Raises:
         TypeError: `source` is no `Source`.
@@ -97,6 +99,7 @@ class TrainLoader:
         max_skipped_fraction: float = 0.001,
         backend: str = "auto",
         device: torch.device | str | None = None,
+        scaled_decode: bool = True,
     ):
         if not isinstance(source, Source):
             raise TypeError(
@@ -133,7 +136,7 @@ class TrainLoader:
         self._augmentations = tuple(augmentations)
         self._device = torch.device(device or "cpu")
         self._backend, _ = choose_backend(backend, self._device.type)
-        self._max_skipped_fraction = max_skipped_fraction
+        self._max_skipped_fraction, self._scaled_decode = max_skipped_fraction, scaled_decode
         self._worker_batches: Any = None
         self._batches: Generator[tuple[Batch, list[BrokenFile]], None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) of the batch that comes next
@@ -198,12 +201,12 @@ class TrainLoader:
 
             keys = self._keys(epoch, step, 0, MAX_IMAGES)
             arguments = self._source, self._augmentations, self._seed, keys, self._workers, self._device
-            self._worker_batches = DaliPipeline(*arguments)
+            self._worker_batches = DaliPipeline(*arguments, self._scaled_decode)
         else:
             keys = self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES)
             per_batch = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers))
             ahead = math.ceil(_BATCHES_AHEAD * per_batch / max(self._workers, 1))
-            dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend)
+            dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend, self._scaled_decode)
             self._worker_batches = WorkerPool(dataset, keys, self._workers, max(2, ahead))
         batches = self._collate(self._worker_batches)
         in_thread = self._workers or self._backend == "dali"

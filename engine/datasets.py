@@ -96,6 +96,7 @@ def train_data(
         workers=cfg.workers,
         max_skipped_fraction=data.max_skipped_fraction,
         backend=data.backend,
+        scaled_decode=data.scaled_decode,
         device=device,
     )
     return TrainData(sampler, loader, max(1, len(source) // batch))

@@ -35,6 +35,7 @@ class ImageFolder:
     """
 
     has_labels = True
+    has_files = True
 
     def __init__(self, root: str | Path, cache: Path | None = None):
         self._root = str(root)

@@ -54,6 +54,8 @@ class Shards:
     shard is damaged, or the index is not that of the shards; OSError if one cannot be read.
     """
 
+    has_files = True
+
     def __init__(self, folder: str | Path, cache: Path | None = None):
         self.folder = Path(folder)
         index = _read_index(self.folder, cache)
