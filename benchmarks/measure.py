@@ -35,7 +35,7 @@ from benchmarks.rows import VERSION, Row, StoredRow
 from benchmarks.stages import Effort
 from crossbatch.engine.config import usable_cores
 
-PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy", "pillow", "opencv-python-headless", "numba")
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")  # as nvidia-smi calls them
 SHORT_MS, BLOCKS_S = 0.2, 0.02  # calls below SHORT_MS are timed in blocks, for so many seconds a turn
 GPU_SHORT_MS, GPU_BLOCK = 2.0, 20  # on a GPU, and how many calls a block has there

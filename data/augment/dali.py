@@ -158,11 +158,11 @@ class DaliPipeline:
         starts = np.array([(p.crop_top, p.crop_left) for p in job.parameters])  # [v, 2, m]
         ends = starts + np.array([(p.crop_height, p.crop_width) for p in job.parameters])
         first, last = starts.min(axis=0), ends.max(axis=0)  # of what any view needs; the rest is not decoded
-        self._pipeline.feed_input("first", first.T.astype(np.int32))
-        self._pipeline.feed_input("last", last.T.astype(np.int32))
+        self._pipeline.feed_input("first", first.T.astype(np.int32, order="C"))
+        self._pipeline.feed_input("last", last.T.astype(np.int32, order="C"))
         for view, (start, end) in enumerate(zip(starts - first, ends - first, strict=True)):
-            self._pipeline.feed_input(f"start{view}", start.T.astype(np.float32))
-            self._pipeline.feed_input(f"end{view}", end.T.astype(np.float32))
+            self._pipeline.feed_input(f"start{view}", start.T.astype(np.float32, order="C"))
+            self._pipeline.feed_input(f"end{view}", end.T.astype(np.float32, order="C"))
         self._pipeline.schedule_run()
 
     def _crops(self) -> Any:
