@@ -12,14 +12,14 @@ pretrain: install  ## the quickstart: generates small images, pretrains on them,
 	$(BIN)/python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
 
 test: install  ## the tests, Triton kernels interpreted; where there is a GPU, then those that need one, with compiled kernels
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	test ! -e /dev/nvidiactl || $(BIN)/python -m pytest -m gpu
 
 test-all: install  ## with every combination of ranks, backend, optimizer and model, and runs killed twenty times (more than an hour on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 coverage: install  ## the tests, with a floor under the share of lines in engine/ and models/ that they run
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 check: install  ## lint, format, types, import directions, and the documentation
 	$(BIN)/ruff check .
@@ -37,11 +37,13 @@ bench-gpu: $(if $(VENV),install)  ## on a machine with an NVIDIA GPU: its tests 
 
 install: $(VENV)/installed-$(CUDA)
 
-# Two DALIs cannot stand side by side: they have the same files.
+# Libraries of two CUDAs are the same files (DALI's, cuDNN's, NCCL's), and those of the other CUDA go first: written over and still
+# installed to pip, they would be what torch gets when it goes back.
+OTHER = $(if $(filter %12,$@),13,12)
 $(VENV)/installed-cuda12 $(VENV)/installed-cuda13: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	rm -f $(VENV)/installed-*
-	$(BIN)/python -m pip uninstall --quiet --quiet --yes $(if $(filter %12,$@),nvidia-dali-cuda130,nvidia-dali-cuda120)
+	$(BIN)/python -m pip freeze | grep -oE '^nvidia-.*-cu(da)?$(OTHER)0?' | xargs -r $(BIN)/python -m pip uninstall --quiet --yes
 	$(BIN)/python -m pip install --quiet --editable '.[$(@:$(VENV)/installed-%=%),test,dev]'
 	touch $@

@@ -43,7 +43,10 @@ def main(arguments: list[str]) -> int:
 def measure(arguments: list[str]) -> int:
     """Measure the stages of a command line and return the exit code."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("stages", nargs="+", metavar="STAGE", help=f"all, or some of {', '.join(STAGES)}")

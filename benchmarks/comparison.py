@@ -21,7 +21,10 @@ _NOT_SETTINGS += ("bytes_moved", "of_bandwidth", "of_convolutions", "gb_per_s", 
 def main(arguments: list[str]) -> None:
     """Print the comparison of a command line."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("before", metavar="BEFORE", type=Path, help="a .jsonl file or a folder of them")
     parser.add_argument("after", metavar="AFTER", type=Path, help="the same")

@@ -65,7 +65,10 @@ PARTS["2"] |= {"trainer": 5, "batchformer": 6, "heads": 4, "checkpoint": 3, "ema
 def main(arguments: list[str]) -> int:
     """Run all parts and return the exit code: 0 if each of them succeeded, else 1."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     out = ROOT / "benchmarks" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name for shares in PARTS.values() for name in shares]

@@ -111,7 +111,7 @@ def products(cfg: ResolvedConfig, images: int) -> Products:
             if isinstance(layer, (nn.Conv2d, nn.Linear))
         ]
         with shapes_only(cfg.precision), torch.no_grad():
-            backbone(torch.empty(2, 3, size, size))  # norms need more than one value
+            backbone(torch.empty(2 * NUM_VIEWS, 3, size, size))  # norms need more than one value a view
         for hook in hooks:
             hook.remove()
         # The first layer has no gradient of its input. Equal layers are measured once.

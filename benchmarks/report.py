@@ -35,7 +35,10 @@ OURS, BASELINE = "#1f6f8b", "#b4b4b4"
 def main(arguments: list[str]) -> None:
     """Write the report of a command line and print where it is."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "results", metavar="DIR", type=Path, nargs="?", default=HERE / "results", help="default: %(default)s"

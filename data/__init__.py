@@ -26,20 +26,26 @@ from crossbatch.data.augment.parameters import (
 )
 from crossbatch.data.loader import Batch, EvaluationLoader, SkipLimitExceeded, TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler, evaluation_share
-from crossbatch.data.sources import Source, has_evaluation_split, open_source, prepare
+from crossbatch.data.sources import Source, describe_source, has_evaluation_split, open_source, prepare
 from crossbatch.data.sources.shapes import write_shapes
+from crossbatch.data.workers import ImagesLost, WaitInterrupted, asked_to_stop, check_workers
 
 __all__ = [
     "BACKENDS",
     "Batch",
     "EvaluationLoader",
     "GlobalBatchSampler",
+    "ImagesLost",
     "SkipLimitExceeded",
     "Source",
     "TrainLoader",
     "ViewAugmentation",
     "ViewParameters",
+    "WaitInterrupted",
+    "asked_to_stop",
+    "check_workers",
     "choose_backend",
+    "describe_source",
     "draw_parameters",
     "evaluation_share",
     "has_evaluation_split",

@@ -19,6 +19,7 @@ import numpy as np
 Word: TypeAlias = int | np.ndarray  # any integer dtype; negative values wrap
 
 AUGMENTATION_DRAWS = 0  # augmentation parameters, which augment/parameters numbers from here
+AUTO_AUGMENT = 900  # the seed of the generators that timm's automatic augmentation draws from
 EPOCH_ORDER = 1000  # the permutation of an epoch
 RUN_ORDER = 1001  # the permutation of an epoch's runs, with a shuffle window
 SYNTHETIC_DRAWS = 2000  # pixels of synthetic:// images

@@ -23,6 +23,7 @@ from PIL import Image
 # Not all that PIL knows: EPS, for one, is handed to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _PADDING = 1024  # bytes after the end of a JPEG that some writers leave
 _MAX_PIXELS = 178_956_970  # what PIL opens without calling it a decompression bomb
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; all with Huffman codes
@@ -40,10 +41,10 @@ class BrokenImage(OSError):
 def decode(encoded: bytes, reduction: int = 1) -> Image.Image:
     """Decode an image file with PIL, to mode RGB; `reduction` as in `decode_pixels`. Raises BrokenImage."""
     try:
-        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
-            if reduction > 1:
-                image.draft("RGB", (image.width // reduction, image.height // reduction))
-            return to_rgb(image)
+        try:
+            return _decode(encoded, reduction)
+        except ValueError:  # also of PIL's limits on what nobody reads here
+            return _decode(_without_png_text(encoded), reduction)
     except Exception as error:
         what = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"{error}"
         raise BrokenImage(f"{what} ({type(error).__name__}, {len(encoded)} bytes)") from error
@@ -70,6 +71,26 @@ def decode_pixels(encoded: bytes, reduction: int = 1, by_pil: bool = False) -> n
         if pixels is not None:
             return pixels
     return np.array(decode(encoded, reduction))
+
+
+def _decode(encoded: bytes, reduction: int) -> Image.Image:
+    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        if reduction > 1:
+            image.draft("RGB", (image.width // reduction, image.height // reduction))
+        return to_rgb(image)
+
+
+def _without_png_text(encoded: bytes) -> bytes:
+    """Return a PNG without text and colour profile, for which PIL has limits of 1 MB; any other file as it is."""
+    if not encoded.startswith(_PNG):
+        return encoded
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(encoded):  # a chunk: length of the data, type, data, checksum
+        end = at + 12 + int.from_bytes(encoded[at : at + 4], "big")
+        if encoded[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(encoded[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def encode_bmp(image: Image.Image) -> bytes:

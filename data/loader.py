@@ -27,14 +27,14 @@ from crossbatch.data.augment.parameters import ViewAugmentation, moco_v3_augment
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import Source
 from crossbatch.data.worker_batches import BrokenFile, EvaluationDataset, TrainDataset, WorkerBatch, split_for_workers
-from crossbatch.data.workers import WorkerPool, prefetched
+from crossbatch.data.workers import AHEAD, WAIT_S, ImagesLost, WorkerPool, prefetched
 
 _BATCHES_AHEAD = 2  # prefetched over all workers, as worker batches
 _IMAGES_BEFORE_CHECK = 1000  # or one epoch if that is less: image number 3 must not stop a run because it is broken
 _NUM_NAMED = 5  # broken images named in a message
 
 
-class SkipLimitExceeded(RuntimeError):
+class SkipLimitExceeded(ImagesLost):
     """Raised when too many images are broken: more than `max_skipped_fraction`, 16 in a row, or all of an evaluation."""
 
 
@@ -77,13 +77,15 @@ class TrainLoader:
             memory while the step before is computed. If it is None they stay in host memory, pinned where there is a GPU.
         scaled_decode: decode JPEGs with sides of 900 px and more at a half, a quarter or an eighth of their resolution where
             all crops stay at least twice as large as the views; the pixels differ a little.
+        wait_s: seconds to wait at most for the next images; 300 by default.
 
     Raises:
         TypeError: `source` is no `Source`.
         ValueError: an argument is wrong.
         SkipLimitExceeded: raised during iteration: too many images are broken, or 16 in a row.
-        RuntimeError: raised during iteration: a worker died (out of memory or of shared memory), or torch.distributed was
-            initialised with other ranks after the first use.
+        ImagesLost: raised during iteration: a worker died, /dev/shm is full, or nothing came for `wait_s`; the base of
+            SkipLimitExceeded, and a RuntimeError.
+        RuntimeError: raised during iteration: torch.distributed was initialised with other ranks after the first use.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class TrainLoader:
         backend: str = "auto",
         device: torch.device | str | None = None,
         scaled_decode: bool = True,
+        wait_s: float = WAIT_S,
     ):
         if not isinstance(source, Source):
             raise TypeError(
@@ -131,12 +134,18 @@ class TrainLoader:
             self.sampler = sampler
         self.images_read = 0
         self.images_skipped = 0
-        self._broken: dict[str, BrokenFile] = {}  # by name
+        self.broken: dict[str, BrokenFile] = {}  # by name, all so far, with the reason
         self._source, self._batch_size, self._seed, self._workers = source, batch_size, seed, workers
         self._augmentations = tuple(augmentations)
         self._device = torch.device(device or "cpu")
-        self._backend, _ = choose_backend(backend, self._device.type)
-        self._max_skipped_fraction, self._scaled_decode = max_skipped_fraction, scaled_decode
+        needs_pil = any(augmentation.needs_pil for augmentation in augmentations)
+        self._backend, _ = choose_backend(backend, "cpu" if needs_pil else self._device.type)
+        if needs_pil and self._backend == "dali":
+            raise ValueError(
+                f"`backend` (={backend!r}) has neither bicubic interpolation nor automatic augmentation; use opencv"
+            )
+        self._scaled_decode = scaled_decode
+        self._max_skipped_fraction, self._wait_s = max_skipped_fraction, wait_s
         self._worker_batches: Any = None
         self._batches: Generator[tuple[Batch, list[BrokenFile]], None, None] | None = None
         self._position: tuple[int, int] | None = None  # (epoch, step) of the batch that comes next
@@ -156,6 +165,21 @@ class TrainLoader:
     def steps_per_epoch(self) -> int:
         """Return the number of batches in one epoch; images that do not fill the last batch are left out."""
         return self.sampler.steps_per_epoch
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return how many bytes of images the workers hold in shared memory, at most."""
+        if not self._workers or self._backend == "dali":
+            return 0
+        images = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers)[0])
+        size = self._augmentations[0].image_size
+        return self._workers * self._ahead * images * len(self._augmentations) * 3 * size**2
+
+    @property
+    def _ahead(self) -> int:
+        """Return how many worker batches a worker makes ahead."""
+        per_batch = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers))
+        return max(AHEAD, math.ceil(_BATCHES_AHEAD * per_batch / max(self._workers, 1)))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of epoch number `epoch`, from 0, starting at step `start_step` of the epoch."""
@@ -204,13 +228,12 @@ class TrainLoader:
             self._worker_batches = DaliPipeline(*arguments, self._scaled_decode)
         else:
             keys = self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES)
-            per_batch = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers))
-            ahead = math.ceil(_BATCHES_AHEAD * per_batch / max(self._workers, 1))
             dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend, self._scaled_decode)
-            self._worker_batches = WorkerPool(dataset, keys, self._workers, max(2, ahead))
+            self._worker_batches = WorkerPool(dataset, keys, self._workers, self._ahead, self._wait_s)
         batches = self._collate(self._worker_batches)
         in_thread = self._workers or self._backend == "dali"
-        self._batches = prefetched(batches, self._on_device, self._device) if in_thread else batches
+        wait_s = self._wait_s if self._backend == "dali" else math.inf  # else the pool waits, for parts of a batch
+        self._batches = prefetched(batches, self._on_device, self._device, wait_s) if in_thread else batches
 
     def _on_device(self, collated: tuple[Batch, list[BrokenFile]]) -> tuple[Batch, list[BrokenFile]]:
         batch, broken = collated
@@ -255,16 +278,16 @@ class TrainLoader:
         """
         self.images_read += images
         self.images_skipped += len(broken)
-        self._broken.update({image.name: image for image in broken})
+        self.broken.update({image.name: image for image in broken})
         read = min(self.images_read, self.sampler.num_images)
         allowed = math.ceil(self._max_skipped_fraction * read)
         enough = self.images_read >= min(_IMAGES_BEFORE_CHECK, self.steps_per_epoch * self.sampler.local_batch)
-        if enough and len(self._broken) > allowed:
+        if enough and len(self.broken) > allowed:
             what = (
-                f"{len(self._broken)} of {read} images were broken, more than the {allowed} that max_skipped_fraction "
+                f"{len(self.broken)} of {read} images were broken, more than the {allowed} that max_skipped_fraction "
                 f"(={self._max_skipped_fraction}) allows"
             )
-            raise SkipLimitExceeded(_with_names(what, list(self._broken.values())) + ", or raise max_skipped_fraction")
+            raise SkipLimitExceeded(_with_names(what, list(self.broken.values())) + ", or raise max_skipped_fraction")
 
 
 class EvaluationLoader:
@@ -276,32 +299,47 @@ class EvaluationLoader:
     Between two `read`s the workers wait, without any images in memory.
     """
 
-    def __init__(self, sources: Sequence[Source], image_size: int, batch_size: int, workers: int):
-        self.skipped: list[str] = []
-        self._sources, self._batch_size, self._workers = sources, batch_size, workers
-        self._dataset = EvaluationDataset(sources, image_size)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        image_size: int,
+        batch_size: int,
+        workers: int,
+        interpolation: str = "bilinear",
+        wait_s: float = WAIT_S,
+    ):
+        self.skipped: list[str] = []  # in the last `read`: name and reason
+        self._sources, self._batch_size, self._workers, self._wait_s = sources, batch_size, workers, wait_s
+        self._dataset = EvaluationDataset(sources, image_size, interpolation)
         self._pool: WorkerPool | None = None
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return how many bytes of images the workers hold in shared memory, at most."""
+        images = min(self._workers * AHEAD * self._batch_size, max(len(source) for source in self._sources))
+        return images * 3 * self._dataset.image_size**2 if self._workers else 0
 
     def read(self, source: Source, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield the images `indices` of one of the sources, in order: (uint8 [m, 3, H, W], int64 [m]).
 
-        A broken image is left out: its index does not come back, and its name is in `skipped` after the iteration. (A
+        A broken image is left out: its index does not come back, and name and reason are in `skipped` after the iteration. (A
         replacement would count twice in an accuracy.) An iteration that is abandoned ends the workers, as `close` does.
 
         Raises:
             SkipLimitExceeded: if not one image could be read.
+            ImagesLost: if no images come for `wait_s`, or a worker died.
         """
         number = next(number for number, candidate in enumerate(self._sources) if candidate is source)
         keys = [(number, indices[start:][: self._batch_size]) for start in range(0, len(indices), self._batch_size)]
         self.skipped, broken, some, done = [], [], False, False
         if self._pool is None:
-            self._pool = WorkerPool(self._dataset, keys, self._workers, prefetch=2)
+            self._pool = WorkerPool(self._dataset, keys, self._workers, AHEAD, self._wait_s)
         else:
             self._pool.restart(keys)
         try:
             for part in self._pool:
                 broken += part.broken
-                self.skipped = [image.name for image in broken]
+                self.skipped = [str(image) for image in broken]
                 if part.views is not None:
                     some = True
                     yield part.views, part.indices
@@ -333,5 +371,5 @@ def _world_size_and_rank() -> tuple[int, int]:
 
 def _with_names(what: str, broken: list[BrokenFile]) -> str:
     """Return a message that says what was found, names the last broken images, and says what to do about them."""
-    shown = "; ".join(f"{image.name} ({image.reason})" for image in broken[-_NUM_NAMED:])
+    shown = "; ".join(map(str, broken[-_NUM_NAMED:]))
     return f"{what}; the last ones: {shown}. Repair or remove them"

@@ -32,6 +32,9 @@ class BrokenFile:
     name: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
 
 @dataclass
 class WorkerBatch:
@@ -56,6 +59,10 @@ class TrainDataset:
         self.source, self.augmentations, self.seed, self.scaled_decode = source, augmentations, seed, scaled_decode
         self.augment = augment_function(backend)
         self.decode = functools.partial(decode_pixels, by_pil=backend == "torchvision")
+
+    def describe(self, key: tuple[int, np.ndarray]) -> str:
+        """Return the name of the first image of a key."""
+        return self.source.name(int(key[1][0]))
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         """Return the worker batch; if a JPEG breaks while its views are made, decode all of them once more beforehand."""
@@ -97,8 +104,12 @@ def open_encoded(source: Source, index: int, check: bool = False) -> Encoded | n
 class EvaluationDataset:
     """Makes central views, as a map-style dataset: its "index" is (number of a source, indices). Broken images are left out."""
 
-    def __init__(self, sources: Sequence[Source], image_size: int):
-        self.sources, self.image_size = sources, image_size
+    def __init__(self, sources: Sequence[Source], image_size: int, interpolation: str = "bilinear"):
+        self.sources, self.image_size, self.interpolation = sources, image_size, interpolation
+
+    def describe(self, key: tuple[int, np.ndarray]) -> str:
+        """Return the name of the first image of a key."""
+        return self.sources[key[0]].name(int(key[1][0]))
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         source, indices = self.sources[key[0]], key[1]
@@ -109,7 +120,7 @@ class EvaluationDataset:
             except OSError as error:
                 broken.append(_describe(source, int(index), error))
                 continue
-            views.append(evaluation_image(image, self.image_size))
+            views.append(evaluation_image(image, self.image_size, self.interpolation))
             kept.append(index)
         return WorkerBatch(torch.stack(views) if views else None, np.array(kept, dtype=np.int64), broken)
 

@@ -4,41 +4,139 @@ Decided here is how worker processes start, how they end (also after a failure),
 """
 
 import io
+import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from crossbatch.data.worker_batches import WorkerBatch
 
 Item = TypeVar("Item")
 
+WAIT_S = 300.0  # for the next images, before they are given up
+AHEAD = 2  # worker batches that each worker makes ahead, at least
+
 _SHARED_FROM = 2**16  # bytes of an array; smaller ones are not worth a file descriptor
+_SHARED_MEMORY = Path("/dev/shm")
+_LONGEST_FOLDER = 60  # bytes; the path of a socket has 107 at most, and its name 40
+_CHECK_S = 0.5  # between two looks at the workers
+_CLOSE_S = 5.0  # for what is under way when a loader is closed; as often torch looks at its workers
+
+_given_up: list[Future] = []  # what threads may still wait for
+
+# Says whether somebody has asked for the run to end, so that it should not wait for images any more.
+asked_to_stop: list[Callable[[], bool]] = []
+
+
+class WaitInterrupted(BaseException):
+    """Raised by a loader that waits for images when one of `asked_to_stop` says so."""
+
+
+class ImagesLost(RuntimeError):
+    """Raised when no images come: a worker died, there is no memory to pass them on, or the disk does not answer."""
+
+
+def is_stuck() -> bool:
+    """Return whether a thread waits for images that were given up, so that this process cannot end in the usual way."""
+    return any(not future.done() for future in _given_up)
+
+
+def await_images(
+    future: Future[Item],
+    wait_s: float,
+    check: Callable[[], None] = lambda: None,
+    describe: Callable[[], str] = lambda: "",
+) -> Item:
+    """Return the result of `future`, on which another thread works, while this one stays free to take in signals.
+
+    Args:
+        wait_s: how long to wait at most.
+        check: is called twice a second, and raises if it is in vain to wait on.
+        describe: says what is waited for, for the message.
+
+    Raises ImagesLost when the time is up, and WaitInterrupted.
+    """
+    end = time.monotonic() + wait_s
+    try:
+        while not futures.wait([future], timeout=_CHECK_S).done:
+            check()
+            if any(asked() for asked in asked_to_stop):
+                raise WaitInterrupted
+            if time.monotonic() >= end:
+                raise ImagesLost(
+                    f"no images{describe()} came for {wait_s:g} s; look whether the disk answers, and whether there is a named "
+                    f"pipe among the files"
+                )
+    except BaseException:  # a signal, too
+        _given_up.append(future)
+        raise
+    return future.result()
+
+
+def check_workers(num_bytes: int, who: str) -> None:
+    """Raise ValueError if worker processes cannot pass their images on.
+
+    Args:
+        num_bytes: of the images that are in shared memory at a time, at most.
+        who: says which workers they are of, for the message.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        raise ValueError(
+            f"{who} talk to the trainer by sockets in the folder for temporary files, but the path of {folder} is too long for "
+            f"that; set TMPDIR to a path of at most {_LONGEST_FOLDER} bytes, such as /tmp"
+        )
+    if not _SHARED_MEMORY.is_dir():
+        return  # macOS
+    disk = shutil.disk_usage(_SHARED_MEMORY)
+    if num_bytes > disk.free:
+        raise ValueError(
+            f"{who} hold up to {_mib(num_bytes)} of images in {_SHARED_MEMORY}, where {_mib(disk.free)} of {_mib(disk.total)} "
+            f"are free; use fewer workers, or start docker with --shm-size={-(-num_bytes // 2**30) + 1}g"
+        )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{-(-num_bytes // 2**20)} MiB"
 
 
 class WorkerPool:
-    """Iterates over `dataset[key]` for each key, in order, computed by `workers` processes (0: in this one) until `close`."""
+    """Iterates over `dataset[key]` for each key, in order, until `close`.
 
-    def __init__(self, dataset: Any, keys: Iterable[Any], workers: int, prefetch: int):
-        self._workers, self._keys = workers, _Keys(keys)
+    Args:
+        dataset: makes an item of a key; `dataset.describe(key)` names it.
+        workers: processes that make items; 0: a thread of this one.
+        prefetch: items that each worker makes ahead.
+        wait_s: how long to wait for an item at most.
+    """
+
+    def __init__(self, dataset: Any, keys: Iterable[Any], workers: int, prefetch: int, wait_s: float = WAIT_S):
+        self._dataset, self._workers, self._keys, self._wait_s = dataset, workers, _Keys(keys), wait_s
         method = start_method() if workers else None
         self._loader = DataLoader(
             _Shared(dataset) if method == "forkserver" else dataset,  # pyright: ignore[reportArgumentType]
             batch_size=None,
             sampler=self._keys,
             num_workers=workers,
-            collate_fn=_unchanged,
+            collate_fn=_in_shared_memory if workers else _unchanged,
             worker_init_fn=_start_worker,
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
@@ -50,9 +148,20 @@ class WorkerPool:
         threads = cv2.getNumThreads() if cv2 else 0
         if cv2:  # a forked child would wait for ever for its parent's threads, when it ends them
             cv2.setNumThreads(1)
-        self._iterator = iter(self._loader)
-        if cv2:
-            cv2.setNumThreads(threads)
+        try:
+            self._iterator: Any = iter(self._loader)
+        except RuntimeError as error:
+            raise _lost(error) from error
+        finally:
+            if cv2:
+                cv2.setNumThreads(threads)
+        if workers:
+            # torch would raise the death of a worker from a signal handler, in the middle of an update, too.
+            signal_handling._remove_worker_pids(id(self._iterator))
+            self._iterator._worker_pids_set = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="images")
+        self._next: Future[Any] = Future()
+        self._next.cancel()
 
     def restart(self, keys: Iterable[Any]) -> None:
         """Iterate over `dataset[key]` for each of other keys, in the same processes; the keys before must be done."""
@@ -63,25 +172,76 @@ class WorkerPool:
         return self
 
     def __next__(self) -> WorkerBatch:
+        self._next = self._thread.submit(next, self._iterator, None)
         try:
-            return next(self._iterator)
-        except (OSError, EOFError) as error:
-            if not self._workers:
+            item = await_images(self._next, self._wait_s, self._check_workers, self._describe)
+        except (OSError, EOFError, RuntimeError) as error:
+            if not self._workers or isinstance(error, ImagesLost):
                 raise
-            # A worker died while it handed over its result, which shows as a broken connection. The kernel reports the
-            # death a moment later, and torch raises a RuntimeError that says so from its signal handler, in here.
+            # A worker died while it handed over its result, which shows as a broken connection a moment before its death.
             time.sleep(1)
-            raise RuntimeError(f"a data worker died or failed: {error!r}") from error
+            self._check_workers()
+            raise _lost(error) from error
+        if item is None:
+            raise StopIteration
+        if isinstance(item, ImagesLost):
+            raise item
+        if self._keys.given:
+            self._keys.given.popleft()
+        return item
 
     def close(self) -> None:
-        """Stop the workers now.
+        """Stop the workers now; those that do not answer are ended.
 
-        Deleting DataLoader's iterator does it too, but while an exception is handled its traceback keeps the iterator
+        Deleting DataLoader's iterator stops workers too, but while an exception is handled its traceback keeps the iterator
         alive, and that is just when a run is closed.
         """
-        shut_down = getattr(self._iterator, "_shutdown_workers", None)  # none with workers=0
-        if shut_down is not None:
-            shut_down()
+        workers = getattr(self._iterator, "_workers", [])  # none with workers=0
+        if self._is_waiting(0.0 if self._next in _given_up else _CLOSE_S):
+            for worker in workers:
+                worker.terminate()
+            if self._is_waiting(_CLOSE_S + _CHECK_S):
+                _given_up.append(self._next)
+        if workers:
+            self._iterator._shutdown_workers()
+        if any(worker.is_alive() for worker in workers):  # not even SIGKILL ends one that waits for a dead disk
+            _given_up.append(Future())
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _is_waiting(self, wait_s: float) -> bool:
+        """Return whether the thread still waits for an item after some seconds."""
+        return not self._next.done() and bool(futures.wait([self._next], wait_s).not_done)
+
+    def _check_workers(self) -> None:
+        """Raise ImagesLost if a worker has died."""
+        for worker in getattr(self._iterator, "_workers", []):
+            if worker.is_alive():
+                continue
+            if worker.exitcode == -signal.SIGBUS:
+                raise ImagesLost(_FULL)
+            why = f"ended with exit code {worker.exitcode}"
+            if worker.exitcode == -signal.SIGKILL:
+                why = "was killed, as the kernel does when memory runs out"
+            raise ImagesLost(
+                f"data worker {worker.pid} {why}; use fewer workers than {self._workers}, or give the job more memory"
+            )
+
+    def _describe(self) -> str:
+        """Return from which image on the next item is made."""
+        return f" from {self._dataset.describe(self._keys.given[0])} on" if self._keys.given else ""
+
+
+_FULL = f"{_SHARED_MEMORY} is full; start docker with a larger --shm-size, or use fewer workers"
+
+
+def _lost(error: Exception) -> Exception:
+    """Return `error` as ImagesLost if torch raised it for want of shared memory or of open files; any other as it is."""
+    text = str(error)
+    if "shared memory" in text or ("torch_" in text and "No space left" in text):
+        return ImagesLost(_FULL)
+    if "Too many open files" in text:
+        return ImagesLost("too many open files; raise the limit (ulimit -n), or use fewer workers")
+    return error
 
 
 class _Shared:
@@ -116,23 +276,29 @@ def _open_shared(pickled: bytes, arrays: list[torch.Tensor]) -> Any:
 
 
 class _Keys:
-    """Gives a DataLoader the keys of the next iteration as its sampler."""
+    """Gives a DataLoader the keys of the next iteration as its sampler; `given` are those whose items have not come back."""
 
     def __init__(self, keys: Iterable[Any]):
         self.now = keys
+        self.given: deque[Any] = deque()
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.now)
+        self.given.clear()
+        for key in self.now:
+            self.given.append(key)
+            yield key
 
 
 def prefetched(
-    items: Iterator[Item], bring: Callable[[Item], Item], device: torch.device
+    items: Iterator[Item], bring: Callable[[Item], Item], device: torch.device, wait_s: float = math.inf
 ) -> Generator[Item, None, None]:
     """Yield `bring(item)` of each item, computed in a thread two items ahead; an error comes out where the item would.
 
     `bring` moves an item to `device`, one item ahead, so that host memory holds the second one. With a GPU the thread works on
     that GPU, on a CUDA stream of its own. The stream of whoever asks for an item waits for what was launched for it (its copy,
     DALI's kernels), and the process does not. Call record_stream on the tensors of an item: their memory belongs to the thread.
+
+    ImagesLost is raised when an item has not come for `wait_s`.
 
     A process that ends without `close` waits for the item that the thread works on: if it did not, the thread would take the
     process down ("terminate called"), and with it the exit code.
@@ -157,17 +323,19 @@ def prefetched(
         return item, ready
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="batches", **start)
+    delivered = thread.submit(deliver, thread.submit(compute))
+    computed = thread.submit(compute)
     try:
-        delivered = thread.submit(deliver, thread.submit(compute))
-        computed = thread.submit(compute)
         while True:
-            item, ready = delivered.result()
+            item, ready = await_images(delivered, wait_s)
             delivered, computed = thread.submit(deliver, computed), thread.submit(compute)
             if ready is not None:
                 torch.cuda.current_stream(device).wait_event(ready)
             yield item
     finally:
-        thread.shutdown(cancel_futures=True)
+        thread.shutdown(wait=False, cancel_futures=True)
+        under_way = [future for future in (delivered, computed) if not future.done()]
+        _given_up.extend(futures.wait(under_way, _CLOSE_S).not_done)
 
 
 def start_method() -> str:
@@ -216,6 +384,22 @@ def _end_with(trainer: Any) -> None:
         elif (received := signal.sigtimedwait({signal.SIGTERM}, 1)) is not None and received.si_pid == trainer.pid:
             break
     os._exit(0)
+
+
+def _in_shared_memory(batch: Any) -> Any:
+    """Move the views of a worker batch to shared memory, or return what to raise in the trainer.
+
+    Passing the batch on would do it, too, but in a thread, where an error gets lost.
+    """
+    try:
+        if isinstance(views := getattr(batch, "views", None), torch.Tensor):
+            views.share_memory_()
+    except RuntimeError as error:
+        lost = _lost(error)
+        if isinstance(lost, ImagesLost):
+            return lost
+        raise
+    return batch
 
 
 def _unchanged(batch: Any) -> Any:

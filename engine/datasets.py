@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,15 +21,19 @@ import torch.distributed as dist
 from crossbatch import InputError, RunStopped
 from crossbatch.data import (
     Batch,
+    EvaluationLoader,
     GlobalBatchSampler,
-    SkipLimitExceeded,
+    ImagesLost,
     Source,
     TrainLoader,
     ViewAugmentation,
+    check_workers,
+    describe_source,
     has_evaluation_split,
     open_source,
     prepare,
 )
+from crossbatch.data.sources.open import SPLITS
 from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.schema import PATH
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
@@ -47,11 +52,13 @@ class TrainData:
         loader: loads them.
         steps_per_epoch: optimizer steps of one epoch of the schedule and of the log. With repeated augmentation the sampler
             needs more steps to show every image.
+        checksum: of the names, labels and classes of the images, in their order.
     """
 
     sampler: GlobalBatchSampler
     loader: TrainLoader
     steps_per_epoch: int
+    checksum: int
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Yield this rank's batches from optimizer step `first_step` on, epoch after epoch, without end."""
@@ -98,25 +105,55 @@ def train_data(
         backend=data.backend,
         scaled_decode=data.scaled_decode,
         device=device,
+        wait_s=longest_wait_s(cfg),
     )
-    return TrainData(sampler, loader, max(1, len(source) // batch))
+    return TrainData(sampler, loader, max(1, len(source) // batch), checksum(source))
+
+
+def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> None:
+    """Raise InputError, on all ranks, if the workers of a node cannot pass on what `loaders` of its ranks hold at a time."""
+    num_bytes = world.local_size * sum(loader.shared_bytes for loader in loaders)
+    if num_bytes:
+        with user_input("crossbatch.data.workers"):
+            _, errors = on_every_rank(lambda: check_workers(num_bytes, "the data workers of this node"), ValueError)
+            if errors:
+                raise ValueError(errors[0])
+
+
+def longest_wait_s(cfg: Resolved) -> float:
+    """Return how long to wait for images: so long that this rank can still say so before the others give it up."""
+    return cfg.crossbatch.watch.timeout_s / 2
 
 
 @contextmanager
 def stop_on_lost_images() -> Iterator[None]:
-    """Raise a SkipLimitExceeded of a loader as RunStopped, which ends the run and says how to resume it."""
+    """Raise an ImagesLost of a loader as RunStopped, which ends the run and says how to resume it."""
     try:
         yield
-    except SkipLimitExceeded as error:
+    except ImagesLost as error:
         raise RunStopped(f"crossbatch.data: {error}, and resume") from error
 
 
-def training_images(path: str | None, cache: Path) -> tuple[Source, Source | None]:
-    """Open the training images of `crossbatch.data.path`, and those to evaluate on if there are any; every rank calls it.
+def training_images(path: str | None, cache: Path, evaluate: bool = True) -> tuple[Source, Source | None]:
+    """Open the training images of `crossbatch.data.path`; every rank calls it.
+
+    With `evaluate`, open those to evaluate on, too, if there are any. Without, nothing is wrong with a folder that a run does
+    not need, such as the validation images of ImageNet before they are sorted into classes.
 
     Raises InputError if there are no images, or if the ranks find different ones.
     """
-    return _open_on_all_ranks(path, cache, _open)
+    return _open_on_all_ranks(path, cache, partial(_open, evaluate=evaluate))
+
+
+def found_images(path: str | None, train: Source, evaluation: Source | None, evaluates: bool = True) -> list[str]:
+    """Return lines for the log: how many images and classes were found and what was passed over; a missing evaluation, too."""
+    lines = [f"training: {describe_source(train)}"]
+    if evaluation is not None:
+        lines.append(f"evaluation: {describe_source(evaluation)}")
+    elif evaluates:
+        wanted = ", ".join(f"{name}/" for name in SPLITS["eval"])
+        lines.append(f"evaluation: none, as {path} has none of {wanted} beside train/")
+    return lines
 
 
 def labelled_images(path: str | None, cache: Path) -> tuple[Source, Source]:
@@ -131,18 +168,22 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
     """
     train, evaluation = _open(path, cache)
     if evaluation is None:
-        raise InputError(f"{_KEY}: {path} has no val/ and no test/ with images to evaluate on; add one")
+        wanted = ", ".join(f"{name}/" for name in SPLITS["eval"])
+        raise InputError(f"{_KEY}: {path} has none of {wanted} with images to evaluate on; add one")
     for split, source in (("training", train), ("evaluation", evaluation)):
         _check_labels(source, len(train.class_names), f"{_KEY}: {path}: the {split} images")
     return train, evaluation
 
 
-def _open(path: str | None, cache: Path | None) -> tuple[Source, Source | None]:
+def _open(path: str | None, cache: Path | None, evaluate: bool = True) -> tuple[Source, Source | None]:
     if path is None:
         raise InputError(f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR")
     with user_input(_KEY):
-        evaluation = open_source(path, "eval", cache=cache) if has_evaluation_split(path) else None
-        return open_source(path, "train", cache=cache), evaluation
+        train, evaluation = open_source(path, "train", cache=cache), None
+    if evaluate and has_evaluation_split(path):
+        with user_input(_KEY):
+            evaluation = open_source(path, "eval", cache=cache)
+    return train, evaluation
 
 
 def _check_labels(source: Source, num_classes: int, where: str) -> None:
@@ -168,18 +209,23 @@ def _open_on_all_ranks(
     sources, errors = on_every_rank(lambda: opened(path, cache), InputError)
     if sources is None or errors:
         raise InputError(errors[0])
-    mine = [_facts(source) for source in sources if source is not None]
+    mine = [(len(source), checksum(source)) for source in sources if source is not None]
     found = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
             counts, wanted = (" + ".join(str(images) for images, _ in facts) for facts in (theirs, found[0]))
-            how = f"{counts} images, but rank 0 finds {wanted}" if counts != wanted else "other labels than rank 0"
+            how = (
+                f"{counts} images, but rank 0 finds {wanted}"
+                if counts != wanted
+                else "other files or labels than rank 0"
+            )
             raise InputError(f"{_KEY}: {path}: rank {rank} finds {how}; give every node the same files")
     return sources
 
 
-def _facts(source: Source) -> tuple[int, int]:
-    """Return how many images there are, and a checksum of labels and class names."""
+def checksum(source: Source) -> int:
+    """Return a checksum of labels, class names and, of the sources of this package, the names of the images, in their order."""
     labels = np.ascontiguousarray(source.labels, dtype=np.int64)
-    return len(source), zlib.crc32("\n".join(source.class_names).encode(), zlib.crc32(labels.tobytes()))
+    names = "\n".join(source.class_names).encode(errors="surrogateescape")
+    return zlib.crc32(names, zlib.crc32(labels.tobytes(), getattr(source, "checksum", 0)))

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.nested import flatten
 from crossbatch.engine.runtime.atomic_files import write_atomically
+from crossbatch.engine.runtime.output import console
 
 METRICS = "metrics.jsonl"  # in the run directory
 STOPPED = "stopped.json"  # there, too, if a signal ended the run before its last step: {"signal": ..., "step": ...}
@@ -42,18 +42,18 @@ def command(name: str, model: FrozenModelConfig, data: str | None, *more: str) -
     return shlex.join([*start, *network, "--data", str(data), *more])
 
 
-def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, console: Console | None = None) -> None:
+def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path) -> None:
     """Print a table, and the commands to type next, with TensorBoard on `out` as the last one."""
-    console = console or Console(highlight=False)
+    printer = console()
     table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")  # paths are to be copied
     for name, value in rows:
         table.add_row(name, value)
-    console.print(table)
-    console.print("next:")
+    printer.print(table)
+    printer.print("next:")
     for line in [*commands, shlex.join(["tensorboard", "--logdir", str(out)])]:
-        console.print(f"  {line}", soft_wrap=True, markup=False)
+        printer.print(f"  {line}", soft_wrap=True)
 
 
 class Log:
@@ -62,6 +62,9 @@ class Log:
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
     def record(self, values: dict[str, Any]) -> None: ...
+    def has_scores(self, step: int) -> bool:
+        return False
+
     def scalars(self, values: dict[str, float], step: int) -> None: ...
     def advance(self, step: int) -> None: ...
     def first_views(self, views: torch.Tensor) -> None: ...
@@ -80,19 +83,20 @@ class RunLog(Log):
     """
 
     def __init__(self, out: Path, first_step: int, last_step: int):
-        self.console = Console(highlight=False)
+        self.console = console()
         (out / STOPPED).unlink(missing_ok=True)
-        _drop_lines_after(first_step, out / METRICS)
+        # The last line, and where it begins in the file; None where that is unknown.
+        self.last, self.begin = _drop_lines_after(first_step, out / METRICS)
         self.metrics = None  # the file, from the first line on
         self.waiting = b""  # lines of metrics that could not be written yet
         self.out, self.last_step = out, last_step
         self.board, self.purge_step = None, first_step + 1 if first_step else None
         self.failing: set[str] = set()  # of metrics.jsonl, TensorBoard
         self.bar = Progress(
-            TextColumn("{task.fields[epoch]}"),
+            TextColumn("{task.fields[epoch]}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -104,20 +108,31 @@ class RunLog(Log):
 
     def note(self, text: str) -> None:
         """Print a line above the progress bar."""
-        with contextlib.suppress(OSError):  # standard output may lie on the full disk, too
-            self.console.print(text, soft_wrap=True, markup=False)
+        with contextlib.suppress(OSError):  # a full disk; for streams that `protect_streams` has not replaced
+            self.console.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print a warning."""
         self.note(f"warning: {text}")
 
     def record(self, values: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl, show every number of it in TensorBoard, and print the most important ones."""
-        self.waiting += json.dumps(values).encode() + b"\n"
+        """Write a line of metrics.jsonl, show every number of it in TensorBoard, and print the most important ones.
+
+        If the last line is of the same step, the values are added to that line.
+        """
+        replaces = self.last.get("step") == values["step"]
+        self.last = {**self.last, **values} if replaces else values
+        line = json.dumps(self.last).encode() + b"\n"
+        begin, self.begin = self.begin if replaces and not self.waiting else None, None
+        self.waiting += line
         with self._warning_if_full(METRICS):
             self.metrics = self.metrics or (self.out / METRICS).open("ab", buffering=0)
+            if begin is not None:
+                self.metrics.truncate(begin)
+            begin = self.metrics.seek(0, 2) + len(self.waiting) - len(line)
             while self.waiting:
                 self.waiting = self.waiting[self.metrics.write(self.waiting) :]
+            self.begin = begin
         numbers = {name: value for name, value in flatten(values, "/").items() if isinstance(value, (int, float))}
         for name in ("step", "epoch", "images_seen"):
             numbers.pop(name)
@@ -129,6 +144,10 @@ class RunLog(Log):
                 self.note(f"step {values['step']}: {SCORES[name]} {values[name]:.2f} %")
         else:
             self.note(f"step {values['step']}/{self.last_step}  epoch {values['epoch']:.2f}  {status}")
+
+    def has_scores(self, step: int) -> bool:
+        """Return whether the last line is that of `step`, with the scores of an evaluation."""
+        return self.last.get("step") == step and bool(SCORES.keys() & self.last.keys())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Show numbers in TensorBoard only, by name."""
@@ -152,7 +171,7 @@ class RunLog(Log):
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None:
         """Close the log, and print the last table and the commands to type next."""
         self.close()
-        print_summary(rows, commands, self.out, self.console)
+        print_summary(rows, commands, self.out)
 
     def stopped(self, signal_name: str, step: int) -> None:
         """Write a file that tells this interrupted run, which can be resumed, from a finished one."""
@@ -192,18 +211,23 @@ class RunLog(Log):
             self.failing.add(what)
 
 
-def _drop_lines_after(step: int, file: Path) -> None:
-    """Remove the metrics of steps after `step`, which will come again, and a line that a crash has cut off."""
+def _drop_lines_after(step: int, file: Path) -> tuple[dict[str, Any], int | None]:
+    """Remove the metrics of steps after `step`, which will come again, and a line that a crash has cut off.
 
-    def step_of(line: str) -> float:
+    Returns the last line that stays, and where it begins.
+    """
+
+    def parse(line: str) -> dict[str, Any]:
         try:
-            return json.loads(line)["step"]
+            return json.loads(line)
         except json.JSONDecodeError:
-            return math.inf
+            return {"step": math.inf}
 
-    if file.exists():
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if step_of(line) <= step]
-        write_atomically(file, "".join(line + "\n" for line in kept))
+    if not file.exists():
+        return {}, None
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines() if parse(line)["step"] <= step]
+    write_atomically(file, "".join(line + "\n" for line in kept))
+    return (parse(kept[-1]), file.stat().st_size - len(kept[-1].encode()) - 1) if kept else ({}, None)
 
 
 def _status(values: dict[str, Any]) -> str:

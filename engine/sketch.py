@@ -14,14 +14,14 @@ from unittest import mock
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
 from crossbatch.models.backbones import blocks
-from crossbatch.models.norm import ViewBatchNorm
+from crossbatch.models.norm import view_batch_norm
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -61,7 +61,8 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
     model = without_memory(lambda: build_model(cfg))
     model.cuda_graph = False  # there is nothing to capture
     size, backbone = cfg.crossbatch.data.image_size, model.online.backbone
-    kept = kept_by_backbone(backbone, size, cfg.precision, cfg.crossbatch.model.checkpoint_activations)
+    repeats = cfg.crossbatch.model.checkpoint_activations == "blocks"
+    kept = kept_by_backbone(backbone, size, cfg.precision, repeats)
     working = _working(model.momentum.backbone, size, cfg.precision)
     model.set_collective(_AnyRank(cfg.world_size))
     with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
@@ -73,8 +74,9 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
 def kept_by_backbone(backbone: nn.Module, image_size: int, precision: str, checkpointed: bool = False) -> Kept:
     """Trace what a backbone keeps of both views; with `checkpointed` blocks, also one of them while it is repeated."""
     with shapes_only(precision):
-        one, two = (_kept_of(backbone, _images(count, image_size), checkpointed) for count in (1, 2))
-    return Kept(two - one, 2 * one - two)
+        # Not one image: a norm has no statistics where a view is a single pixel.
+        two, three = (_kept_of(backbone, _images(count, image_size), checkpointed) for count in (2, 3))
+    return Kept(three - two, 3 * two - 2 * three)
 
 
 def _kept_of(backbone: nn.Module, images: torch.Tensor, checkpointed: bool) -> float:
@@ -100,7 +102,16 @@ def _saved(call: Callable[[], Any], module: nn.Module) -> float:
         found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def within(inner_pack: Callable, unpack: Callable) -> Any:
+        # Hooks inside of hooks replace them; these keep some tensors, which count, and of others only how to compute them.
+        def inner(tensor: torch.Tensor) -> Any:
+            packed = inner_pack(tensor)
+            return pack(packed) if isinstance(packed, torch.Tensor) else packed
+
+        return saved_tensors_hooks(inner, unpack)
+
+    hooks = saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, mock.patch.object(view_batch_norm, "saved_tensors_hooks", within):
         alive.append(call())
     return float(sum(size for storage, size in found.items() if storage not in own))
 
@@ -115,10 +126,10 @@ def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
     hooks = [layer.register_forward_hook(note) for layer in backbone.modules() if not list(layer.children())]
     hooks += [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes)) for b in _blocks(backbone)]
     with shapes_only(precision), torch.no_grad():
-        backbone(_images(1, image_size))
+        backbone(_images(2, image_size))
     for hook in hooks:
         hook.remove()
-    return float(max(layers) + max(inputs))
+    return (max(layers) + max(inputs)) / 2
 
 
 def _blocks(backbone: nn.Module) -> list[nn.Module]:
@@ -142,12 +153,7 @@ def without_memory(build: Callable[[], Network]) -> Network:
 def shapes_only(precision: str) -> Iterator[None]:
     """Let networks of `without_memory` run without arithmetic, under autocast to `precision`; new tensors have no memory."""
 
-    def normalise(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
-        # Ours calls kernels that have no version without memory; this one keeps as much.
-        return F.batch_norm(x, None, None, norm.weight, norm.bias, True)
-
-    patched = mock.patch.object(ViewBatchNorm, "forward", normalise)
-    with _no_memory(), patched, autocast("cpu", autocast_dtype(precision)):
+    with _no_memory(), autocast("cpu", autocast_dtype(precision)):
         yield
 
 

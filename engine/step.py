@@ -126,6 +126,8 @@ class TrainStep:
                 momentum = self.momentum(progress.updates)
                 with self.span("moving average"):
                     self.backend.update_momentum(momentum)
+            assert isinstance(self.backend.model, MoCo)
+            self.backend.model.average_running_stats()
         return StepResult(output, grad_norm, {"lr": lr, "momentum": momentum})
 
     def _in_one_chunk(self, views: torch.Tensor) -> MoCoOutput:

@@ -66,6 +66,7 @@ class TrainState:
             self.task.data.sampler.num_images,
             self.allow_change,
             type(cfg.config),
+            self.task.data.checksum,
         )
         if resumed:
             self.step.progress = Progress(**resumed.manifest.progress).in_precision(
@@ -118,6 +119,7 @@ class TrainState:
             progress=asdict(self.step.progress),
             config=self.config(),
             images=self.task.data.sampler.num_images,
+            images_checksum=self.task.data.checksum,
             steps_per_epoch=self.task.data.steps_per_epoch,
             skipped_images=self.skipped_images(float(mean_over_ranks(skipped))),
         )

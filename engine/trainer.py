@@ -10,16 +10,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from crossbatch import RunStopped
-from crossbatch.data import Batch
+from crossbatch import InputError, RunStopped
+from crossbatch.data import Batch, WaitInterrupted
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import SCORES, Log, StepClock
-from crossbatch.engine.runtime.distributed import mean_over_ranks
+from crossbatch.engine.runtime.distributed import broadcast_object, mean_over_ranks
 from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
 from crossbatch.engine.runtime.profiling import RunProfile
-from crossbatch.engine.runtime.signals import Signals, StepSync
+from crossbatch.engine.runtime.signals import Interrupted, Signals, StepSync
 from crossbatch.engine.runtime.timing import mean_ms
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.tasks.task import Task, TrainResult
@@ -58,6 +58,7 @@ class Trainer:
     signals: Signals = field(default_factory=Signals, init=False)
     clock: StepClock = field(default_factory=StepClock, init=False)
     scores: list[tuple[int, dict[str, float]]] = field(default_factory=list, init=False)  # by number of steps
+    named: set[str] = field(default_factory=set, init=False)  # broken images that the log names already
     step_times: list[dict[str, float]] = field(default_factory=list, init=False)  # read since the last line of metrics
 
     @property
@@ -69,20 +70,30 @@ class Trainer:
         """Train up to the last step, or until a signal asks to stop, and save the state there.
 
         Raises:
-            RunStopped: if training cannot go on: no more data, no memory, or too many steps in a row that are not finite.
+            RunStopped: if training cannot go on: no more data, no memory, or too many steps in a row that are not finite;
+                or if the last state or the results cannot be written, after everything else is.
         """
         start_s, first_step = time.perf_counter(), self.num_steps
+        failure, commands = None, []
         try:
             with self.signals:
-                if self.num_steps == 0 and self.task.evaluation_due(0, self.last_step == 0):
-                    self._record(self._evaluate())
                 received = self._loop()
-                if self.num_steps > first_step:
-                    self._save()
+                try:
+                    if self.num_steps > first_step:
+                        self._save()
+                except RunStopped as error:
+                    failure = error
                 if received is not None:
                     self.log.stopped(received.name, self.num_steps)
-            commands = self.task.on_end(self.scores)
+            try:
+                commands = self.task.on_end(self.scores)
+            except OSError as error:
+                failure = failure or RunStopped(
+                    f"{error.filename} cannot be written: {error.strerror}; make room, and repeat"
+                )
             self._print_summary(time.perf_counter() - start_s, self.num_steps - first_step, received, commands)
+            if failure is not None:
+                raise failure
             self.saves.close()
             self.sync.close()
         finally:
@@ -91,6 +102,19 @@ class Trainer:
 
     def _loop(self) -> signal.Signals | None:
         """Train step by step; return the signal that ended it, or None at the last step."""
+        try:
+            self._evaluate_what_is_left()
+            return self._train_steps()
+        except Interrupted as stop:
+            return stop.received
+
+    def _evaluate_what_is_left(self) -> None:
+        """Evaluate before the first step, or after the last one of a process that was interrupted meanwhile."""
+        is_due = self.task.evaluation_due(self.num_steps, self.num_steps == self.last_step)
+        if is_due and not (self.num_steps and broadcast_object(self.log.has_scores(self.num_steps))):
+            self._evaluate()
+
+    def _train_steps(self) -> signal.Signals | None:
         batches = self.task.data.batches(self.num_steps)
         self.clock.restart()
         while self.num_steps < self.last_step:
@@ -126,12 +150,17 @@ class Trainer:
             except torch.OutOfMemoryError:
                 if self.state.has_trained or self.state.chunk == 1 or self.task.cfg.world_size > 1:
                     self._stop_without_memory()
+            except ValueError as error:
+                if self.state.has_trained:
+                    raise
+                remedy = "raise it, or crossbatch.data.image_size"
+                raise InputError(f"{CHUNK_KEY}: given {self.state.chunk}: {error}; {remedy}") from error
             # Outside of the handler, whose traceback holds on to the memory of the step.
             self.state.build_with_smaller_chunks()
             self.log.note(f"out of memory: trying again with chunks of {self.state.chunk} images")
 
     def _after_step(self, result: TrainResult) -> None:
-        """Report a step, and evaluate where that is due."""
+        """Report a step, and save and evaluate where that is due. Raises Interrupted."""
         if self.profile is not None and self.task.timer is not None:
             self.step_times += self.task.timer.read()
             self.profile.stepped(self.step_times[-1], self.clock.last_wait_s)
@@ -141,15 +170,26 @@ class Trainer:
         is_last = self.num_steps == self.last_step
         evaluation_due = self.task.evaluation_due(self.num_steps, is_last)
         if evaluation_due or is_last or self.num_steps % self.task.cfg.crossbatch.log.every_steps == 0:
-            metrics = self._metrics(result)
-            self._record(metrics | self._evaluate() if evaluation_due else metrics)
+            self._record(self._metrics(result))
+        if evaluation_due:
+            self._set_phase("evaluating")
+            agreed = self.sync.exchange(self.signals.received, self.saves.busy, False)
+            self.saves.boundary(self.num_steps, agreed.saving, is_last)  # an evaluation may take long
+            self._evaluate()
 
-    def _evaluate(self) -> dict[str, float]:
-        """Return the scores of the task, which are kept for the end."""
+    def _evaluate(self) -> None:
+        """Evaluate the task, record its scores, and keep them for the end. Raises Interrupted."""
         self._set_phase("evaluating")
-        found = self.task.evaluate(self.state.step)
+        found = self.task.evaluate(self.state.step, self._between_batches)
         self.scores.append((self.num_steps, found))
-        return found
+        self._record(found)
+
+    def _between_batches(self, images: int) -> None:
+        """Raise Interrupted if any rank has received a signal; an evaluation calls it for every batch, on all ranks."""
+        agreed = self.sync.exchange(self.signals.received, False, False)
+        if agreed.received is not None:
+            self.log.note(f"step {self.num_steps}: the evaluation is left for the next start")
+            raise Interrupted(agreed.received)
 
     def _metrics(self, result: TrainResult) -> dict[str, Any]:
         """Return a line of metrics: values of this very step averaged over ranks, rates, times and counts."""
@@ -180,9 +220,12 @@ class Trainer:
         self.clock.restart()
 
     def _log_images(self, batch: Batch) -> None:
-        """Log the names of broken images, and show the very first batch of a run in TensorBoard."""
-        for name in batch.skipped[: max(0, NAMED_IMAGES - self.state.num_skipped_images)]:
-            self.log.note(f"skipped a broken image: {name}")
+        """Log each broken image once, with the reason, and show the very first batch of a run in TensorBoard."""
+        broken = self.task.data.loader.broken
+        for name in dict.fromkeys(batch.skipped):
+            if name not in self.named and len(self.named) < NAMED_IMAGES:
+                self.named.add(name)
+                self.log.note(f"skipped a broken image: {broken[name]}")
         if self.num_steps == 0:
             self.log.first_views(batch.views)
 
@@ -208,6 +251,8 @@ class Trainer:
                 f"out of memory while images were prepared; step {self.num_steps} is saved; lower {CHUNK_KEY}, or use "
                 f"crossbatch.data.backend=opencv"
             ) from failure
+        if isinstance(failure, RunStopped):
+            raise RunStopped(f"{failure}; step {self.num_steps} is saved") from failure
         raise failure or RunStopped(f"rank {failed_rank} could not load its next batch; step {self.num_steps} is saved")
 
     def _stop_without_memory(self) -> NoReturn:
@@ -251,6 +296,8 @@ def _fetch(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
     try:
         with stop_on_lost_images():
             return next(batches), None
+    except WaitInterrupted:
+        return None, None  # by a signal, which the ranks learn of next
     except Exception as error:
         return None, error
 

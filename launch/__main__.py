@@ -1,13 +1,19 @@
 """Run a command by its name: `crossbatch pretrain ...` and `python -m crossbatch.launch pretrain ...`.
 
-Each command is the module of this package with its name, the same that `python launch/pretrain.py` runs.
+Each command is the module of this package with its name. Its process begins with `run`, as that of `launch/pretrain.py` does.
 """
 
 import argparse
 import importlib
+import os
+import signal
 import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from crossbatch import __version__
+from crossbatch.engine.runtime.output import protect_streams
 from crossbatch.launch.arguments import ArgumentParser
 
 COMMANDS = {
@@ -29,11 +35,32 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     name = parser.parse_args(sys.argv[1:2] or ["--help"]).command
+    sys.argv[:2] = [str(Path(__file__).with_name(f"{name}.py"))]  # what starts the ranks of a node runs this file again
+    run(name)
+
+
+def run(name: str) -> NoReturn:
+    """Run the command `name` with the arguments in `sys.argv`, and end this process with its exit code.
+
+    Its imports take seconds. A Ctrl-C meanwhile ends the process at once, because a KeyboardInterrupt would show a traceback,
+    or get lost in a library that tries whether it can import another.
+    """
+    protect_streams()
+    interactive = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else: a shell has started it with &
+    if interactive:
+        signal.signal(signal.SIGINT, _leave)
+    module = importlib.import_module(f"crossbatch.launch.{name}")
     from crossbatch.engine.runtime.exit_codes import run_main
 
-    module = importlib.import_module(f"crossbatch.launch.{name}")
-    sys.argv[:2] = [str(module.__file__)]  # what starts the ranks of a node runs this file again
+    if interactive:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     run_main(module.main)
+    sys.exit(0)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    print("stopped: interrupted before it began", file=sys.stderr, flush=True)
+    os._exit(3)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def add_config_flags(
         "--data", metavar="DIR", help="the images: a folder, cifar10://DIR, ...; sets crossbatch.data.path"
     )
     parser.add_argument("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
-    # The deepspeed launcher adds this one.
+    # DeepSpeed's own help shows this switch before --deepspeed_config; its launcher adds the next one.
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group(f"{title}, as aliases of configuration keys")
     for flags, path, kind in aliases:
@@ -105,7 +106,14 @@ def positive(text: str) -> int:
 
 
 def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> list[str]:
-    """Return what the flags say as key=value pairs: data, aliases, then --set in its order."""
+    """Return what the flags say as key=value pairs: data, aliases, then --set in its order.
+
+    Raises InputError if the data are given twice.
+    """
+    if arguments.data and arguments.data_positional:
+        raise InputError(
+            f"DATA: given {arguments.data_positional} beside --data {arguments.data}; allowed: one of the two; leave one out"
+        )
     data = arguments.data or arguments.data_positional
     pairs = [f"crossbatch.data.path={json.dumps(data)}"] if data else []
     for _, path, kind in aliases:

@@ -6,22 +6,28 @@ python launch/convert.py export --checkpoint runs/bs4096 --to moco-v3 --output c
 python launch/convert.py export --checkpoint checkpoint_0299.pth.tar --to timm --output vit_small.pth
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("convert")  # before the imports below, which take seconds
+
 import argparse
 import json
 import sys
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from crossbatch import InputError
-from crossbatch.data.sources import has_evaluation_split, open_source, prepare
-from crossbatch.data.sources.shard_writer import write_shards
+from crossbatch.data.sources import describe_source, has_evaluation_split, open_source, prepare
+from crossbatch.data.sources.shard_writer import UnreadableImage, write_shards
 from crossbatch.engine.config import Device, load_config, resolve, user_input
 from crossbatch.engine.config.evaluation import ExportConfig
 from crossbatch.engine.pretrained.formats import FORMATS
-from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.output import console
+from crossbatch.engine.runtime.run_lock import locked
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, output_folder, overrides, positive
 
 
@@ -31,8 +37,15 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_shards, add_import, add_export):
         add(commands)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(_as_export(sys.argv[1:]))
     arguments.run(arguments)
+
+
+def _as_export(given: list[str]) -> list[str]:
+    """Return MoCo v3's command line of convert_to_deit.py, --input X --output Y, as that of `export`; any other as it is."""
+    if not given or not given[0].startswith(("--input", "--output")):
+        return given
+    return ["export", "--to", "deit", *(text.replace("--input", "--checkpoint", 1) for text in given)]
 
 
 def add_shards(commands) -> None:
@@ -65,14 +78,20 @@ def shards(arguments: argparse.Namespace) -> None:
         if has_evaluation_split(arguments.data):
             folders["eval"] = arguments.output / "val"
         sources = {split: open_source(arguments.data, split) for split in folders}
+    for source in sources.values():
+        print(f"read: {describe_source(source)}")
     for folder in folders.values():
         if folder.exists():
             raise InputError(f"--output: {folder} exists already; remove it or give another folder")
     for split, folder in folders.items():
-        with Progress(console=Console(stderr=True)) as progress:
-            advance = partial(progress.advance, progress.add_task(str(folder), total=len(sources[split])))
+        with Progress(console=console(stderr=True)) as progress:
+            advance = partial(progress.advance, progress.add_task(escape(str(folder)), total=len(sources[split])))
             try:
                 written = write_shards(sources[split], folder, arguments.images_per_shard, arguments.seed, advance)
+            except UnreadableImage as error:
+                raise InputError(
+                    f"--data: cannot read {error}; nothing was written to {folder}; make it readable, or remove it"
+                ) from error
             except OSError as error:
                 raise InputError(f"--output: cannot write {folder}: {error}; give a folder with room") from error
         for name in written.skipped[:10]:
@@ -113,7 +132,9 @@ def import_legacy(arguments: argparse.Namespace) -> None:
         )
     with user_input("crossbatch.data.path"):
         num_images = len(open_source(path, download=True))
-    print("\n".join(import_file(arguments.file, cfg, num_images, output_folder(arguments, "import"))))
+    out = output_folder(arguments, "import")
+    with locked(out):
+        print("\n".join(import_file(arguments.file, cfg, num_images, out)))
     print(f"next: python launch/pretrain.py --out {arguments.out} and the same recipe, flags and data")
 
 
@@ -158,7 +179,3 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
         config = load_config(None, [checkpoint, *pairs], ExportConfig)
         notes = export(load_configured(config.crossbatch.model, "auto"), arguments.to, arguments.output)
     print("\n".join(notes))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -3,19 +3,23 @@
 python launch/doctor.py
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("doctor")  # before the imports below, which take seconds
+
 import importlib.metadata
 import importlib.util
 import platform
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config import Device, choose_precision, usable_cores
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.runtime.gpu_check import built_for, driver_cuda, nvidia_devices
+from crossbatch.engine.runtime.output import check_printed, console
 from crossbatch.launch.arguments import ArgumentParser
 from crossbatch.models.batchformer import dispatch
 
@@ -23,7 +27,7 @@ from crossbatch.models.batchformer import dispatch
 def main() -> None:
     """Print both tables, or what is wrong with the GPU in place of the second."""
     ArgumentParser(description=__doc__).parse_args()
-    console = Console()
+    printer = console()
     try:
         tables = {"found": found(), "stages": stages(Device.detect())}
     except InputError as error:
@@ -32,7 +36,8 @@ def main() -> None:
         table = Table(title=title, title_justify="left", show_header=False)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
+        printer.print(table)
+    check_printed()
 
 
 def found() -> list[tuple[str, str]]:
@@ -77,7 +82,3 @@ def stages(device: Device) -> list[tuple[str, str, str]]:
         ),
         ("LARS", blocks, "one collective for all norms where parameters are sharded"),
     ]
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -5,13 +5,18 @@ torchrun --nproc_per_node 8 launch/knn.py --checkpoint checkpoint_0099.pth.tar -
 python launch/knn.py --checkpoint runs/cifar10 --data cifar10://datasets --set crossbatch.knn.k=[20,5]
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("knn")  # before the imports below, which take seconds
+
 from pathlib import Path
 
 from crossbatch.engine.config import Device, choose_precision, load_config
 from crossbatch.engine.config.evaluation import KnnConfig
 from crossbatch.engine.config.resolve import share_cores
 from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
-from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.run_lock import locked_on_main
 from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, output_folder, overrides
 
 ALIASES: list[Alias] = [
@@ -37,8 +42,6 @@ def main() -> None:
     with process_group(world, device.type, threads) as torch_device:
         from crossbatch.engine.evaluation.knn_evaluation import KnnEvaluation
 
-        KnnEvaluation(config, world, torch_device, workers, broadcast_object(out)).run()
-
-
-if __name__ == "__main__":
-    run_main(main)
+        out = broadcast_object(out)
+        with locked_on_main(out):
+            KnnEvaluation(config, world, torch_device, workers, out).run()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from crossbatch import InputError
+from crossbatch.engine.runtime.distributed import meeting
 from crossbatch.engine.runtime.gpu_check import check_gpus
 from crossbatch.launch.arguments import positive
 
@@ -45,10 +46,17 @@ def add_legacy_launch_flags(parser: argparse.ArgumentParser) -> None:
     add("-e", "--evaluate", action="store_true", help=argparse.SUPPRESS)
     add(
         "--start-epoch",
-        type=int,
-        choices=[0],
+        type=_first_epoch,
         help="only 0: a resumed run continues from its checkpoint (see --resume)",
     )
+
+
+def _first_epoch(text: str) -> int:
+    if text != "0":
+        raise argparse.ArgumentTypeError(
+            f"given {text}; allowed: 0; leave it out: a run continues from its checkpoint (see --resume)"
+        )
+    return 0
 
 
 @dataclass(frozen=True)
@@ -164,8 +172,10 @@ def _start_ranks(asked: _Asked, workers: int | None) -> None:
     command = ["-u", *sys.argv]
     if workers is not None:  # -j is a node's there, a rank's here
         command[2:2] = ["--set", f"{_WORKERS}={math.ceil(workers / asked.processes)}"]
+    host, _, port = (asked.address or "").rpartition(":")
     try:
-        elastic_launch(ranks, sys.executable)(*command)
+        with meeting(host.strip("[]"), port):
+            elastic_launch(ranks, sys.executable)(*command)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

@@ -5,13 +5,18 @@ python launch/linear.py -a vit_small --pretrained checkpoint_0299.pth.tar --lr 3
 python launch/linear.py --checkpoint runs/cifar10 --data cifar10://datasets --cache --lr '[0.01, 0.1, 1]' --epochs 30
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("linear")  # before the imports below, which take seconds
+
 import json
 
 from crossbatch.engine.config import Device, load_config
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
-from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.run_lock import locked_on_main
 from crossbatch.launch.arguments import (
     Alias,
     ArgumentParser,
@@ -60,8 +65,6 @@ def main() -> None:
     with process_group(world, device.type, cfg.threads) as torch_device:
         from crossbatch.engine.evaluation.linear_evaluation import LinearEvaluation
 
-        LinearEvaluation(cfg, world, torch_device, broadcast_object(out), arguments.resume).run()
-
-
-if __name__ == "__main__":
-    run_main(main)
+        out = broadcast_object(out)
+        with locked_on_main(out):
+            LinearEvaluation(cfg, world, torch_device, out, arguments.resume).run()

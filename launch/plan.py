@@ -6,17 +6,21 @@ Nothing runs: memory is computed from the network's shapes, collectives are coun
 is checked against published runs (python -m benchmarks scaling backtest). Every number says where it is from.
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("plan")  # before the imports below, which take seconds
+
 import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from crossbatch import InputError
 from crossbatch.engine.planning.catalogue import GPU_BY_HAND, GPUS, LINKS, NETWORKS
 from crossbatch.engine.planning.plan import IMAGENET, Plan, Question, as_dict, notes, plan
-from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.output import check_printed, console
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides
 
 WIDTH = 100
@@ -56,9 +60,10 @@ def main() -> None:
     found = plan(Question(given.deepspeed_config, *asked))
     if given.json:
         print(json.dumps(as_dict(found), indent=2))
+        check_printed()
         return
-    console = Console(highlight=False)
-    console.width = console.width if console.is_terminal else WIDTH
+    printer = console()
+    printer.width = printer.width if printer.is_terminal else WIDTH
     memory = [(part.name, f"{part.bytes / 2**30:.2f}", part.origin) for part in found.memory.parts]
     stages = [(stage.name, f"{stage.ms:.1f}", stage.origin) for stage in found.estimate.stages]
     at = found.at
@@ -75,9 +80,10 @@ def main() -> None:
             table.columns[2].max_width = 30  # the flags of what would help need the place
         for line in lines:
             table.add_row(*line)
-        console.print(table)
+        printer.print(table)
     for note in notes(found):
-        console.print(f"extrapolated: {note}", markup=False)
+        printer.print(f"extrapolated: {note}")
+    check_printed()
 
 
 def _summary(found: Plan) -> list[tuple[str, str, str]]:
@@ -103,7 +109,3 @@ def _summary(found: Plan) -> list[tuple[str, str, str]]:
     helps = [(f"{100 * gain:.0f} % more images/s: {change}", origin) for change, gain, origin in found.helps]
     helps = helps or [("none of the changes that were tried", "predicted with each")]
     return lines + [("would help", *tried) for tried in helps]
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -6,6 +6,11 @@ torchrun --nproc_per_node 8 launch/pretrain.py --deepspeed_config ds_configs/bs4
 python launch/pretrain.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://node0:29500 ... /data/imagenet
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("pretrain")  # before the imports below, which take seconds
+
 import argparse
 import json
 from pathlib import Path
@@ -14,7 +19,7 @@ from crossbatch import InputError
 from crossbatch.data import open_source
 from crossbatch.engine.config import Config, Device, load_config, resolve, user_input
 from crossbatch.engine.runtime.distributed import world_from_environment
-from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.output import check_printed
 from crossbatch.engine.tasks.build import describe
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, add_run_flags, overrides, positive
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, asked_world_size, launched
@@ -50,6 +55,7 @@ def main() -> None:
         ranks = arguments.world_size_hint or asked_world_size(arguments) or world_from_environment().size
         cfg = resolve(config, ranks, Device.detect())
         print(json.dumps({**describe(cfg, steps_per_epoch(config)), "device": cfg.device.name}, indent=2))
+        check_printed()
         return
     if launched(arguments):
         return
@@ -77,7 +83,3 @@ def steps_per_epoch(config: Config) -> int | None:
         if path.startswith(("shapes://", "cifar10://", "cifar100://", "flowers://", "pets://")):
             return None
         raise
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -3,6 +3,11 @@
 python launch/preview.py --data /data/imagenet --output preview.png
 """
 
+if __name__ == "__main__":
+    from crossbatch.launch.__main__ import run
+
+    run("preview")  # before the imports below, which take seconds
+
 import argparse
 from pathlib import Path
 
@@ -14,7 +19,6 @@ from crossbatch.data import BACKENDS, TrainLoader, moco_v3_augmentations, open_s
 from crossbatch.data.augment.backends import has_dali
 from crossbatch.engine.config import user_input
 from crossbatch.engine.datasets import stop_on_lost_images
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch.arguments import ArgumentParser, positive
 
 
@@ -68,7 +72,3 @@ def first_batch(source, backend: str, arguments: argparse.Namespace) -> torch.Te
     )
     with stop_on_lost_images(), loader:
         return next(loader.epoch(0)).views.float().cpu() / 255
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -13,6 +13,7 @@ from crossbatch.engine.checkpoint import check_allowed
 from crossbatch.engine.config import Resolved
 from crossbatch.engine.runtime import distributed
 from crossbatch.engine.runtime.distributed import World
+from crossbatch.engine.runtime.run_lock import locked_on_main
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.start import build_trainer
 from crossbatch.engine.tasks.task import Task
@@ -51,8 +52,17 @@ def train(
     group = distributed.process_group(world, device_type, cfg.threads, timeout_s)
     with group as device, Watchdog(world, timeout_s) as watchdog:
         out = distributed.broadcast_object(out)
-        task = build_task(cfg, world, device, out)
-        trainer = build_trainer(
-            task, world, device, out, arguments.resume, arguments.steps, arguments.allow_change, watchdog, profile_steps
-        )
-        trainer.train()
+        with locked_on_main(out):
+            task = build_task(cfg, world, device, out)
+            trainer = build_trainer(
+                task,
+                world,
+                device,
+                out,
+                arguments.resume,
+                arguments.steps,
+                arguments.allow_change,
+                watchdog,
+                profile_steps,
+            )
+            trainer.train()

@@ -40,10 +40,10 @@ _STREAMS = "ob"
 
 
 def loss_from_add_bf(add_bf: int) -> BatchFormerLoss:
-    """Return the kind of loss that BatchFormer's release denotes by the number `add_bf`; 0 and below mean "none"."""
-    if add_bf <= 0:
-        return "none"
-    numbers: dict[int, BatchFormerLoss] = {1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self"}
+    """Return the kind of loss that BatchFormer's release denotes by the number `add_bf`, at least 0."""
+    if add_bf < 0:
+        raise ValueError(f"`add_bf` (={add_bf}) must be at least 0; 0 trains without BatchFormer")
+    numbers: dict[int, BatchFormerLoss] = {0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self"}
     return numbers.get(add_bf, "joint")
 
 

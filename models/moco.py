@@ -9,7 +9,8 @@ The step is cut at "features": everything to its left sees one image at a time a
 right sees the whole batch and is computed once (`contrast`).
 
 Both views travel in one tensor, view-major, so every batch norm needs one collective for both and still keeps separate
-statistics per view. With BatchFormer the heads' norms take their statistics over both streams of a view.
+statistics per view. With BatchFormer the heads' norms take their statistics over both streams of a view. Where norms talk to
+other ranks, the two encoders run in lockstep and share those collectives, too (`crossbatch.models.lockstep`).
 
 Shapes: V views, n local images, S streams (o and b), C backbone features, D width of queries and keys.
 """
@@ -31,8 +32,9 @@ from crossbatch.models.batchformer import BatchFormer, DropoutKey
 from crossbatch.models.collective import Collective, GroupCollective
 from crossbatch.models.cuda_graph import capture
 from crossbatch.models.heads import FAMILIES, build_predictor, build_projector
+from crossbatch.models.lockstep import LockstepCollective, in_lockstep
 from crossbatch.models.loss import LOSSES, BatchFormerLoss, loss_of_streams
-from crossbatch.models.norm import convert_norms, synchronize_norms
+from crossbatch.models.norm import ViewBatchNorm, convert_norms, synchronize_norms
 from crossbatch.models.shardable import ShardableModel, backbone_units
 
 NUM_VIEWS = 2
@@ -98,8 +100,9 @@ class MoCo(ShardableModel):
         num_features: number of features that a module returns; by default its attribute `num_features`.
         heads: "resnet" or "vit", the kind of projector and predictor (see `crossbatch.models.heads`); by default the
             kind that belongs to the name, and "resnet" for a module.
-        checkpoint_activations: recompute the blocks of the online backbone in the backward pass: less memory for a third
-            more time.
+        checkpoint_activations: what the backward pass of the online backbone computes again, to keep less memory: "none";
+            "norms", of a ResNet: the outputs of the ReLUs inside blocks, a fifth less for little time; "blocks": everything but
+            the inputs of blocks, for a third more time.
         projection_dim: width D of queries and keys.
         mlp_dim: hidden width of projector and predictor.
         temperature: T of the loss.
@@ -128,7 +131,7 @@ class MoCo(ShardableModel):
         *,
         num_features: int | None = None,
         heads: str | None = None,
-        checkpoint_activations: bool = False,
+        checkpoint_activations: str = "none",
         projection_dim: int = 256,
         mlp_dim: int = 4096,
         temperature: float = 1.0,
@@ -174,12 +177,13 @@ class MoCo(ShardableModel):
 
         self.online = encoder(backbone)
         self.momentum = encoder(backbone if isinstance(backbone, str) else copy.deepcopy(backbone))
-        if checkpoint_activations:
+        if checkpoint_activations != "none":
             if not hasattr(self.online.backbone, "checkpoint_activations"):
                 raise ValueError(
-                    "checkpoint_activations is true, but the backbone has no method checkpoint_activations; set it to false"
+                    f"checkpoint_activations is {checkpoint_activations!r}, but the backbone has no method "
+                    f"checkpoint_activations; set it to 'none'"
                 )
-            self.online.backbone.checkpoint_activations()
+            self.online.backbone.checkpoint_activations(checkpoint_activations)
         self.predictor = build_predictor(heads, mlp_dim, projection_dim)
         self.batchformer = None
         if batchformer_loss != "none":
@@ -201,6 +205,9 @@ class MoCo(ShardableModel):
             Heads(key_batchformer, (self.momentum.projector,), with_grad=False),
         )
         self.cuda_graph, self._graphs = cuda_graph, None
+        # Whether lockstep gains something and changes nothing. Somebody's module may draw random numbers: its first pass tells.
+        has_norms = any(isinstance(module, ViewBatchNorm) for module in self.online.backbone.modules())
+        self._can_interleave = has_norms if isinstance(backbone, str) or not has_norms else None
         self.set_collective(GroupCollective(process_group))
 
     def momentum_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
@@ -228,10 +235,29 @@ class MoCo(ShardableModel):
             )
         torch._foreach_lerp_([average for _, average in pairs], [online for online, _ in pairs], weight=1 - m)
 
-    def set_collective(self, collective: Collective) -> None:
-        """Let norms, keys and groups that span ranks use `collective` from now on."""
-        self.collective = collective
-        synchronize_norms(self, collective)
+    @torch.no_grad()
+    def average_running_stats(self) -> None:
+        """Average the norms' running statistics over all ranks, where groups of ranks have statistics of their own.
+
+        Evaluation and checkpoints then are the same on every rank. `norms` of `set_collective` says which ranks form a group.
+        """
+        if self.norm_collective.world_size == self.collective.world_size:
+            return
+        stats = [buffer for name, buffer in self.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        mean = self.collective.all_reduce(torch.cat(stats)) / self.collective.world_size
+        torch._foreach_copy_(stats, mean.split([len(buffer) for buffer in stats]))
+
+    def set_collective(self, collective: Collective, norms: Collective | None = None) -> None:
+        """Let keys and groups that span ranks use `collective` from now on.
+
+        Args:
+            collective: the ranks that hold the global batch.
+            norms: the ranks that share the statistics of norms; None means those of `collective`. If there are fewer, call
+                `average_running_stats` before an evaluation or a checkpoint.
+        """
+        self.collective, self.norm_collective = collective, collective if norms is None else norms
+        # Not the BatchFormer: both encoders share it, so one would be inside it when the other enters.
+        synchronize_norms(self, LockstepCollective(self.norm_collective))
         for module in self.modules():
             if isinstance(module, BatchFormer):
                 module.collective = collective
@@ -246,11 +272,10 @@ class MoCo(ShardableModel):
         return self.online.backbone
 
     def fsdp_units(self) -> list[nn.Module]:
-        units: list[nn.Module] = []
-        for encoder in (self.online, self.momentum):
-            units += [*backbone_units(encoder.backbone), encoder.projector]
-        parts = (self.predictor, self.batchformer, self.momentum.batchformer)
-        return units + [part for part in parts if part is not None]
+        online, momentum = self.online, self.momentum
+        units = [*backbone_units(online.backbone), self.batchformer, online.projector, self.predictor]
+        units += [*backbone_units(momentum.backbone), momentum.batchformer, momentum.projector]
+        return [unit for unit in units if unit is not None]
 
     def loss(self, images: Tensor, step: int, seed: int) -> MoCoOutput:
         """Compute the loss of this rank's images against the keys of all ranks.
@@ -275,10 +300,18 @@ class MoCo(ShardableModel):
 
     def features(self, images: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
         """Turn both views [V*m, 3, H, W] of a chunk into features [V*m, C] of the online and of the momentum backbone."""
+        if self.norm_collective.world_size > 1 and self._can_interleave:
+            with self.span("online and momentum features"), torch.set_grad_enabled(with_grad):
+                return in_lockstep(lambda: self.embed(images), lambda: self.momentum.backbone(images))
+        is_first = self._can_interleave is None and self.training
+        before = _random_states(images.device) if is_first else []
         with self.span("online features"), torch.set_grad_enabled(with_grad):
             online = self.embed(images)
         with self.span("momentum features"), torch.no_grad():
-            return online, self.momentum.backbone(images)
+            momentum = self.momentum.backbone(images)
+        if is_first:
+            self._can_interleave = all(map(torch.equal, before, _random_states(images.device)))
+        return online, momentum
 
     def embed(self, images: Tensor) -> Tensor:
         """Turn images [m, 3, H, W] into features [m, C] of the online backbone."""
@@ -297,7 +330,12 @@ class MoCo(ShardableModel):
             if self.awaits_capture:
                 self._graphs = capture(self._heads, ((online_NC, seeds[0]), (momentum_NC, seeds[1])))
             to_queries, to_keys = self._graphs or self._heads
-            queries, keys = to_queries(online_NC, seeds[0]), to_keys(momentum_NC, seeds[1])
+            if self.norm_collective.world_size > 1:
+                queries, keys = in_lockstep(
+                    lambda: to_queries(online_NC, seeds[0]), lambda: to_keys(momentum_NC, seeds[1])
+                )
+            else:
+                queries, keys = to_queries(online_NC, seeds[0]), to_keys(momentum_NC, seeds[1])
             streams = len(queries) // len(online_NC)
             loss, terms, signals = loss_of_streams(
                 queries.unflatten(0, (NUM_VIEWS, streams, -1)),
@@ -308,6 +346,11 @@ class MoCo(ShardableModel):
             )
             signals["feature_std"] = feature_std(online_NC.detach())
             return MoCoOutput(loss, terms, signals)
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the generators that a network on `device` draws from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def feature_std(features_NC: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class ShardableModel(nn.Module, ABC):
     def fsdp_units(self) -> list[nn.Module]:
         """Return the modules that FSDP gathers one by one, from the inside out, without the network itself.
 
-        Online and momentum parts have corresponding units, so that their shards are cut alike.
+        Online and momentum parts have corresponding units, so that their shards are cut alike. The units of each are in the
+        order in which they end in a forward pass.
         """
 
 

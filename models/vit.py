@@ -22,8 +22,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from crossbatch.models.arguments import check_choice
 from crossbatch.models.backbones import Layout
 from crossbatch.models.norm import ViewBatchNorm
+
+CHECKPOINTS = ("none", "blocks")  # a ViT's blocks have no batch norms
 
 
 class ConvStem(nn.Module):
@@ -88,9 +91,10 @@ class ViT(VisionTransformer):
         if stop_grad_conv1:
             self.patch_embed.requires_grad_(False)
 
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the blocks for the backward pass from now on; it runs each block once more."""
-        self.set_grad_checkpointing()
+    def checkpoint_activations(self, what: str) -> None:
+        """If `what` is "blocks", keep only their inputs for the backward pass from now on; it runs each block once more."""
+        check_choice("checkpoint_activations", what, CHECKPOINTS)
+        self.set_grad_checkpointing(what == "blocks")
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -26,6 +26,7 @@ from crossbatch.data.augment.triton_colours import colour_view
 from crossbatch.engine.optimizers import lars, lars_cuda
 from crossbatch.models.batchformer import passes_triton, tiles
 from crossbatch.models.batchformer.dropout import Mask
+from crossbatch.models.norm import passes_triton as norm_passes
 
 TYPES = {
     torch.float32: "*fp32",
@@ -36,6 +37,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
+CHANNELS = (64, 33, 5, 16)  # of an image: a multiple of a tile's columns, odd numbers, a narrower tile
 WIDTHS = (2048, 1024, 768, 512, 384)  # features of a ResNet-50, ViT-L, ViT-B, ResNet-18, ViT-S
 GROUPS = (256, 4096, 512, 64, 8)
 
@@ -100,6 +102,22 @@ def batchformer(dtype: torch.dtype, width: int, group: int, dropout: float) -> N
     passes_triton.add_norm_backward(x, total, mean, rstd, vector, mask, dtype)
 
 
+def view_norm(dtype: torch.dtype, channels: int, options: bool) -> None:
+    """Make every pass of a norm, and with `options` with and without residual, ReLU and second gradient."""
+    x, wide = (
+        torch.zeros(2, channels, 8, 8, dtype=dtype).to(memory_format=torch.channels_last),
+        torch.zeros(2, channels),
+    )
+    statistics = norm_passes.statistics(x, 2)
+    channel = statistics[:, 0], statistics[:, 1], wide[0], wide[1]
+    for relu in (True, False) if options else (True,):
+        for residual in (x, x.float(), None) if options else (x,):
+            norm_passes.normalise(x, residual, *channel, 1e-5, relu)
+        for dys, y in ([x, x], x), ([x], x), ([x, x], None), ([x], None):
+            norm_passes.backward_sums(x, dys, y, *channel, 1e-5, relu)
+        norm_passes.input_gradient(x, x, *channel, statistics, 1e-5, 128, relu)
+
+
 def optimizer() -> None:
     parameters = [torch.nn.Parameter(torch.ones(64, 64)), torch.nn.Parameter(torch.ones(64))]
     for parameter in parameters:
@@ -134,9 +152,12 @@ def main(arguments: list[str]) -> None:
                 too_much_shared_memory[(1,)](torch.zeros(1), SIZE=1 << 17, num_warps=32)  # pyright: ignore[reportCallIssue]
             sixteen_bits = (torch.float16, torch.bfloat16) if capability >= 80 else (torch.float16,)
             batchformer(sixteen_bits[-1], WIDTHS[0], GROUPS[0], 0.5)
+            view_norm(sixteen_bits[-1], CHANNELS[0], options=False)
             optimizer()
             colours()
             for dtype in (*sixteen_bits, torch.float32) if everything else ():
+                for channels in CHANNELS:
+                    view_norm(dtype, channels, options=True)
                 for width, group in zip(WIDTHS, GROUPS, strict=True):
                     for dropout in (0.5, 0.0):
                         batchformer(dtype, width, group, dropout)

@@ -49,12 +49,8 @@ def pytest_report_header():
     return f"Triton kernels: {'interpreted on the CPU; `pytest -m gpu` compiles them' if interpreted else 'compiled'}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none, or where kernels are interpreted, which would show nothing.
-
-    With pytest-xdist, tests of ranks follow each other in one process, so that there is one pool of a size.
-    """
+    """Skip what needs a GPU where there is none, or where kernels are interpreted, which would show nothing."""
     reason = None
     if not torch.cuda.is_available():
         reason = "needs an NVIDIA GPU"
@@ -63,8 +59,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if reason is not None and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
-        if "pools" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 class RankPool:

@@ -79,7 +79,10 @@ class Nursery:
         self._pids: set[int] = set()
 
     def start(self, folder: Path, ranks: int, *arguments: str, **environment: str) -> Job:
-        """`arguments` of launch/pretrain.py; logs go to `folder`. NETWORKS: names of network namespaces, by rank."""
+        """`arguments` of launch/pretrain.py, or of that of COMMAND; logs go to `folder`.
+
+        NETWORKS: names of network namespaces, by rank. STDOUT: a file that takes the place of the log, but for stderr.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -145,19 +148,21 @@ def _nurse(pipe) -> None:
 
 def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
     from crossbatch.engine.runtime.exit_codes import run_main
-    from crossbatch.launch import pretrain
+    from crossbatch.engine.runtime.output import protect_streams
 
     code = 1
     try:
         output = os.open(log, os.O_WRONLY | os.O_APPEND)
-        os.dup2(output, 1)
+        os.dup2(os.open(environment["STDOUT"], os.O_WRONLY) if "STDOUT" in environment else output, 1)
         os.dup2(output, 2)
+        protect_streams()
         os.environ.update(environment)
-        sys.argv = ["launch/pretrain.py", *arguments]
+        command = environment.get("COMMAND", "pretrain")
+        sys.argv = [f"launch/{command}.py", *arguments]
         if "NETWORKS" in environment:
             _enter_network(environment["NETWORKS"].split(",")[int(environment["RANK"])])
         code = 0
-        run_main(pretrain.main)
+        run_main(importlib.import_module(f"crossbatch.launch.{command}").main)
     except SystemExit as stop:
         code = int(stop.code or 0)
     except BaseException:

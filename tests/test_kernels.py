@@ -24,6 +24,11 @@ KERNELS = {
     "_mean_gray",
     "_jitter",
     "_blur",
+    "_strip_statistics",
+    "_merge",
+    "_normalise",
+    "_backward_sums",
+    "_input_gradient",
 }
 PLANTED = "too_much_shared_memory"
 

@@ -49,13 +49,16 @@ def main(arguments: list[str]) -> None:
 def measure(arguments: list[str]) -> None:
     """Run every size under torchrun, which adds its row to OUT/scaling.jsonl, and show the file."""
     parser = argparse.ArgumentParser(
-        "python -m benchmarks scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--ranks", metavar="N", type=int, nargs="+", required=True, help="sizes, such as 1 2 4")
     given = parse(parser, arguments)
     given.set = [*(ON_GPUS if torch.cuda.is_available() else SMALL), *given.set]
     if min(given.ranks) < 1:
-        raise InputError(f"--ranks: given {' '.join(map(str, given.ranks))}; allowed: >= 1")
+        raise InputError(f"--ranks: given {' '.join(map(str, given.ranks))}; allowed: a whole number >= 1")
     if not Path(given.recipe).exists():
         raise InputError(f"--recipe: no such file: {given.recipe}")
     for size in given.ranks:
@@ -72,7 +75,7 @@ def measure(arguments: list[str]) -> None:
 
 
 def efficiency(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks scaling efficiency")
+    parser = argparse.ArgumentParser("python -m benchmarks scaling efficiency", allow_abbrev=False)
     parser.add_argument("path", metavar="PATH", type=Path)
     parser.add_argument("--machine", metavar="NAME", help="of several: a part of the name of one")
     given = parser.parse_args(arguments)
@@ -120,7 +123,7 @@ def _calls(kinds: dict[str, dict[str, float]] | None) -> str:
 
 
 def backtest(arguments: list[str]) -> None:
-    argparse.ArgumentParser("python -m benchmarks scaling backtest").parse_args(arguments)
+    argparse.ArgumentParser("python -m benchmarks scaling backtest", allow_abbrev=False).parse_args(arguments)
     rows, singles = calibration.ROWS, calibration.SINGLE
     errors, one_gpu = calibration.leave_out(*calibration.MANY_GPUS), calibration.leave_out(*calibration.ONE_GPU)
     by_publication = calibration.leave_out(*calibration.MANY_GPUS, by_publication=True)

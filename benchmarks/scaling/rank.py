@@ -65,7 +65,11 @@ def whole_bytes(args: tuple) -> int:
 
 
 def main() -> None:
-    given = parse(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    given = parse(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+    )
     world = world_from_environment()
     cfg = resolved(given, world.size, Device.detect(), world.local_size)
     with process_group(world, cfg.device.type, threads=cfg.threads) as torch_device:
@@ -88,7 +92,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     given = parser.parse_args(arguments)
     if given.steps < 1:
-        parser.error(f"argument --steps: given {given.steps}; allowed: >= 1")
+        parser.error(f"argument --steps: given {given.steps}; allowed: a whole number >= 1")
     return given
 
 

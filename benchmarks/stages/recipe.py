@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.stages import Effort
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
-from crossbatch.engine.runtime.distributed import GroupCollective, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import process_group, world_from_environment
 from crossbatch.engine.sharding import Backend
-from crossbatch.engine.tasks.build import build_backend, build_model
+from crossbatch.engine.tasks.build import build_backend, build_model, connect
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 SMALL = ['crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.mlp_dim=64"]
@@ -48,5 +48,5 @@ def build(cfg: ResolvedConfig, device: torch.device) -> Backend:
     """Return the sharded model of `cfg` from seed 0; inside a process group."""
     torch.manual_seed(0)
     model = build_model(cfg).to(device)
-    model.set_collective(GroupCollective())
+    connect(model, cfg)
     return build_backend(model, cfg)

@@ -98,7 +98,7 @@ class Setup(NamedTuple):
             f"train_batch_size={self.images}",
             f"train_micro_batch_size_per_gpu={self.chunk}",
             f"crossbatch.batchformer.group_size={min(self.images, 256)}",
-            f"crossbatch.model.checkpoint_activations={str(self.checkpointed).lower()}",
+            f"crossbatch.model.checkpoint_activations={'blocks' if self.checkpointed else 'none'}",
             f"crossbatch.precision={self.precision}",
         ]
         return recipe.load("bs4096", overrides)

@@ -1,6 +1,7 @@
 """Chooses the backend that decodes and augments. All backends apply the same parameters and replace the same broken images."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from crossbatch.data import counter
 from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters, reduced, reductions
 from crossbatch.data.decode import Encoded, decode_pixels
 
@@ -17,8 +19,8 @@ BACKENDS = {
     "torchvision": "worker processes with PIL, to the bit as torchvision",
 }
 
-# (image in RGB, parameters, row of them, image_size, solarize_threshold) -> uint8 [image_size, image_size, 3]
-Augment: TypeAlias = Callable[[np.ndarray, ViewParameters, int, int, int], np.ndarray]
+# (image in RGB, parameters, row, image_size, solarize_threshold, interpolation) -> uint8 [image_size, image_size, 3]
+Augment: TypeAlias = Callable[[np.ndarray, ViewParameters, int, int, int, str], np.ndarray]
 
 
 def choose_backend(asked: str, device_type: str) -> tuple[str, str]:
@@ -89,15 +91,20 @@ def make_views(
     filled = views.numpy()
     for row, image in enumerate(images):
         pixels = decode(image.data, int(reduction[row])) if isinstance(image, Encoded) else image
-        for view, (p, augmentation) in enumerate(zip(parameters, augmentations, strict=True)):
-            filled[view, row] = augment(pixels, p, row, size, augmentation.solarize_threshold)
+        for view, (p, a) in enumerate(zip(parameters, augmentations, strict=True)):
+            filled[view, row] = augment(pixels, p, row, size, a.solarize_threshold, a.interpolation)
+    for view, augmentation in enumerate(augmentations):
+        if augmentation.auto_augment is not None:
+            from crossbatch.data.augment.pil import automatically_augmented
+
+            for row, bits in enumerate(counter.bits(counter.AUTO_AUGMENT, seed, epoch, view, indices).tolist()):
+                filled[view, row] = automatically_augmented(filled[view, row], augmentation, bits)
     return views.permute(0, 1, 4, 2, 3)
 
 
 def _empty(shape: tuple[int, ...]) -> torch.Tensor:
     """Return uint8 values, in a worker process in the shared memory in which they leave it: that saves a copy."""
-    views = torch.empty(shape, dtype=torch.uint8, device="meta" if get_worker_info() else "cpu")
-    if views.is_meta:
-        storage = torch.UntypedStorage._new_shared(views.numel())  # as torch's own default_collate does
-        views = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
-    return views
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)

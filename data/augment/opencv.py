@@ -20,16 +20,21 @@ from crossbatch.data.augment.pil import crop
 
 
 def augment(
-    image: np.ndarray, p: ViewParameters, row: int, image_size: int, solarize_threshold: int = 128
+    image: np.ndarray,
+    p: ViewParameters,
+    row: int,
+    image_size: int,
+    solarize_threshold: int = 128,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """Make one view of `image`, uint8 [h, w, 3], by row `row` of the parameters `p`: uint8 [image_size, image_size, 3]."""
-    return colour(resize(crop(image, p, row), image_size), p, row, solarize_threshold)
+    return colour(resize(crop(image, p, row), image_size, interpolation), p, row, solarize_threshold)
 
 
-def resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize a crop, uint8 [h, w, 3], to [size, size, 3], bilinear with antialiasing."""
+def resize(pixels: np.ndarray, size: int, interpolation: str = "bilinear") -> np.ndarray:
+    """Resize a crop, uint8 [h, w, 3], to [size, size, 3], with antialiasing."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, h, w], channels last
-    view = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    view = F.interpolate(image, (size, size), mode=interpolation, antialias=True)
     return view[0].permute(1, 2, 0).contiguous().numpy()
 
 

@@ -53,6 +53,26 @@ class ViewAugmentation:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of the view, at any image_size
     solarize_threshold: int = 128  # pixel values from here on are inverted
     flip_probability: float = 0.5
+    interpolation: str = "bilinear"  # of the resized crop; or "bicubic"
+    auto_augment: str | None = None  # timm's automatic augmentation after the flip, such as "rand-m9-mstd0.5-inc1"
+
+    @property
+    def needs_pil(self) -> bool:
+        """Return whether DALI cannot apply it."""
+        return self.interpolation != "bilinear" or self.auto_augment is not None
+
+
+def check_auto_augment(policy: str) -> None:
+    """Raise ValueError unless timm can read `policy`, the name of an automatic augmentation."""
+    from crossbatch.data.augment.pil import auto_augmentation  # late: timm takes a second
+
+    try:
+        auto_augmentation(policy, 224, "bilinear")
+    except Exception as error:  # timm asserts, or fails to convert text
+        raise ValueError(
+            f"`auto_augment` (={policy!r}) is no name that timm knows; give RandAugment as rand-m9-mstd0.5-inc1, AutoAugment "
+            f"as original or v0, or AugMix as augmix-m3-w3"
+        ) from error
 
 
 def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tuple[ViewAugmentation, ViewAugmentation]:
@@ -67,15 +87,39 @@ def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tupl
     )
 
 
-def crop_and_flip(image_size: int, crop_min: float) -> ViewAugmentation:
-    """Return the augmentation of supervised training: RandomResizedCrop and a horizontal flip, no colours."""
+def crop_and_flip(
+    image_size: int,
+    crop_min: float,
+    interpolation: str = "bilinear",
+    color_jitter: float = 0.0,
+    auto_augment: str | None = None,
+) -> ViewAugmentation:
+    """Return the augmentation of supervised training: RandomResizedCrop and a horizontal flip.
+
+    Args:
+        image_size: side of a view, pixels.
+        crop_min: smallest crop, as a fraction of the image's area.
+        interpolation: of the resized crop, "bilinear" or "bicubic".
+        color_jitter: largest relative change of brightness, contrast and saturation, as in timm; 0 for none.
+        auto_augment: timm's name of an automatic augmentation; None for none.
+
+    Raises ValueError if timm cannot read `auto_augment`.
+    """
+    if auto_augment is not None:
+        check_auto_augment(auto_augment)
     return ViewAugmentation(
         image_size,
         (crop_min, 1.0),
         blur_probability=0.0,
         solarize_probability=0.0,
-        jitter_probability=0.0,
+        jitter_probability=float(color_jitter > 0),
+        brightness=color_jitter,
+        contrast=color_jitter,
+        saturation=color_jitter,
+        hue=0.0,
         grayscale_probability=0.0,
+        interpolation=interpolation,
+        auto_augment=auto_augment,
     )
 
 

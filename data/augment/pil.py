@@ -5,13 +5,16 @@ originals augment with PIL: its rounding to 8 bits between operations and its Ga
 augmentation. torchvision takes a second to import, so it is imported when the first view is made.
 """
 
+import functools
+import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from crossbatch.data.augment.parameters import ViewParameters
+from crossbatch.data.augment.parameters import IMAGENET_MEAN, ViewAugmentation, ViewParameters
 
 _JITTERS = (
     "adjust_brightness",
@@ -22,14 +25,18 @@ _JITTERS = (
 
 
 def augment(
-    image: np.ndarray, p: ViewParameters, row: int, image_size: int, solarize_threshold: int = 128
+    image: np.ndarray,
+    p: ViewParameters,
+    row: int,
+    image_size: int,
+    solarize_threshold: int = 128,
+    interpolation: str = "bilinear",
 ) -> np.ndarray:
     """Make one view of `image`, uint8 [h, w, 3], by row `row` of the parameters `p`: uint8 [image_size, image_size, 3]."""
     from torchvision.transforms import functional
 
-    view = Image.fromarray(np.ascontiguousarray(crop(image, p, row))).resize(
-        (image_size, image_size), Image.Resampling.BILINEAR
-    )
+    resample = Image.Resampling[interpolation.upper()]
+    view = Image.fromarray(np.ascontiguousarray(crop(image, p, row))).resize((image_size, image_size), resample)
     for operation, factor in p.jitters(row):
         view = getattr(functional, _JITTERS[operation])(view, factor)
     if p.grayscale[row]:
@@ -48,7 +55,49 @@ def crop(image: np.ndarray, p: ViewParameters, row: int) -> np.ndarray:
     return image[top : top + p.crop_height[row], left : left + p.crop_width[row]]
 
 
-def evaluation_image(image: Image.Image, image_size: int) -> torch.Tensor:
+@functools.cache
+def auto_augmentation(policy: str, image_size: int, interpolation: str) -> Callable[[Image.Image], Image.Image]:
+    """Return timm's automatic augmentation by its name, as timm sets it up for `image_size` pixels."""
+    from timm.data import auto_augment as timm
+
+    make = timm.auto_augment_transform
+    if policy.startswith("rand"):
+        make = timm.rand_augment_transform
+    elif policy.startswith("augmix"):
+        make = timm.augment_and_mix_transform
+    gray = tuple(min(255, round(255 * mean)) for mean in IMAGENET_MEAN)
+    resample = Image.Resampling[interpolation.upper()]
+    return make(policy, {"translate_const": int(image_size * 0.45), "img_mean": gray, "interpolation": resample})
+
+
+def automatically_augmented(pixels: np.ndarray, augmentation: ViewAugmentation, seed: int) -> np.ndarray:
+    """Apply `augmentation.auto_augment` to a view, uint8 [S, S, 3]; timm draws from generators that start at `seed`."""
+    assert augmentation.auto_augment is not None
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # of the process, which others draw from
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        apply = auto_augmentation(augmentation.auto_augment, len(pixels), augmentation.interpolation)
+        return np.asarray(apply(Image.fromarray(pixels)))
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """Cut an image to the middle of its longer side if that is more than 16 times the other.
+
+    The central view needs no more, and 1 x 30000 pixels would become 256 x 7.7 million.
+    """
+    width, height = image.size
+    longest = 16 * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
+def evaluation_image(image: Image.Image, image_size: int, interpolation: str = "bilinear") -> torch.Tensor:
     """Make the central view of `image` (RGB) for evaluation: uint8 [3, H, W], as torchvision's Resize and CenterCrop do.
 
     The shorter side becomes image_size * 256 / 224, then the central square is cut out, as ImageNet is evaluated. Up to
@@ -57,5 +106,6 @@ def evaluation_image(image: Image.Image, image_size: int) -> torch.Tensor:
     from torchvision.transforms import functional
 
     shorter = image_size if image_size <= 64 else round(image_size * 256 / 224)
-    view: Any = image  # torchvision's annotations know tensors only
-    return functional.pil_to_tensor(functional.center_crop(functional.resize(view, [shorter]), [image_size]))
+    view: Any = _without_far_ends(image)  # torchvision's annotations know tensors only
+    resized = functional.resize(view, [shorter], functional.InterpolationMode(interpolation))
+    return functional.pil_to_tensor(functional.center_crop(resized, [image_size]))

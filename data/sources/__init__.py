@@ -3,6 +3,6 @@
 A source knows how many images it has, their labels and class names, and reads one image by its index.
 """
 
-from crossbatch.data.sources.open import Source, has_evaluation_split, open_source, prepare
+from crossbatch.data.sources.open import Source, describe_source, has_evaluation_split, open_source, prepare
 
-__all__ = ["Source", "has_evaluation_split", "open_source", "prepare"]
+__all__ = ["Source", "describe_source", "has_evaluation_split", "open_source", "prepare"]

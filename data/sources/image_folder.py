@@ -6,7 +6,8 @@
 
 Labels are the positions of the class folders in sorted order, images are sorted by path within their class, so that
 index i is the same image on every machine. Names that begin with a dot are ignored (`.ipynb_checkpoints`, macOS's
-`._x.jpg`).
+`._x.jpg`); other files that are no images are counted, by kind. So are links to the folder of another class, or to one around
+the root: their images would get a second label.
 
 The listing takes 16 bytes an image plus its name: 47 MB for ImageNet's 1.28 million. It is current as long as the time of
 change of every folder below the root is the same; a file system sets it when an entry comes, goes or is renamed. So the check
@@ -14,6 +15,8 @@ costs one stat per folder and none per file, which is most of the time that list
 """
 
 import os
+import zlib
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +24,17 @@ import numpy as np
 from PIL import Image
 
 from crossbatch.data.decode import decode
-from crossbatch.data.sources.listing import Arrays, Names, cached, pack_names
+from crossbatch.data.sources.listing import (
+    Arrays,
+    Names,
+    cached,
+    counted,
+    files_beside,
+    kind_of,
+    pack_counts,
+    pack_names,
+    unpack_counts,
+)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # compared in lower case
 _VERSION = 1  # of the listing
@@ -31,25 +44,28 @@ class ImageFolder:
     """Reads the images under `root`, one class per folder; a `Source`.
 
     `cache` is the folder where the listing is kept. Raises ValueError if there are no images, or a class has none, and
-    OSError if a folder cannot be read.
+    OSError if a folder cannot be read. `passed_over` counts the files that are not among the images, by kind.
     """
 
     has_labels = True
     has_files = True
 
     def __init__(self, root: str | Path, cache: Path | None = None):
-        self._root = str(root)
+        self.folder, self._root = Path(root), str(root)
         listing = cached(root, cache, lambda arrays: _is_current(self._root, arrays), lambda: _list(self._root))
-        self.class_names = Names(listing, "classes").unpack()
-        self.labels = listing["labels"]
+        self._folders = self.class_names = Names(listing, "classes").unpack()
+        self._folder_of = self.labels = listing["labels"]  # two names: evaluation images get the labels of training
         self._names = Names(listing, "names")
+        self.passed_over = unpack_counts(listing, "passed_over")
+        names = zlib.crc32(self._names.text.tobytes(), zlib.crc32(self._names.stops.tobytes()))
+        self.checksum = zlib.crc32("\n".join(self._folders).encode(errors="surrogateescape"), names)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
         """Return the path of image `index` relative to the root, as `class/file`."""
-        return f"{self.class_names[self.labels[index]]}/{self._names[index]}"
+        return f"{self._folders[self._folder_of[index]]}/{self._names[index]}"
 
     def read(self, index: int) -> bytes:
         """Return the file of image `index`. Raises OSError."""
@@ -69,35 +85,39 @@ def list_classes(root: str | Path) -> list[str]:
 def _list(root: str) -> tuple[Arrays, int]:
     """Return the listing, and the latest change of any folder in it (ns)."""
     changes = {"": os.stat(root).st_mtime_ns}  # noqa: PTH116
-    images = {name: _relative_names(root, name, changes) for name in list_classes(root)}
+    beside = files_beside(root).items()
+    passed_over = Counter({f"{kind} outside class folders" if kind in EXTENSIONS else kind: n for kind, n in beside})
+    images = {name: _relative_names(root, name, changes, passed_over) for name in list_classes(root)}
     if not images:
+        held = f" (it holds {counted(passed_over)})" if passed_over else ""
         raise ValueError(
-            f"{root} has no class folders; allowed: images as {root}/<class>/<file>; if there are no classes, move all images "
-            f"into one folder of any name"
+            f"{root} has no class folders{held}; allowed: images as {root}/<class>/<file>; if there are no classes, "
+            f"move all images into one folder of any name"
         )
     empty = [name for name, names in images.items() if not names]
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         raise ValueError(
             f"{root}: {len(empty)} of {len(images)} class folders hold no images ({', '.join(EXTENSIONS)}): {shown}; "
-            f"fill or remove them"
+            f"fill or remove them{f' (passed over: {counted(passed_over)})' if passed_over else ''}"
         )
     arrays = {
         "version": np.array(_VERSION),
         "labels": np.repeat(np.arange(len(images), dtype=np.int64), [len(names) for names in images.values()]),
         **pack_names("names", chain.from_iterable(images.values())),
         **pack_names("classes", images),
+        **pack_counts("passed_over", passed_over),
         **pack_names("folders", changes),
         "changes_ns": np.array(list(changes.values()), dtype=np.int64),
     }
     return arrays, max(changes.values())
 
 
-def _relative_names(root: str, class_name: str, changes: dict[str, int]) -> list[str]:
+def _relative_names(root: str, class_name: str, changes: dict[str, int], passed_over: Counter[str]) -> list[str]:
     """Return the sorted paths of the images of a class, relative to its folder.
 
-    `changes` gets the time of the last change of each folder (ns). scandir saves a stat per file. A folder that is reached
-    twice (by a link to one above it) counts once.
+    `changes` gets the time of the last change of each folder (ns), `passed_over` the other files by kind. scandir saves a
+    stat per file. A folder that is reached twice (by a link to one above it) counts once.
     """
     names, folders, seen = [], [""], set()
     while folders:
@@ -114,12 +134,23 @@ def _relative_names(root: str, class_name: str, changes: dict[str, int]) -> list
                     continue
                 if entry.name.lower().endswith(EXTENSIONS):
                     names.append(prefix + entry.name)
-                elif entry.is_dir():
+                elif not entry.is_dir():
+                    passed_over[kind_of(entry.name)] += 1
+                elif entry.is_symlink() and _is_foreign(root, class_name, entry.path):
+                    passed_over["links out of a class folder"] += 1
+                else:
                     folders.append(f"{prefix}{entry.name}/")
     return sorted(names)
+
+
+def _is_foreign(root: str, class_name: str, link: str) -> bool:
+    """Return whether a link leads to a folder that holds images of other classes: in `root` but not in the class, or above."""
+    top, own, target = (f"{os.path.realpath(path)}/" for path in (root, f"{root}/{class_name}", link))
+    return top.startswith(target) or (target.startswith(top) and not target.startswith(own))
 
 
 def _is_current(root: str, arrays: Arrays) -> bool:
     folders = Names(arrays, "folders").unpack()
     changes_ns = [os.stat(f"{root}/{folder}").st_mtime_ns for folder in folders]  # noqa: PTH116
+    unpack_counts(arrays, "passed_over")  # KeyError: an earlier version did not count
     return int(arrays["version"]) == _VERSION and changes_ns == arrays["changes_ns"].tolist()

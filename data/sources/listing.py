@@ -15,9 +15,10 @@ import os
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 import numpy as np
@@ -51,6 +52,33 @@ def pack_names(field: str, names: Iterable[str]) -> Arrays:
     encoded = [os.fsencode(name) for name in names]
     stops = np.cumsum([len(name) for name in encoded], dtype=np.int64)
     return {field: np.frombuffer(b"".join(encoded), dtype=np.uint8), f"{field}_stops": stops}
+
+
+def kind_of(name: str) -> str:
+    """Return the extension of a file, the kind under which it is counted: ".tif", ".tar.gz", "no extension"."""
+    suffixes = PurePosixPath(name.lower()).suffixes
+    return "".join(suffixes[-2:] if ".tar" in suffixes[-2:] else suffixes[-1:]) or "no extension"
+
+
+def files_beside(folder: str | Path) -> Counter[str]:
+    """Return the files in `folder` itself by kind, without hidden ones."""
+    with os.scandir(folder) as entries:
+        return Counter(kind_of(one.name) for one in entries if not one.is_dir() and not one.name.startswith("."))
+
+
+def counted(kinds: Mapping[str, int]) -> str:
+    """Return counts in words, the largest first: "12 .tif, 3 .json"."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
+
+
+def pack_counts(field: str, counts: Counter[str]) -> Arrays:
+    """Return counts by name as entries of a listing; `unpack_counts` reads them."""
+    return {f"{field}_counts": np.array(list(counts.values()), dtype=np.int64), **pack_names(field, counts)}
+
+
+def unpack_counts(arrays: Arrays, field: str) -> Counter[str]:
+    """Return the counts that `pack_counts` stored. Raises KeyError if there are none, as in listings of earlier versions."""
+    return Counter(dict(zip(Names(arrays, field).unpack(), arrays[f"{field}_counts"].tolist(), strict=True)))
 
 
 def save(file: Path, arrays: Arrays) -> None:

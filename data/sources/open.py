@@ -4,6 +4,7 @@ A new kind of source is a class with the members of `Source` in a module of its 
 """
 
 import contextlib
+from collections import Counter
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -11,20 +12,25 @@ import numpy as np
 from PIL import Image
 
 from crossbatch.data.sources import torchvision_sets
+from crossbatch.data.sources.classes import Classes, training_labels
 from crossbatch.data.sources.image_folder import ImageFolder, list_classes
+from crossbatch.data.sources.listing import counted
 from crossbatch.data.sources.location import parse
 from crossbatch.data.sources.shapes import write_shapes
 from crossbatch.data.sources.shards import Shards, list_shards
 from crossbatch.data.sources.synthetic import Synthetic
 
-SPLITS = {"train": ("train",), "eval": ("val", "test")}  # the folders a split may lie in, the first that exists
+SPLITS = {
+    "train": ("train",),
+    "eval": ("val", "validation", "test"),
+}  # the folders a split may lie in, the first that exists
 _TREE = (
     "expected\n"
     "  {root}/train/<class>/<image>.jpg   (jpg, jpeg, png, webp, bmp)\n"
-    "  {root}/val/<class>/<image>.jpg     (or test/; only to evaluate, with the same class names)\n"
+    "  {root}/val/<class>/<image>.jpg     (or validation/, test/; only to evaluate, classes of train/)\n"
     "or tar shards with members <key>.jpg and <key>.cls\n"
     "  {root}/train/<name>.tar\n"
-    "  {root}/val/<name>.tar              (or test/)"
+    "  {root}/val/<name>.tar              (or validation/, test/)"
 )
 
 
@@ -75,7 +81,7 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
             raise ValueError(f"cannot write {target} ({error}); choose a writable folder") from error
     if cache is not None and scheme in ("", "shapes"):
         _open_folder(_split_folder(Path(target), "train"), cache)
-        with contextlib.suppress(ValueError):  # raised again when somebody evaluates
+        with contextlib.suppress(ValueError, OSError):  # raised again when somebody evaluates
             _open_folder(_split_folder(Path(target), "eval"), cache)
 
 
@@ -89,7 +95,7 @@ def has_evaluation_split(path: str | Path) -> bool:
 def open_source(path: str | Path, split: str = "train", cache: Path | None = None, download: bool = False) -> Source:
     """Open the training images (`split` "train") or the evaluation images ("eval") of `path`.
 
-        /data/imagenet                            a folder with train/ and, to evaluate, val/ or test/; these hold
+        /data/imagenet                            a folder with train/ and, to evaluate, val/, validation/ or test/, with
                                                   <class>/<image> or tar shards in webdataset's conventions
         cifar10://DIR, cifar100://DIR,            the files of torchvision.datasets in the folder DIR
         flowers://DIR, pets://DIR
@@ -127,8 +133,26 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
     folder = _split_folder(root, split)
     source = _open_folder(folder, cache)
     if split == "eval":
-        _match_classes(_split_folder(root, "train"), folder, source, cache)
+        _take_training_labels(source, folder, _split_folder(root, "train"), cache)
     return source
+
+
+def describe_source(source: Source) -> str:
+    """Return in words how many images and classes `source` has, and what lies beside them that was passed over, by kind."""
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.class_names))
+    classes, of_training = int((counts > 0).sum()), len(source.class_names)
+    words = f"{len(source):,} images, "
+    words += f"{classes:,} classes" if source.has_labels else "no labels"
+    if source.has_labels and classes < of_training:
+        lacking = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
+        words += f" of {of_training:,} (none of {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})"
+    if unlabelled := int((source.labels < 0).sum()):
+        words += f", {unlabelled:,} of them without a label"
+    passed_over = Counter(getattr(source, "passed_over", {}))
+    if passed_over:
+        words += f" ({passed_over.total():,} files passed over: {counted(passed_over)})"
+    folder: Path | None = getattr(source, "folder", None)
+    return f"{words} in {folder.name}/" if folder else words
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -160,36 +184,31 @@ def _open_folder(folder: Path, cache: Path | None) -> ImageFolder | Shards:
     return Shards(folder, cache)
 
 
-def _match_classes(train: Path, folder: Path, source: ImageFolder | Shards, cache: Path | None) -> None:
-    """Raise ValueError unless the labels of `train` and of `source` mean the same; give `source` the names of `train`.
+def _take_training_labels(source: ImageFolder | Shards, folder: Path, train: Path, cache: Path | None) -> None:
+    """Give `source`, the evaluation images in `folder`, the class names and labels of the images in `train`.
 
-    Labels are positions in the class names, so the names must be equal. Shards without an index of ours have numbers only;
-    these must lie in the range of the training labels.
+    Raises ValueError if their classes cannot be matched; see `classes`.
     """
     training = Shards(train, cache) if list_shards(train) else None
-    trained, evaluated = training.class_names if training else list_classes(train), source.class_names
-    shards = [opened for opened in (training, source) if isinstance(opened, Shards)]
-    for opened in shards:
-        if not opened.has_labels:
+    for shards in (training, source):
+        if isinstance(shards, Shards) and not shards.has_labels:
             raise ValueError(
-                f"the shards in {opened.folder} have no labels (members <key>.cls), which evaluation needs; add them, or "
+                f"the shards in {shards.folder} have no labels (members <key>.cls), which evaluation needs; add them, or "
                 f"move {folder} away"
             )
-    if not all(opened.has_class_names for opened in shards):
-        if len(evaluated) > len(trained):
-            raise ValueError(
-                f"{folder} has labels up to {len(evaluated) - 1}, but {train} only up to {len(trained) - 1}; both must number "
-                f"the same classes"
-            )
-    elif trained != evaluated:
-        only = {train: sorted({*trained} - {*evaluated}), folder: sorted({*evaluated} - {*trained})}
-        shown = [
-            f"only in {where}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for where, names in only.items()
-            if names
-        ]
-        raise ValueError(
-            f"{train} and {folder} have different classes ({'; '.join(shown) or 'the same names in another order'}); labels "
-            f"are numbered by the names, so both need the same names"
-        )
-    source.class_names = trained
+    trained = _classes(train, training) if training else _folder_classes(train)
+    of_training = training_labels(trained, _classes(folder, source))
+    if of_training.tolist() != list(range(len(of_training))):
+        source.labels = np.where(source.labels < 0, source.labels, of_training[source.labels])
+    source.class_names = trained.names
+
+
+def _classes(folder: Path, source: ImageFolder | Shards) -> Classes:
+    are_numbers = isinstance(source, Shards) and not source.has_class_names
+    return Classes(folder, source.class_names, are_numbers, np.unique(source.labels[source.labels >= 0]))
+
+
+def _folder_classes(folder: Path) -> Classes:
+    """Return the classes of class folders without listing their files: each holds images, or training cannot open them."""
+    names = list_classes(folder)
+    return Classes(folder, names, False, np.arange(len(names)))

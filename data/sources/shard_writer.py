@@ -23,6 +23,10 @@ from crossbatch.data.sources.shards import write_index
 _SIGNATURES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG\r\n\x1a\n"), "webp": (8, b"WEBP")}  # at which byte
 
 
+class UnreadableImage(OSError):
+    """Raised when an image cannot be read, for which a damaged file is no reason: no permission, or a disk that is gone."""
+
+
 @dataclass
 class Written:
     """Counts what `write_shards` has written."""
@@ -45,8 +49,8 @@ def write_shards(
     Files that are no image at all are left out; damage further inside shows only when they are decoded.
 
     Raises:
-        OSError: if `folder` exists or cannot be written, or if an image cannot be read: a disk that is gone must not make
-            the data set smaller.
+        OSError: if `folder` exists or cannot be written.
+        UnreadableImage: if an image cannot be read: a disk that is gone must not make the data set smaller. It is an OSError.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists")
@@ -79,9 +83,13 @@ def _readable(
     for index in order.tolist():
         try:
             encoded = source.read(index)
-            yield int(source.labels[index]), *_storable(encoded)
+            storable = _storable(encoded)
         except BrokenImage as error:
             written.skipped.append(f"{source.name(index)}: {error}")
+        except OSError as error:
+            raise UnreadableImage(f"{source.name(index)}: {error.strerror or error}") from error
+        else:
+            yield int(source.labels[index]), *storable
         advance(1)
 
 

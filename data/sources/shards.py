@@ -1,8 +1,9 @@
 """Reads tar shards, a folder of `*.tar` files in webdataset's conventions, with random access.
 
 A network disk that is slow with a million small files is quick with a hundred large ones. Members that follow each other and
-share a key (the path up to the first dot of the file name) are one sample. `jpg`, `jpeg`, `png` or `webp` is its image and
-`cls` its label, a whole number as text; other members are passed over:
+share a key (the path up to the first dot of the file name) are one sample. Its image ends with `.jpg`, `.jpeg`, `.png` or
+`.webp`, its label, a whole number as text, with `.cls`. Where several members of a key do, those that are equal up to the last
+dot belong together, so that a dot in a file's name does no harm. All other members are passed over, and counted by kind:
 
     train/index.npz
     train/train-000000.tar    [0000.cls][0000.jpg] [0001.cls][0001.jpg] ... [blocks of zeros]
@@ -21,6 +22,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
@@ -30,14 +32,27 @@ import numpy as np
 from PIL import Image
 
 from crossbatch.data.decode import BrokenImage, decode
-from crossbatch.data.sources.listing import Arrays, Names, cached, load, pack_names, save
+from crossbatch.data.sources.listing import (
+    Arrays,
+    Names,
+    cached,
+    counted,
+    files_beside,
+    kind_of,
+    load,
+    pack_counts,
+    pack_names,
+    save,
+    unpack_counts,
+)
 
 INDEX = "index.npz"
 _VERSION = 1  # of the index
 _EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = tarfile.BLOCKSIZE  # a member is a header of 512 bytes, then its data, padded to 512
 _NO_LABEL = -1
-_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_MEMBER = re.compile(r"(((?:.*/)?[^./]+)(?:\.[^/]+)?)\.([^/.]+)", re.DOTALL)  # stem, key, last extension
+_HIDDEN = re.compile(r"(.*/)?\.[^/]*", re.DOTALL)
 _LABEL = re.compile(rb"\s*\d{1,6}\s*")
 _SCANNERS = 16  # threads: scanning waits for a disk
 _OPEN_FILES = 64  # of one process; each is opened once as long as it is among the last read
@@ -51,7 +66,8 @@ class Shards:
 
     If no image has a label, all are of one class, and `has_labels` is False. Otherwise an image without one has the label
     -1 and counts as broken. `cache` is the folder where a scan is kept. Raises ValueError if there is nothing to read, a
-    shard is damaged, or the index is not that of the shards; OSError if one cannot be read.
+    shard is damaged, or the index is not that of the shards; OSError if one cannot be read. `passed_over` counts members,
+    and files beside the shards, that are no part of a sample, by kind.
     """
 
     has_files = True
@@ -63,6 +79,10 @@ class Shards:
         self._ends = np.cumsum(index["counts"])  # of each shard's images
         self._names = Names(index, "names")
         self._index = [index[column] for column in _COLUMNS]
+        self.checksum = zlib.crc32(self._names.text.tobytes(), zlib.crc32(index["checks"].tobytes()))
+        beside = files_beside(self.folder)
+        self.passed_over = Counter({kind: count for kind, count in beside.items() if kind not in (".tar", ".npz")})
+        self.passed_over += unpack_counts(index, "passed_over") if "passed_over" in index else Counter()
         self.labels = index["labels"]
         self.class_names = Names(index, "classes").unpack()
         self.has_class_names = bool(self.class_names)  # else the labels are numbers, as webdataset has them
@@ -173,6 +193,7 @@ def _read_index(folder: Path, cache: Path | None) -> Arrays:
 
 def _is_current(folder: Path, index: Arrays) -> bool:
     _require_consistent(index)
+    unpack_counts(index, "passed_over")  # KeyError: an earlier version did not count
     found = _facts(folder, list_shards(folder))
     return all(np.array_equal(index[field], values) for field, values in found.items())
 
@@ -204,56 +225,90 @@ def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
     facts = _facts(folder, shards)
     with ThreadPoolExecutor(_SCANNERS) as threads:
         scans = list(threads.map(_scan, (folder / name for name in shards)))
-    images = np.concatenate([found for _, found in scans])
+    images = np.concatenate([found for _, found, _ in scans])
+    passed_over = sum((kinds for _, _, kinds in scans), Counter())
     if not len(images):
+        held = f" (they hold {counted(passed_over)})" if passed_over else ""
         raise ValueError(
-            f"the {len(shards)} tar files in {folder} hold no images; allowed: members such as 0000.jpg (or jpeg, png, "
+            f"the {len(shards)} tar files in {folder} hold no images{held}; allowed: members such as 0000.jpg (or jpeg, png, "
             f"webp) and 0000.cls, its label as a number"
         )
     index = {
         "version": np.array(_VERSION),
         **facts,
-        "counts": np.array([len(names) for names, _ in scans], dtype=np.int64),
-        **pack_names("names", chain.from_iterable(names for names, _ in scans)),
+        "counts": np.array([len(names) for names, _, _ in scans], dtype=np.int64),
+        **pack_names("names", chain.from_iterable(names for names, _, _ in scans)),
         **{column: images[column].copy() for column in _COLUMNS},
         **pack_names("classes", class_names),
+        **pack_counts("passed_over", passed_over),
     }
     return index, int(facts["changes_ns"].max())
 
 
-def _scan(shard: Path) -> tuple[list[str], np.ndarray]:
-    """Return the names of a shard's images and where they lie (`_IMAGE` [n]). Raises ValueError if it is damaged."""
-    names, images, file = [], [], _ShardFile(shard)
-    for _, group in groupby(_members(shard), key=lambda parts: parts[0]):
-        parts: dict[str, tarfile.TarInfo] = {}
-        for _, extension, member in group:
-            parts.setdefault(extension, member)
-        image, label = next((parts[extension] for extension in parts if extension in _EXTENSIONS), None), _NO_LABEL
-        if image is None:
+def _scan(shard: Path) -> tuple[list[str], np.ndarray, Counter[str]]:
+    """Return the names of a shard's images, where they lie (`_IMAGE` [n]), and the kinds of the members that are neither image
+    nor label. Raises ValueError if the shard is damaged."""
+    names, images, passed_over, file = [], [], Counter(), _ShardFile(shard)
+    for _, group in groupby(_members(shard, passed_over), key=lambda member: member[0]):
+        for image, label in _samples(list(group), passed_over):
+            label_offset, number = 0, _NO_LABEL
+            if label is not None:
+                label_offset = label.offset_data
+                text = file.read(label_offset, min(label.size, _BLOCK + 1))
+                if len(text) > _BLOCK or not _LABEL.fullmatch(text):
+                    raise ValueError(
+                        f"{shard}: the label of {image.name} is {text[:20]!r}; allowed: a whole number below 10^6"
+                    )
+                number = int(text)
+            check = file.checksum(file.read(image.offset_data - _BLOCK, _BLOCK), label_offset)
+            names.append(image.name)
+            images.append((image.offset_data, image.size, label_offset, number, check))
+    return names, np.array(images, dtype=_IMAGE), passed_over
+
+
+def _samples(
+    members: list[tuple[str, str, str, tarfile.TarInfo]], passed_over: Counter[str]
+) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarInfo | None]]:
+    """Yield (image, label or None) of the members (key, stem, extension, member) of one key.
+
+    An image takes the label of its own stem, which is its name up to the last dot. One image may take that of the key instead
+    (`k.image.jpg` and `k.cls`), if possible the one that is called like it (`k.jpg`).
+    """
+    images, labels = [], {}
+    for key, stem, extension, member in members:
+        if extension == "cls" and stem not in labels:
+            labels[stem] = member
+        elif extension in _EXTENSIONS:
+            images.append((key, stem, member))
+        else:
+            passed_over["second .cls of a key" if extension == "cls" else f".{extension}"] += 1
+    taken, used = set(), set()
+    for key, stem, image in sorted(images, key=lambda image: image[1] != image[0]):
+        if stem in taken or (taken and stem not in labels):
+            passed_over["second image of a key"] += 1
             continue
-        label_offset = parts["cls"].offset_data if "cls" in parts else 0
-        if label_offset:
-            text = file.read(label_offset, min(parts["cls"].size, _BLOCK + 1))
-            if len(text) > _BLOCK or not _LABEL.fullmatch(text):
-                raise ValueError(
-                    f"{shard}: the label of {image.name} is {text[:20]!r}; allowed: a whole number below 10^6"
-                )
-            label = int(text)
-        check = file.checksum(file.read(image.offset_data - _BLOCK, _BLOCK), label_offset)
-        names.append(image.name)
-        images.append((image.offset_data, image.size, label_offset, label, check))
-    return names, np.array(images, dtype=_IMAGE)
+        taken.add(stem)
+        used |= {stem if stem in labels else key}
+        yield image, labels.get(stem, labels.get(key))
+    if unused := len(labels.keys() - used):
+        passed_over[".cls without an image"] += unused
 
 
-def _members(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield (key, extension, member) of the files in a shard. Raises ValueError if it does not end as a tar file does."""
+def _members(shard: Path, passed_over: Counter[str]) -> Iterator[tuple[str, str, str, tarfile.TarInfo]]:
+    """Yield (key, stem, extension, member) of the files in a shard, and count the others.
+
+    Raises ValueError if it does not end as a tar file does.
+    """
     end = 0
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 end, parts = tar.offset, _MEMBER.fullmatch(member.name)
                 if parts is not None and member.isreg() and not member.issparse():
-                    yield parts[1], parts[2].lower(), member
+                    yield parts[2], parts[1], parts[3].lower(), member
+                elif not (member.isdir() or _HIDDEN.fullmatch(member.name)):
+                    kind = "hard link" if member.islnk() else "link" if member.issym() else None
+                    passed_over[kind or kind_of(member.name)] += 1
             # tarfile takes a damaged header for the end of the archive.
             file.seek(end)
             rest = file.read()

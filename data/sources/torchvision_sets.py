@@ -8,6 +8,7 @@ whole.
 import socket
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class TorchvisionImages:
         self.labels, self.class_names = np.array(labels, dtype=np.int64), class_names
         self._folder, self._names, self._pixels = folder, names, pixels
         self.has_files = pixels is None
+        self.checksum = zlib.crc32("\n".join(names).encode())
 
     def __len__(self) -> int:
         return len(self.labels)

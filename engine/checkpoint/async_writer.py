@@ -6,8 +6,8 @@ stops for the copies. On a GPU a side stream fills pinned memory while the next 
     compute stream    step 8 | buffers cloned | forward, backward of step 9 | waits here, if at all | update of step 9
     side stream                               | copies of parameters, optimizer state and clones    |
 
-A forward pass changes buffers (running statistics), so these are cloned first. All else changes in an optimizer's step, and a
-hook of torch before the steps of all optimizers makes them wait for the copies.
+A forward pass changes buffers (running statistics), so these are cloned first. All else changes in the optimizer's step, and a
+hook before it waits for the copies.
 
 The thread has a gloo group of its own, so that its messages never mix with those of training. Only one save is under way at a
 time; on a slow disk the next one waits.
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from crossbatch.engine.checkpoint.directory import Keep
 from crossbatch.engine.checkpoint.slices import Slices, shares
@@ -70,7 +70,7 @@ class AsyncCheckpointWriter:
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None  # what the next update must wait for
         self._wait: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # start and end of that wait
-        self._hook = register_optimizer_step_pre_hook(self._before_update)
+        self._hook: RemovableHandle | None = None  # calls _before_update
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
 
@@ -84,17 +84,19 @@ class AsyncCheckpointWriter:
         held: Mapping[str, LocalShards],
         manifest: Manifest,
         config: dict[str, Any],
+        optimizer: torch.optim.Optimizer,
         wait: bool = False,
         start: float | None = None,
     ) -> None:
         """Start a save. With `wait`, or if the writer is not `asynchronous`, return only when it has ended.
 
-        `finished` tells how it ended; it counts from `start` (of time.perf_counter), or from this call.
+        `optimizer` is what changes `held`: on a GPU, its next step waits until all is copied. `finished` tells how the save
+        ended; it counts from `start` (of time.perf_counter), or from this call.
         """
         start = time.perf_counter() if start is None else start
         self.wait()
         wait = wait or not self.asynchronous
-        copied = self._copy(shares(held, dist.get_rank(), dist.get_world_size()))
+        copied = self._copy(shares(held, dist.get_rank(), dist.get_world_size()), optimizer)
         stalled_s = time.perf_counter() - start
 
         def work() -> None:
@@ -136,10 +138,11 @@ class AsyncCheckpointWriter:
     def close(self) -> None:
         """Leave the group of the writers; every rank calls it after the last save."""
         self.wait()
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         dist.destroy_process_group(self._group)
 
-    def _copy(self, slices: Slices) -> torch.cuda.Event | None:
+    def _copy(self, slices: Slices, optimizer: torch.optim.Optimizer) -> torch.cuda.Event | None:
         """Copy `slices` into host memory, and return the event of the GPU that tells when that is done."""
         if self._host.keys() != slices.keys():
             self._host = {
@@ -158,6 +161,9 @@ class AsyncCheckpointWriter:
             torch._foreach_copy_(host, sources, non_blocking=True)
         self._copied, self._wait = torch.cuda.Event(), None
         self._copied.record(self._stream)
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = optimizer.register_step_pre_hook(self._before_update)
         for values in sources:
             if values.is_cuda:
                 values.record_stream(self._stream)  # whoever frees it meanwhile, as a step out of memory does

@@ -15,6 +15,7 @@ from crossbatch.engine.nested import flatten
 from crossbatch.models.backbones import family
 
 CHUNK = "train_micro_batch_size_per_gpu"
+NORM_RANKS = "crossbatch.model.norm_ranks"
 
 
 def check_allowed(keys: Iterable[str], schema: type = Config) -> None:
@@ -57,6 +58,11 @@ def differences(
     norms_saw, norms_see = _norm_batches(saved), _norm_batches(config)
     if norms_saw not in (None, norms_see) and CHUNK in now:
         changed.append(f"{CHUNK}: the norms of a ResNet saw {norms_saw}, and would see {norms_see}")
+    ranks, (then, today) = now.get(NORM_RANKS), (saved["world_size"], config["world_size"])
+    if isinstance(ranks, int) and ranks == before.get(NORM_RANKS) and then != today:
+        changed.append(
+            f"{NORM_RANKS}: was {ranks} of {then} ranks, is {ranks} of {today}, which see other shares of the batch"
+        )
     return changed
 
 

@@ -36,6 +36,7 @@ def resume(
     images: int,
     allowed: Iterable[str] = (),
     schema: type = Config,
+    images_checksum: int | None = None,
 ) -> Resumed | None:
     """Fill `backend` from the first of `candidates` that can be read; every rank must call it.
 
@@ -46,6 +47,7 @@ def resume(
         images: the number of images in the training set.
         allowed: keys that may differ (--allow-change).
         schema: the class of `config`.
+        images_checksum: of the names and labels of these images; None does not compare them.
 
     Raises:
         InputError: if there are candidates but none can be read, or if the first readable one belongs to another run.
@@ -56,8 +58,8 @@ def resume(
         if opened is not None and not errors:
             manifest, saved = opened
             changed = differences(saved, config, allowed, schema)
-            if manifest.images != images and "crossbatch.data.path" not in allowed:
-                changed.append(f"crossbatch.data.path: held {manifest.images} images, holds {images}")
+            if "crossbatch.data.path" not in allowed:
+                changed += _other_images(manifest, images, images_checksum)
             _check_same_run(checkpoint, changed)
             held = local_state(backend)
             _check_same_tensors(checkpoint, manifest, held)
@@ -72,6 +74,17 @@ def resume(
             f"--resume: no checkpoint can be read ({'; '.join(passed_over)}); start anew with another --out"
         )
     return None
+
+
+def _other_images(manifest: Manifest, images: int, images_checksum: int | None) -> list[str]:
+    """Return in words how the training images differ from those of the checkpoint, as an index means an image."""
+    if manifest.images != images:
+        return [f"crossbatch.data.path: held {manifest.images} images, holds {images}"]
+    if None not in (manifest.images_checksum, images_checksum) and manifest.images_checksum != images_checksum:
+        return [
+            f"crossbatch.data.path: holds as many images, {images}, but others, or in another order or other classes"
+        ]
+    return []
 
 
 def _open(checkpoint: Path) -> tuple[Manifest, dict[str, Any]]:

@@ -19,6 +19,7 @@ class Snapshot(NamedTuple):
     held: dict[str, LocalShards]
     manifest: Manifest
     config: dict[str, Any]
+    optimizer: torch.optim.Optimizer  # whose next step changes what is held
 
     @staticmethod
     def of(backend: Backend, config: dict[str, Any], **facts: Any) -> "Snapshot":
@@ -30,7 +31,7 @@ class Snapshot(NamedTuple):
             world_size=config["world_size"],
             **facts,
         )
-        return Snapshot(held, manifest, config)
+        return Snapshot(held, manifest, config, backend.torch_optimizer)
 
 
 class CheckpointSchedule:
@@ -53,7 +54,7 @@ class CheckpointSchedule:
         saved_step: int | None = None,
     ):
         self.writer, self.every_steps, self.snapshot, self.log = writer, every_steps, snapshot, log
-        self._saved_step = saved_step
+        self._saved_step = self._asked_step = saved_step
         self._due = False
 
     @property
@@ -61,10 +62,14 @@ class CheckpointSchedule:
         """Return whether this rank is still writing a checkpoint."""
         return self.writer.busy
 
-    def boundary(self, step: int, any_busy: bool) -> None:
-        """Start a save if one is due after `step`; `any_busy` if any rank is still writing the last one."""
+    def boundary(self, step: int, any_busy: bool, is_last: bool = False) -> None:
+        """Start a save if one is due after `step`, as it is after the last; it may be called twice for a step.
+
+        `any_busy` says whether any rank is still writing the last one.
+        """
         self._report()
-        if step and step % self.every_steps == 0 and self._saved_step != step:
+        if step and (is_last or step % self.every_steps == 0) and self._asked_step != step:
+            self._asked_step = step
             if self._due or any_busy:
                 self.log.warn(f"step {step}: the disk is slow; this save waits for the one before it")
             self._due = True

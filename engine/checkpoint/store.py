@@ -51,6 +51,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, dict[str, int]] = field(default_factory=dict)
     format: int = FORMAT
+    images_checksum: int | None = None  # of their names and labels; None where nobody has counted it, as in an import
 
     @property
     def step(self) -> int:

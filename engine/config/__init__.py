@@ -3,6 +3,7 @@
 schema      declares every key of pretraining; `finetune` and `evaluation` those of the other commands
 keys        says how a key is declared, and answers what is known about keys
 aliases     translates former names of keys
+deepspeed_keys  says what becomes of DeepSpeed's own keys
 load        reads JSON and checks it
 resolve     replaces "auto" by numbers, for a world size and a device
 user_input  turns errors about arguments into errors about keys

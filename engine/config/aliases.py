@@ -38,8 +38,10 @@ def rename(value: Any, path: str = "") -> Any:
         InputError: if a key is given twice, or under both of its names with different values.
     """
     if path == "crossbatch.batchformer.add_bf":
-        if type(value) is not int:
-            raise InputError(f"{path}: given {value!r}; allowed: a whole number; or set crossbatch.batchformer.loss")
+        if type(value) is not int or value < 0:
+            raise InputError(
+                f"{path}: given {value!r}; allowed: a whole number >= 0; or set crossbatch.batchformer.loss"
+            )
         return loss_from_add_bf(value)
     if not isinstance(value, (dict, Pairs)):
         return value

@@ -41,6 +41,12 @@ class FinetuneScheduleConfig(Section):
 class FinetuneDataConfig(schema.ImageConfig):
     crop_min: schema.PositiveFraction = key(0.05, "smallest crop, as a fraction of the image's area")
     image_size: schema.Pixels = key(224, "side of an image in pixels; the positions of a ViT are resampled to it")
+    interpolation: Literal["bilinear", "bicubic"] = key("bilinear", "of resized crops, in training and evaluation")
+    color_jitter: Fraction = key(0.0, "largest change of brightness, contrast and saturation, as in timm; 0: none")
+    auto_augment: str | None = key(
+        None,
+        "timm's name of an automatic augmentation: RandAugment as in DeiT is rand-m9-mstd0.5-inc1; it replaces color_jitter",
+    )
     repeats: Count = key(1, "repeated augmentation: crops of each image in a batch; must divide the local batch")
 
 
@@ -89,8 +95,14 @@ def resolve_finetune(
         InputError: if the configuration cannot run on `world_size` ranks of `device`.
     """
     check_training(config, world_size)
+    config = _without_dali(config)
     cfg = ResolvedFinetune(**vars(resolve_training(config, world_size, device, local_world_size)))
-    repeats = cfg.crossbatch.data.repeats
+    data, repeats = cfg.crossbatch.data, cfg.crossbatch.data.repeats
+    if data.auto_augment is not None and data.color_jitter:
+        raise InputError(
+            f"crossbatch.data.color_jitter: given {data.color_jitter:g} with crossbatch.data.auto_augment, which replaces "
+            f"it, as in timm; allowed: one of the two; set it to 0"
+        )
     if cfg.local_batch % repeats:
         raise InputError(
             f"crossbatch.data.repeats: given {repeats} for {cfg.local_batch} images per rank; allowed: a divisor of "
@@ -104,3 +116,17 @@ def resolve_finetune(
             f"cutmix to 0"
         )
     return cfg
+
+
+def _without_dali(config: FinetuneConfig) -> FinetuneConfig:
+    """Return `config` with a backend that can apply its augmentation. Raises InputError if it names another."""
+    data = config.crossbatch.data
+    if data.backend not in ("auto", "dali") or (data.interpolation == "bilinear" and data.auto_augment is None):
+        return config
+    if data.backend == "dali":
+        raise InputError(
+            "crossbatch.data.backend: given dali, which has neither crossbatch.data.interpolation bicubic nor "
+            "crossbatch.data.auto_augment; allowed: auto, opencv, torchvision"
+        )
+    data = data.model_copy(update={"backend": "opencv"})
+    return config.model_copy(update={"crossbatch": config.crossbatch.model_copy(update={"data": data})})

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 import crossbatch
 from crossbatch import InputError
 from crossbatch.engine.config.aliases import ALIASES, Pairs, check_agreement, current_path, former_name, rename
+from crossbatch.engine.config.deepspeed_keys import without_deepspeed_keys
 from crossbatch.engine.config.keys import Section, describe_allowed, fields, inner_sections, join
-from crossbatch.engine.config.schema import REFUSED_DEEPSPEED_KEYS, Config
+from crossbatch.engine.config.schema import Config, DeepSpeedConfig
 
 Schema = TypeVar("Schema", bound=Section)
 
@@ -36,7 +37,7 @@ def load_config(
         InputError: for anything that is not a valid configuration.
     """
     raw = {} if path is None else rename(_read_json(Path(path)))
-    _apply(overrides, raw)
+    _apply(overrides, raw, schema)
     return _checked(raw, schema)
 
 
@@ -57,7 +58,7 @@ def _read_json(path: Path) -> Pairs:
     if path.name == str(path) and not path.exists() and recipe.exists():
         path = recipe
     try:
-        pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=Pairs)
+        pairs = _parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = sorted(map(str, path.parent.glob("*.json"))) or sorted(recipe.stem for recipe in folder.glob("*.json"))
         raise InputError(f"{where}: no such file; there are {', '.join(near)}") from None
@@ -70,9 +71,20 @@ def _read_json(path: Path) -> Pairs:
     return pairs
 
 
-def _apply(overrides: Iterable[str], raw: dict[str, Any]) -> None:
+def _parsed(text: str) -> Any:
+    """Return the JSON value in `text`; a number with an exponent that is whole, such as 5e8, is a whole number."""
+
+    def number(literal: str) -> float:
+        value = float(literal)
+        return int(value) if "e" in literal.lower() and value.is_integer() else value
+
+    return json.loads(text, object_pairs_hook=Pairs, parse_float=number)
+
+
+def _apply(overrides: Iterable[str], raw: dict[str, Any], schema: type[Section]) -> None:
     """Write the overrides into `raw`."""
     spelt: dict[str, str] = {}
+    declared = fields(schema)
     for override in overrides:
         given, separator, text = override.partition("=")
         if not separator or not given:
@@ -80,10 +92,13 @@ def _apply(overrides: Iterable[str], raw: dict[str, Any]) -> None:
                 f"--set {override}: not path=value; allowed: for example --set crossbatch.schedule.epochs=300"
             )
         try:
-            value = json.loads(text, object_pairs_hook=Pairs)
+            value = _parsed(text)
         except json.JSONDecodeError:
             value = text
-        path, value = current_path(given), rename(value, given)
+        path = current_path(given)
+        # A folder may be called 2012, true or 1e3.
+        takes_text = path in declared and describe_allowed(declared[path]) == "text"
+        value = text if takes_text and not isinstance(value, str | None) else rename(value, given)
         *parents, name = path.split(".")
         section = raw
         for parent in parents:
@@ -96,35 +111,47 @@ def _apply(overrides: Iterable[str], raw: dict[str, Any]) -> None:
 
 
 def _checked(raw: dict[str, Any], schema: type[Schema]) -> Schema:
+    _check_size_of_numbers(raw)
+    if issubclass(schema, DeepSpeedConfig):
+        raw = without_deepspeed_keys(raw, schema.model_fields)
     try:
         return schema.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         raise InputError(_explain(error.errors()[0]["loc"], raw, schema)) from None
 
 
+def _check_size_of_numbers(given: Any, path: str = "") -> None:
+    """Raise InputError for a whole number that does not fit into 64 bits, which nothing behind the configuration could hold."""
+    if isinstance(given, int) and not -(2**63) <= given < 2**63:
+        raise InputError(f"{path}: given {given}; allowed: a whole number below 2^63")
+    for name, value in given.items() if isinstance(given, dict) else ():
+        _check_size_of_numbers(value, join(path, name))
+
+
 def _explain(location: tuple[str | int, ...], raw: Any, schema: type[Section]) -> str:
     """Return the message for the key or value at `location`, where pydantic found the recipe at fault."""
     path, given, allowed, inner = "", raw, "a JSON object", [schema]
+    section, siblings = raw, {}  # around `given`, and what is declared there
     for name in map(str, location):
         if not inner or not isinstance(given, dict):
             break  # the rest of `location` is inside a value, or tells alternatives of its type apart
         keys, at = inner[0].model_fields, join(path, name)
         if name not in keys:
-            return f"{at}: {_unknown(name, path, list(keys), schema)}{former_name(at)}"
+            chosen = section.get("type", siblings["type"].default) if "type" in siblings else None
+            return f"{at}: {_unknown(name, path, list(keys), schema, chosen)}{former_name(at)}"
         inner, allowed = inner_sections(keys[name]), describe_allowed(keys[name])
         if len(inner) > 1:
             inner = [option for option in inner if given.get("type", keys["type"].default) == option.KIND]
-        path, given = at, given[name]
+        path, section, siblings, given = at, given, keys, given[name]
     return f"{path or 'the recipe'}: given {given!r}; allowed: {allowed}{former_name(path)}"
 
 
-def _unknown(name: str, section: str, valid: list[str], schema: type[Section]) -> str:
-    """Return what is wrong with the key `name` in `section`, which has the `valid` ones."""
-    if not section and name in REFUSED_DEEPSPEED_KEYS:
-        return f"a DeepSpeed key that crossbatch does not take; {REFUSED_DEEPSPEED_KEYS[name]}"
+def _unknown(name: str, section: str, valid: list[str], schema: type[Section], chosen: str | None) -> str:
+    """Return what is wrong with the key `name` in `section`, which has the `valid` ones as those of the type `chosen`."""
     at, everywhere = join(section, name), list(fields(schema))
     if at in everywhere:
-        return f"no such key for this type; allowed here: {', '.join(valid)}"
+        type_key = f"{section.rpartition('.')[0]}.type"
+        return f"no such key with {type_key} {chosen}; allowed here: {', '.join(valid)}; or change {type_key}"
     everywhere += [alias for alias in ALIASES if current_path(alias) in everywhere]
     near = [path for path in everywhere if path.rpartition(".")[2] == name]
     near = near or [join(section, match) for match in difflib.get_close_matches(name, valid, n=1)]

@@ -9,7 +9,7 @@ import torch
 from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config.load import to_dict
-from crossbatch.engine.config.schema import Config, CrossbatchConfig, LarsConfig, OptimizerConfig
+from crossbatch.engine.config.schema import PRINTED_BY_DEEPSPEED, Config, CrossbatchConfig, LarsConfig, OptimizerConfig
 from crossbatch.engine.config.user_input import user_input
 from crossbatch.engine.runtime.gpu_check import check_gpus
 from crossbatch.models.loss import chance_loss
@@ -87,6 +87,12 @@ class ResolvedConfig(Resolved[CrossbatchConfig, OptimizerConfig]):
         loss, temperature = self.crossbatch.batchformer.loss, self.crossbatch.model.temperature
         return chance_loss(loss, temperature, self.train_batch_size)
 
+    @property
+    def norm_ranks(self) -> int:
+        """Return how many consecutive ranks share the statistics of a batch norm; it divides the number of ranks."""
+        resolved = self.crossbatch.model.norm_ranks
+        return resolved if isinstance(resolved, int) else self.world_size
+
 
 def resolve(config: Config, world_size: int, device: Device, local_world_size: int = 1) -> ResolvedConfig:
     """Replace every "auto" of a configuration of pretraining.
@@ -97,6 +103,8 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
     check_training(config, world_size)
     _check_lars(config)
     _check_cuda_graph(config, world_size, device)
+    model = config.crossbatch.model.model_copy(update={"norm_ranks": _norm_ranks(config, world_size, local_world_size)})
+    config = config.model_copy(update={"crossbatch": config.crossbatch.model_copy(update={"model": model})})
     shared = resolve_training(config, world_size, device, local_world_size)
     return ResolvedConfig(**vars(shared), group_size=_group_size(config, shared.local_batch))
 
@@ -163,16 +171,18 @@ def check_training(config: Any, world_size: int) -> None:
             f"zero_optimization.offload_optimizer.device: given {offload} with crossbatch.sharding {sharding} and "
             f"zero_optimization.stage {zero.stage}; allowed: none, or cpu with sharding zero and stage 1 to 3; set it to none"
         )
-    known_to_fsdp = {
-        "stage",
-        "offload_optimizer",
-        *(["overlap_comm"] if zero.overlap_comm else []),
-    }  # FSDP2 always overlaps
-    for name, value in to_dict(zero).items() if sharding == "fsdp" else ():
-        if name not in known_to_fsdp:
+    if sharding == "fsdp":
+        always = {
+            "stage",
+            "offload_optimizer",
+            *(["overlap_comm"] if zero.overlap_comm else []),
+        }  # FSDP2 always overlaps
+        settings = {f"zero_optimization.{name}": value for name, value in to_dict(zero).items() if name not in always}
+        settings |= {name: value for name, value in to_dict(config).items() if name in PRINTED_BY_DEEPSPEED}
+        for name, value in settings.items():
             raise InputError(
-                f"zero_optimization.{name}: given {value} with crossbatch.sharding fsdp, which has no such setting; remove it "
-                f"or set crossbatch.sharding to zero"
+                f"{name}: given {value} with crossbatch.sharding fsdp, which has no such setting; remove it or set "
+                f"crossbatch.sharding to zero"
             )
 
 
@@ -202,6 +212,20 @@ def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:
             f"{sharding} and zero_optimization.stage {stage}; allowed: false, or true on one GPU with sharding zero and stage "
             f"0 to 2; set it to false"
         )
+
+
+def _norm_ranks(config: Config, world_size: int, local_world_size: int) -> int | str:
+    """Return how many ranks share statistics: a number below the number of ranks, or "world", which fits any of them."""
+    given = config.crossbatch.model.norm_ranks
+    ranks = {"world": world_size, "node": local_world_size}.get(given, given)
+    if world_size % ranks:
+        what = f"node, which has {ranks} ranks here," if given == "node" else given
+        near = max(n for n in range(1, min(ranks, world_size) + 1) if world_size % n == 0)
+        raise InputError(
+            f"crossbatch.model.norm_ranks: given {what} for {world_size} ranks; allowed: world, node, or a divisor of "
+            f"{world_size}; set it to {near}"
+        )
+    return "world" if ranks == world_size else ranks
 
 
 def _group_size(config: Config, local_batch: int) -> int | None:

@@ -29,10 +29,12 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Sharding = Literal["zero", "fsdp"]
 Stem = Literal["imagenet", "small"]
 
+# Keys of what DeepSpeed prints itself, which it gets as they are.
+PRINTED_BY_DEEPSPEED = ("steps_per_print", "memory_breakdown", "dump_state", "comms_logger")
 OVERLAPPED_BUCKET = 25_000_000  # elements: the 60 million of ResNet-50 with BatchFormer are three messages
 
 # Meanings of keys that several commands have.
-PATH = "folder with train/, val/ or test/; or cifar10://, cifar100://, flowers://, pets://, synthetic://, shapes://"
+PATH = "folder with train/ and val/, validation/ or test/; or cifar10://, cifar100://, flowers://, pets://, synthetic://, shapes://"
 BACKEND = "library that decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
 BASE_LR = "learning rate after warm-up: base_lr * train_batch_size / reference_batch"
 REFERENCE_BATCH = "number of images that base_lr is given for"
@@ -45,9 +47,12 @@ class ModelConfig(Section):
     mlp_dim: AtLeastTwo = key(4096, "hidden width of the projector and the predictor")
     temperature: Positive = key(1.0, "temperature: cosine similarities are divided by it")
     stop_grad_conv1: bool = key(False, "freeze the patch projection of a ViT at its initialisation")
-    checkpoint_activations: bool = key(
-        False,
-        "recompute the backbone's blocks in the backward pass instead of keeping their activations",
+    norm_ranks: Literal["world", "node"] | Count = key(
+        "world", "ranks that share the statistics of batch norms: all; those of a node; or N consecutive ranks"
+    )
+    checkpoint_activations: Literal["none", "norms", "blocks"] = key(
+        "none",
+        "computed again in the backward pass, to keep less; norms: output of norm and ReLU in a ResNet; blocks: a whole block",
         resumable=True,
     )
     cuda_graph: bool = key(
@@ -56,6 +61,12 @@ class ModelConfig(Section):
     backbone_args: Mapping[str, Any] = key(
         {}, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
     )
+
+    @field_validator("checkpoint_activations", mode="before")
+    @classmethod
+    def _of_a_boolean(cls, value: Any) -> Any:
+        """Accept the values that the key had before, as in the config.json of old runs."""
+        return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class BatchFormerConfig(Section):
@@ -87,7 +98,7 @@ class ScheduleConfig(Section):
 class ImageConfig(Section):
     """Declares the keys of training images, for all commands that train."""
 
-    # A resumed run needs as many images, which is checked, but not at the same path.
+    # A resumed run needs the same images, which is checked, but not at the same path.
     path: str | None = key(None, PATH, resumable=True)
     backend: Backend = key("auto", BACKEND)
     crop_min: PositiveFraction = key(0.08, "smallest crop, as a fraction of the image's area")
@@ -235,6 +246,7 @@ class ZeroConfig(Section):
     stage3_max_reuse_distance: CountOrZero | None = key(
         None, "stage 3: keep parameters gathered that are needed again within this many elements"
     )
+    log_trace_cache_warnings: bool | None = key(None, "stage 3: warn when the order of parameters changes")
     offload_optimizer: OffloadConfig = OffloadConfig()
 
     @property
@@ -258,6 +270,10 @@ class DeepSpeedConfig(Section):
     train_micro_batch_size_per_gpu: Count | Auto = key("auto", "chunk: images that the backbone sees at once")
     gradient_clipping: NotNegative = key(0.0, "largest global norm of the gradients; 0: no clipping")
     zero_optimization: ZeroConfig = key(ZeroConfig(), resumable=True)
+    steps_per_print: Count | None = key(None, "steps between two lines that DeepSpeed prints itself", resumable=True)
+    memory_breakdown: bool | None = key(None, "let DeepSpeed print how much memory is in use", resumable=True)
+    dump_state: bool | None = key(None, "let DeepSpeed print its state at the start", resumable=True)
+    comms_logger: Mapping[str, Any] | None = key(None, "DeepSpeed's log of its own collectives", resumable=True)
 
 
 class Config(DeepSpeedConfig):
@@ -265,19 +281,3 @@ class Config(DeepSpeedConfig):
 
     optimizer: OptimizerConfig = OptimizerConfig()
     crossbatch: CrossbatchConfig = CrossbatchConfig()
-
-
-# DeepSpeed's keys that would do nothing here or fight the engine, each with what to write instead.
-REFUSED_DEEPSPEED_KEYS = {
-    "gradient_accumulation_steps": "set train_micro_batch_size_per_gpu; accumulation does not enlarge a contrastive batch",
-    "scheduler": "set crossbatch.schedule",
-    "fp16": "set crossbatch.precision to fp16",
-    "bf16": "set crossbatch.precision to bf16",
-    "bfloat16": "set crossbatch.precision to bf16",
-    "amp": "set crossbatch.precision",
-    "torch_autocast": "set crossbatch.precision",
-    "zero_allow_untested_optimizer": "remove it; it silently turns LARS into SGD, and the engine sets it where it is exact",
-    "steps_per_print": "set crossbatch.log.every_steps",
-    "tensorboard": "remove it; every run writes TensorBoard files",
-    "activation_checkpointing": "set crossbatch.model.checkpoint_activations, or a smaller train_micro_batch_size_per_gpu",
-}

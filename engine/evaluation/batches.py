@@ -20,7 +20,7 @@ class AugmentedFeatures:
     """Extracts the features of freshly augmented images in every epoch.
 
     Attributes:
-        broken: names of the images that this rank could not read.
+        broken: name and reason of the images that this rank could not read.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class AugmentedFeatures:
             with stop_on_lost_images():
                 batch = next(batches)
             self.clock.waited(before)
-            self.broken.update(batch.skipped)
+            self.broken.update(str(self.loader.broken[name]) for name in batch.skipped)
             images = batch.views[0].split(self.reading.batch_size)
             features = torch.cat([self.frozen(prepared(some, self.reading.device)).float() for some in images])
             assert batch.labels is not None

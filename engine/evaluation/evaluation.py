@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,27 +10,26 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import Progress
 
+from crossbatch import RunStopped
 from crossbatch.data import Source
 from crossbatch.engine.config import to_dict
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
-from crossbatch.engine.datasets import labelled_images
+from crossbatch.engine.datasets import check_loaders, found_images, labelled_images
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, FrozenBackbone, extract
 from crossbatch.engine.evaluation.results import RESULTS, create_output_dir, save_figures, write_results
 from crossbatch.engine.pretrained.load import load_configured
 from crossbatch.engine.run_log import print_summary
 from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
-
-MAX_NAMED = 10  # broken images that a rank names
+from crossbatch.engine.runtime.output import console
 
 
 @dataclass
 class Report:
     """Holds what an evaluation shows to a person: figures, a closing table, and the next command."""
 
-    figures: dict[str, Figure]
+    figures: dict[str, Callable[[], Figure]]  # drawn after the results are written
     rows: list[tuple[str, str]]  # of the closing table
     next_command: str
     step: int = 0  # of the figures in TensorBoard
@@ -62,12 +61,14 @@ class Evaluation(ABC):
         self.frozen = FrozenBackbone(self.pretrained.backbone, device, section.precision)
         batch_size = config.train_micro_batch_size_per_gpu
         self.reading = EvalLoaderConfig(self.pretrained.image_size, batch_size, workers, device)
+        check_loaders(world, self.reading.open(self.train, self.evaluation))
 
     def run(self) -> dict[str, Any]:
         """Evaluate, write everything to `out`, and return what results.json holds. Raises InputError or RunStopped."""
         started = time.perf_counter()
         if self.world.is_main:
-            print(f"loaded {self.pretrained}", flush=True)
+            found = found_images(self.config.crossbatch.data.path, self.train, self.evaluation)
+            print("\n".join([*found, f"loaded {self.pretrained}"]), flush=True)
         scores, details = self._evaluate()
         results = {
             "command": self.name,
@@ -78,10 +79,19 @@ class Evaluation(ABC):
             "config": {**to_dict(self.config), "world_size": self.world.size},
         }
         if self.world.is_main:
-            write_results(self.out, results)  # first: a figure that fails must not lose the numbers
+            failure = None
+            try:
+                write_results(self.out, results)  # first: a figure that fails must not lose the numbers
+            except OSError as error:
+                failure = error
             report = self._report(results, details)
             save_figures(self.out, report.figures, report.step)
             print_summary([*report.rows, ("results", str(self.out / RESULTS))], [report.next_command], self.out)
+            if failure is not None:
+                raise RunStopped(
+                    f"top-1 is {results['top1']:.2f} %, but {self.out / RESULTS} cannot be written: {failure.strerror}; make "
+                    f"room, and repeat the command"
+                ) from failure
         return results
 
     @abstractmethod
@@ -94,9 +104,9 @@ class Evaluation(ABC):
 
     def _features(self, source: Source, what: str) -> FeatureSet:
         """Extract the features of this rank's share of `source`, with a progress bar on the terminal of rank 0."""
-        console = Console(stderr=True)
-        hidden = not (self.world.is_main and console.is_terminal)
-        with Progress(console=console, disable=hidden) as bar:
+        terminal = console(stderr=True)
+        hidden = not (self.world.is_main and terminal.is_terminal)
+        with Progress(console=terminal, disable=hidden) as bar:
             task = bar.add_task(f"features: {what}", total=-(-len(source) // self.world.size))
             return extract(
                 self.frozen,
@@ -111,9 +121,3 @@ class Evaluation(ABC):
         """Return the sums of the counts of all ranks, under the same names."""
         total = self.collective.all_reduce(torch.tensor(list(counts.values()), device=self.device)).tolist()
         return dict(zip(counts, total, strict=True))
-
-
-def log_skipped_images(names: Iterable[str]) -> None:
-    """Print the names of the first broken images of this rank."""
-    for name in list(names)[:MAX_NAMED]:
-        print(f"skipped a broken image: {name}", flush=True)

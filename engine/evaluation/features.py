@@ -7,8 +7,9 @@ a `FrozenBackbone`. During training it is the sharded model, which gathers its p
 Shapes: N images, C features, W ranks.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +17,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from crossbatch.data import EvaluationLoader, Source, evaluation_share, normalize
+from crossbatch.data import EvaluationLoader, Source, WaitInterrupted, evaluation_share, normalize
+from crossbatch.data.workers import WAIT_S
 from crossbatch.engine.config import autocast_dtype
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.models import autocast
 from crossbatch.models.backbones import Backbone
 from crossbatch.models.collective import Collective
 
+MAX_NAMED = 10  # broken images that a rank names
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -69,7 +72,7 @@ class FeatureSet:
     features_NC: torch.Tensor  # fp32
     labels_N: torch.Tensor  # int64
     indices_N: torch.Tensor  # int64, in the source
-    skipped: list[str]  # names of broken images, which have no row
+    skipped: list[str]  # name and reason of broken images, which have no row
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -83,10 +86,14 @@ class EvalLoaderConfig:
     batch_size: int  # images that the network of a rank sees at once
     workers: int
     device: torch.device
+    interpolation: str = "bilinear"
+    wait_s: float = WAIT_S  # for images, at most
 
     def open(self, *sources: Source) -> EvaluationLoader:
         """Return a loader of images of `sources`, to be closed."""
-        return EvaluationLoader(sources, self.image_size, self.batch_size, self.workers)
+        return EvaluationLoader(
+            sources, self.image_size, self.batch_size, self.workers, self.interpolation, self.wait_s
+        )
 
 
 @torch.no_grad()
@@ -96,7 +103,7 @@ def extract(
     indices: np.ndarray,
     reading: EvalLoaderConfig,
     collective: Collective,
-    advance: Callable[[int], object] = lambda images: None,
+    between_batches: Callable[[int], object] = lambda images: None,
     loader: EvaluationLoader | None = None,
 ) -> FeatureSet:
     """Return the features of this rank's share of `indices`, from the central views; every rank must call it.
@@ -105,7 +112,8 @@ def extract(
 
     Args:
         indices: images of `source`, [N], the same on all ranks.
-        advance: is called with the number of images that this rank has just loaded.
+        between_batches: is called with the number of images that this rank has just loaded, before they go through the
+            network. It may raise, on all ranks.
         loader: reads the images, and stays open; of `reading`, with `source`. Without one, workers start and end here.
 
     Raises:
@@ -113,23 +121,31 @@ def extract(
     """
     mine = indices[evaluation_share(len(indices), collective.world_size, collective.rank)]
     largest_share = -(-len(indices) // collective.world_size)
-    ours = loader or reading.open(source)
-    batches = ours.read(source, mine)
-    images = torch.zeros(1, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
     features, read = [], []
-    for _ in range(-(-largest_share // reading.batch_size)):
-        with stop_on_lost_images():
-            images, numbers = next(batches, (images, mine[:0]))
-        features.append(embed(prepared(images, reading.device)).float()[: len(numbers)])
-        read.append(numbers)
-        advance(len(numbers))
-    with stop_on_lost_images():
-        next(batches, None)  # the end, where it raises if not one image could be read
-    if loader is None:
-        ours.close()
+    with contextlib.nullcontext(loader) if loader else reading.open(source) as ours:
+        batches = ours.read(source, mine)
+        images = torch.zeros(1, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
+        for _ in range(-(-largest_share // reading.batch_size)):
+            numbers = mine[:0]
+            with stop_on_lost_images(), contextlib.suppress(WaitInterrupted):  # of which the ranks learn next
+                images, numbers = next(batches, (images, numbers))
+            between_batches(len(numbers))
+            features.append(embed(prepared(images, reading.device)).float()[: len(numbers)])
+            read.append(numbers)
+        with stop_on_lost_images(), contextlib.suppress(WaitInterrupted):
+            next(batches, None)  # the end, where it raises if not one image could be read
     numbers = np.concatenate(read)
     labels, numbers = (torch.as_tensor(array, device=reading.device) for array in (source.labels[numbers], numbers))
     return FeatureSet(torch.cat(features), labels, numbers, ours.skipped)
+
+
+def log_skipped_images(images: Iterable[str], named: set[str] | None = None) -> None:
+    """Print the broken images of this rank, each once, ten at most; `named` remembers those of earlier calls."""
+    named = set() if named is None else named
+    for image in dict.fromkeys(images):
+        if image not in named and len(named) < MAX_NAMED:
+            named.add(image)
+            print(f"skipped a broken image: {image}", flush=True)
 
 
 def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ the same result.
 Shapes: M queries, N bank images of a rank, C features, K neighbours, W ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from crossbatch.data import Source
 from crossbatch.engine.config import ResolvedConfig
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered
+from crossbatch.engine.datasets import longest_wait_s
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered, log_skipped_images
 from crossbatch.engine.runtime.distributed import GroupCollective
 from crossbatch.engine.sharding import Backend
 from crossbatch.models.collective import Collective
@@ -99,8 +100,23 @@ def score(
     bank, queries = (replace(rows, features_NC=F.normalize(rows.features_NC, dim=1)) for rows in (bank, queries))
     queries = gathered(queries, collective)
     neighbours = nearest(queries.features_NC, bank, max(ks), collective)
-    predictions = {k: votes(neighbours, k, num_classes, temperature).argmax(1) for k in ks}
+    at_once = max(1, SCORES_AT_ONCE // num_classes)
+    predictions = {
+        k: torch.cat(
+            [
+                votes(NearestNeighbours(*some), k, num_classes, temperature).argmax(1)
+                for some in zip(*(part.split(at_once) for part in neighbours), strict=True)
+            ]
+        )
+        for k in ks
+    }
     return KnnResult(queries, neighbours, predictions)
+
+
+def too_few_neighbours(ks: Sequence[int], images: int, key: str) -> list[str]:
+    """Return a line for the log if fewer than `k` training images can vote, for any k of `ks`, which `key` gives."""
+    larger = ", ".join(str(k) for k in ks if k > images)
+    return [f"{key}: {larger}, but there are {images} training images; all of them vote"] if larger else []
 
 
 class KnnMonitor:
@@ -113,28 +129,35 @@ class KnnMonitor:
     def __init__(self, cfg: ResolvedConfig, train: Source, evaluation: Source, device: torch.device):
         self.settings = cfg.crossbatch.evaluate
         size = cfg.crossbatch.data.image_size
-        self.reading = EvalLoaderConfig(size, min(256, max(cfg.chunk, 32)), cfg.workers, device)
+        self.reading = EvalLoaderConfig(
+            size, min(256, max(cfg.chunk, 32)), cfg.workers, device, wait_s=longest_wait_s(cfg)
+        )
         self.train, self.evaluation = train, evaluation
         self.loader = self.reading.open(train, evaluation)
         self.collective = GroupCollective()
         bank = min(len(train), self.settings.knn_bank_size)
         self.bank_indices = np.arange(bank) * len(train) // bank
+        self.named: set[str] = set()  # broken images that the log names already
 
-    def top1(self, backend: Backend) -> float:
-        """Return the top-1 accuracy in percent; every rank must call it, and gets the same number."""
+    def top1(self, backend: Backend, between_batches: Callable[[int], object] = lambda images: None) -> float:
+        """Return the top-1 accuracy in percent; every rank must call it, and gets the same number.
+
+        `between_batches`: see `extract`.
+        """
 
         def embed(images: torch.Tensor) -> torch.Tensor:
             return backend("embed", images)
 
         backend.model.eval()
         bank, queries = (
-            extract(embed, source, indices, self.reading, self.collective, loader=self.loader)
+            extract(embed, source, indices, self.reading, self.collective, between_batches, self.loader)
             for source, indices in (
                 (self.train, self.bank_indices),
                 (self.evaluation, np.arange(len(self.evaluation))),
             )
         )
         backend.model.train()
+        log_skipped_images(bank.skipped + queries.skipped, self.named)
         k = self.settings.knn_k
         return score(bank, queries, [k], len(self.train.class_names), self.collective).top1(k)
 

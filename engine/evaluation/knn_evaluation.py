@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from crossbatch.data import Source
 from crossbatch.data.augment.pil import evaluation_image
 from crossbatch.engine.config.evaluation import KnnConfig
-from crossbatch.engine.evaluation.evaluation import Evaluation, Report, log_skipped_images
-from crossbatch.engine.evaluation.knn import KnnResult, score
+from crossbatch.engine.evaluation.evaluation import Evaluation, Report
+from crossbatch.engine.evaluation.features import log_skipped_images
+from crossbatch.engine.evaluation.knn import KnnResult, score, too_few_neighbours
 from crossbatch.engine.evaluation.results import confusion_matrix, neighbour_grid
 from crossbatch.engine.run_log import command
 
@@ -29,12 +30,17 @@ class KnnEvaluation(Evaluation):
         log_skipped_images(skipped)
         ks, temperature = tuple(dict.fromkeys(self.config.crossbatch.knn.k)), self.config.crossbatch.knn.temperature
         result = score(bank, queries, ks, len(self.class_names), self.collective, temperature)
+        images = self._sum_over_ranks(train=len(bank), evaluation=len(queries), skipped=len(skipped))
+        notes = too_few_neighbours(ks, images["train"], "crossbatch.knn.k")
+        if self.world.is_main and notes:
+            print(*notes, sep="\n", flush=True)
         scores = {
             "top1": result.top1(ks[0]),
             "k": ks[0],
             "top1_by_k": {str(k): result.top1(k) for k in ks},
             "temperature": temperature,
-            "images": self._sum_over_ranks(train=len(bank), evaluation=len(queries), skipped=len(skipped)),
+            "images": images,
+            "notes": notes,
         }
         return scores, result
 
@@ -44,8 +50,8 @@ class KnnEvaluation(Evaluation):
         title = f"{k}-NN, top-1 {results['top1']:.2f} %"
         return Report(
             figures={
-                "confusion": confusion_matrix(truth, predicted, self.class_names, title),
-                "neighbours": self._neighbours(details, k, title),
+                "confusion": lambda: confusion_matrix(truth, predicted, self.class_names, title),
+                "neighbours": lambda: self._neighbours(details, k, title),
             },
             rows=[
                 *((f"top-1, k = {k}", f"{value:.2f} %") for k, value in results["top1_by_k"].items()),

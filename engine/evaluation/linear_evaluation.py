@@ -17,8 +17,8 @@ from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.evaluation import LinearConfig, TrainImagesConfig
 from crossbatch.engine.config.finetune import FinetuneDataConfig
 from crossbatch.engine.evaluation.batches import AugmentedFeatures, CachedFeatures
-from crossbatch.engine.evaluation.evaluation import Evaluation, Report, log_skipped_images
-from crossbatch.engine.evaluation.features import FeatureSet, gathered
+from crossbatch.engine.evaluation.evaluation import Evaluation, Report
+from crossbatch.engine.evaluation.features import FeatureSet, gathered, log_skipped_images
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
 from crossbatch.engine.evaluation.probe_file import identity, read_probe, save_probe
 from crossbatch.engine.evaluation.results import confusion_matrix, curves
@@ -69,7 +69,7 @@ class LinearEvaluation(Evaluation):
         )
         self.clock = StepClock()
         self.history: list[dict[str, list[float]]] = []
-        self.identity = identity(self.config, len(self.train), len(self.class_names))
+        self.identity = identity(self.config, self.train)
         saved = read_probe(resume, out, self.identity, self.frozen.fingerprint)
         if saved is not None:
             self.probe.load(saved)
@@ -204,8 +204,8 @@ class LinearEvaluation(Evaluation):
         lines = {f"lr {lr:g}": top1 for lr, top1 in self._top1_by_lr()}
         return Report(
             figures={
-                "confusion": confusion_matrix(*details, self.class_names, title),
-                "accuracy": curves(lines, range(1, epochs + 1), title),
+                "confusion": lambda: confusion_matrix(*details, self.class_names, title),
+                "accuracy": lambda: curves(lines, range(1, epochs + 1), title),
             },
             rows=[
                 *(

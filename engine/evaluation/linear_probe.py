@@ -80,7 +80,8 @@ class LinearProbe:
     def predict(self, features_nC: torch.Tensor) -> torch.Tensor:
         """Return the classes [L, n] that the classifiers predict."""
         self.norm.eval()
-        return torch.stack([logits.argmax(1) for logits in self._logits(features_nC)])
+        normed = self.norm(features_nC)
+        return torch.stack([head(normed).argmax(1) for head in self.heads])  # one [n, K] at a time
 
     def diverged(self) -> list[bool]:
         """Tell for each classifier whether its weights hold values that are not finite."""

@@ -6,18 +6,23 @@ from typing import Any
 import torch
 
 from crossbatch import InputError, RunStopped
+from crossbatch.data import Source
 from crossbatch.engine.checkpoint.changes import fixed_values
 from crossbatch.engine.config import to_dict
 from crossbatch.engine.config.evaluation import LinearConfig
+from crossbatch.engine.datasets import checksum
 from crossbatch.engine.pretrained.files import read_torch, write_file
 from crossbatch.engine.pretrained.weights import PROBE, PROBE_FILE
 from crossbatch.engine.run_log import Log
 from crossbatch.engine.runtime.distributed import on_main
 
+CHECKSUM = "checksum of names and labels"
 
-def identity(config: LinearConfig, num_images: int, num_classes: int) -> dict[str, Any]:
-    """Return, by key path, all that must stay as it is when the probe is resumed."""
-    return {**fixed_values(to_dict(config), LinearConfig), "images": num_images, "classes": num_classes}
+
+def identity(config: LinearConfig, train: Source) -> dict[str, Any]:
+    """Return, by key path, all that must stay as it is when the probe is resumed on the images `train`."""
+    counts = {"images": len(train), "classes": len(train.class_names), CHECKSUM: checksum(train)}
+    return {**fixed_values(to_dict(config), LinearConfig), **counts}
 
 
 def save_probe(out: Path, content: dict[str, Any], log: Log, is_last: bool) -> None:
@@ -55,7 +60,9 @@ def read_probe(resume: str, out: Path, identity: dict[str, Any], fingerprint: st
         )
     before = content["identity"]
     changed = [
-        f"{name}: was {before.get(name)}, is {value}" for name, value in identity.items() if before.get(name) != value
+        f"{name}: was {before.get(name)}, is {value}"
+        for name, value in identity.items()
+        if before.get(name) != value and (name in before or name != CHECKSUM)  # earlier versions did not keep it
     ]
     if content["backbone"] != fingerprint:
         changed.append("the weights of the backbone: differ")

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from crossbatch.engine.runtime.atomic_files import write_atomically
 RESULTS = "results.json"
 DPI = 110
 RIGHT, WRONG = "#1a9850", "#d73027"
+MAX_DRAWN_CLASSES = 1000  # rows of a confusion matrix
 MAX_NAMED_CLASSES, MAX_NUMBERED_CLASSES = 40, 20  # with more, axes have no class names, and cells no numbers
 
 
@@ -35,19 +37,37 @@ def write_results(out: Path, results: dict[str, Any]) -> None:
     write_atomically(out / RESULTS, json.dumps({**results, "versions": versions}, indent=2) + "\n")
 
 
-def save_figures(out: Path, figures: dict[str, Figure], step: int = 0) -> None:
-    """Save each figure as NAME.png and in TensorBoard."""
+def save_figures(out: Path, figures: dict[str, Callable[[], Figure]], step: int = 0) -> None:
+    """Draw each figure, and save it as NAME.png and in TensorBoard. What fails is left out with a warning."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(out)) as board:
-        for name, figure in figures.items():
-            figure.savefig(out / f"{name}.png")
+    drawn = {}
+    for name, draw in figures.items():
+        with _warning(f"{name}.png"):
+            drawn[name] = draw()
+            drawn[name].savefig(out / f"{name}.png")
+    with _warning("TensorBoard"), SummaryWriter(str(out)) as board:
+        for name, figure in drawn.items():
             board.add_figure(name, figure, step)
 
 
+@contextlib.contextmanager
+def _warning(what: str) -> Iterator[None]:
+    """Warn, instead of raising, if `what` fails: the numbers are written, and the command has done its work."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what} is left out: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
 def confusion_matrix(truth_M: np.ndarray, predictions_M: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    """Draw how many of the images of a class (row) were predicted as each class (column), in percent of the row."""
-    classes = len(names)
+    """Draw how many of the images of a class (row) were predicted as each class (column), in percent of the row.
+
+    With more classes than the picture has pixels, a row and a column stand for several classes that follow each other.
+    """
+    together = -(-len(names) // MAX_DRAWN_CLASSES)
+    classes = -(-len(names) // together)
+    truth_M, predictions_M = truth_M // together, predictions_M // together
     counts_KK = np.bincount(truth_M * classes + predictions_M, minlength=classes**2).reshape(classes, classes)
     percent = 100 * counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
     side = 4 + 0.35 * min(classes, MAX_NAMED_CLASSES)
@@ -55,16 +75,23 @@ def confusion_matrix(truth_M: np.ndarray, predictions_M: np.ndarray, names: Sequ
     axes = figure.subplots()
     shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     figure.colorbar(shown, ax=axes, label="% of the true class", shrink=0.8)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    unit = f" (groups of {together} classes)" if together > 1 else ""
+    axes.set(xlabel=f"predicted{unit}", ylabel=f"true{unit}", title=title)
     if classes <= MAX_NAMED_CLASSES:
-        axes.set_xticks(range(classes), names, rotation=90)
-        axes.set_yticks(range(classes), names)
+        labels = [_plain(name) for name in names]
+        axes.set_xticks(range(classes), labels, rotation=90)
+        axes.set_yticks(range(classes), labels)
     if classes <= MAX_NUMBERED_CLASSES:
         for (row, column), value in np.ndenumerate(percent):
             if value:
                 colour = "white" if value > 55 else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     return figure
+
+
+def _plain(text: str) -> str:
+    """Return a name as matplotlib takes it: it reads $...$ as a formula, and cannot draw what is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def neighbour_grid(rows: Sequence[Sequence[tuple[np.ndarray, str, bool]]], title: str) -> Figure:
@@ -81,7 +108,7 @@ def neighbour_grid(rows: Sequence[Sequence[tuple[np.ndarray, str, bool]]], title
     for row, axes_row in zip(rows, grid, strict=True):
         for (pixels, text, right), axes in zip(row, axes_row, strict=False):
             axes.imshow(pixels, interpolation="nearest")
-            axes.set_title(text, fontsize=7)
+            axes.set_title(_plain(text), fontsize=7)
             for spine in axes.spines.values():
                 spine.set(color=RIGHT if right else WRONG, linewidth=3)
         for axes in axes_row[len(row) :]:

@@ -45,7 +45,7 @@ def lars_param_groups(
         no_decay: patterns as in `fnmatch` of names that neither decay nor adapt, for example ["*pos_embed", "*cls_token"].
 
     Raises:
-        ValueError: if `lr` is missing, or if a name or a pattern decides about no trainable parameter.
+        ValueError: if `lr` is missing, or if a name or a pattern has no effect on any trainable parameter.
     """
     if lr_scales and lr is None:
         raise ValueError("lars_param_groups: lr_scales is given but lr is not; give the learning rate at scale 1 as lr")
@@ -56,8 +56,8 @@ def lars_param_groups(
     unused += [pattern for pattern in no_decay if not any(fnmatchcase(name, pattern) for name in names)]
     if unused:
         raise ValueError(
-            f"lars_param_groups: {unused[0]!r} fits no trainable parameter, or none that no longer name fits; the first "
-            f"parameters are {names[:3]}"
+            f"lars_param_groups: {unused[0]!r} has no effect: it fits no trainable parameter, or a longer name fits each of "
+            f"them, too; remove it, or give a name like {', '.join(names[:3])}"
         )
     groups = []
     for (scale, is_matrix), parameters in split_parameters(model, scales, no_decay).items():

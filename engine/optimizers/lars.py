@@ -238,7 +238,7 @@ class LARS(torch.optim.Optimizer):
             try:
                 super().add_param_group(param_group)
             except UserWarning:
-                raise ValueError("params: a parameter is given twice in one group; give it once") from None
+                raise ValueError("LARS: a parameter is given twice in one group; give it once") from None
         group = self.param_groups[-1]
         for parameter in group["params"]:
             _check_not_flattened(parameter)

@@ -10,7 +10,7 @@ import difflib
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from crossbatch import InputError
@@ -104,6 +104,11 @@ class Machines:
     def gpus_per_node(self) -> int:
         return self.gpus // self.nodes
 
+    def part_of(self, gpus: int) -> "Machines":
+        """Return the first `gpus` of these, on as few nodes as hold them; groups that cross nodes count as spread evenly."""
+        nodes = 1 if self.gpus_per_node % gpus == 0 else max(2, -(-gpus // self.gpus_per_node))
+        return replace(self, gpus=gpus, nodes=nodes)
+
 
 @functools.cache
 def machines(gpu: str, gpus: int, nodes: int = 1, interconnect: str | None = None, link: str | None = None) -> Machines:
@@ -114,7 +119,7 @@ def machines(gpu: str, gpus: int, nodes: int = 1, interconnect: str | None = Non
     """
     for flag, value in (("--gpus", gpus), ("--nodes", nodes)):
         if value < 1:
-            raise InputError(f"{flag}: given {value}; allowed: >= 1")
+            raise InputError(f"{flag}: given {value}; allowed: a whole number >= 1")
     if gpus % nodes:
         raise InputError(
             f"--gpus: given {gpus} on {nodes} nodes; allowed: a multiple of --nodes; take {gpus // nodes * nodes or nodes}"

@@ -47,7 +47,9 @@ def collective_ms(kind: str, size: float, at: Machines) -> float:
     return (LAUNCH_US + min(ways)) / 1e3
 
 
-def wait_ms(ranks: int, synchronisations: int, step_ms: float, share: float) -> float:
+def wait_ms(
+    ranks: int, synchronisations: int, step_ms: float, share: float, groups: int = 1, of_all: int | None = None
+) -> float:
     """Predict how many milliseconds a step of `step_ms` takes longer because ranks wait for each other; 0 for one rank.
 
     A rank is interrupted now and then: the operating system, a loader or Python's garbage collector takes its core. Alone it
@@ -58,11 +60,16 @@ def wait_ms(ranks: int, synchronisations: int, step_ms: float, share: float) -> 
     each of the S parts of a step of T, and the step is longer by
 
         d S E[largest of N Poisson(s T / (d S))] - s T        (s T being in T already)
+
+    Where G groups of N ranks wait only for their own ranks, but at S' of the S synchronisations (`of_all`) for all, a group is
+    to the others what a rank is to its group: it has P = S E[largest of N ...] pauses in a step, also taken as Poisson, and
+    the step is longer by d S' E[largest of G Poisson(P / S')] - s T.
     """
-    if ranks == 1:
+    if ranks * groups == 1:
         return 0.0
-    expected = share * step_ms / (PAUSE_MS * synchronisations)
-    return PAUSE_MS * synchronisations * largest_of(ranks, expected) - share * step_ms
+    of_all = synchronisations if of_all is None else of_all
+    pauses = synchronisations * largest_of(ranks, share * step_ms / (PAUSE_MS * synchronisations))
+    return PAUSE_MS * of_all * largest_of(groups, pauses / of_all) - share * step_ms
 
 
 def largest_of(ranks: int, expected: float) -> float:

@@ -36,8 +36,9 @@ CHANGES = (
     ("crossbatch.sharding=fsdp", "zero_optimization.stage=1"),
     ("zero_optimization.stage=0",),
     ("zero_optimization.overlap_comm=true",),
-    ("crossbatch.model.checkpoint_activations=true",),
-    ("crossbatch.model.checkpoint_activations=false",),
+    ("crossbatch.model.checkpoint_activations=norms",),
+    ("crossbatch.model.checkpoint_activations=blocks",),
+    ("crossbatch.model.checkpoint_activations=none",),
 )
 
 
@@ -142,6 +143,9 @@ def _helps(asked: Question, found: Plan) -> Iterator[Help]:
     for overrides in CHANGES:
         text = " ".join(f"--set {override}" for override in overrides)
         yield Help(text, gain(overrides=(*asked.overrides, *overrides)), "predicted with this change")
+    by_node = "crossbatch.model.norm_ranks=node"
+    origin = "predicted; norms then see the images of one node only, which changes results (docs/norms.md)"
+    yield Help(f"--set {by_node}", gain(overrides=(*asked.overrides, by_node)), origin)
     if asked.gpus > 1:
         text = "interrupt the ranks half as often (a CPU core for each rank alone, fewer loader workers)"
         yield Help(text, gain(replace(FITTED, share=FITTED.share / 2)), "published runs, fitted")

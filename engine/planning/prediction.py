@@ -4,9 +4,9 @@ backbone     crops x roofline, or a measured step of one rank
 heads        products of BatchFormer, heads and loss at the same share of the peak
 fixed        what a step takes however few its images; once a chunk
 contention   what every further GPU of a node costs each view: cores, memory and power of a host, shared
-norms        latency of their collectives, one by one: nothing can be done meanwhile
+norms        latency of their collectives among the ranks that share statistics, one by one: nothing can be done meanwhile
 stragglers   waiting for each other at all of these (communication.py)
-keys         keys, and features of BatchFormer groups that span ranks
+keys         keys, features of BatchFormer groups that span ranks, and running statistics where not all ranks share them
 gradients    what does not fit beside the backward pass, if the backend overlaps at all: FSDP2 does, ZeRO 3 does, and the
              other stages with `overlap_comm`; all in one bucket, nothing can overlap
 parameters   gathered for the forward pass (stage 3), or after the update (ZeRO 1 and 2)
@@ -41,6 +41,8 @@ from crossbatch.models.backbones import build_backbone
 
 TRAINING_UNITS = 3  # forward passes that a forward and a backward pass take
 BACKWARD = 2 / 3  # of the computation
+# Forward passes that `checkpoint_activations` repeats; of norms 33 of the 246 MB that a forward pass of an image moves.
+REPEATED = {"none": 0.0, "norms": 0.13, "blocks": 1.0}
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ def work_of(precision: str, arch: str, image_size: int, *options: Any, backbone_
     counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
     with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        backbone(torch.empty(1, 3, image_size, image_size))
-    return Work(float(TRAINING_UNITS * counter.get_total_flops()), kept)
+        backbone(torch.empty(2 * NUM_VIEWS, 3, image_size, image_size))
+    return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept)
 
 
 def fixed_ms_on(gpu: Gpu, on_v100_ms: float) -> float:
@@ -158,12 +160,14 @@ def estimate(
     computed = _computed(cfg, at, constants)
     computed[0] = backbone or computed[0]
     compute_ms = sum(stage.ms for stage in computed)
-    waits = of_parts(traffic, "norms", "keys", "groups").total() + 1  # and once for the gradients
-    waiting_ms = wait_ms(at.gpus, waits, compute_ms, constants.share)
+    of_all = of_parts(traffic, "stats", "keys", "groups").total() + 1  # and once for the gradients
+    norms = of_parts(traffic, "norms")
+    waits, share_norms = norms.total() + of_all, at.part_of(cfg.norm_ranks)
+    waiting_ms = wait_ms(share_norms.gpus, waits, compute_ms, constants.share, at.gpus // share_norms.gpus, of_all)
     links = [at.link] + [at.network] * (at.nodes > 1)
     counted = "counted; " + "; ".join(link.source.split(";")[0] for link in links)
 
-    def each_ms(*parts: str) -> list[float]:
+    def each_ms(*parts: str, at: Machines = at) -> list[float]:
         return [collective_ms(message.kind, message.size, at) for message in of_parts(traffic, *parts).elements()]
 
     zero, is_fsdp = cfg.config.zero_optimization, cfg.crossbatch.sharding == "fsdp"
@@ -173,9 +177,9 @@ def estimate(
     gradients_ms = _exposed_ms(each_ms("gradients"), behind_ms) + sum(each_ms("LARS"))
     stages = [
         *computed,
-        Stage("norms", sum(each_ms("norms")), f"{of_parts(traffic, 'norms').total()} collectives, counted; {_LATENCY}"),
+        Stage("norms", sum(each_ms("norms", at=share_norms)), f"{norms.total()} collectives, counted; {_LATENCY}"),
         Stage("stragglers", waiting_ms, f"{waits} synchronisations; {_FITTED}"),
-        Stage("keys", sum(each_ms("keys", "groups")), counted),
+        Stage("keys", sum(each_ms("stats", "keys", "groups")), counted),
         Stage("gradients", gradients_ms, counted),
         Stage("parameters", _exposed_ms(each_ms("parameters"), ahead_ms), counted),
     ]
@@ -189,7 +193,9 @@ def _computed(cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[S
     model, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
     args = tuple(model.backbone_args.items())
     crop = work_of(cfg.precision, model.arch, size, model.stem, model.stop_grad_conv1, backbone_args=args)
-    units = TRAINING_UNITS + (1 - 1 / cfg.chunks) + model.checkpoint_activations + 1  # the last: momentum encoder
+    units = (
+        TRAINING_UNITS + (1 - 1 / cfg.chunks) + REPEATED[model.checkpoint_activations] + 1
+    )  # the last: momentum encoder
     crops = NUM_VIEWS * cfg.local_batch * units / TRAINING_UNITS
     crop_s, limit = crop.seconds(at.gpu, cfg.precision, constants.of_peak, constants.moves)
     # The queries' side costs three forward passes, the keys' side one: about twice what both cost forward.

@@ -3,8 +3,10 @@
 Ours are exact on any number of ranks (tests/benchmarks/test_scaling_traffic.py counts them):
 
     norms   forward, an all-gather of mean and variance of each view and rank; backward, an all-reduce of two sums of each view;
-            one of each for every norm and chunk. The passes that repeat a chunk know its statistics
+            one of each for every norm and chunk. Norms of the momentum encoder share the all-gathers of their online
+            counterparts (`crossbatch.models.lockstep`). The passes that repeat a chunk know its statistics
     keys    one all-gather, of all views and streams
+    stats   where groups of ranks have statistics of their own: all running statistics, averaged in one all-reduce
     groups  where a BatchFormer group spans ranks: its features, forward for queries and keys, and back for the queries
     LARS    the sums of squares of all tensors, fp64, in one all-reduce for each call of the optimizer that adapts
 
@@ -24,7 +26,7 @@ from crossbatch.engine.tasks.build import count, parameter_groups
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.norm import ViewBatchNorm
 
-OURS = ("norms", "keys", "groups", "LARS")
+OURS = ("norms", "stats", "keys", "groups", "LARS")
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0
 PREFETCH = 50_000_000  # elements: DeepSpeed's default of stage 3
 _FP32, _FP64 = 4, 8
@@ -64,19 +66,22 @@ def totals(traffic: Traffic, by: str = "part") -> dict[str, dict[str, float]]:
 
 
 def _norms(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
-    passes: list[tuple[nn.Module, int, int]] = [  # module, forward and backward passes
-        (model.online.backbone, cfg.chunks, cfg.chunks),
-        (model.momentum.backbone, cfg.chunks, 0),
-        (model.online.projector, 1, 1),
+    encoders: list[tuple[nn.Module, int, int]] = [  # module, encoders that have it, passes
+        (model.online.backbone, 2, cfg.chunks),
+        (model.online.projector, 2, 1),
         (model.predictor, 1, 1),
-        (model.momentum.projector, 1, 0),
     ]
-    for module, forward, backward in passes:
+    channels = 0
+    for module, networks, passes in encoders:
         for norm in module.modules():
             if isinstance(norm, ViewBatchNorm):
+                channels += networks * norm.num_features
                 size = 2 * NUM_VIEWS * norm.num_features * _FP32
-                yield from [Message("norms", "all-gather", size * cfg.world_size)] * forward
-                yield from [Message("norms", "all-reduce", size)] * backward
+                if cfg.norm_ranks > 1:
+                    yield from [Message("norms", "all-gather", networks * size * cfg.norm_ranks)] * passes
+                    yield from [Message("norms", "all-reduce", size)] * passes
+    if cfg.norm_ranks < cfg.world_size:
+        yield Message("stats", "all-reduce", 2 * channels * _FP32)
 
 
 def _batch_wide(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:

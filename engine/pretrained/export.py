@@ -62,11 +62,17 @@ def _advice(pretrained: Pretrained, to: str, file: Path) -> list[str]:
             f"timm and torchvision cannot build this network; the commands of crossbatch take it as --checkpoint {file}"
         ]
     classifier = "head" if family(arch) == "vit" else "fc"
+    since = " (timm 0.9 or newer)" if "=" in built else ""  # before, such an argument is given twice there
     advice = [
-        f"build it with {built}; load_state_dict(strict=False) then misses {classifier}.weight and {classifier}.bias"
+        f"build it with {built}{since}; load_state_dict(strict=False) then misses {classifier}.weight and {classifier}.bias"
     ]
     if arch == "vit_small" and "num_heads=" in built:
-        deit = "; DeiT's own deit_small_patch16_224 has 6" if to == "deit" else ""
+        deit = ""
+        if to == "deit":
+            deit = (
+                f"; DeiT's main.py, with timm 0.4.9, builds its own deit_small_patch16_224 with 6: write "
+                f"num_heads={pretrained.num_heads} there, in models.py"
+            )
         advice.append(
             f"without num_heads={pretrained.num_heads} the weights fit as well, and the network computes something else{deit}"
         )

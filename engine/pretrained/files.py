@@ -1,11 +1,12 @@
 """Reads and writes files of weights of other programs, torch's and safetensors, without running any code in them.
 
-A torch file is a pickle, and a pickle is a program. `read_torch` lets it make tensors, numbers, text, containers of these, and
-the argparse.Namespace that DeiT puts beside its weights; it refuses all else. Files are written under another name first,
-so an existing file is replaced by a complete one or not at all.
+A torch file is a pickle, and a pickle is a program. `read_torch` lets it make tensors, numbers (numpy's, too), text, paths,
+containers of these, and the argparse.Namespace that DeiT puts beside its weights; it refuses all else. Files are written
+under another name first, so an existing file is replaced by a complete one or not at all.
 """
 
 import argparse
+import pathlib
 import pickle
 import re
 import zipfile
@@ -13,18 +14,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 
 from crossbatch import InputError
 from crossbatch.engine.runtime.atomic_files import replace_atomically
 
+# Classes and functions that make data and run nothing; numpy's under the names of its versions 1 and 2.
+_HARMLESS: list[Any] = [
+    *(argparse.Namespace, pathlib.PosixPath, np.ndarray, np.dtype),
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+    *(
+        (getattr(np._core.multiarray, name), f"numpy.{package}.multiarray.{name}")  # pyright: ignore
+        for name in ("scalar", "_reconstruct")
+        for package in ("core", "_core")
+    ),
+]
+
 
 def read_torch(file: Path) -> Any:
     """Return what `torch.save` wrote, with its tensors mapped from the disk. Raises InputError if it is not such a file."""
     try:
         mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 cannot be mapped
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None

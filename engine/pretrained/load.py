@@ -17,10 +17,12 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from crossbatch import InputError
 from crossbatch.engine.config import user_input
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.pretrained.weights import Weights, mismatch, read_weights
+from crossbatch.engine.pretrained.weights import Weights, check_kinds, mismatch, read_weights
 from crossbatch.models import build_backbone
 from crossbatch.models.backbones import ARCHS, Backbone, family
 from crossbatch.models.vit import ViT
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -89,6 +91,7 @@ def load_pretrained(
     """
     where = f"--checkpoint {path}"
     weights = read_weights(Path(path), encoder, where)
+    check_kinds(weights.tensors, where)
     arch, stem, args = _network(weights, arch, stem, backbone_args, where)
     side = _grid_side(weights)
     size = image_size or (side * int(args.get("patch_size", 16)) if side else weights.image_size or 224)
@@ -96,7 +99,7 @@ def load_pretrained(
         backbone = build_backbone(arch, size, stem, backbone_args=args)
     heads = int(backbone.blocks[0].attn.num_heads) if isinstance(backbone, ViT) else None  # pyright: ignore
     _check_heads(weights, heads, arch, args, where)
-    notes = _fit_positions(weights, backbone)
+    notes = _fit_positions(weights, backbone, where)
     missing = _load(backbone, weights, arch, where)
     return Pretrained(
         backbone=backbone,
@@ -159,10 +162,19 @@ def _check_heads(weights: Weights, heads: int | None, arch: str, args: Mapping[s
         )
 
 
-def _fit_positions(weights: Weights, backbone: Backbone) -> list[str]:
+def _fit_positions(weights: Weights, backbone: Backbone, where: str) -> list[str]:
     """Resample the positions of a ViT for images of another size; return what to tell the user about it."""
     side = _grid_side(weights)
-    if not isinstance(backbone, ViT) or side is None or (side, side) == backbone.grid:
+    if not isinstance(backbone, ViT) or side is None:
+        return []
+    count = weights.tensors["pos_embed"].shape[1]
+    if count != side**2 + 1:
+        what = "register tokens" if "reg_token" in weights.tensors else "no square of patches and one class token"
+        raise InputError(
+            f"{where}: has {count} positions ({what}); allowed: those of a class token and of a square of patches, as in MoCo "
+            f"v3, DeiT and timm's vit_*_patch16_224; give such a file"
+        )
+    if (side, side) == backbone.grid:
         return []
     rows, columns = backbone.grid
     weights.tensors["pos_embed"] = resample_abs_pos_embed(weights.tensors["pos_embed"], [rows, columns])
@@ -177,6 +189,16 @@ def _load(backbone: Backbone, weights: Weights, arch: str, where: str) -> list[s
         raise InputError(
             f"{where}: is not a {arch} of this {'stem and width' if family(arch) == 'resnet' else 'size'}: {wrong}; check -a, "
             f"crossbatch.model.stem and crossbatch.model.backbone_args"
+        )
+    odd = [
+        f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in weights.tensors.items()
+        if wanted[name].is_floating_point() and tensor.dtype not in FLOATS
+    ]
+    if odd:
+        raise InputError(
+            f"{where}: {len(odd)} tensors are no plain floating-point numbers ({', '.join(odd[:2])}); allowed: float64, "
+            f"float32, float16, bfloat16; give the weights before they were quantised"
         )
     broken = [name for name, tensor in weights.tensors.items() if not torch.isfinite(tensor).all()]
     if broken:

@@ -11,7 +11,8 @@ The projector is `fc` of a ResNet and `head` of a ViT. With BatchFormer, layer 0
 others move up by one, and its weights are stored three times. A parameter that is stored more than once has the position of
 its first name. Such a file holds no configuration: it must be given, as the recipe or the originals' flags.
 
-The originals update the momentum encoder at the start of a step, this package at its end: theirs is one update behind.
+The originals move the momentum encoder at the start of a step, this package at its end. So theirs is one move behind, which an
+import makes and an export takes back, by `_moved`.
 """
 
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from crossbatch.engine.checkpoint import Keep, Manifest, Unreadable
 from crossbatch.engine.config import Device, LarsConfig, ResolvedConfig, parse_config, resolve, to_dict
 from crossbatch.engine.pretrained.files import read_torch, write_file
 from crossbatch.engine.pretrained.weights import ENCODERS, mismatch
+from crossbatch.engine.schedules import encoder_momentum
 from crossbatch.engine.step import CLEAN_STEPS, INITIAL_LOSS_SCALE, Progress
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models.backbones import family
@@ -58,6 +60,7 @@ def import_file(file: Path, cfg: ResolvedConfig, images: int, out: Path) -> list
         for part, named in (("parameters", layout.model.named_parameters()), ("buffers", layout.model.named_buffers()))
         for name, _ in named
     }
+    tensors |= _moved(tensors, _momentum(cfg, theirs["epoch"]), "parameters.")
     state, notes = _optimizer_state(file, theirs, layout)
     tensors |= state
     steps_per_epoch = images // cfg.train_batch_size
@@ -98,10 +101,12 @@ def export_file(source: Path, file: Path) -> list[str]:
         raise InputError(f"--checkpoint {found}: {error}") from None
     cfg = _resolved_anywhere(config)
     layout = _Layout(cfg, f"--checkpoint {found}: crossbatch.batchformer.mode")
-    tensors = parts["parameters"] | parts["buffers"]
-    state_dict = {key: tensors[name] for name in layout.names() for key in layout.keys(name)}
     progress = Progress(**manifest.progress)
     epoch, rest = divmod(progress.step, manifest.steps_per_epoch)
+    momentum = _momentum(cfg, epoch)
+    before = _moved(parts["parameters"], 1 / momentum) if momentum else {}  # with 0, the next move forgets the average
+    tensors = parts["parameters"] | parts["buffers"] | before
+    state_dict = {key: tensors[name] for name in layout.names() for key in layout.keys(name)}
     content = {
         "epoch": epoch,
         "arch": cfg.crossbatch.model.arch,
@@ -122,6 +127,27 @@ def export_file(source: Path, file: Path) -> list[str]:
             f"the {rest} steps since then are in the weights, and the originals will repeat them: they know epochs only"
         )
     return notes
+
+
+def _momentum(cfg: ResolvedConfig, epoch: int) -> float:
+    """Return the momentum with which the originals move the average in the first step after `epoch` epochs."""
+    settings = cfg.crossbatch
+    return encoder_momentum(epoch, settings.momentum.base, settings.schedule.epochs, settings.momentum.cosine)
+
+
+def _moved(tensors: dict[str, Tensor], momentum: float, prefix: str = "") -> dict[str, Tensor]:
+    """Return the parameters of the momentum encoder after average <- momentum average + (1 - momentum) online.
+
+    1 / momentum takes such a move back. Computed in fp64, as that enlarges what rounding has left.
+    """
+    start, online = f"{prefix}momentum.", f"{prefix}online."
+    return {
+        name: torch.lerp(tensors[online + name.removeprefix(start)].double(), tensor.double(), momentum).to(
+            tensor.dtype
+        )
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
 
 
 class _Layout:

@@ -2,7 +2,9 @@
 
 a run directory or one of its checkpoints     of any sharding; its configuration describes the network
 checkpoint_*.pth.tar                          of moco-v3 or BatchFormer: base_encoder and momentum_encoder
-{"model": ...}, {"state_dict": ...}, tensors  as DeiT, timm and torchvision write them, .pth or .safetensors
+checkpoint_*.pth.tar of MoCo v2               encoder_q and encoder_k
+{"model": ...}, {"state_dict": ...}, tensors  as DeiT, timm, Lightning and torchvision write them, .pth or .safetensors; the
+                                              backbone may have a prefix, such as "backbone." or "_orig_mod."
 """
 
 import json
@@ -12,16 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from crossbatch import InputError
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Unreadable
 from crossbatch.engine.pretrained.files import read_safetensors, read_torch
+from crossbatch.models.backbones import ARCHS, family
 
 ENCODERS = {"online": "base_encoder", "momentum": "momentum_encoder"}  # in the files of moco-v3 and BatchFormer
 NOTE = "crossbatch"  # entry of an exported file that describes its network
 PROBE, PROBE_FILE = "linear probe", "probe.pt"  # "kind" of the file that the linear probe saves, and its name
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOMENTUM = ("momentum", "teacher", "ema", "target", "encoder_k")  # in the prefix of a momentum encoder, anywhere
+MARKS = ("layer4.0.conv1.weight", "blocks.0.norm1.weight")  # of a ResNet, of a ViT
 CLASSIFIERS = ("fc", "head", "head_dist")  # in torchvision, timm and DeiT; the projector in a file of moco-v3
 
 
@@ -102,30 +109,57 @@ def _part_of_checkpoint(name: str) -> str:
 def _read_file(path: Path, encoder: str, where: str) -> Weights:
     """Read the backbone of a file of weights, after finding out what kind of file it is."""
     entries, tensors = _open(path, where)
-    if entries.get("kind") == PROBE or "best_acc1" in entries:
+    if entries.get("kind") == PROBE:
         raise InputError(f"{where}: is the file of a linear probe; give the checkpoint that the probe was trained on")
     if any(name.startswith(tuple(f"{part}." for part in ENCODERS.values())) for name in tensors):
         return _choose_encoder(path, encoder, where, entries, tensors)
-    if "epoch" in entries and "state_dict" in entries:
+    prefix = _prefix(tensors, encoder, where)
+    if not prefix and ("best_acc1" in entries or ("epoch" in entries and _is_distributed(entries))):
         raise InputError(
-            f"{where}: is not a checkpoint of pretraining: it has an epoch and a state_dict, but no base_encoder, like the "
-            f"file of a linear probe; give the checkpoint that the probe was trained on"
+            f"{where}: is the file of a linear probe of MoCo v3, or of a classifier trained with pytorch/examples, which look "
+            f"alike: it has an epoch, but no base_encoder; give the checkpoint that the probe was trained on, or for a "
+            f"classifier a file with its state_dict alone"
         )
-    if encoder != "online":
-        raise InputError(f"{where}: holds only one network; encoder {encoder} needs a checkpoint of pretraining")
     chosen = {
-        name: value
+        name.removeprefix(prefix): value
         for name, value in tensors.items()
-        if isinstance(value, Tensor) and name.split(".")[0] not in CLASSIFIERS
+        if isinstance(value, Tensor)
+        and name.startswith(prefix)
+        and name.removeprefix(prefix).split(".")[0] not in CLASSIFIERS
     }
     if not chosen:
         found = ", ".join(list(tensors)[:4]) or "nothing"
         raise InputError(f"{where}: holds no backbone, only {found}; give a file with the weights of one")
-    ignored = Counter(name.split(".")[0] for name in tensors if name not in chosen)
+    ignored = Counter(name.split(".")[0] for name in tensors if name.removeprefix(prefix) not in chosen)
     note = entries.get(NOTE)
     note = note if isinstance(note, Mapping) else {}
     known = {name: note.get(name) for name in ("arch", "stem", "backbone_args", "image_size", "num_heads")}
-    return Weights(chosen, str(path), ignored, **known)
+    arch = entries.get("arch")
+    if arch in ARCHS and family(arch) == "resnet":  # the name of a ViT would not say which of two it is, see `load`
+        known["arch"] = known["arch"] or arch
+    return Weights(chosen, f"{path}, {prefix.rstrip('.')}" if prefix else str(path), ignored, **known)
+
+
+def _is_distributed(entries: Mapping[str, Any]) -> bool:
+    """Return whether the names in a file are those of torch's DistributedDataParallel."""
+    return any(str(name).startswith("module.") for name in entries.get("state_dict", ()))
+
+
+def _prefix(tensors: Mapping[str, Any], encoder: str, where: str) -> str:
+    """Return what stands before the names of the backbone's tensors, such as "backbone."; InputError if that is not clear."""
+    found = {name.removesuffix(mark) for name in tensors for mark in MARKS if name.endswith(mark)}
+    prefixes = sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
+    of_encoder = [prefix for prefix in prefixes if any(word in prefix for word in MOMENTUM) == (encoder == "momentum")]
+    if encoder == "momentum" and not of_encoder:
+        raise InputError(f"{where}: holds only one network; encoder {encoder} needs a checkpoint of pretraining")
+    if "" in prefixes or not prefixes:
+        return ""
+    if len(of_encoder) != 1:
+        raise InputError(
+            f"{where}: holds networks named {', '.join(prefixes)}, and none of them is clearly the {encoder} encoder; save the "
+            f"tensors of one without that prefix"
+        )
+    return of_encoder[0]
 
 
 def _open(path: Path, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -160,6 +194,26 @@ def _choose_encoder(
     ignored = Counter(".".join(name.split(".")[: 2 if name.startswith(prefix) else 1]) for name in rest)
     arch = entries.get("arch")
     return Weights(chosen, f"{path}, {encoder} encoder", ignored, arch=arch if isinstance(arch, str) else None)
+
+
+def check_kinds(tensors: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for tensors that are no weights in fp16, bf16, fp32 or fp64; counters may be whole numbers."""
+
+    def is_plain(name: str, tensor: Any) -> bool:
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_quantized:
+            return False
+        return tensor.dtype in FLOATS or name.endswith("num_batches_tracked")
+
+    odd = [name for name, tensor in tensors.items() if not is_plain(name, tensor)]
+    if odd:
+        first = tensors[odd[0]]
+        kind = type(first).__name__
+        if isinstance(first, Tensor):
+            kind = "no values (meta)" if first.is_meta else str(first.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{where}: {len(odd)} tensors are no plain weights ({odd[0]}: {kind}); allowed: fp32, fp64, bf16 or fp16; convert "
+            f"the file, such as by `.float()` or `.dequantize()`"
+        )
 
 
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str | None:

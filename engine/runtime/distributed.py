@@ -7,6 +7,7 @@ one.
 import contextlib
 import ctypes
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.rendezvous import rendezvous
 
-from crossbatch import InputError
+from crossbatch import InputError, RunStopped
 from crossbatch.models.collective import GroupCollective
 
 T = TypeVar("T")
@@ -40,14 +42,27 @@ class World:
 
 
 def world_from_environment() -> World:
-    """Return the rank that the launcher has given this process; no process group is needed."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    return World(
-        rank=int(os.environ.get("RANK", "0")),
-        size=size,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(size)))),
-    )
+    """Return the rank that the launcher has given this process; no process group is needed.
+
+    Raises InputError if what the environment says cannot be.
+    """
+    size = _number("WORLD_SIZE", default=1, least=1)
+    rank = _number("RANK", default=0)
+    if rank >= size:
+        raise InputError(f"RANK: given {rank}; allowed: 0 to {size - 1}, as WORLD_SIZE is {size}; {_START}")
+    local_size = _number("LOCAL_WORLD_SIZE", default=_number("LOCAL_SIZE", default=size, least=1), least=1)
+    return World(rank, size, _number("LOCAL_RANK", default=0), local_size)
+
+
+_START = "start with torchrun or deepspeed, which set it, or unset it for one process"
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    """Return a number from the environment. Raises InputError if it is none, or too small."""
+    text = os.environ.get(name, str(default))
+    if not text.strip().isascii() or not text.strip().isdigit() or int(text) < least:
+        raise InputError(f"{name}: given {text!r} in the environment; allowed: a whole number >= {least}; {_START}")
+    return int(text)
 
 
 def hides_gpus() -> bool:
@@ -57,7 +72,7 @@ def hides_gpus() -> bool:
 
 def may_be_restarted() -> bool:
     """Return whether torchrun starts this very command again after a failure (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return _number("TORCHELASTIC_MAX_RESTARTS", default=0) > 0
 
 
 @contextlib.contextmanager
@@ -67,9 +82,12 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
     On CPUs, `threads` compute unless OMP_NUM_THREADS says otherwise. A collective fails after `timeout_s`. With NCCL, which
     then ends the process by itself, it fails a minute later, so that the watchdog can name the rank at fault first.
 
-    Raises InputError if srun or mpirun started several processes that do not know of each other.
+    Raises:
+        InputError: if srun or mpirun started several processes that do not know of each other, or if the ranks cannot meet
+            where the environment says.
+        RunStopped: if not all ranks come.
     """
-    _require_launcher()
+    _require_launcher(world)
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -82,14 +100,15 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(threads)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=_store(world, timeout),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timeout + timedelta(seconds=60 if device.type == "cuda" else 0),
-        device_id=device if device.type == "cuda" else None,
-    )
+    with meeting(os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_store(world, timeout),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout + timedelta(seconds=60 if device.type == "cuda" else 0),
+            device_id=device if device.type == "cuda" else None,
+        )
     try:
         yield device
     except Exception as error:
@@ -99,8 +118,38 @@ def process_group(world: World, device_type: str, threads: int = 1, timeout_s: f
     dist.destroy_process_group()
 
 
-def _require_launcher() -> None:
-    """Raise InputError if several processes were started that would each become a world of one."""
+@contextlib.contextmanager
+def meeting(host: str, port: str) -> Iterator[None]:
+    """Raise what torch says when ranks cannot meet at `host` and `port` as InputError, or as RunStopped if some do not come."""
+    try:
+        if host and port.isdigit():
+            socket.getaddrinfo(host, int(port))
+        yield
+    except socket.gaierror as error:
+        raise InputError(
+            f"{host}, where the ranks shall meet, is unknown here ({error.strerror}); give the name or the address of the "
+            f"machine of rank 0 as --master_addr or in --dist-url"
+        ) from error
+    except (dist.DistNetworkError, dist.DistStoreError, RendezvousError) as error:
+        text = str(error)
+        if "EADDRINUSE" in text or "already in use" in text:
+            raise InputError(
+                f"port {port} is taken on this machine; give another with --master_port, or in --dist-url"
+            ) from error
+        raise RunStopped(
+            f"not all ranks came to {host}:{port}: {text.splitlines()[0] if text else type(error).__name__}; start every "
+            f"rank with the same address, and look at the network between the machines"
+        ) from error
+
+
+def _require_launcher(world: World) -> None:
+    """Raise InputError if ranks cannot find each other, or if several were started that would each be a world of one."""
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if name not in os.environ]
+    if world.size > 1 and missing:
+        raise InputError(f"WORLD_SIZE is {world.size}, but {' and '.join(missing)} are not set; {_START}")
+    if not missing:
+        _number("MASTER_PORT", default=0)
     for started in () if "RANK" in os.environ else ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         if int(os.environ.get(started, "1")) > 1:
             raise InputError(
@@ -111,7 +160,7 @@ def _require_launcher() -> None:
 
 def _store(world: World, timeout: timedelta) -> dist.Store:
     """Return the store in which the ranks find each other."""
-    if "MASTER_ADDR" not in os.environ:
+    if world.size == 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return dist.HashStore()
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
     return unused(store, world) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else store
@@ -168,6 +217,24 @@ def cpu_group(timeout_s: float) -> dist.ProcessGroup:
     """Return a second group of all ranks, for messages that must mix neither with training's nor with the GPU's queue."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def consecutive_ranks(size: int, timeout_s: float) -> dist.ProcessGroup | None:
+    """Return the group of `size` consecutive ranks that this rank is in; None means all ranks. Every rank must call it.
+
+    Raises InputError if the ranks were given different sizes, which those of unequal nodes may be.
+    """
+    if size == dist.get_world_size():
+        return None
+    sizes: list[int] = [size] * dist.get_world_size()
+    dist.all_gather_object(sizes, size)
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"crossbatch.model.norm_ranks: given node, but nodes have {' or '.join(map(str, sorted(set(sizes))))} ranks; "
+            f"allowed: nodes with equally many ranks; give a divisor of the {len(sizes)} ranks, or world"
+        )
+    group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout_s))
     return group
 
 

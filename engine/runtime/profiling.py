@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
 from crossbatch import InputError
@@ -61,6 +62,7 @@ class RunProfile:
             activities=[ProfilerActivity.CPU, *on_gpu],
             schedule=schedule(wait=WARM_UP + steps, warmup=1, active=steps, repeat=1),
             on_trace_ready=tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}"),
+            experimental_config=_ExperimentalConfig(profile_all_threads=True),  # see `crossbatch.models.lockstep`
         )
         self._tracer.start()  # idle for `wait` steps
 

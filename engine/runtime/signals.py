@@ -1,7 +1,7 @@
-"""Stops a run after the same step on all ranks when any rank gets SIGTERM, SIGUSR1 (preemption) or Ctrl-C.
+"""Stops a run after the same step on all ranks when any rank gets SIGTERM, SIGUSR1 (preemption), SIGHUP or Ctrl-C.
 
-A signal is only remembered; between two steps the ranks tell each other. That is one all-reduce of three numbers on the CPU, at
-a moment when all ranks have just met for the norm of the gradients.
+A signal is only remembered, and ends a wait for images. Between two steps, and between two batches of an evaluation, the ranks
+tell each other. That is one all-reduce of three numbers on the CPU, at a moment when all ranks have just met.
 """
 
 import signal
@@ -11,9 +11,18 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from crossbatch.data import asked_to_stop
 from crossbatch.engine.runtime.distributed import cpu_group
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """Raised on all ranks to leave an evaluation, when any rank has `received` a signal."""
+
+    def __init__(self, received: signal.Signals):
+        super().__init__(received.name)
+        self.received = received
 
 
 class Signals:
@@ -23,19 +32,29 @@ class Signals:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        numbers = [number for number in SIGNALS if number != signal.SIGHUP or not _is_under_nohup()]
+        self._before = {number: signal.signal(number, self._remember) for number in numbers}
+        asked_to_stop.append(self._has_received)
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        asked_to_stop.remove(self._has_received)
         if kind is not None:
             return  # a launcher ends with SIGTERM what is leaving with a message and an exit code of its own
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _has_received(self) -> bool:
+        return self.received is not None
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+
+def _is_under_nohup() -> bool:
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 class Agreed(NamedTuple):

@@ -2,7 +2,7 @@
 
     host to device      views to the device, normalised there
     online features     the online backbone; without gradient in all chunks but the last
-    momentum features   the momentum backbone
+    momentum features   the momentum backbone; with norms over ranks both run in lockstep as "online and momentum features"
     batch-wide part     BatchFormer, heads, gathered keys, loss
     backward            all backward passes of the step; the backends exchange gradients within them
     second pass         the online backbone once more, chunk by chunk (only with more than one chunk)

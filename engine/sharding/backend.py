@@ -38,6 +38,11 @@ class Backend(ABC):
     model: ShardableModel
     optimizer: Any  # has param_groups, as torch.optim.Optimizer
 
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer of torch that makes the updates; DeepSpeed's `optimizer` wraps it."""
+        return self.optimizer
+
     @abstractmethod
     def __call__(self, *args, **kwargs) -> Any:
         """Call the model's forward, through whatever gathers its parameters."""

@@ -5,6 +5,7 @@ reshards them after every forward pass. The online and the momentum encoder are 
 are cut alike and the momentum update needs no communication.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -59,6 +60,12 @@ class FsdpBackend(Backend):
         self._wrapped = [
             fully_shard(module, mesh=mesh, reshard_after_forward=stage == 3) for module in (*model.fsdp_units(), model)
         ]
+        # FSDP2 would prefetch in the reverse order of all forward passes, and so gather units of the momentum encoder, which
+        # has no backward pass.
+        averages = {average for _, _, average in model.momentum_pairs()}
+        online = [unit for unit in self._wrapped[:-1] if averages.isdisjoint(unit.parameters())]
+        for before, unit in itertools.pairwise(online):
+            unit.set_modules_to_backward_prefetch([before])
         self.optimizer = make_optimizer(model)
 
     def __call__(self, *args, **kwargs) -> Any:

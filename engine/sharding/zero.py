@@ -103,6 +103,10 @@ class ZeroBackend(Backend):
         super().update_momentum(momentum)
         self._layout.let_gathers_wait()
 
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        return self._layout.stepping
+
     def local_parameter(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.ds_tensor if self.stage == 3 else parameter.data  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -125,7 +129,7 @@ class ZeroBackend(Backend):
             for flat, flat_start, start, numel in self._layout.slices(parameter):
                 source = self.local_parameter(parameter).view(-1)[0 if self.stage == 3 else start :]
                 flat.data.view(-1)[flat_start:][:numel].copy_(source[:numel])
-        set_step_count(self._layout.stepping, updates)
+        set_step_count(self.torch_optimizer, updates)
         self._layout.let_gathers_wait()
 
     def _compute_norms_at_once(self) -> None:
@@ -153,7 +157,7 @@ class ZeroBackend(Backend):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _state_shards(self, parameter: Any) -> dict[str, LocalShards]:
-        optimizer = self._layout.stepping
+        optimizer = self.torch_optimizer
         slices: dict[str, list[FlatSlice]] = {key: [] for key in state_keys(optimizer)}
         for flat, flat_start, start, numel in self._layout.slices(parameter):
             state = ensured_state(optimizer, flat)

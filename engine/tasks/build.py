@@ -14,7 +14,9 @@ from crossbatch.engine.config import (
     ResolvedConfig,
     user_input,
 )
+from crossbatch.engine.config.schema import PRINTED_BY_DEEPSPEED
 from crossbatch.engine.optimizers import LARS, split_parameters
+from crossbatch.engine.runtime.distributed import GroupCollective, consecutive_ranks
 from crossbatch.engine.sharding import Backend
 from crossbatch.models import MoCo, ShardableModel
 
@@ -52,6 +54,13 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
             batchformer_kernel=batchformer.kernel,
             cuda_graph=model.cuda_graph,
         )
+
+
+def connect(model: MoCo, cfg: ResolvedConfig) -> None:
+    """Let `model` talk to the other ranks, its norms to those that share statistics; every rank must call it."""
+    # The default group fails a minute later with NCCL, for the watchdog's sake, and so must this one.
+    timeout_s = cfg.crossbatch.watch.timeout_s + (60 if cfg.device.type == "cuda" else 0)
+    model.set_collective(GroupCollective(), norms=GroupCollective(consecutive_ranks(cfg.norm_ranks, timeout_s)))
 
 
 def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[dict[str, Any]]:
@@ -125,7 +134,9 @@ def deepspeed_config(cfg: Resolved, trained: int) -> dict[str, Any]:
     if zero["stage"] == 3:
         # Parameters that stay gathered would miss the momentum update, which works on the shards.
         zero["stage3_param_persistence_threshold"] = 0
+    printed = {name: getattr(cfg.config, name) for name in PRINTED_BY_DEEPSPEED}
     return {
+        **{name: value for name, value in printed.items() if value is not None},
         "train_batch_size": cfg.train_batch_size,
         "train_micro_batch_size_per_gpu": cfg.local_batch,
         "gradient_accumulation_steps": 1,

@@ -1,9 +1,9 @@
 """Fine-tunes a pretrained backbone and a new head, end to end, as DeiT does (Touvron et al., 2021)."""
 
+import contextlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,15 @@ from crossbatch.data import Batch, Source
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.config import ResolvedFinetune, user_input
-from crossbatch.engine.datasets import TrainData, labelled_images, train_data
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered
+from crossbatch.engine.datasets import (
+    TrainData,
+    check_loaders,
+    found_images,
+    labelled_images,
+    longest_wait_s,
+    train_data,
+)
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered, log_skipped_images
 from crossbatch.engine.evaluation.results import confusion_matrix, curves, save_figures, write_results
 from crossbatch.engine.pretrained.load import Pretrained, load_configured
 from crossbatch.engine.run_log import METRICS, SCORES
@@ -41,6 +48,7 @@ class FinetuneTask:
         pretrained: the backbone to start from. It stays as it is: every `build_step` copies its weights.
         origin: what the run directory keeps about these weights: {"fingerprint": ..., "loaded": ...}.
         predictions: true and predicted classes of the last evaluation.
+        named: broken images that the log names already.
     """
 
     cfg: ResolvedFinetune
@@ -53,6 +61,7 @@ class FinetuneTask:
     pretrained: Pretrained
     origin: dict[str, Any]
     predictions: tuple[np.ndarray, np.ndarray] | None = None
+    named: set[str] = field(default_factory=set)
     timer: None = None
 
     def build_step(self, chunk: int) -> FinetuneStep:
@@ -81,7 +90,7 @@ class FinetuneTask:
                 )
         if self.world.is_main:
             write_atomically(self.out / STARTED_FROM, json.dumps(self.origin, indent=2) + "\n")
-        return [str(self.pretrained)]
+        return [*found_images(self.cfg.crossbatch.data.path, self.source, self.evaluation), str(self.pretrained)]
 
     def train_on(self, step: FinetuneStep, batch: Batch) -> TrainResult:
         """Train on the images with their labels; several views of an image are several images."""
@@ -95,33 +104,47 @@ class FinetuneTask:
         return is_last or (num_steps > 0 and num_steps % every_steps == 0)
 
     @torch.no_grad()
-    def evaluate(self, step: FinetuneStep) -> dict[str, float]:
+    def evaluate(self, step: FinetuneStep, between_batches: Callable[[int], object]) -> dict[str, float]:
         """Return the top-1 accuracy over the evaluation images, in percent; of the moving average, too, if there is one."""
         networks = {"top1": "logits"}
         if self.cfg.crossbatch.finetune.ema_decay:
             networks["average_top1"] = "average_logits"
         step.model.eval()
-        found = {name: self._predict(step, method) for name, method in networks.items()}
+        found = {name: self._predict(step, method, between_batches) for name, method in networks.items()}
         step.model.train()
         self.predictions = found["top1"]
         return {name: 100 * float((truth == predicted).mean()) for name, (truth, predicted) in found.items()}
 
-    def _predict(self, step: FinetuneStep, method: str) -> tuple[np.ndarray, np.ndarray]:
+    def _predict(
+        self, step: FinetuneStep, method: str, between_batches: Callable[[int], object]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return true and predicted class of every evaluation image that can be read, once each, on every rank."""
-        batch_size = max(32, min(256, step.chunk))
-        loader = EvalLoaderConfig(self.cfg.crossbatch.data.image_size, batch_size, self.cfg.workers, self.device)
         labelled, collective = np.flatnonzero(self.evaluation.labels >= 0), step.model.collective
-        logits = partial(step.backend, method)
-        rows = gathered(extract(logits, self.evaluation, labelled, loader, collective), collective)
-        return rows.labels_N.cpu().numpy(), rows.features_NC.argmax(1).cpu().numpy()
+
+        def predicted(images: torch.Tensor) -> torch.Tensor:
+            return step.backend(method, images).argmax(1, keepdim=True)
+
+        reading = self._reading(step.chunk)
+        rows = gathered(extract(predicted, self.evaluation, labelled, reading, collective, between_batches), collective)
+        log_skipped_images(rows.skipped, self.named)
+        return rows.labels_N.cpu().numpy(), rows.features_NC[:, 0].long().cpu().numpy()
+
+    def _reading(self, chunk: int) -> EvalLoaderConfig:
+        """Say how evaluation images are loaded; `chunk` is what the network sees at once."""
+        cfg, data, batch_size = self.cfg, self.cfg.crossbatch.data, max(32, min(256, chunk))
+        return EvalLoaderConfig(
+            data.image_size, batch_size, cfg.workers, self.device, data.interpolation, longest_wait_s(cfg)
+        )
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
         """Write results.json and figures. The best score is chosen by the images that it is measured on, and says so."""
         if not scores or not self.world.is_main:
             return []
         (last_step, last), names = scores[-1], self.source.class_names
-        lines = [json.loads(line) for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines()]
-        scored = [line for line in lines if "top1" in line]  # before an interruption, too
+        scored = [{"step": step, "epoch": step / self.data.steps_per_epoch, **found} for step, found in scores]
+        with contextlib.suppress(OSError):  # on a full disk, those of this process are left
+            lines = [json.loads(line) for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines()]
+            scored = [line for line in lines if "top1" in line] or scored  # before an interruption, too
         best = max(scored, key=lambda line: line["top1"])
         results = {
             "command": "finetune",
@@ -135,10 +158,11 @@ class FinetuneTask:
         }
         write_results(self.out, results)
         assert self.predictions is not None
-        figures = {"confusion": confusion_matrix(*self.predictions, names, f"fine-tuned, step {last_step}")}
+        predictions, title = self.predictions, f"fine-tuned, step {last_step}"
+        figures = {"confusion": lambda: confusion_matrix(*predictions, names, title)}
         if len(scored) > 1:
             top1 = {SCORES[name]: [line[name] for line in scored] for name in last}
-            figures["accuracy"] = curves(top1, [round(line["epoch"]) for line in scored], "fine-tuning")
+            figures["accuracy"] = lambda: curves(top1, [round(line["epoch"]) for line in scored], "fine-tuning")
         save_figures(self.out, figures, last_step)
         return []
 
@@ -164,9 +188,14 @@ def finetune_task(cfg: ResolvedFinetune, world: World, device: torch.device, out
     cfg = _with_network(cfg, pretrained)
     origin = {"fingerprint": fingerprint(pretrained.backbone), "loaded": pretrained.summary()}
     settings = cfg.crossbatch.data
-    views = [crop_and_flip(settings.image_size, settings.crop_min)] * settings.repeats
+    with user_input("crossbatch.data.auto_augment"):
+        colours = settings.color_jitter, settings.auto_augment
+        view = crop_and_flip(settings.image_size, settings.crop_min, settings.interpolation, *colours)
+    views = [view] * settings.repeats
     data = train_data(cfg, world, device, source, views, repeats=settings.repeats)
-    return FinetuneTask(cfg, world, device, out, data, source, evaluation, pretrained, origin)
+    task = FinetuneTask(cfg, world, device, out, data, source, evaluation, pretrained, origin)
+    check_loaders(world, data.loader, task._reading(cfg.chunk).open(evaluation))
+    return task
 
 
 def _with_network(cfg: ResolvedFinetune, pretrained: Pretrained) -> ResolvedFinetune:

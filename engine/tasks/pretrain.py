@@ -1,23 +1,24 @@
 """Pretrains with MoCo v3 + BatchFormer on two views of every image, and scores the features with k-NN along the way."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from crossbatch.data import Batch, moco_v3_augmentations
+from crossbatch import InputError
+from crossbatch.data import Batch, has_evaluation_split, moco_v3_augmentations
 from crossbatch.engine.checkpoint import Resumed, create_run_directory
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.datasets import TrainData, train_data, training_images
-from crossbatch.engine.evaluation.knn import KnnMonitor
+from crossbatch.engine.datasets import TrainData, check_loaders, found_images, train_data, training_images
+from crossbatch.engine.evaluation.knn import KnnMonitor, too_few_neighbours
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
-from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
+from crossbatch.engine.runtime.distributed import World, on_main
 from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.step import TrainStep
-from crossbatch.engine.tasks.build import build_backend, build_model
+from crossbatch.engine.tasks.build import build_backend, build_model, connect
 from crossbatch.engine.tasks.task import TrainResult
 from crossbatch.models import MoCo
 
@@ -31,7 +32,7 @@ class PretrainTask:
     Attributes:
         knn: scores the features; None if the configuration or the images allow no score.
         has_labels: whether there are labelled images for the evaluation commands.
-        chunk_note: what the log says of an automatic chunk.
+        notes: what the log says of the images and of an automatic chunk.
         timer: measures the parts of the steps, from the first `build_step` on.
     """
 
@@ -41,13 +42,13 @@ class PretrainTask:
     data: TrainData
     knn: KnnMonitor | None
     has_labels: bool
-    chunk_note: str | None
+    notes: list[str]
     timer: StepTimer | None = None
 
     def build_step(self, chunk: int) -> TrainStep:
         """Build the network with random weights; a chunk smaller than configured is remembered for the run's continuation."""
         model = build_model(self.cfg).to(self.device)
-        model.set_collective(GroupCollective())
+        connect(model, self.cfg)
         if chunk < self.cfg.chunk:
             remember(self.out / CHUNK, self.cfg, chunk)
         self.timer = StepTimer(self.device)
@@ -55,10 +56,10 @@ class PretrainTask:
         return TrainStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.timer)
 
     def on_start(self, step: TrainStep, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
-        """Return what was chosen automatically: the chunk, and the kernel of BatchFormer."""
+        """Return what was found and chosen automatically: images, the chunk, and the kernel of BatchFormer."""
         model = step.backend.model
         assert isinstance(model, MoCo)
-        notes = [self.chunk_note] if self.chunk_note else []
+        notes = [*self.notes]
         if model.batchformer is not None:
             notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
         return notes
@@ -88,10 +89,10 @@ class PretrainTask:
         every_steps = self.cfg.crossbatch.evaluate.knn_every_epochs * self.data.steps_per_epoch
         return self.knn is not None and (is_last or num_steps % every_steps == 0)
 
-    def evaluate(self, step: TrainStep) -> dict[str, float]:
+    def evaluate(self, step: TrainStep, between_batches: Callable[[int], object]) -> dict[str, float]:
         """Return the top-1 accuracy of k-NN on the features, in percent."""
         assert self.knn is not None
-        return {"knn_top1": self.knn.top1(step.backend)}
+        return {"knn_top1": self.knn.top1(step.backend, between_batches)}
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
         """Return the command of a linear probe."""
@@ -117,17 +118,30 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
     Raises:
         InputError: if the images cannot be used, or not even one of them fits into memory.
     """
-    source, evaluation = training_images(cfg.crossbatch.data.path, out / "data_index")
-    settings = cfg.crossbatch.data
+    settings, evaluates = cfg.crossbatch.data, cfg.crossbatch.evaluate.knn_every_epochs > 0
+    try:
+        source, evaluation = training_images(settings.path, out / "data_index", evaluates)
+    except InputError as error:
+        if not evaluates or settings.path is None or not has_evaluation_split(settings.path):
+            raise
+        raise InputError(
+            f"{error}; or set crossbatch.evaluate.knn_every_epochs=0 to train without evaluation"
+        ) from None
     views = moco_v3_augmentations(settings.image_size, settings.crop_min)
     data = train_data(cfg, world, device, source, views, shuffle_window=settings.shuffle_window)
     knn = None
-    if cfg.crossbatch.evaluate.knn_every_epochs and evaluation is not None:
+    notes = found_images(settings.path, source, evaluation, evaluates)
+    if evaluation is not None:
         knn = KnnMonitor(cfg, source, evaluation, device)
-    chunk, chunk_note = cfg.chunk, None
+        bank, k = len(knn.bank_indices), cfg.crossbatch.evaluate.knn_k
+        notes += too_few_neighbours([k], bank, "crossbatch.evaluate.knn_k")
+    check_loaders(world, data.loader, *([knn.loader] if knn else []))
+    chunk = cfg.chunk
     if cfg.auto_chunk:
         on_main(lambda: create_run_directory(out))
         chunk, why = automatic_chunk(cfg, world, device, out / CHUNK)
-        chunk_note = why if chunk < cfg.local_batch else None
+        notes += [why] if chunk < cfg.local_batch else []
     cfg = replace(cfg, chunk=chunk, chunks=-(-cfg.local_batch // chunk))
-    return PretrainTask(cfg, device, out, data, knn, evaluation is not None, chunk_note)
+    assert settings.path is not None
+    has_labels = has_evaluation_split(settings.path)
+    return PretrainTask(cfg, device, out, data, knn, has_labels, notes)

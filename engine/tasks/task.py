@@ -5,7 +5,7 @@ open, and pretrained weights are read before anything of it is called. The train
 hands it to the other methods, because a step that runs out of memory is replaced by one with smaller chunks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -87,8 +87,11 @@ class Task(Protocol[StepT]):
         """Return whether to evaluate after `num_steps` steps; `is_last` if training ends there."""
         ...
 
-    def evaluate(self, step: StepT) -> dict[str, float]:
-        """Evaluate the model; return percentages by their names in metrics.jsonl, the same on all ranks."""
+    def evaluate(self, step: StepT, between_batches: Callable[[int], object]) -> dict[str, float]:
+        """Evaluate the model; return percentages by their names in metrics.jsonl, the same on all ranks.
+
+        `between_batches` is called before each forward pass, with the number of images, and raises to end the evaluation.
+        """
         ...
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:

@@ -129,8 +129,8 @@ def test_every_number_has_a_source():
     [
         (("v100", 8, 1), "did you mean v100-32g"),
         (("h200x", 8, 1), "did you mean h200"),
-        (("v100-32g", -4, 1), "--gpus: given -4; allowed: >= 1"),
-        (("v100-32g", 8, 0), "--nodes: given 0; allowed: >= 1"),
+        (("v100-32g", -4, 1), "--gpus: given -4; allowed: a whole number >= 1"),
+        (("v100-32g", 8, 0), "--nodes: given 0; allowed: a whole number >= 1"),
         (("v100-32g", 9, 2), "a multiple of --nodes; take 8"),
         (("v100-32g", 16, 2, "4xedx"), "--interconnect: given edx"),
         (("memory_gib=24,bandwidth=900,fp32=30", 1, 1), "missing: fp16"),

@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ranks", "-2"], "--ranks: given -2; allowed: >= 1"),
+        (["--ranks", "-2"], "--ranks: given -2; allowed: a whole number >= 1"),
         (["--ranks", "2", "--recipe", "nowhere.json"], "no such file: nowhere.json"),
         (["--ranks", "1", "3", "--strong", "--set", "train_batch_size=4"], "train_batch_size: given 4 for 3 ranks"),
     ],
@@ -121,7 +121,7 @@ def test_studies_that_cannot_be(arguments, said, tmp_path):
 def test_no_steps(capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["--ranks", "2", "--steps", "0"])
-    assert stop.value.code == 2 and "argument --steps: given 0; allowed: >= 1" in capsys.readouterr().err
+    assert stop.value.code == 2 and "argument --steps: given 0; allowed: a whole number >= 1" in capsys.readouterr().err
 
 
 def test_studies_are_kept_apart(tmp_path):

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from crossbatch.data.decode import BrokenImage, decode, encode_bmp
 
@@ -57,3 +57,18 @@ def test_bmp_keeps_every_pixel():
 def test_broken(damaged):
     with pytest.raises(BrokenImage, match=f"{len(damaged)} bytes"):
         decode(damaged)
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "iCCP"])
+def test_field_a_png_with_much_text_is_an_image(kind):
+    """PIL refuses more than 1 MB of text or profile in a chunk, and more than 64 MB in all."""
+    info, file, image = PngImagePlugin.PngInfo(), io.BytesIO(), Image.new("RGB", (8, 6), (1, 2, 3))
+    if kind == "tEXt":
+        for number in range(3):
+            info.add_text(f"a{number}", "x" * 25_000_000)
+    elif kind != "iCCP":
+        (info.add_text if kind == "zTXt" else info.add_itxt)("a", "x" * 2_000_000, zip=True)
+    image.save(file, "PNG", pnginfo=info, **({"icc_profile": bytes(2_000_000)} if kind == "iCCP" else {}))
+    assert np.array_equal(np.asarray(decode(file.getvalue())), np.asarray(image))
+    with pytest.raises(BrokenImage):
+        decode(file.getvalue()[:-40])

@@ -1,5 +1,6 @@
 """Compares pil.py with the same composition written with torchvision's own functions."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms import functional as TF
 
-from crossbatch.data.augment.backends import make_views
-from crossbatch.data.augment.parameters import ViewParameters, draw_parameters, moco_v3_augmentations
+from crossbatch.data import counter
+from crossbatch.data.augment.backends import augment_function, make_views
+from crossbatch.data.augment.parameters import ViewParameters, crop_and_flip, draw_parameters, moco_v3_augmentations
 from crossbatch.data.augment.pil import augment, evaluation_image
 
 AUGMENTATIONS = moco_v3_augmentations(32, 0.2)
@@ -96,3 +99,58 @@ def test_evaluation_image(image_size, shorter):
     got = evaluation_image(image, image_size)
     assert got.dtype == torch.uint8
     assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def automatic_views(
+    policy: str | None, indices, epoch: int = 3, interpolation: str = "bilinear", backend="torchvision"
+):
+    images = [np.asarray(photo(number, (50, 40))) for number in range(9)]
+    view = crop_and_flip(24, 0.3, interpolation, auto_augment=policy)
+    chosen = [images[index] for index in indices]
+    return make_views(augment_function(backend), chosen, [view], 5, epoch, np.array(indices))[0]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_field_randaugment_is_timms_and_a_function_of_the_image(interpolation):
+    policy, indices = "rand-m9-mstd0.5-inc1", [0, 1, 2, 3, 4, 5]
+    views = automatic_views(policy, indices, interpolation=interpolation)
+    plain = automatic_views(None, indices, interpolation=interpolation)
+    resample = Image.Resampling[interpolation.upper()]
+    gray = (124, 116, 104)
+    timms = rand_augment_transform(policy, {"translate_const": 10, "img_mean": gray, "interpolation": resample})
+    seeds = counter.bits(counter.AUTO_AUGMENT, 5, 3, 0, np.array(indices)).tolist()
+    for view, before, seed in zip(views, plain, seeds, strict=True):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        expected = timms(Image.fromarray(before.permute(1, 2, 0).numpy()))
+        assert np.array_equal(view.permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert not torch.equal(views, plain)
+    random.seed(1)
+    state = random.getstate()
+    assert torch.equal(automatic_views(policy, [4, 1], interpolation=interpolation), views[[4, 1]])
+    assert random.getstate() == state
+    assert not torch.equal(automatic_views(policy, indices, 4, interpolation), views)
+
+
+def test_field_bicubic_is_pils_and_opencv_agrees():
+    views = automatic_views(None, range(6), interpolation="bicubic")
+    assert not torch.equal(views, automatic_views(None, range(6)))
+    other = automatic_views(None, range(6), interpolation="bicubic", backend="opencv")
+    assert (views.float() - other.float()).abs().mean() < 2
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    want = TF.resize(image, [24 * 2], TF.InterpolationMode.BICUBIC)
+    assert torch.equal(evaluation_image(image, 48, "bicubic"), TF.pil_to_tensor(TF.center_crop(want, [48])))
+
+
+def test_field_colour_jitter_is_timms_range():
+    parameters = draw_parameters(
+        crop_and_flip(24, 0.3, color_jitter=0.3), 0, 0, np.arange(500), 0, *[np.full(500, 40)] * 2
+    )
+    assert parameters.jitter.all()
+    for factor in (parameters.brightness, parameters.contrast, parameters.saturation):
+        assert 0.7 <= factor.min() < 0.72 and 1.28 < factor.max() <= 1.3
+    assert not parameters.hue.any()
+    with pytest.raises(
+        ValueError, match=r"`auto_augment` \(='rnd'\) is no name that timm knows; give RandAugment as rand-m9"
+    ):
+        crop_and_flip(24, 0.3, auto_augment="rnd")

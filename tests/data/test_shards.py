@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from crossbatch.data.decode import BrokenImage, decode
-from crossbatch.data.sources import listing
+from crossbatch.data.sources import describe_source, listing
 from crossbatch.data.sources import shards as shards_module
 from crossbatch.data.sources.image_folder import ImageFolder
-from crossbatch.data.sources.shard_writer import write_shards
+from crossbatch.data.sources.shard_writer import UnreadableImage, write_shards
 from crossbatch.data.sources.shards import INDEX, Shards, write_index
 from crossbatch.data.sources.synthetic import Synthetic
 
@@ -287,7 +287,7 @@ def test_shards_of_which_nothing_can_be_used(tmp_path, name):
         write_tar(path, [("a.cls", b"cat"), ("a.jpg", content(0))])
     message = rejected(tmp_path / "train")
     expected = {
-        "no images": "hold no images; allowed:",
+        "no images": "hold no images (they hold 1 .cls without an image, 1 .txt); allowed:",
         "labels of text": "the label of a.jpg is b'cat'; allowed: a whole number",
     }
     assert expected.get(name, "a.tar is cut off or damaged after byte 0 (") in message
@@ -354,7 +354,7 @@ def test_what_cannot_be_written_leaves_nothing(images, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_shards(images, tmp_path / "out/val", 2, advance=interrupt)
     (tmp_path / "images" / images.name(0)).unlink()
-    with pytest.raises(FileNotFoundError):  # as from a disk that is gone: not a smaller data set
+    with pytest.raises(UnreadableImage, match="No such file"):  # as from a disk that is gone: not a smaller data set
         write_shards(images, tmp_path / "out/val", 2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
 
@@ -378,3 +378,45 @@ def test_webdataset_reads_what_we_write_and_the_other_way_round(images, tmp_path
     again = Shards(tmp_path / "theirs")
     assert again.labels.tolist() == ours.labels.tolist()
     assert decode(again.read(2)).size == ours.open(2).size
+
+
+def test_field_members_are_read_by_their_last_extension_or_counted(tmp_path):
+    members = [
+        ("a.cls", b"1"), ("a.image.jpg", content(1)),  # the label of the key
+        ("b.cls", b"2"), ("b.depth.png", b"depth"), ("b.jpg", content(2)), ("b.json", b"{}"),  # the image called like it
+        ("v.1.cls", b"0"), ("v.1.jpg", content(0)), ("v.2.cls", b"1"), ("v.2.jpg", content(4)),  # a dot in names
+        ("c.cls", b"2"), ("c.jpg", content(5)), ("c.cls", b"0"), ("c.jpg", content(3)),  # a repeated key
+        ("d.cls", b"0"), ("d.tif", b"II"), ("e.txt", b"3"), ("README", b""), ("._f.jpg", b""), ("x/._g.jpg", b""),
+        ("w.1.jpg", content(7)), ("w.2.cls", b"1"),  # not the label of this image
+    ]  # fmt: skip
+    path = write_tar(tmp_path / "train/a.tar", members)
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("h.jpg", tarfile.LNKTYPE), ("s.jpg", tarfile.SYMTYPE), ("folder", tarfile.DIRTYPE)):
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname = kind, "a.image.jpg"
+            tar.addfile(header)
+    (tmp_path / "train/b.tar.gz").touch()
+    os.utime(path, (1e9, 1e9))
+    for _ in range(2):
+        source = Shards(tmp_path / "train", tmp_path / "cache")
+        assert [source.name(i)[6:] for i in range(len(source))] == [
+            "a.image.jpg", "b.jpg", "v.1.jpg", "v.2.jpg", "c.jpg", "w.1.jpg"
+        ]  # fmt: skip
+        assert source.labels.tolist() == [1, 2, 0, 1, 2, -1]
+        assert [source.read(i) for i in range(5)] == [content(number) for number in (1, 2, 0, 4, 5)]
+        assert dict(source.passed_over) == {
+            "second image of a key": 2, "second .cls of a key": 1, ".json": 1, ".txt": 1, ".tif": 1, "no extension": 1,
+            ".cls without an image": 2, "hard link": 1, "link": 1, ".tar.gz": 1
+        }  # fmt: skip
+    assert describe_source(source).startswith(
+        "6 images, 3 classes, 1 of them without a label (12 files passed over: 2 .cls"
+    )
+    write_index(tmp_path / "train", [])
+    assert Shards(tmp_path / "train").passed_over == source.passed_over
+
+
+def test_field_an_index_of_an_earlier_version(folder):
+    index = dict(np.load(folder / INDEX))
+    np.savez(folder / INDEX, **{name: array for name, array in index.items() if not name.startswith("passed_over")})
+    assert_whole(Shards(folder))
+    assert not Shards(folder).passed_over

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 
 from crossbatch.data.decode import BrokenImage, decode
-from crossbatch.data.sources import has_evaluation_split, image_folder, open_source, prepare
+from crossbatch.data.sources import describe_source, has_evaluation_split, image_folder, open_source, prepare
 from crossbatch.data.sources.image_folder import ImageFolder
 from crossbatch.data.sources.shard_writer import write_shards
-from crossbatch.data.sources.shards import write_index
 
 
 def write(path: Path, colour=(200, 30, 60), size=(6, 4), **options):
@@ -80,7 +79,7 @@ def test_evaluation_split_prefers_val_then_test(tree):
     assert has_evaluation_split(tree) and len(open_source(tree, "eval")) == 2
     shutil.rmtree(tree / "test")
     assert not has_evaluation_split(tree)
-    with pytest.raises(ValueError, match=r"no folder 'val' or 'test' \(it holds: train\)"):
+    with pytest.raises(ValueError, match=r"no folder 'val' or 'validation' or 'test' \(it holds: train\)"):
         open_source(tree, "eval")
 
 
@@ -225,8 +224,10 @@ def as_shards(tree: Path, split: str, with_names: bool):
         (tree / split / "index.npz").unlink()
 
 
-@pytest.mark.parametrize("splits", [("train",), ("val",), ("train", "val")])
-@pytest.mark.parametrize("with_names", [True, False])
+@pytest.mark.parametrize(
+    ("splits", "with_names"),
+    [(("train",), True), (("val",), True), (("train", "val"), True), (("train", "val"), False)],
+)
 def test_shards_in_place_of_folders(tree, splits, with_names):
     folder = open_source(tree, "train")
     expected = sorted(zip(map(folder.read, range(4)), folder.labels.tolist(), strict=True))
@@ -238,7 +239,7 @@ def test_shards_in_place_of_folders(tree, splits, with_names):
     assert sorted(zip(read, train.labels.tolist(), strict=True)) == sorted(
         (decode(encoded).getpixel((0, 0)), label) for encoded, label in expected
     )
-    assert evaluation.class_names == (["0", "1"] if "train" in splits and not with_names else ["a", "b"])
+    assert evaluation.class_names == (["0", "1"] if not with_names else ["a", "b"])
 
 
 def test_shards_with_other_classes(tree):
@@ -246,12 +247,77 @@ def test_shards_with_other_classes(tree):
     as_shards(tree, "val", with_names=True)
     with pytest.raises(ValueError, match=r"different classes \(only in .*val: c\)"):
         open_source(tree, "eval")
+    as_shards(tree, "train", with_names=False)
     (tree / "val/index.npz").unlink()
-    with pytest.raises(ValueError, match=r"val has labels up to 2, .*train only up to 1"):
+    with pytest.raises(ValueError, match=r"different classes \(only in .*val: 2\)"):
         open_source(tree, "eval")
-    write_index(tree / "val", ["b", "a", "c"])
-    (tree / "train/c").mkdir()
-    with pytest.raises(ValueError, match="the same names in another order"):
+
+
+CLASSES = 12  # more than ten: as text, 10 sorts before 2
+FORMS = {  # of a split: names of the class folders, and whether it is written as shards, with an index of the names
+    "folders": ([f"class {number:02d}" for number in range(CLASSES)], False, True),
+    "numbered folders": ([str(number) for number in range(CLASSES)], False, True),
+    "padded folders": ([f"{number:03d}" for number in range(CLASSES)], False, True),
+    "shards": ([f"class {number:02d}" for number in range(CLASSES)], True, True),
+    "shards of numbered folders": ([str(number) for number in range(CLASSES)], True, True),
+    "numbered shards": ([f"{number:03d}" for number in range(CLASSES)], True, False),
+}
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory) -> dict[str, Path]:
+    """Write the same images, one of each class, in every form that a split can have."""
+    root, folders = tmp_path_factory.mktemp("forms"), {}
+    for form, (names, is_sharded, with_names) in FORMS.items():
+        folders[form] = root / form
+        for number, name in enumerate(names):
+            write(root / "images" / form / name / "x.png", (20 * number, 0, 0))
+        if is_sharded:
+            write_shards(ImageFolder(root / "images" / form), folders[form], images_per_shard=5)
+            if not with_names:
+                (folders[form] / "index.npz").unlink()
+        else:
+            (root / "images" / form).rename(folders[form])
+    return folders
+
+
+@pytest.mark.parametrize("evaluation", FORMS)
+@pytest.mark.parametrize("train", FORMS)
+def test_field_an_image_has_one_label_in_every_pair_of_sources(forms, tmp_path, train, evaluation):
+    (tmp_path / "train").symlink_to(forms[train])
+    (tmp_path / "val").symlink_to(forms[evaluation])
+    numbers, spelt = "numbered shards", (FORMS[train][0][3], FORMS[evaluation][0][3])
+    kinds = {train, evaluation}
+    if numbers in kinds and kinds & {"folders", "shards"}:
+        with pytest.raises(ValueError, match=r"has the n.*class 00, .*; names and numbers cannot be matched") as caught:
+            open_source(tmp_path, "eval")
+        assert "the numbers 0, 1, 2, 3, 4, ..." in str(caught.value)
+        return
+    if numbers not in kinds and spelt[0] != spelt[1]:
+        with pytest.raises(ValueError, match=r"different classes \(only in .*train: .*; only in .*val: "):
+            open_source(tmp_path, "eval")
+        return
+    sources = open_source(tmp_path, "train"), open_source(tmp_path, "eval")
+    trained, evaluated = (
+        {source.open(i).getpixel((0, 0)): int(source.labels[i]) for i in range(len(source))} for source in sources
+    )
+    assert trained == evaluated and len(trained) == CLASSES
+    assert sources[0].class_names == sources[1].class_names
+    assert {source.name(0)[-3:] for source in sources} == {"png"}  # a file is still called as it is
+
+
+def test_field_evaluation_images_of_some_classes(tree):
+    shutil.rmtree(tree / "val/a")
+    assert open_source(tree, "eval").labels.tolist() == [1] and open_source(tree, "eval").class_names == ["a", "b"]
+    as_shards(tree, "val", with_names=True)
+    assert open_source(tree, "eval").labels.tolist() == [1]
+
+
+def test_field_two_names_that_are_one_number(tree):
+    as_shards(tree, "val", with_names=False)
+    for old, new in (("a", "1"), ("b", "01")):
+        (tree / "train" / old).rename(tree / "train" / new)
+    with pytest.raises(ValueError, match=r"the names 01, 1, .*two names are the same number; rename one"):
         open_source(tree, "eval")
 
 
@@ -286,3 +352,54 @@ def test_different_classes_in_train_and_eval(tree):
 def test_a_split_that_is_none():
     with pytest.raises(ValueError, match="train, eval"):
         open_source("synthetic://10", "test")
+
+
+def test_field_what_is_passed_over_is_counted(tree, tmp_path):
+    """Of a folder: other formats, files outside of classes, links to other classes; from the kept listing, too."""
+    for name in ("1.tif", "2.TIF", "3.gif", "4.ppm", "5.avif", "6.jfif", "7.jpe", "8.jp2", "none"):
+        (tree / "train/a" / name).touch()
+    (tree / "train/flat.jpg").touch()
+    (tree / "train/old.tar.gz").touch()
+    (tree / "elsewhere/more").mkdir(parents=True)
+    write(tree / "elsewhere/more/w.png")
+    for name, target in (("part2", "elsewhere"), ("b", "train/b"), ("up", "train"), ("far up", ".")):
+        (tree / "train/a" / name).symlink_to(tree / target)
+    words = (
+        "5 images, 2 classes (16 files passed over: 3 links out of a class folder, 2 .tif, 1 .avif, 1 .gif, 1 .jfif, 1 .jp2, "
+        "1 .jpe, 1 .jpg outside class folders, 1 .md, 1 .ppm, 1 .tar.gz, 1 .txt, 1 no extension) in train/"
+    )
+    hour_ago = time.time() - 3600
+    for folder in [*tree.glob("**/"), tree / "elsewhere/more"]:
+        os.utime(folder, (hour_ago, hour_ago))
+    for _ in range(2):
+        source = open_source(tree, cache=tmp_path / "cache")
+        assert describe_source(source) == words
+    assert [source.name(i) for i in range(5)][:3] == ["a/deep/x.JPEG", "a/part2/more/w.png", "a/z.webp"]
+    assert source.labels.tolist() == [0, 0, 0, 1, 1]
+    shutil.rmtree(tree / "val/a")
+    assert describe_source(open_source(tree, "eval")) == "1 images, 1 classes of 2 (none of a) in val/"
+
+
+def test_field_a_folder_named_validation(tree):
+    (tree / "val").rename(tree / "validation")
+    assert has_evaluation_split(tree) and open_source(tree, "eval").name(0) == "a/v.png"
+
+
+def test_field_what_a_folder_without_images_holds(tree):
+    shutil.rmtree(tree / "train")
+    (tree / "train").mkdir()
+    for name in ("1.tar.gz", "2.tar.gz", "x.jpg"):
+        (tree / "train" / name).touch()
+    assert "has no class folders (it holds 2 .tar.gz, 1 .jpg outside class folders); allowed" in rejected(tree)
+    (tree / "train/a").mkdir()
+    (tree / "train/a/1.tif").touch()
+    assert "hold no images (.jpg, .jpeg, .png, .webp, .bmp): a; fill or remove them (passed over: " in rejected(tree)
+
+
+def test_field_other_files_have_another_checksum(tree):
+    """Of as many images with the same labels; at another path the same files are the same."""
+    first = ImageFolder(tree / "train").checksum
+    (tree / "train").rename(tree / "moved")
+    assert ImageFolder(tree / "moved").checksum == first
+    (tree / "moved/a/z.webp").rename(tree / "moved/a/y.webp")
+    assert ImageFolder(tree / "moved").checksum != first

@@ -79,7 +79,7 @@ def test_cifar(cifar, pixels, network):
     prepare(path)
     train, evaluation = both(path)
     assert (len(train), len(evaluation), network) == (7, 3, [])
-    assert train.class_names == CLASSES and train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert train.class_names == evaluation.class_names == CLASSES and train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert train.labels.dtype == np.int64 and evaluation.labels.tolist() == [1, 2, 0]
     assert train.name(4) == "train/bird/00004" and evaluation.name(0) == "test/bird/00000"
     for source, index, number in ((train, 5, 5), (evaluation, 1, 8)):
@@ -133,7 +133,8 @@ def test_flowers_train_on_train_and_val(flowers, network):
     assert [train.name(i) for i in range(4)] == [f"jpg/image_0000{number}.jpg" for number in (3, 1, 7, 4)]
     assert train.labels.tolist() == [0, 6, 8, 53] and evaluation.labels.tolist() == [101, 0, 53, 101]
     assert train.labels.dtype == np.int64 == evaluation.labels.dtype
-    assert len(train.class_names) == 102 and train.class_names[53] == "sunflower"
+    assert train.class_names == evaluation.class_names and len(train.class_names) == 102
+    assert train.class_names[53] == "sunflower"
     assert train.open(1).mode == "RGB" and train.open(1).size == (8, 6)
     assert train.read(1) == (flowers / "jpg/image_00001.jpg").read_bytes()
 

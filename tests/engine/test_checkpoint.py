@@ -20,13 +20,14 @@ from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Keep, Manifest, 
 from crossbatch.engine.checkpoint.changes import differences, fixed_values
 from crossbatch.engine.checkpoint.slices import shares
 from crossbatch.engine.checkpoint.store import read_manifest
-from crossbatch.engine.config import Config, FinetuneConfig, load_config, resumable_keys, to_dict
+from crossbatch.engine.config import Config, Device, FinetuneConfig, load_config, resolve, resumable_keys, to_dict
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import RunLog
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.sharding import FlatSlice, LocalShards
 from tests.fake_cuda import FakeCuda, OnGpu, on_gpu
+from tests.small_runs import ADAMW, BASE, LARS, VIT, fsdp, name_of, pretrainer, zero
 
 
 def manifest_of(step: int, shapes: dict[str, list[int]]) -> Manifest:
@@ -189,14 +190,19 @@ def test_copies_from_a_gpu_run_beside_the_next_step_and_before_its_update(tmp_pa
     writer = AsyncCheckpointWriter(tmp_path, Keep(1), "0")
     parameter, statistic = (on_gpu(torch.full((3, 2), 2.0)) for _ in range(2))
     held = {"parameters.a": LocalShards.whole(parameter), "buffers.b": LocalShards.whole(statistic)}
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    optimizer, other = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1) for _ in range(2))
     hosts = []
     for step, copies in ((2, "to host 0"), (4, "to host 1")):
         cuda.launch(f"step {step}")
-        writer.save(held, manifest_of(step, {"parameters.a": [3, 2], "buffers.b": [3, 2]}), {"world_size": 1})
+        manifest = manifest_of(step, {"parameters.a": [3, 2], "buffers.b": [3, 2]})
+        writer.save(held, manifest, {"world_size": 1}, optimizer)
         assert f"step {step}" in cuda.launched[copies]
         cuda.launch(f"forward after {step}")
-        assert copies not in cuda.launched[f"forward after {step}"]
+        other.step()
+        cuda.launch(f"another network's update after {step}")
+        assert not any(
+            copies in cuda.launched[f"{what} after {step}"] for what in ("forward", "another network's update")
+        )
         optimizer.step()
         cuda.launch(f"update after {step}")
         assert copies in cuda.launched[f"update after {step}"]
@@ -209,7 +215,40 @@ def test_copies_from_a_gpu_run_beside_the_next_step_and_before_its_update(tmp_pa
     assert (parameter.data_ptr(), "side") in OnGpu.recorded  # a step out of memory may free it
     assert statistic.data_ptr() not in {address for address, _ in OnGpu.recorded}  # the forward pass changes it
     assert hosts[0] == hosts[1]
-    writer._hook.remove()
+
+
+def changes_before_and_after_the_hook(overrides: list[str], out: str) -> list[tuple[bool, bool]]:
+    """For each of two steps: whether a parameter or optimizer state changed before torch's optimizer was called, and at all."""
+    from crossbatch.engine.checkpoint.slices import local_state
+    from crossbatch.engine.config import Device, resolve
+
+    cfg = resolve(load_config(None, [*BASE, *VIT, *overrides]), 1, Device("cpu"))
+    step = pretrainer(cfg, out, "none", 2).state.step
+    held = {name: shards for name, shards in local_state(step.backend).items() if not name.startswith("buffers.")}
+
+    def values() -> list[torch.Tensor]:
+        return [part.local.clone() for shards in held.values() for part in shards.slices]
+
+    def changed() -> bool:
+        return any(not now.equal(then) for now, then in zip(values(), before, strict=True))
+
+    found, calls = [], []
+    step.backend.torch_optimizer.register_step_pre_hook(lambda *_: calls.append(changed()))
+    views = torch.randint(0, 256, (2, 12, 16, 16, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    step.progress.updates = 1  # the first step of a warm-up has a rate of 0
+    for _ in range(2):
+        before = values()
+        calls.clear()
+        step(views)
+        found.append((calls[0], changed()))  # DeepSpeed calls it for every group
+    return found
+
+
+@pytest.mark.parametrize("backend", [zero(0), zero(2), zero(3), fsdp(3)], ids=name_of)
+@pytest.mark.parametrize("optimizer", [LARS, ADAMW], ids=name_of)
+def test_nothing_that_is_saved_changes_before_torch_s_optimizer_steps(tmp_path, one_rank, backend, optimizer):
+    (found,) = one_rank.run(changes_before_and_after_the_hook, [*backend, *optimizer], str(tmp_path))
+    assert found == [(False, True)] * 2
 
 
 # --- crashes -----------------------------------------------------------------------------------------------------------
@@ -330,6 +369,7 @@ def config(*overrides: str, world_size: int = 2, chunk: int = 8) -> dict:
         ("optimizer.type=AdamW", "optimizer.type: was 'LARS', is 'AdamW'"),
         ("crossbatch.schedule.epochs=200", "crossbatch.schedule.epochs"),
         ("crossbatch.batchformer.group_size=16", "crossbatch.batchformer.group_size"),
+        ("crossbatch.model.norm_ranks=2", "crossbatch.model.norm_ranks: was 'world', is 2"),
         ('crossbatch.model.backbone_args={"width": 8}', "crossbatch.model.backbone_args"),
     ],
 )
@@ -407,6 +447,23 @@ def test_chunks_change_what_the_norms_of_a_resnet_see():
     assert differences(config(), config(chunk=4), ["train_micro_batch_size_per_gpu"]) == []
     vit = "crossbatch.model.arch=vit_small"
     assert differences(config(vit), config(vit, world_size=4, chunk=1)) == []
+
+
+def test_ranks_that_share_statistics_stay():
+    def on(ranks: int, of_a_node: int, given: str = "node") -> dict:
+        settings = ["train_batch_size=16", f"crossbatch.model.norm_ranks={given}"]
+        return {
+            **to_dict(resolve(load_config(None, settings), ranks, Device("cpu"), of_a_node).config),
+            "world_size": ranks,
+        }
+
+    assert differences(on(8, 4), on(8, 4)) == differences(on(8, 4), on(8, 2, "4")) == []
+    assert differences(on(8, 4), on(8, 2)) == ["crossbatch.model.norm_ranks: was 4, is 2"]
+    assert differences(on(8, 4), on(8, 8)) == ["crossbatch.model.norm_ranks: was 4, is 'world'"]
+    (found,) = differences(on(8, 4), on(16, 4))
+    assert found.startswith("crossbatch.model.norm_ranks: was 4 of 8 ranks, is 4 of 16")
+    assert differences(on(8, 4), on(16, 4), ["crossbatch.model.norm_ranks"]) == []
+    assert differences(on(8, 8, "world"), on(4, 2, "world")) == []
 
 
 def test_a_key_that_is_newer_than_the_checkpoint_had_its_default():

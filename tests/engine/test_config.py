@@ -20,9 +20,12 @@ from crossbatch.engine.config import (
     to_dict,
     user_input,
 )
+from crossbatch.engine.config.deepspeed_keys import KEYS, OTHERS
 from crossbatch.engine.config.document import all_tables
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
+from crossbatch.engine.config.schema import ZeroConfig
 from crossbatch.engine.nested import flatten, nest
+from crossbatch.engine.tasks.build import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(Path("ds_configs").glob("*.json"))
@@ -64,8 +67,8 @@ def write(folder: Path, text: str) -> Path:
         ('{"crossbatch": {"data": {"crop_min": 1.5}}}', ["crossbatch.data.crop_min", "<= 1"]),
         ('{"optimizer": {"params": {"lr": NaN}}}', ["optimizer.params.lr", "given nan"]),
         ('{"crossbatch": []}', ["crossbatch", "a JSON object"]),
-        ('{"fp16": {"enabled": true}}', ["fp16", "crossbatch.precision"]),
-        ('{"zero_allow_untested_optimizer": true}', ["zero_allow_untested_optimizer", "SGD"]),
+        ('{"fp16": {"enabled": 1}}', ["fp16", "crossbatch.precision"]),
+        ('{"zero_allow_untested_optimizer": false}', ["zero_allow_untested_optimizer", "SGD"]),
         ('{"gradient_accumulation_steps": 4}', ["gradient_accumulation_steps", "train_micro_batch_size_per_gpu"]),
         ("[1]", ["one JSON object"]),
         ('{"a": ', ["line 1", "not JSON"]),
@@ -79,8 +82,127 @@ def test_bad_recipes_are_refused_with_the_remedy(tmp_path, text, words):
 
 
 def test_a_key_of_another_optimizer_is_not_recommended():
-    with pytest.raises(InputError, match=r"momentum: no such key for this type; allowed here: base_lr, .*, decay_1d$"):
+    with pytest.raises(
+        InputError, match=r"momentum: no such key with optimizer.type AdamW; allowed here: base_lr, .*, decay_1d"
+    ):
         load_config(None, ["optimizer.type=AdamW", "optimizer.params.momentum=0.9"])
+
+
+def test_field_a_key_of_another_optimizer_names_the_type():
+    with pytest.raises(
+        InputError, match=r"no such key with optimizer.type AdamW; allowed .*; or change optimizer.type$"
+    ):
+        load_config(None, ["optimizer.type=AdamW", "optimizer.params.momentum=0.9"])
+
+
+@pytest.mark.parametrize("name", ["2012", "true", "1e3", "[1]"])
+def test_field_a_folder_may_be_called_like_a_number(name):
+    assert load_config(None, [f"crossbatch.data.path={name}"]).crossbatch.data.path == name
+    assert load_config(None, [f'crossbatch.data.path="{name}"']).crossbatch.data.path == name
+    assert load_config(None, ['crossbatch.model.backbone_args={"width": 8}']).crossbatch.model.backbone_args == {
+        "width": 8
+    }
+
+
+def test_field_a_whole_number_with_an_exponent(tmp_path):
+    text = '{"zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8}, "train_batch_size": 1.6e1, "gradient_clipping": 1e0}'
+    config = load_config(write(tmp_path, text), ["zero_optimization.allgather_bucket_size=2E8"])
+    zero = config.zero_optimization
+    assert (zero.reduce_bucket_size, zero.allgather_bucket_size, config.train_batch_size) == (5 * 10**8, 2 * 10**8, 16)
+    assert isinstance(config.gradient_clipping, float)
+    with pytest.raises(InputError, match=r"given 1\.5; allowed: a whole number"):
+        load_config(None, ["zero_optimization.reduce_bucket_size=15e-1"])
+
+
+# What DeepSpeed's examples and Hugging Face's recipes hold, and changes nothing that crossbatch promises.
+HARMLESS = {
+    "gradient_accumulation_steps": 1,
+    "steps_per_print": 2000,
+    "wall_clock_breakdown": False,
+    "zero_allow_untested_optimizer": True,
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+    "bf16": {"enabled": False},
+    "amp": {"enabled": False, "opt_level": "O1"},
+    "flops_profiler": {"enabled": False, "profile_step": 1},
+    "wandb": {"enabled": False, "project": "x"},
+    "comms_logger": {"enabled": True, "verbose": False},
+    "prescale_gradients": False,
+    "aio": {"enabled": False},
+    "zero_optimization": {
+        "stage": 1,
+        "allgather_partitions": True,
+        "stage3_param_persistence_threshold": 1e5,
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "round_robin_gradients": False,
+        "offload_param": {"device": "none"},
+        "overlap_comm": True,
+    },
+}
+
+
+def test_field_deepspeeds_keys_that_change_nothing(tmp_path):
+    config = load_config(write(tmp_path, json.dumps(HARMLESS)))
+    kept = {"steps_per_print": 2000, "comms_logger": {"enabled": True, "verbose": False}}
+    plain = load_config(None, ["zero_optimization.stage=1", "zero_optimization.overlap_comm=true"])
+    assert to_dict(config) == {**to_dict(plain), **kept}
+    assert kept.items() <= deepspeed_config(resolve(config, 1, Device("cpu")), 100).items()
+    config = config.model_copy(update={"crossbatch": config.crossbatch.model_copy(update={"sharding": "fsdp"})})
+    with pytest.raises(InputError, match=r"^steps_per_print: given 2000 with crossbatch.sharding fsdp, .*remove it"):
+        resolve(config, 1, Device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("section", "precision"),
+    [
+        ({"fp16": {"enabled": True, "initial_scale_power": 16}}, "fp16"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": False}}, "bf16"),
+        ({"bfloat16": {"enabled": True}}, "bf16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "fp16"),
+    ],
+)
+def test_field_deepspeeds_precision_is_ours(tmp_path, section, precision):
+    recipe = write(tmp_path, json.dumps({**section, "crossbatch": {"precision": "auto", "seed": 3}}))
+    assert load_config(recipe).crossbatch.precision == precision and load_config(recipe).crossbatch.seed == 3
+    assert load_config(recipe, [f"crossbatch.precision={precision}"]).crossbatch.precision == precision
+    with pytest.raises(InputError, match=r"crossbatch.precision: given fp32, but .*enabled means .*leave .* out"):
+        load_config(recipe, ["crossbatch.precision=fp32"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("gradient_accumulation_steps", 4, "train_micro_batch_size_per_gpu"),
+        ("scheduler", {"type": "WarmupLR"}, "set crossbatch.schedule"),
+        ("zero_allow_untested_optimizer", False, "it turns LARS into SGD"),
+        ("fp16", {"enabled": True, "loss_scale_window": 100}, "fp16.loss_scale_window: given 100; .*GradScaler"),
+        ("wandb", {"enabled": True}, "TensorBoard files.*sync_tensorboard"),
+        ("flops_profiler", {"enabled": True}, "--profile N"),
+        ("wall_clock_breakdown", True, "--profile N"),
+        ("prescale_gradients", True, "mean of the gradients"),
+        ("communication_data_type", "fp16", "gradients travel in fp32"),
+        ("elasticity", {"enabled": True}, "crossbatch has nothing like it; leave it out"),
+        (
+            "zero_optimization",
+            {"zero_quantized_gradients": True},
+            "zero_optimization.zero_quantized_gradients: given True",
+        ),
+        ("zero_optimization", {"offload_param": {"device": "cpu"}}, "parameters stay"),
+        ("activation_checkpointing", {"cpu_checkpointing": True}, "crossbatch.model.checkpoint_activations"),
+    ],
+)
+def test_field_deepspeeds_keys_that_cannot_be_followed(tmp_path, key, value, why):
+    with pytest.raises(InputError, match=why) as error:
+        load_config(write(tmp_path, json.dumps({key: value})))
+    assert str(error.value).startswith(key) and "; a DeepSpeed key; " in str(error.value)
+
+
+def test_field_every_key_of_deepspeeds_zero_is_known():
+    """Neither a misspelling nor a key that is passed over: each is ours, or in the table."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    known = {*ZeroConfig.model_fields, *(path.partition(".")[2] for path in (*KEYS, *OTHERS))}
+    assert names <= known
 
 
 def test_a_missing_recipe_lists_its_neighbours(tmp_path):
@@ -143,7 +265,15 @@ def test_a_former_name_means_its_key_wherever_it_is_written(tmp_path, former, pa
     assert former not in flatten(to_dict(config)) and path in flatten(to_dict(config))
 
 
-ADD_BF = {-1: "none", 0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self", 2: "joint", 33: "joint"}
+ADD_BF = {0: "none", 1: "sum", 34: "sum", 36: "mean", 37: "mean_with_self", 2: "joint", 33: "joint"}
+
+
+@pytest.mark.parametrize(("value", "want"), [("true", "blocks"), ("false", "none"), ("norms", "norms")])
+def test_what_is_checkpointed_may_be_a_boolean_as_in_old_runs(value, want):
+    config = load_config(None, [f"crossbatch.model.checkpoint_activations={value}"])
+    assert config.crossbatch.model.checkpoint_activations == want
+    with pytest.raises(InputError, match=r'activations: given 1; allowed: "none" or "norms" or "blocks"$'):
+        load_config(None, ["crossbatch.model.checkpoint_activations=1"])
 
 
 @pytest.mark.parametrize(("add_bf", "loss"), ADD_BF.items())
@@ -279,6 +409,13 @@ def test_the_table_for_users_is_that_of_the_schema():
         (["crossbatch.model.cuda_graph=true"], 1, CPU, ["crossbatch.model.cuda_graph", "on a CPU", "set it to false"]),
         (["crossbatch.model.cuda_graph=true"], 2, Device("cuda"), ["with 2 ranks"]),
         (
+            ["crossbatch.model.norm_ranks=3"],
+            8,
+            CPU,
+            ["crossbatch.model.norm_ranks: given 3 for 8 ranks", "set it to 2"],
+        ),
+        (["crossbatch.model.norm_ranks=16"], 8, CPU, ["a divisor of 8", "set it to 8"]),
+        (
             ["crossbatch.model.cuda_graph=true", "zero_optimization.stage=3"],
             1,
             Device("cuda"),
@@ -305,6 +442,21 @@ def test_group_size_is_cut_to_the_batch_and_may_span_ranks():
     assert resolve(config, 1, CPU).group_size == 64
     assert resolve(config, 4, CPU).group_size == 64
     assert resolve(load_config(None), 1, CPU).group_size is None
+
+
+def test_ranks_that_share_statistics_follow_nodes():
+    def norm_ranks(given: str | int, world: int, of_a_node: int) -> tuple[str | int, int]:
+        cfg = resolve(
+            load_config(None, ["train_batch_size=24", f"crossbatch.model.norm_ranks={given}"]), world, CPU, of_a_node
+        )
+        return to_dict(cfg.config)["crossbatch"]["model"]["norm_ranks"], cfg.norm_ranks
+
+    assert norm_ranks("world", 8, 4) == ("world", 8)
+    assert norm_ranks("node", 8, 4) == (4, 4)
+    assert norm_ranks("node", 4, 4) == norm_ranks(4, 4, 2) == ("world", 4)  # a run of all ranks may go on with fewer
+    assert norm_ranks(2, 8, 4) == (2, 2)
+    with pytest.raises(InputError, match=r"given node, which has 4 ranks here, for 6 ranks.* set it to 3"):
+        norm_ranks("node", 6, 4)
 
 
 def test_a_bare_name_is_a_recipe_of_the_package(tmp_path, monkeypatch):

@@ -5,9 +5,12 @@ import math
 from unittest import mock
 
 import pytest
+import torch
 
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.distributed import mean_over_ranks, world_from_environment
+from crossbatch.engine.tasks.build import build_model, connect
+from crossbatch.models import ViewBatchNorm
 from tests.small_runs import (
     ADAMW,
     BASE,
@@ -150,9 +153,62 @@ def buffers_of(overrides: list[str], out: str) -> list:
         )
     ],
 )
-def test_running_statistics_stay_equal_and_fp32(tmp_path, pools, backend, precision):
-    overrides = [*RESNET, *LARS, *backend, f"crossbatch.precision={precision}"]
+@pytest.mark.parametrize("more", [[], pytest.param(["crossbatch.model.norm_ranks=1"], id="by-rank")])
+def test_running_statistics_stay_equal_and_fp32(tmp_path, pools, backend, precision, more):
+    overrides = [*RESNET, *LARS, *backend, f"crossbatch.precision={precision}", *more]
     ranks = pools(2).run(buffers_of, overrides, str(tmp_path))
     assert ranks[0] == ranks[1]
     assert {dtype for name, dtype, _ in ranks[0] if "running" in name} == {"torch.float32"}
     assert any(name.endswith("running_mean") and any(values) for name, _, values in ranks[0])
+
+
+def node_groups_in_float64() -> tuple:
+    """On one of four ranks, two a "node": loss, gradients averaged over ranks, and running statistics after one step."""
+    world = world_from_environment()
+    overrides = [*RESNET, "crossbatch.model.norm_ranks=node", "crossbatch.batchformer.group_size=6"]
+    cfg = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"), world.size // 2)
+    torch.manual_seed(0)
+    model = build_model(cfg).double()
+    connect(model, cfg)
+    views_VnCHW = torch.randn(2, cfg.train_batch_size, 3, 16, 16, dtype=torch.float64)
+    mine = views_VnCHW.unflatten(1, (world.size, -1))[:, world.rank].flatten(0, 1)
+    loss = model.loss(mine, 0, 0).loss
+    loss.backward()
+    model.average_running_stats()
+    mean = {name: mean_over_ranks(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return mean_over_ranks(loss.detach()), mean, dict(model.named_buffers())
+
+
+def normalise_by_group(norm: ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
+    """Batch norm of one process that holds all 12 images, each view and each half of them by statistics of their own."""
+    parts = x.unflatten(0, (2, -1, 2, 6))  # view, stream, node, image
+    grouped = parts.movedim(2, 1).flatten(2, 3)  # [view, node, images of both streams, C, ...]
+    over = [2, *range(4, grouped.dim())]
+    mean, var = grouped.mean(over, keepdim=True), grouped.var(over, keepdim=True, correction=0)
+    count = grouped[0, 0, :, 0].numel()
+    for running, of_views in ((norm.running_mean, mean), (norm.running_var, var * count / (count - 1))):
+        for of_nodes in of_views.flatten(2):
+            running.copy_(0.9 * running + 0.1 * of_nodes.mean(0))
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    weight, bias = (1.0, 0.0) if norm.weight is None else (norm.weight.view(shape), norm.bias.view(shape))
+    normalised = ((grouped - mean) / (var + norm.eps).sqrt()).unflatten(2, (-1, 6)).movedim(1, 2).flatten(0, 3)
+    return normalised * weight + bias
+
+
+def test_norms_of_nodes_are_those_of_one_process_that_normalises_group_by_group(pools, monkeypatch):
+    ranks = pools(4).run(node_groups_in_float64)
+    cfg = resolve(load_config(None, [*BASE, *RESNET, "crossbatch.batchformer.group_size=6"]), 1, Device("cpu"))
+    torch.manual_seed(0)
+    model = build_model(cfg).double()
+    views = torch.randn(2, cfg.train_batch_size, 3, 16, 16, dtype=torch.float64).flatten(0, 1)
+    monkeypatch.setattr(ViewBatchNorm, "forward", normalise_by_group)
+    loss = model.loss(views, 0, 0).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for of_rank, means, buffers in ranks:
+        assert torch.allclose(of_rank, loss, rtol=1e-10)
+        assert means.keys() == gradients.keys()
+        assert all(torch.allclose(means[name], gradients[name], rtol=1e-7, atol=1e-10) for name in gradients)
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffers[name], ranks[0][2][name])
+            assert name.endswith("tracked") or torch.allclose(buffers[name], buffer, rtol=1e-9, atol=1e-12)

@@ -1,5 +1,6 @@
 """The engine on one NVIDIA GPU, in one process, without DeepSpeed and DALI: each path against one that is known to be right."""
 
+import gc
 import json
 import os
 import threading
@@ -38,9 +39,10 @@ LR_PEAK = 0.05 * 12 / 256  # of LARS and BASE
 def device():
     with (
         mock.patch.dict(os.environ),
+        pytest.MonkeyPatch.context() as patch,  # unittest's cannot restore what is set here
         process_group(ALONE, "cuda") as device,
-        mock.patch("torch.backends.cudnn.allow_tf32", False),
     ):
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         del os.environ["DS_ACCELERATOR"]  # which is for this process alone
         yield device
 
@@ -130,6 +132,7 @@ def test_an_automatic_chunk_fits_and_fills(tmp_path, device, arch, optimizer):
     with mock.patch.object(chunk_size, "free_bytes", lambda *_: limit):
         chunk, _ = chunk_size.automatic_chunk(cfg, ALONE, device, tmp_path / "chunk.json")
     assert 1 < chunk < 512
+    gc.collect()  # of the test before
     before = torch.cuda.memory_allocated(device)
     step = TrainStep(build_backend(build_model(cfg).to(device), cfg), cfg, device, 10, chunk)
     views = torch.randint(0, 256, (2, 512, 224, 224, 3), dtype=torch.uint8).pin_memory().permute(0, 1, 4, 2, 3)
@@ -152,15 +155,15 @@ def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(tmp_path, device
         return Manifest({"step": 1, "updates": 1}, shapes, 48, 4, 0, 1, {})
 
     writers = {name: AsyncCheckpointWriter(tmp_path / name, Keep(9), "t", name == "late") for name in ("now", "late")}
-    writers["now"].save(held, manifest(), {"world_size": 1})
     optimizer, trained, write = torch.optim.SGD([weight], lr=1.0), threading.Event(), async_writer.write
+    writers["now"].save(held, manifest(), {"world_size": 1}, optimizer)
 
     def write_later(*arguments) -> None:
         assert trained.wait(60)
         write(*arguments)
 
     with mock.patch.object(async_writer, "write", write_later):
-        writers["late"].save(held, manifest(), {"world_size": 1})
+        writers["late"].save(held, manifest(), {"world_size": 1}, optimizer)
         assert writers["late"].busy
         buffer.add_(1.0)
         weight.grad = torch.ones_like(weight)

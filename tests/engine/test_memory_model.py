@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.memory_model import GIB, StepMemory
 from crossbatch.engine.sketch import kept_by_backbone, sketch, without_memory
 from crossbatch.engine.tasks.build import build_model, deepspeed_config
 from crossbatch.models.backbones import build_backbone
+from crossbatch.models.norm import view_batch_norm
 
 IMAGES = 3
 V100 = Device("cuda", False, "V100")
@@ -43,11 +45,10 @@ def images(size, count=IMAGES):
     return x.to(memory_format=torch.channels_last)
 
 
-def computed(arch, size, precision="fp32", checkpointed=False, **options) -> float:
+def computed(arch, size, precision="fp32", checkpointed="none", **options) -> float:
     backbone = without_memory(lambda: build_backbone(arch, size, **options))
-    if checkpointed:
-        backbone.checkpoint_activations()
-    kept = kept_by_backbone(backbone, size, precision, checkpointed)
+    backbone.checkpoint_activations(checkpointed)
+    kept = kept_by_backbone(backbone, size, precision, checkpointed == "blocks")
     return kept.per_image * IMAGES + kept.fixed
 
 
@@ -91,10 +92,38 @@ def test_checkpointed_blocks(arch, size):
         block.register_forward_pre_hook(lambda block, args: inputs.setdefault(block, args[0].detach()))
     backbone(images(size))
     insides = [saved(lambda b=b, x=x: b(x.clone().requires_grad_()), b) - x.nbytes for b, x in inputs.items()]
-    backbone.checkpoint_activations()
+    backbone.checkpoint_activations("blocks")
     really = saved(lambda: backbone(images(size)), backbone) + max(insides)
-    assert computed(arch, size, checkpointed=True) == pytest.approx(really, rel=0.03)
-    assert computed(arch, size, checkpointed=True) < 0.8 * computed(arch, size)
+    assert computed(arch, size, checkpointed="blocks") == pytest.approx(really, rel=0.03)
+    assert computed(arch, size, checkpointed="blocks") < 0.8 * computed(arch, size)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_norms_that_are_computed_again(arch, monkeypatch):
+    backbone, size = build_backbone(arch, 64), 64
+    backbone.checkpoint_activations("norms")
+    seen = []
+
+    def within(pack, unpack):  # these hooks replace those of `saved`
+        return saved_tensors_hooks(lambda tensor: seen.append(pack(tensor)) or seen[-1], unpack)
+
+    monkeypatch.setattr(view_batch_norm, "saved_tensors_hooks", within)
+    really = saved(lambda: backbone(images(size)), backbone)
+    own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    inside = {t.untyped_storage().data_ptr(): t.nbytes for t in seen if isinstance(t, torch.Tensor)}
+    really += sum(nbytes for storage, nbytes in inside.items() if storage not in own)
+    assert computed(arch, size, checkpointed="norms") == pytest.approx(really, rel=0.01)
+
+
+def test_what_an_image_keeps():
+    """Of both views, at 224 px under bf16; docs/exactness.md has these figures."""
+    mib = {}
+    for what in ("none", "norms", "blocks"):
+        overrides = [f"crossbatch.model.checkpoint_activations={what}"]
+        mib[what] = (
+            sketch(resolve(load_config("ds_configs/bs4096.json", overrides), 16, V100)).backbone.per_image / 2**20
+        )
+    assert mib == pytest.approx({"none": 83.5, "norms": 67.9, "blocks": 43.4}, rel=0.005)
 
 
 @pytest.mark.parametrize("add_bf", [0, 1, 37])

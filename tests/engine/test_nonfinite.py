@@ -150,7 +150,7 @@ def test_a_rank_without_data_lets_all_save_before_it_stops(tmp_path, pools):
     stopped = pools(2).run(run, [*VIT, *LARS, *zero(1)], str(tmp_path), 8, "auto", (), patches)
     assert stopped == [
         "RunStopped: rank 1 could not load its next batch; step 3 is saved",
-        "RunStopped: data: 16 images in a row were broken",
+        "RunStopped: data: 16 images in a row were broken; step 3 is saved",
     ]
     assert checkpoint.candidates(tmp_path, "auto")[0].name == "step-00000003"
 

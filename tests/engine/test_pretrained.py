@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import pathlib
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -230,3 +232,76 @@ def test_paths_without_weights(tmp_path, tiny_runs):
     assert "step-00000002: damaged" in refused(tmp_path / "run")
     config = json.loads((step / "config.json").read_text())
     assert config["crossbatch"]["model"]["arch"] == "resnet18"
+
+
+def resnet(prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in torchvision.models.resnet18().state_dict().items()}
+
+
+FROM_ELSEWHERE = {  # what a program saves -> the prefix of the online backbone
+    "timm": (lambda: {"epoch": 3, "arch": "resnet18", "state_dict": resnet(), "optimizer": {}, "version": 2}, ""),
+    "moco v2": (
+        lambda: {
+            "epoch": 200,
+            "arch": "resnet18",
+            "state_dict": {**resnet("module.encoder_q."), **resnet("module.encoder_k."), "module.queue": torch.ones(4)},
+        },
+        "encoder_q.",
+    ),
+    "lightning": (
+        lambda: {
+            "epoch": 9,
+            "global_step": np.int64(90),
+            "pytorch-lightning_version": "2.5",
+            "state_dict": {**resnet("backbone."), **resnet("momentum_backbone."), "classifier.bias": torch.ones(4)},
+            "hyper_parameters": {"lr": np.float64(0.3), "path": pathlib.PosixPath("/data"), "std": np.ones(3)},
+        },
+        "backbone.",
+    ),
+    "torch.compile": (lambda: {"model": resnet("_orig_mod.")}, "_orig_mod."),
+}
+
+
+@pytest.mark.parametrize("program", FROM_ELSEWHERE)
+def test_field_files_of_other_programs_are_read(tmp_path, program):
+    content, prefix = FROM_ELSEWHERE[program]
+    content = content()
+    torch.save(content, tmp_path / "file.ckpt")
+    tensors = content.get("state_dict", content.get("model"))
+    for encoder, other in (
+        ("online", prefix),
+        ("momentum", {"encoder_q.": "encoder_k."}.get(prefix, f"momentum_{prefix}")),
+    ):
+        if encoder == "momentum" and program in ("timm", "torch.compile"):
+            with pytest.raises(InputError, match="holds only one network"):
+                load_pretrained(tmp_path / "file.ckpt", arch="resnet18", encoder="momentum")
+            continue
+        read = load_pretrained(tmp_path / "file.ckpt", arch="resnet18", encoder=encoder)
+        module = "module." if program == "moco v2" else ""
+        want = of_prefix({k: v for k, v in tensors.items() if k.startswith(module + other)}, module + other)
+        assert equal(read.backbone.state_dict(), {k: v for k, v in want.items() if not k.startswith("fc.")})
+    if program in ("timm", "moco v2"):  # which say what they hold
+        assert load_pretrained(tmp_path / "file.ckpt").arch == "resnet18"
+
+
+def test_field_a_classifier_of_pytorch_examples_is_named(tmp_path):
+    torch.save(probe_of_an_original(), tmp_path / "file")
+    with pytest.raises(
+        InputError, match=r"or of a classifier trained with pytorch/examples.* a file with its state_dict alone"
+    ):
+        load_pretrained(tmp_path / "file")
+
+
+def test_field_several_networks_are_named(tmp_path):
+    torch.save({"state_dict": {**resnet("a."), **resnet("b.")}}, tmp_path / "file")
+    with pytest.raises(
+        InputError, match=r"holds networks named a\., b\., and none of them is clearly the online encoder"
+    ):
+        load_pretrained(tmp_path / "file", arch="resnet18")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_field_weights_that_are_no_floats(tmp_path, dtype):
+    torch.save({name: value.to(dtype) for name, value in resnet().items()}, tmp_path / "file")
+    with pytest.raises(InputError, match=f"no plain floating-point numbers .* is {str(dtype)[6:]}.*allowed: float64"):
+        load_pretrained(tmp_path / "file", arch="resnet18")

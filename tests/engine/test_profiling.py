@@ -48,7 +48,7 @@ def test_a_profiled_run_trains_the_same_and_leaves_table_and_traces(tmp_path, tw
     assert (facts["steps"], facts["train_batch_size"]) == (2, 12)
     rows = facts["ms"]
     assert next(iter(rows)) == "data wait" and list(rows)[-2:] == ["between steps", "iteration"]
-    assert {"online features", "second pass", "backward", "optimizer", "other"} < set(rows)
+    assert {"online and momentum features", "second pass", "backward", "optimizer", "other"} < set(rows)
     parts = [row for name, row in rows.items() if name != "iteration"]
     assert sum(row["share"] for row in parts) == pytest.approx(1, abs=1e-9)
     assert facts["images_per_s"] == pytest.approx(12 / rows["iteration"]["p50"] * 1000)
@@ -59,7 +59,9 @@ def test_a_profiled_run_trains_the_same_and_leaves_table_and_traces(tmp_path, tw
         events = json.loads(trace.read_text())["traceEvents"]
         names = [event.get("name") for event in events if event.get("ph") == "X"]
         assert names.count("step") == 2 and names.count("second pass") == 2  # of two chunks, one a step
-        assert {"ProfilerStep#6", "ProfilerStep#7", "momentum features", "moving average"} <= set(names)
+        assert {"ProfilerStep#6", "ProfilerStep#7", "online and momentum features", "moving average"} <= set(names)
+        # Norms of both encoders, in two threads: forward, a second pass of one chunk of two, 3 x 20 of a ResNet-18 a step.
+        assert len({event["tid"] for event in events if event.get("name") == "aten::conv2d"}) == 2
 
 
 def test_too_many_steps_to_profile_are_refused(tmp_path, one_rank):

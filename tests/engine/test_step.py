@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from crossbatch.data import normalize
 from crossbatch.engine.config import Device, load_config, resolve
@@ -19,9 +20,9 @@ from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.schedules import encoder_momentum, learning_rate
 from crossbatch.engine.sharding import Backend, LocalShards
 from crossbatch.engine.step import CLEAN_STEPS, Progress, TrainStep
-from crossbatch.engine.tasks.build import build_model, build_optimizer, parameter_groups
-from crossbatch.models import MoCo
-from tests.small_runs import BASE, LARS, RESNET, VIT, pretrainer, zero
+from crossbatch.engine.tasks.build import build_backend, build_model, build_optimizer, connect, parameter_groups
+from crossbatch.models import MoCo, lockstep
+from tests.small_runs import ADAMW, BASE, LARS, RESNET, VIT, fsdp, pretrainer, zero
 
 STEPS_PER_EPOCH = 2
 
@@ -266,6 +267,51 @@ def test_a_step_lets_go_of_its_backend(run):
     assert backend() is None and backbone() is None
 
 
+def one_after_the_other(first, second):
+    features = first()
+    with torch.no_grad():
+        return features, second()
+
+
+def steps_in_lockstep_and_without(overrides: list[str]) -> list:
+    """On this rank: losses, parameters and statistics of three steps, of a model in lockstep and of one that is not."""
+    found = []
+    for run_both in (lockstep.in_lockstep, one_after_the_other):
+        cfg = resolve(load_config(None, [*BASE, *RESNET, *overrides]), dist.get_world_size(), Device("cpu"))
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        connect(model, cfg)
+        step = TrainStep(build_backend(model, cfg), cfg, torch.device("cpu"), STEPS_PER_EPOCH, cfg.chunk)
+        torch.manual_seed(dist.get_rank())
+        batches = torch.randint(0, 256, (3, 2, cfg.local_batch, 3, 16, 16), dtype=torch.uint8)
+        with mock.patch("crossbatch.models.moco.in_lockstep", side_effect=run_both) as both:
+            losses = [step(views).output.loss.item() for views in batches]
+        assert both.call_count == 3 * (1 + step.chunks)  # features of every chunk, and heads
+        state = {**step.backend.local_parameters(), **step.backend.local_buffers()}
+        tensors = {name: [part.local.tolist() for part in shards.slices] for name, shards in state.items()}
+        found.append((losses, tensors))
+    return found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*LARS, *zero(3)],
+        [*LARS, *fsdp(3)],
+        [*LARS, *zero(3), "train_micro_batch_size_per_gpu=3"],
+        [*ADAMW, *fsdp(1), "train_micro_batch_size_per_gpu=3"],
+        [*ADAMW, *zero(1), "crossbatch.model.checkpoint_activations=true", "crossbatch.precision=bf16"],
+        [*LARS, *zero(0), "crossbatch.batchformer.group_size=6", "crossbatch.batchformer.dropout=0.5"],
+    ],
+    ids=["zero3", "fsdp3", "zero3-chunks", "fsdp1-chunks", "checkpointed-bf16", "dropout"],
+)
+def test_lockstep_changes_no_bit(pools, overrides):
+    """Submodules of both encoders take turns under the hooks of ZeRO-3 and FSDP2; groups of BatchFormer span both ranks."""
+    for together, alone in pools(2).run(steps_in_lockstep_and_without, overrides):
+        assert together == alone
+        assert together[0][0] != together[0][2]
+
+
 def collectives_of_a_step(loss) -> tuple[dict[str, int], dict[str, int]]:
     """Count how often two ranks speak in the forward and backward pass of a ResNet-50 (narrow: only the layers count)."""
     counts: list[str] = []
@@ -295,10 +341,10 @@ def collectives_of_a_step(loss) -> tuple[dict[str, int], dict[str, int]]:
 
 @pytest.mark.parametrize("loss", ["none", "sum"])
 def test_a_step_of_resnet50_speaks_seldom(pools, loss):
-    """Each norm gathers once for both views, and all keys once. torch's SyncBatchNorm, view by view, needs 222 and 112.
+    """Norms gather once for both views of both encoders, and all keys once. torch's SyncBatchNorm, by view, needs 222 and 112.
 
-    53 norms in each backbone, 2 in each projector, 1 in the predictor. BatchFormer's groups fit a rank here and send nothing.
+    53 norms in a backbone, 2 in a projector, 1 in the predictor. BatchFormer's groups fit a rank here and send nothing.
     """
     for forward, backward in pools(2).run(collectives_of_a_step, loss):
-        assert forward == {"all_gather": (53 + 2) * 2 + 1 + 1}
+        assert forward == {"all_gather": 53 + 2 + 1 + 1}
         assert backward == {"all_reduce": 53 + 2 + 1}

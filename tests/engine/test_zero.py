@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.small_runs import BASE, LARS, VIT, losses, pretrainer, train, zero
+from tests.small_runs import ADAMW, BASE, LARS, VIT, losses, pretrainer, run, train, zero
 
 NUM_GRADIENTS = 180
 
@@ -137,3 +137,12 @@ def test_gradients_reduced_in_the_backward_pass_are_the_same(tmp_path, pools, ov
     for name, more in (("behind", []), ("during", overlap)):
         pools(2).run(train, [*VIT, *LARS, *overrides, *more], str(tmp_path / name), 4)
     assert losses(tmp_path / "during") == losses(tmp_path / "behind")
+
+
+def test_field_deepspeed_prints_what_it_is_asked_to(tmp_path, one_rank):
+    """Its timers and logs change no loss."""
+    asked = ["steps_per_print=1", "memory_breakdown=true", "dump_state=true"]
+    asked.append('comms_logger={"enabled": true, "verbose": false}')
+    for name, more in (("plain", []), ("asked", asked)):
+        assert one_rank.run(run, [*VIT, *ADAMW, *zero(1), *more], str(tmp_path / name), 3) == [""]
+    assert losses(tmp_path / "asked") == losses(tmp_path / "plain")

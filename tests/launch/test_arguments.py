@@ -1,6 +1,8 @@
 """arguments.py: what all commands' parsers have in common, and how flags become overrides."""
 
+import ast
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import __main__, convert, doctor, finetune, knn, linear, plan, pretrain, preview
 from crossbatch.launch.__main__ import COMMANDS
 from crossbatch.launch.arguments import ALIASES, ArgumentParser, add_config_flags, overrides
+
+ROOT = Path(__file__).parents[2]
 
 # Every command, with what it needs and a beginning of one of its flags.
 SHORTENED = [
@@ -40,6 +44,22 @@ def refused(monkeypatch, capsys, main, *arguments: str) -> str:
 )
 def test_a_shortened_flag_is_refused(monkeypatch, capsys, command, arguments):
     assert "unrecognized arguments: --" in refused(monkeypatch, capsys, command.main, *arguments)
+
+
+def test_field_no_parser_takes_the_beginning_of_a_flag():
+    """`--drop 0.3` would be --drop-path. The commands' own class refuses it, any other parser has to say so."""
+    lacking, found = [], 0
+    for file in (
+        path for folder in ("launch", "benchmarks", "engine", "data") for path in ROOT.glob(f"{folder}/**/*.py")
+    ):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("argparse.ArgumentParser"):
+                found += 1
+                if not any(ast.unparse(keyword) == "allow_abbrev=False" for keyword in call.keywords):
+                    lacking.append(f"{file.relative_to(ROOT)}:{call.lineno}")
+    assert not lacking and found > 5
+    assert not ArgumentParser().allow_abbrev
+    assert not ArgumentParser().add_subparsers().add_parser("x").allow_abbrev
 
 
 def test_those_are_all_commands():
@@ -78,3 +98,20 @@ def test_flags_are_keys(monkeypatch, capsys):
     assert message.startswith("error: crossbatch.batchformer.loss: given twice, as 'sum' and as 'none'")
     assert message.endswith("its former name is crossbatch.batchformer.add_bf\n")
     assert len({path for _, path, _ in ALIASES}) == len(ALIASES)
+
+
+def test_field_data_given_twice(monkeypatch, capsys):
+    said = refused(monkeypatch, capsys, pretrain.main, "--dry-run", "--data", "a", "b")
+    assert said == "error: DATA: given b beside --data a; allowed: one of the two; leave one out\n"
+
+
+def test_field_a_negative_add_bf(monkeypatch, capsys):
+    said = refused(monkeypatch, capsys, pretrain.main, "--dry-run", "--add_bf", "-1")
+    assert said.startswith("error: crossbatch.batchformer.add_bf: given -1; allowed: a whole number >= 0")
+
+
+def test_field_deepspeed_as_its_help_shows_it():
+    parser = ArgumentParser()
+    add_config_flags(parser)
+    arguments = parser.parse_args(["--deepspeed", "--deepspeed_config", "cifar10", "--data", "2012"])
+    assert load_config(arguments.deepspeed_config, overrides(arguments)).crossbatch.data.path == "2012"

@@ -135,3 +135,18 @@ def test_export_refuses_what_would_be_wrong(monkeypatch, capsys, tiny_runs, tmp_
 def test_help_has_an_example(monkeypatch, capsys, command):
     assert call(monkeypatch, command, "--help") == 0
     assert f"example: python launch/convert.py {command} --" in capsys.readouterr().out
+
+
+def test_field_an_image_that_cannot_be_read_is_no_fault_of_the_output(images, tmp_path, monkeypatch, capsys):
+    (images / "train/b/link.jpg").symlink_to("nowhere")
+    assert call(monkeypatch, "shards", "--data", images, "--output", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert "error: --data: cannot read b/link.jpg: No such file or directory; nothing was written" in said.err
+    assert "read: 5 images, 2 classes in train/\n" in said.out and not (tmp_path / "out/train").exists()
+
+
+def test_field_the_command_line_of_convert_to_deit(tmp_path, monkeypatch, capsys):
+    torch.save(original_file("vit_small", False, "AdamW"), tmp_path / "file")
+    args = '--set=crossbatch.model.backbone_args={"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}'
+    assert call(monkeypatch, "--input", tmp_path / "file", "--output", tmp_path / "deit.pth", args) == 0
+    assert set(torch.load(tmp_path / "deit.pth", weights_only=True)) == {"model", "num_heads", "crossbatch"}

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from crossbatch.engine.config import FinetuneConfig, load_config
+from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
+from crossbatch.engine.runtime.distributed import World
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import finetune
 from crossbatch.models import build_backbone
@@ -122,7 +123,7 @@ def test_wrong_images(monkeypatch, capsys, tmp_path, weights):
         call(monkeypatch, "--data", tmp_path / "images", "--checkpoint", weights, *SMALL, "--out", tmp_path / "run")
         == 2
     )
-    assert "has no val/ and no test/" in capsys.readouterr().err
+    assert "has none of val/, validation/, test/" in capsys.readouterr().err
     assert call(monkeypatch, "--data", "synthetic://24?size=20", "--drop-paht", "0.1") == 2
     assert "--drop-paht" in capsys.readouterr().err
 
@@ -149,6 +150,80 @@ def test_pets(monkeypatch, tmp_path, weights):
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert (results["classes"], results["images"]) == (37, 60)
     assert results["top1"] > 10  # it names the three breeds that it has seen
+
+
+RELEASED = (  # MoCo v3's transfer to CIFAR-10, DeiT's main.py; on 8 GPUs
+    "--batch-size 128 --lr 3e-4 --epochs 100 --warmup-epochs 3 --weight-decay 0.1 --drop-path 0.1 --mixup 0.8 --cutmix 1 "
+    "--reprob 0 --no-repeated-aug --no-pin-mem --eval-freq 5 --data-set cifar10 --data-path sets --model deit_base_patch16_224"
+)
+
+
+def loaded(monkeypatch, *arguments, ranks: int = 1):
+    """Return the flags and the configuration of a command line."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
+    given = finetune.parse_arguments()
+    return given, finetune.load(given, World(0, ranks, 0, ranks))
+
+
+def test_field_the_released_transfer_command(monkeypatch, tmp_path, weights, capsys):
+    given, config = loaded(monkeypatch, *RELEASED.split(), "--resume", weights, "--output_dir", tmp_path / "run")
+    recipe = load_config("ds_configs/finetune_cifar10.json", [], FinetuneConfig)
+    assert config.optimizer == recipe.optimizer and config.crossbatch.finetune == recipe.crossbatch.finetune
+    assert config.crossbatch.schedule == recipe.crossbatch.schedule and config.train_batch_size == 128
+    assert (config.crossbatch.data.path, config.crossbatch.data.repeats) == ("cifar10://sets", 1)
+    assert (config.crossbatch.model.checkpoint, config.crossbatch.model.arch) == (str(weights), "vit_base")
+    assert config.crossbatch.evaluate.every_epochs == 5
+    assert (given.resume, given.out) == ("auto", tmp_path / "run")
+    assert capsys.readouterr().out == ""
+
+
+def test_field_deits_batch_is_that_of_a_rank(monkeypatch, capsys):
+    compat = ["--set", "crossbatch.schedule.deit_compat=true"]
+    assert loaded(monkeypatch, "--batch-size", "128", ranks=8)[1].train_batch_size == 128
+    assert capsys.readouterr().out.startswith("train_batch_size: 128, over all 8 ranks; in DeiT it is that of one")
+    assert loaded(monkeypatch, "--batch-size", "128", *compat, ranks=8)[1].train_batch_size == 1024
+    assert capsys.readouterr().out.startswith("train_batch_size: 1024, 128 for each of 8 ranks")
+    assert loaded(monkeypatch, "-b", "128", *compat, ranks=8)[1].train_batch_size == 128
+    given = ["--batch-size", "128", "--set", "train_batch_size=64", *compat]
+    assert loaded(monkeypatch, *given, ranks=8)[1].train_batch_size == 64
+
+
+def test_field_deits_flags_of_an_augmentation(monkeypatch):
+    flags = "--aa rand-m9-mstd0.5-inc1 --train-interpolation bicubic --repeated-aug --model-ema-decay 0.99 --opt adamw"
+    _, config = loaded(monkeypatch, *flags.split())
+    data = config.crossbatch.data
+    assert (data.auto_augment, data.interpolation, data.repeats) == ("rand-m9-mstd0.5-inc1", "bicubic", 3)
+    assert config.crossbatch.finetune.ema_decay == 0.99
+    data = loaded(monkeypatch, "--aa", "none", "--color-jitter", "0.3")[1].crossbatch.data
+    assert (data.auto_augment, data.color_jitter) == (None, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--opt sgd", "given sgd; allowed here: adamw; fine-tuning uses AdamW"),
+        ("--drop 0.3", "given 0.3; allowed here: 0; use --drop-path"),
+        ("--world_size 8", "a flag of DeiT that does nothing here; start the ranks with torchrun"),
+        ("--data-set INAT --data-path x", "invalid choice"),
+        ("--data-path x --data y", "--data-path: given beside --data y; leave one of them out"),
+        ("--resume {weights} --checkpoint x", "a file of weights beside --checkpoint x"),
+        (
+            "--aa rand-m9 --color-jitter 0.3",
+            "crossbatch.data.color_jitter: given 0.3 with crossbatch.data.auto_augment",
+        ),
+        ("--aa rand-m9 --set crossbatch.data.backend=dali", "crossbatch.data.backend: given dali, which has neither"),
+    ],
+)
+def test_field_deits_flags_that_mean_nothing_here(monkeypatch, capsys, weights, flags, words):
+    assert call(monkeypatch, *flags.format(weights=weights).split()) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_field_the_recipe_of_imagenet():
+    config = load_config("ds_configs/finetune_imagenet.json", [], FinetuneConfig)
+    cfg = resolve_finetune(config, 8, Device("cuda"))
+    assert cfg.crossbatch.data.backend == "opencv"  # DALI has no RandAugment
+    assert cfg.lr_peak == pytest.approx(5e-4 * 960 / 512)
 
 
 class _Touches:

@@ -211,7 +211,11 @@ BAD = [
     (["--gpu", "0"], 0, "--gpu: given 0; allowed: the number of one of this machine's 0 GPUs"),
     (["--gpu", "2"], 2, "--gpu: given 2; allowed: the number of one of this machine's 2 GPUs"),
     (["--dist-backend", "nccl"], 0, "--dist-backend: given nccl; allowed here: gloo; leave it out"),
-    (["--start-epoch", "3"], 0, "--start-epoch: invalid choice: 3 (choose from 0)"),
+    (
+        ["--start-epoch", "3"],
+        0,
+        "--start-epoch: given 3; allowed: 0; leave it out: a run continues from its checkpoint (see --resume)",
+    ),
     (["--evaluate"], 0, "--evaluate: does nothing by itself; launch/linear.py with the --out of a finished probe"),
     (["--resume", "setup.py"], 0, "--resume: setup.py is a file"),
     (["--moco-t", "0", *NODES], 0, "crossbatch.model.temperature"),  # before anything is started

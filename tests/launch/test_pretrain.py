@@ -153,7 +153,6 @@ def alone(tmp_path_factory):
     return out, start(["python"], out)
 
 
-@pytest.mark.xdist_group("launchers")
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -171,7 +170,6 @@ def test_launchers_lose_the_same(tmp_path, alone, launcher):
     assert (config["world_size"], config["train_micro_batch_size_per_gpu"]) == (2, 8)
 
 
-@pytest.mark.xdist_group("launchers")
 def test_the_documented_run_directory(alone):
     out, lines = alone
     assert [line["step"] for line in lines if "knn_top1" in line] == [0, 8]

@@ -199,8 +199,8 @@ def test_the_momentum_encoder_starts_equal_and_follows_exactly():
         ({"backbone": Small(), "stem": "small"}, "stem is given with a module"),
         ({"backbone": Small(), "heads": "cnn"}, "heads is 'cnn'; allowed: resnet, vit"),
         (
-            {"backbone": Small(), "checkpoint_activations": True},
-            "checkpoint_activations is true, but the backbone has no",
+            {"backbone": Small(), "checkpoint_activations": "blocks"},
+            "checkpoint_activations is 'blocks', but the backbone has no",
         ),
         ({"num_features": 5}, "num_features is 5, but resnet50 has its own"),
         ({"backbone": "resnet5"}, "^arch is 'resnet5'"),

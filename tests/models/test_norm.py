@@ -149,6 +149,38 @@ def test_two_ranks(two_ranks, shape, memory_format, tolerance):
     assert_near(sum(grads[1] for *_, grads, _, _ in results), gradient(reference.bias), 1e-4)
 
 
+def add_and_rectify_on_a_rank(num_views):
+    """Return one rank's share of a norm with residual and ReLU: y, dx, the gradient of the residual, and the module."""
+    rank = torch.distributed.get_rank()
+    x, dy = batch((6, C, 3, 7), seed=20 + rank)
+    norm = ViewBatchNorm(C, num_views=num_views)
+    randomise(norm)
+    x, residual = x.requires_grad_(), torch.linspace(-9, 9, x.numel()).view(x.shape).requires_grad_()
+    y = norm(x, residual, relu=True)
+    y.backward(dy)
+    return y.detach(), gradient(x), gradient(residual), gradient(norm.weight), norm
+
+
+@pytest.mark.parametrize(("ranks", "num_views"), [(2, 3), (3, 2)])
+def test_a_residual_and_a_relu_on_ranks(pools, ranks, num_views):
+    results = pools(ranks).run(add_and_rectify_on_a_rank, num_views)
+    xs, dys = zip(*(batch((6, C, 3, 7), seed=20 + rank) for rank in range(ranks)), strict=True)
+    x, dy = (
+        torch.stack(images).unflatten(1, (num_views, -1)).transpose(0, 1).double() for images in (xs, dys)
+    )  # [V, W, n
+    residual = torch.linspace(-9, 9, xs[0].numel()).view(num_views, 1, -1, C, 3, 7).double().expand_as(x)
+    x, residual, reference = x.clone().requires_grad_(), residual.clone().requires_grad_(), nn.BatchNorm2d(C)
+    randomise(reference)
+    ys = [reference.double()(x_v.flatten(0, 1)).view_as(x_v) + r_v for x_v, r_v in zip(x, residual, strict=True)]
+    torch.stack(ys).relu().backward(dy)
+    for rank, (y, dx, dresidual, _, norm) in enumerate(results):
+        assert_near(y, torch.stack(ys)[:, rank].relu().flatten(0, 1))
+        assert_near(dx, gradient(x)[:, rank].flatten(0, 1))
+        assert_near(dresidual, gradient(residual)[:, rank].flatten(0, 1))
+        assert_same_statistics(norm, reference)
+    assert_near(sum(dweight for *_, dweight, _ in results), gradient(reference.weight), 1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_half_precision_is_as_exact_as_torch(dtype, memory_format):

@@ -9,7 +9,8 @@ import torchvision
 from torch import nn
 
 from crossbatch.models.backbones import build_backbone, family
-from crossbatch.models.norm import ViewBatchNorm
+from crossbatch.models.collective import Collective
+from crossbatch.models.norm import ViewBatchNorm, convert_norms, synchronize_norms
 
 ARCHS = ["resnet18", "resnet34", "resnet50", "resnet101"]
 
@@ -62,6 +63,74 @@ def test_both_views_in_training_equal_one_after_the_other():
             module.num_views = 1
     apart = torch.cat([ours(view) for view in views])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def trained(model, images, gradient) -> dict[str, torch.Tensor]:
+    """Return features, gradients and running statistics of one forward and backward pass."""
+    features = model(images)
+    features.backward(gradient)
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"features": features.detach(), **gradients, **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_training_gives_the_bits_of_norm_addition_and_relu_one_after_the_other(arch):
+    """On a CPU; converted norms of somebody else's network are followed by torch's additions and ReLUs."""
+    ours, theirs = build(arch), convert_norms(getattr(torchvision.models, arch)())
+    theirs.fc = nn.Identity()
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if name.endswith(("bn2.weight", "bn3.weight")):
+                p.fill_(0.5)  # or the zeros of the residual branches hide them
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    gradient = torch.randn(4, ours.num_features)
+    want, got = trained(theirs, images, gradient), trained(ours, images, gradient)
+    assert got.keys() == want.keys() and len(got) > 100
+    for name, value in got.items():
+        assert value.equal(want[name]), name
+
+
+class Counting(Collective):
+    """Counts messages, as one of two ranks with the same images."""
+
+    calls = 0
+
+    @property
+    def world_size(self):
+        return 2
+
+    def all_gather(self, tensor):
+        self.calls += 1
+        return torch.stack([tensor, tensor])
+
+    def all_reduce(self, tensor):
+        self.calls += 1
+        return 2 * tensor
+
+
+def test_what_is_checkpointed_changes_no_bit_and_no_message():
+    images, gradient = torch.randn(4, 3, 32, 32), torch.randn(4, 256)
+    results = {}
+    for what in ("none", "norms", "blocks"):
+        torch.manual_seed(0)
+        model, counting = build("resnet50", backbone_args={"width": 8}), Counting()
+        model.checkpoint_activations(what)
+        synchronize_norms(model, counting)
+        results[what] = trained(model, images, gradient)
+        assert counting.calls == 2 * 53
+    for what in ("norms", "blocks"):
+        for name, value in results[what].items():
+            assert value.equal(results["none"][name]), (what, name)
+
+
+def test_checkpoints_that_cannot_be():
+    with pytest.raises(
+        ValueError, match=r"^checkpoint_activations is 'norm'; allowed: none, norms, blocks \(did you mean"
+    ):
+        build("resnet18", backbone_args={"width": 8}).checkpoint_activations("norm")
+    with pytest.raises(ValueError, match=r"^checkpoint_activations is 'norms'; allowed: none, blocks"):
+        build("vit_small", backbone_args={"depth": 1}).checkpoint_activations("norms")
 
 
 def test_initialisation():

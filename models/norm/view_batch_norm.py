@@ -29,19 +29,23 @@ Shape suffixes: V = views, n = images of one view on this rank, C = channels, W 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from crossbatch.models.arguments import check_positive_integer
 from crossbatch.models.collective import Collective, GroupCollective
+from crossbatch.models.norm.operators import Options, ViewNormalise, is_fused, normalise, statistics
 
-SLOT_ROWS = 128  # at least, see `_in_slots`
+# Attributes of a result: a second one for another consumer, and how to compute it again.
+TWIN, RECIPE = "_twin", "_recipe"
 
 
 class ViewBatchNorm(_BatchNorm):
@@ -84,37 +88,63 @@ class ViewBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, device=device, dtype=dtype)
         self.num_views, self.num_chunks = num_views, 1
         self.statistics: Statistics | None = None  # of the batch that is passing, see `reuse_batch_stats`
+        self.recomputes_output = False  # see `recomputed`
         self.collective: Collective = GroupCollective(process_group)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise a batch; the result has the shape, dtype and memory format of `input`.
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalise a batch, and in the same pass add `residual` and apply a ReLU, if asked.
+
+        On a GPU, each pass is one launch of a Triton kernel for all views if images are stored channels last, or are 2-d.
+        Contiguous images, and fp64, take torch's kernels, view by view.
 
         Args:
             input: [V*n, C], [V*n, C, L] or [V*n, C, H, W], view-major (all images of view 1, then all of view 2), with equally
                 many rows on every rank; fp16, bf16 or fp32 with fp32 parameters (statistics are fp32 all the same), or fp64
                 with fp64 parameters; contiguous or channels_last.
+            residual: added to the normalised input; of the same shape.
+            relu: whether to replace negative results by 0.
+
+        Returns:
+            A tensor with the shape, dtype and memory format of `input`.
 
         Raises:
             ValueError: for other shapes; in training, if V does not divide the rows, or if a channel has only one value.
         """
         self._check_input_dim(input)
+        if residual is not None and residual.shape != input.shape:
+            raise ValueError(
+                f"residual is {list(residual.shape)}; it must have the shape of the input, {list(input.shape)}"
+            )
         if not self.training:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            y = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            y = y if residual is None else y.add_(residual)
+            return y.relu_() if relu else y
         if input.dim() == 3:
-            return self.forward(input.unsqueeze(-1)).squeeze(-1)
+            residual = None if residual is None else residual.unsqueeze(-1)
+            return self.forward(input.unsqueeze(-1), residual, relu).squeeze(-1)
         count = self._values_per_channel(input)
         # In one of the two memory formats that the kernels are fast for.
         is_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
-        x = input if is_last else input.contiguous()
+        memory_format = torch.channels_last if is_last else torch.contiguous_format
+        x = input.contiguous(memory_format=memory_format)
+        residual = None if residual is None else residual.contiguous(memory_format=memory_format)
         with torch.no_grad():
             known = self.statistics if self.statistics is not None else {}
             if self not in known:
                 known[self] = self._measure(x)
                 self._track(*known[self], count)
             mean_VC, var_VC = known[self]
-        normalised = _ViewNormalise.apply(x, self.weight, self.bias, mean_VC, var_VC, self.eps, count, self.collective)
-        assert isinstance(normalised, Tensor)
-        return normalised
+        is_recomputed = self.recomputes_output and relu and residual is None
+        keeps_output = residual is not None or not (is_fused(x) or is_recomputed)
+        options = Options(self.eps, relu, count, self.collective, keeps_output)
+        y, *twin = ViewNormalise.apply(x, self.weight, self.bias, mean_VC, var_VC, residual, options)  # pyright: ignore
+        for second in twin:
+            setattr(y, TWIN, second)
+        if is_recomputed and y.requires_grad:
+            # Copies, since ZeRO 3 takes parameters away between the passes.
+            weight, bias = (None if p is None else p.detach().clone() for p in (self.weight, self.bias))
+            setattr(y, RECIPE, partial(normalise, x.detach(), None, mean_VC, var_VC, weight, bias, self.eps, relu))
+        return y
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Raise ValueError unless `input` has one of the shapes of `forward`."""
@@ -139,7 +169,7 @@ class ViewBatchNorm(_BatchNorm):
 
     def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance of each view over all ranks, each [V, C]."""
-        local_V2C = _stack_pairs(_local_statistics(x_v) for x_v in _split(x, self.num_views))
+        local_V2C = statistics(x, self.num_views)
         if self.collective.world_size == 1:
             return local_V2C[:, 0], local_V2C[:, 1]
         mean_WVC, var_WVC = self.collective.all_gather(local_V2C).unbind(2)
@@ -222,6 +252,28 @@ def _converted(norm: _BatchNorm, num_views: int, process_group: dist.ProcessGrou
     return new.train(norm.training)
 
 
+def for_two_consumers(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `y` twice. If it comes from a norm with a residual on a GPU, that norm's backward pass adds up both gradients."""
+    return y, getattr(y, TWIN, y)
+
+
+def recomputed(y: Tensor) -> contextlib.AbstractContextManager:
+    """Keep `y` for no backward pass of the operations inside this context, if it comes from a norm with `recomputes_output`.
+
+    They keep the norm's input instead, which the norm keeps anyway, and its statistics. When one of them needs `y`, it is
+    normalised again by the same kernel, so the bits are the same, and nothing is sent.
+    """
+    recipe = getattr(y, RECIPE, None)
+    if recipe is None:
+        return contextlib.nullcontext()
+    storage = y.untyped_storage()._cdata
+
+    def pack(tensor: Tensor) -> Any:
+        return recipe if tensor.untyped_storage()._cdata == storage else tensor
+
+    return saved_tensors_hooks(pack, lambda kept: recipe() if kept is recipe else kept)
+
+
 def synchronize_norms(model: nn.Module, collective: Collective) -> None:
     """Let the norms of `model` take their statistics over the ranks of `collective` from now on."""
     for norm in _norms(model):
@@ -260,138 +312,3 @@ def reuse_batch_stats(model: nn.Module, statistics: Statistics) -> Iterator[None
 def _norms(model: nn.Module) -> list[ViewBatchNorm]:
     """Return all norms of this kind in `model`."""
     return [module for module in model.modules() if isinstance(module, ViewBatchNorm)]
-
-
-class _ViewNormalise(torch.autograd.Function):
-    """Compute (x - mean) / sqrt(var + eps) * weight + bias per view; the backward pass knows that mean and var come from x."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx, x, weight, bias, mean_VC, var_VC, eps: float, count: int, collective: Collective
-    ) -> Tensor:
-        ctx.count, ctx.collective = count, collective
-        invstd_VC = (var_VC + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean_VC, invstd_VC)
-        weight_C = _in_dtype(weight, mean_VC, 1.0)
-        bias_C = _in_dtype(bias, mean_VC, 0.0)
-        y = torch.empty_like(x)
-        views = len(mean_VC)
-        per_view = zip(_split(x, views), mean_VC, invstd_VC.pow(-2), _split(y, views), strict=True)
-        for x_v, mean_C, shifted_var_C, y_v in per_view:
-            _normalise(x_v, mean_C, shifted_var_C, weight_C, bias_C, out=y_v)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, mean_VC, invstd_VC = ctx.saved_tensors
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        weight_C = _in_dtype(weight, mean_VC, 1.0)
-        dy = dy.contiguous() if x.is_contiguous() else dy.contiguous(memory_format=torch.channels_last)
-        views = len(mean_VC)
-        per_view = list(zip(_split(dy, views), _split(x, views), mean_VC, invstd_VC, strict=True))
-        sums_V2C = _stack_pairs(_backward_sums(*view, weight_C) for view in per_view)
-        # The parameters' gradients first: an all-reduce may work in place.
-        dweight = sums_V2C[:, 1].sum(0).to(weight.dtype) if needs_dweight else None
-        dbias = sums_V2C[:, 0].sum(0).to(weight.dtype) if needs_dbias else None
-        if not needs_dx:
-            return None, dweight, dbias, None, None, None, None, None
-        if ctx.collective.world_size > 1:
-            sums_V2C = ctx.collective.all_reduce(sums_V2C)
-        dx = torch.empty_like(x)
-        input_gradients = _input_gradients_cuda if x.is_cuda else _input_gradients
-        input_gradients(per_view, invstd_VC, weight_C, sums_V2C / ctx.count, _split(dx, views))
-        return dx, dweight, dbias, None, None, None, None, None
-
-
-def _split(x: Tensor, num_views: int) -> Tensor:
-    """Split [V*n, C, ...] -> [V, n, C, ...]: each view is a run of rows, so dense in the memory format of `x`."""
-    return x.unflatten(0, (num_views, -1))
-
-
-def _stack_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Stack a pair of tensors [C] of every view -> [V, 2, C], in one copy."""
-    return torch.stack([tensor for pair in pairs for tensor in pair]).unflatten(0, (-1, 2))
-
-
-def _in_dtype(parameter: Tensor | None, like_VC: Tensor, default: float) -> Tensor:
-    """Return a parameter [C] in the dtype of the statistics, or `default` everywhere if the norm has none."""
-    return torch.full_like(like_VC[0], default) if parameter is None else parameter.to(like_VC.dtype)
-
-
-# What follows calls torch's own kernels for one view: x, dy and out are [n, C, ...], all else [C] or [2, C]. The
-# `native_batch_norm` family takes half-precision inputs with fp32 parameters on every device.
-
-
-def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance on this rank, each [C], in fp32 (in fp64 for fp64)."""
-    # `batch_norm_update_stats` returns the dtype of the running statistics that it is given; these are scrap. It is
-    # 3 to 10 times faster than torch.var_mean over (0, 2, 3): 2.7 against 9.3 ms contiguous, 1.0 against 9.6 ms
-    # channels_last, at [128, 16, 32, 32] on two CPU cores.
-    x, slots = _in_slots(x)
-    scrap_mean, scrap_var = x.new_zeros((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    mean, var = torch.batch_norm_update_stats(x, scrap_mean, scrap_var, 0.0)
-    if slots == 1:
-        return mean, var
-    mean_SC, var_SC = mean.view(slots, -1).double(), var.view(slots, -1).double()
-    mean_C = mean_SC.mean(0)
-    return mean_C.to(mean.dtype), (var_SC.mean(0) + (mean_SC - mean_C).square().mean(0)).to(mean.dtype)
-
-
-def _in_slots(x: Tensor) -> tuple[Tensor, int]:
-    """Return, on a CPU, [n, C, ...] stored channels last as [rows, S*C], and S: each slot has some of the N values per channel.
-
-    torch's kernels for channels last add up all N in fp32, one by one: at [64, 64, 48, 48] the relative error of a variance
-    is 5e-4 to 1e-3. Sums over the 128 to 255 rows of a slot, put together in fp64, have one of 6e-7, and cost a tenth more.
-    (Its kernels for contiguous images add in fp64, and those of GPUs in a tree.)
-    """
-    if x.is_cuda or (x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)):
-        return x, 1
-    rows_NC = x.movedim(1, -1).flatten(0, -2)
-    slots = 1
-    while len(rows_NC) % (2 * slots) == 0 and len(rows_NC) // (2 * slots) >= SLOT_ROWS:
-        slots *= 2
-    return rows_NC.view(-1, slots * x.shape[1]), slots
-
-
-def _normalise(x: Tensor, mean_C: Tensor, shifted_var_C: Tensor, weight_C: Tensor, bias_C: Tensor, out: Tensor) -> None:
-    """Write (x - mean) / sqrt(shifted_var) * weight + bias to `out`: what batch norm does in evaluation."""
-    unused = mean_C.new_empty(0), mean_C.new_empty(0)
-    torch.native_batch_norm(x, weight_C, bias_C, mean_C, shifted_var_C, False, 0.0, 0.0, out=(out, *unused))
-
-
-def _backward_sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sum(dy) and sum(dy * xhat) on this rank, each [C]: the gradients of bias and weight."""
-    (dy, slots), (x, _) = _in_slots(dy), _in_slots(x)
-    per_channel = (weight_C.repeat(slots), None, None, mean_C.repeat(slots), invstd_C.repeat(slots))
-    _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(dy, x, *per_channel, True, 0.0, [False, True, True])
-    if slots == 1:
-        return dbias, dweight
-    sum_dy_C, sum_dy_xhat_C = torch.stack((dbias, dweight)).view(2, slots, -1).double().sum(1).to(dbias.dtype)
-    return sum_dy_C, sum_dy_xhat_C
-
-
-PerView = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # dy, x, mean, invstd
-
-
-def _input_gradients(
-    per_view: PerView, invstd_VC: Tensor, weight_C: Tensor, means_V2C: Tensor, dx_V: Iterable[Tensor]
-) -> None:
-    """Write dx, given the means of dy and of dy * xhat. Its part in xhat is itself a normalisation of x: the same kernel."""
-    scale_VC = weight_C * invstd_VC
-    shift_slope_V2C = -scale_VC.unsqueeze(1) * means_V2C
-    constants = zip(invstd_VC.pow(-2), scale_VC, shift_slope_V2C, dx_V, strict=True)
-    for (dy, x, mean_C, _), (shifted_var_C, scale_C, (shift_C, slope_C), dx) in zip(per_view, constants, strict=True):
-        _normalise(x, mean_C, shifted_var_C, slope_C, shift_C, dx)
-        dx.addcmul_(dy, scale_C.view(1, -1, *(1,) * (x.dim() - 2)))
-
-
-def _input_gradients_cuda(
-    per_view: PerView, invstd_VC: Tensor, weight_C: Tensor, means_V2C: Tensor, dx_V: Iterable[Tensor]
-) -> None:
-    """Write dx by the kernel of torch's SyncBatchNorm, which rounds once (it matters in bf16) and cannot write in place."""
-    mean_dy_VC, mean_dy_xhat_VC = means_V2C.unbind(1)
-    one = torch.ones(1, dtype=torch.int32, device=means_V2C.device)  # the kernel divides sums by their count
-    means = zip(mean_dy_VC, mean_dy_xhat_VC / invstd_VC, dx_V, strict=True)
-    for (dy, x, mean_C, invstd_C), (mean_dy_C, mean_dy_xmu_C, dx) in zip(per_view, means, strict=True):
-        dx.copy_(torch.batch_norm_backward_elemt(dy, x, mean_C, invstd_C, weight_C, mean_dy_C, mean_dy_xmu_C, one))

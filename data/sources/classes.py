@@ -1,0 +1,72 @@
+"""Says what a class is: the only place where the classes of training and of evaluation images are compared.
+
+A class is a name (of a folder, or from the index that `shard_writer` keeps) or a number (in shards of other tools, which hold
+labels without names). Equal names are the same class, and so are equal numbers. A name can be compared with a number only if
+the name is one, such as the folders 0 to 11: as text they sort as 0, 1, 10, 11, 2, ..., so their positions say nothing. Other
+names and numbers cannot be matched: their order is a convention that each tool has its own of.
+
+Labels of an opened source are positions in `class_names`, always those of the training images.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Holds the classes of the images in a folder: their names by label, and which labels occur."""
+
+    folder: Path
+    names: list[str]
+    are_numbers: bool  # the names are only the labels, written out
+    present: np.ndarray  # int64, sorted
+
+    def keys(self, by_number: bool) -> dict[str | int, int]:
+        """Return {class: label} of the classes that occur, as numbers where `by_number`. Raises ValueError if one is none."""
+        names = {self.names[label]: label for label in self.present.tolist()}
+        if not by_number:
+            return {**names}
+        if not all(name.isascii() and name.isdecimal() for name in names):
+            raise ValueError("not numbers")
+        return {int(name): label for name, label in names.items()}
+
+    def __str__(self) -> str:
+        return f"{self.folder} has {'the numbers' if self.are_numbers else 'the names'} {_shown(self.keys(False))}"
+
+
+def training_labels(training: Classes, evaluation: Classes) -> np.ndarray:
+    """Return for each label of `evaluation` the label of the same class in `training`, int64; -1 where no image has it.
+
+    Raises ValueError, with the classes of both, unless each class of `evaluation` is one of `training`.
+    """
+    by_number = training.are_numbers or evaluation.are_numbers
+    try:
+        wanted, found = training.keys(by_number), evaluation.keys(by_number)
+    except ValueError:
+        raise ValueError(
+            f"{training}, and {evaluation}; names and numbers cannot be matched; name the class folders by the numbers, or "
+            f"write the shards from class folders with launch/convert.py shards, which keeps the names"
+        ) from None
+    if len(wanted) < len(training.present) or len(found) < len(evaluation.present):
+        raise ValueError(f"{training}, and {evaluation}; two names are the same number; rename one of them")
+    if not found.keys() <= wanted.keys():
+        only = {training.folder: wanted.keys() - found.keys(), evaluation.folder: found.keys() - wanted.keys()}
+        shown = "; ".join(f"only in {folder}: {_shown(classes)}" for folder, classes in only.items() if classes)
+        raise ValueError(
+            f"{training.folder} and {evaluation.folder} have different classes ({shown}), of {len(wanted)} and {len(found)}; "
+            f"each class to evaluate on must be a class of the training images; remove or rename the others"
+        )
+    labels = np.full(len(evaluation.names), -1, dtype=np.int64)
+    for name, label in found.items():
+        labels[label] = wanted[name]
+    return labels
+
+
+def _shown(classes: Iterable[str | int]) -> str:
+    ordered = sorted(classes, key=lambda name: (int(name) if str(name).isdecimal() else -1, str(name)))
+    return ", ".join(map(str, ordered[:_SHOWN])) + (", ..." if len(ordered) > _SHOWN else "")
