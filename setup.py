@@ -29,6 +29,7 @@ setup(
         "scipy>=1.11",  # .mat files of Flowers-102
         "pillow>=10.0",  # decoding where DALI is absent, and of whatever is no ordinary JPEG
         "opencv-python-headless>=4.9",  # colours and blur on a CPU, at several times PIL's speed
+        "numba>=0.61",  # compiles colours and blur to one pass that equals PIL to the bit; needs no compiler
         "safetensors>=0.4",  # exported weights without pickle
         "matplotlib>=3.8",  # pictures of evaluations and benchmarks
         "tensorboard>=2.16",  # event files

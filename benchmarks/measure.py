@@ -5,6 +5,9 @@ sample, in ms of wall clock from synchronised device to synchronised device: the
 the mean of a block of them: on a GPU, under 2 ms, 20 calls between two CUDA events; on a CPU, under 0.2 ms, the median of the
 blocks that `torch.utils.benchmark.Timer.blocked_autorange` makes long enough for the clock.
 
+Beside the wall clock stands the CPU time, user and system, of this process and all that descend from it. On cores that others
+use too, it is the figure to trust: there, the wall clock measures the others.
+
 Two calls warm up and do not count; the second of them is weighed: the most memory in use during it. A case that may fail
 (`optional`: what torch cannot compile here, or what does not fit into memory) is left out, and the rows of the others say why.
 """
@@ -13,9 +16,10 @@ import functools
 import json
 import os
 import platform
+import resource
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -31,7 +35,7 @@ from benchmarks.rows import VERSION, Row, StoredRow
 from benchmarks.stages import Effort
 from crossbatch.engine.config import usable_cores
 
-PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy", "pillow", "opencv-python-headless", "numba")
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")  # as nvidia-smi calls them
 SHORT_MS, BLOCKS_S = 0.2, 0.02  # calls below SHORT_MS are timed in blocks, for so many seconds a turn
 GPU_SHORT_MS, GPU_BLOCK = 2.0, 20  # on a GPU, and how many calls a block has there
@@ -40,6 +44,21 @@ _FORGET_PEAK = Path("/proc/self/clear_refs")  # Linux only, and not in every san
 
 Cases = Mapping[str, Callable[[], object]]  # by name, the baseline first; calls without arguments
 T = TypeVar("T")
+
+
+class Sample(float):
+    """Holds milliseconds of wall clock, with the CPU time of all processes meanwhile as `cpu_ms`; arithmetic drops that."""
+
+    cpu_ms: float
+
+    def __new__(cls, ms: float, cpu_ms: float) -> "Sample":
+        """Return `ms` with `cpu_ms` beside it."""
+        sample = super().__new__(cls, ms)
+        sample.cpu_ms = cpu_ms
+        return sample
+
+    def __reduce__(self) -> tuple:
+        return Sample, (float(self), self.cpu_ms)
 
 
 def as_in_training() -> None:
@@ -104,6 +123,41 @@ def take_turns(
     return samples
 
 
+def _with_cpu(sample: Callable[..., float]) -> Callable[..., Sample]:
+    """Add the CPU time to the milliseconds that `sample` returns: as much of them as of all the time that it takes."""
+
+    @functools.wraps(sample)
+    def sample_with_cpu(call: Callable[[], object], *more: Any) -> Sample:
+        family = descendants()
+        busy_s, start = cpu_s(family), time.perf_counter()
+        ms = sample(call, *more)
+        wall_s, busy_s = time.perf_counter() - start, cpu_s(family) - busy_s
+        return Sample(ms, ms * busy_s / wall_s)
+
+    return sample_with_cpu
+
+
+def descendants() -> list[int]:
+    """Return the processes that descend from this one; without any child, this takes microseconds."""
+    with suppress(ChildProcessError):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        import psutil  # comes with DeepSpeed
+
+        return [process.pid for process in psutil.Process().children(recursive=True)]
+    return []
+
+
+def cpu_s(family: Sequence[int]) -> float:
+    """Return the CPU time in seconds, user and system, of this process, of its ended children, and (on Linux) of `family`."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = time.process_time() + ended.ru_utime + ended.ru_stime
+    for pid in family:
+        with suppress(OSError):  # it has ended
+            seconds += time.clock_gettime(~pid << 3 | 2)  # its CPU clock, numbered as by clock_getcpuclockid(3)
+    return seconds
+
+
+@_with_cpu
 def call_ms(call: Callable[[], object], clock: Callable[[], float] = timer) -> float:
     """Return the milliseconds of one call, with torch's clock from a device that is done to a device that is done."""
     start = clock()
@@ -111,17 +165,19 @@ def call_ms(call: Callable[[], object], clock: Callable[[], float] = timer) -> f
     return 1000 * (clock() - start)
 
 
-def host_ms(call: Callable[[], object]) -> float:
+def host_ms(call: Callable[[], object]) -> Sample:
     """Return the milliseconds that the calling process waits for one call, whatever the device still does."""
     return call_ms(call, time.perf_counter)
 
 
+@_with_cpu
 def block_ms(call: Callable[[], object]) -> float:
     """Return the milliseconds of a call as the median of blocks of calls that run one after the other."""
     clock = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return 1000 * clock.blocked_autorange(min_run_time=BLOCKS_S).median
 
 
+@_with_cpu
 def events_ms(call: Callable[[], object]) -> float:
     """Return the milliseconds of a call as the mean of GPU_BLOCK calls between two events of the GPU's current stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -140,6 +196,7 @@ def summarise(samples: Mapping[str, list[float]], settings: dict[str, Any], unit
     rows = [Row.of_samples(case, values, unit, settings=settings, clocks=now) for case, values in samples.items()]
     for row in rows:
         row.baseline, row.ratio = baseline, rows[0].p50 / row.p50 if row.p50 else None
+        row.cpu_ratio = rows[0].cpu_ms / row.cpu_ms if rows[0].cpu_ms and row.cpu_ms else None
     return rows
 
 

@@ -23,8 +23,9 @@ HERE = Path(__file__).parent
 OUTCOMES = "outcomes*.json"  # beside the rows, where `python -m benchmarks.gpu` wrote them: how each part ended
 LEGEND = (
     "The baseline is what one would use otherwise, measured in the same run, in turns. A ratio above 1 means that the case is "
-    "so many times as fast as the baseline, or as small. Figures are percentiles 20, 50 and 80 of n samples. Peak: memory in "
-    "use at most during a call, of the GPU's allocator, or resident in the process. Bandwidth: the time that the bytes moved "
+    "so many times as fast as the baseline, or as small. Figures are percentiles 20, 50 and 80 of n samples. CPU ms: user and "
+    "system time of all processes of a call, its median; where others use the cores, trust this ratio. Peak: memory in use at "
+    "most during a call, of the GPU's allocator, or resident in the process. Bandwidth: the time that the bytes moved "
     "would take at the speed of a large copy, as a share of the time taken. Convolutions: likewise the time of the backbone's "
     "convolutions and linear layers, one by one (benchmarks/limits.py)."
 )

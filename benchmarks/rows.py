@@ -25,7 +25,23 @@ StoredRow = dict[str, Any]
 _NEEDED = ("stage", "case", "machine", "p20", "p50", "p80", "n", "unit")
 _DEFAULTS = {"baseline": None, "ratio": None, "settings": {}}
 _DEFAULTS |= {"time": None, "effort": "full", "clocks": None, "peak_mib": None, "commit": None}
-COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "peak MiB", "images/s", "TFLOP/s", "MFU", "bandwidth")
+_DEFAULTS |= {"cpu_ms": None, "cpu_ratio": None}
+COLUMNS = (
+    "case",
+    "p20",
+    "p50",
+    "p80",
+    "unit",
+    "n",
+    "ratio",
+    "CPU ms",
+    "CPU ratio",
+    "peak MiB",
+    "images/s",
+    "TFLOP/s",
+    "MFU",
+    "bandwidth",
+)
 COLUMNS += ("convolutions", "effort", "commit")
 _STAGES_OF_IMAGES = ("decode", "augment", "data", "transfer", "backbone", "step", "trainer")
 
@@ -45,12 +61,17 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     peak_mib: float | None = None  # in use at most during a call: of the GPU's allocator, or resident in this process
     clocks: dict[str, Any] | None = None  # right after the measurement
+    cpu_ms: float | None = None  # median of the CPU time, user and system, of all processes of the case
+    cpu_ratio: float | None = None  # likewise the baseline's cpu_ms / this one
 
     @staticmethod
-    def of_samples(case: str, samples: list[float], unit: str = "ms", **more: Any) -> "Row":
-        """Return a row with the percentiles 20, 50 and 80 of `samples`."""
+    def of_samples(case: str, samples: Sequence[float], unit: str = "ms", **more: Any) -> "Row":
+        """Return a row with the percentiles 20, 50 and 80 of `samples`, and of their CPU time if all of them have it."""
         p20, p50, p80 = (float(p) for p in np.percentile(samples, (20, 50, 80)))
-        return Row(case, p20, p50, p80, len(samples), unit, **more)
+        cpu_ms = [getattr(sample, "cpu_ms", np.nan) for sample in samples]
+        row = Row(case, p20, p50, p80, len(samples), unit, **more)
+        row.cpu_ms = None if np.isnan(cpu_ms).any() else float(np.median(cpu_ms))
+        return row
 
     @staticmethod
     def of_one(case: str, value: float, unit: str, settings: dict[str, Any], **more: Any) -> "Row":
@@ -146,14 +167,23 @@ def cells(row: StoredRow) -> dict[str, str]:
     """Return the text of a row by column. A part of a step has its share in place of a ratio."""
     settings = row["settings"]
     share, flops, mfu = (settings.get(name) for name in ("share", "tflop_per_s", "mfu"))
-    ratio = "" if row["ratio"] is None else "baseline" if row["case"] == row["baseline"] else f"{row['ratio']:.2f} x"
+    ratio, cpu_ratio = (
+        "" if row.get(name) is None else "baseline" if row["case"] == row["baseline"] else f"{row[name]:.2f} x"
+        for name in ("ratio", "cpu_ratio")
+    )
     figures = {name: row[name] for name in ("p20", "p50", "p80")}
-    figures |= {"peak MiB": row["peak_mib"], "images/s": images_per_s(row), "TFLOP/s": flops}
+    figures |= {
+        "CPU ms": row.get("cpu_ms"),
+        "peak MiB": row["peak_mib"],
+        "images/s": images_per_s(row),
+        "TFLOP/s": flops,
+    }
     return {
         "case": row["case"],
         "unit": row["unit"],
         "n": str(row["n"]),
         "ratio": ratio if share is None else _percent(share),
+        "CPU ratio": cpu_ratio,
         **{name: "" if value is None else short(value) for name, value in figures.items()},
         "MFU": f"{100 * mfu:.1f} %" if isinstance(mfu, float) else mfu or "",
         **{name: _percent(settings.get(f"of_{name}")) for name in ("bandwidth", "convolutions")},

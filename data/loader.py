@@ -75,6 +75,8 @@ class TrainLoader:
             the reference), or "auto": DALI where it is installed and `device` is a GPU, else OpenCV.
         device: where the training runs and the views arrive: DALI makes them there, other backends copy them from pinned
             memory while the step before is computed. If it is None they stay in host memory, pinned where there is a GPU.
+        scaled_decode: decode JPEGs with sides of 900 px and more at a half, a quarter or an eighth of their resolution where
+            all crops stay at least twice as large as the views; the pixels differ a little.
         wait_s: seconds to wait at most for the next images; 300 by default.
 
     Raises:
@@ -99,6 +101,7 @@ class TrainLoader:
         max_skipped_fraction: float = 0.001,
         backend: str = "auto",
         device: torch.device | str | None = None,
+        scaled_decode: bool = True,
         wait_s: float = WAIT_S,
     ):
         if not isinstance(source, Source):
@@ -141,6 +144,7 @@ class TrainLoader:
             raise ValueError(
                 f"`backend` (={backend!r}) has neither bicubic interpolation nor automatic augmentation; use opencv"
             )
+        self._scaled_decode = scaled_decode
         self._max_skipped_fraction, self._wait_s = max_skipped_fraction, wait_s
         self._worker_batches: Any = None
         self._batches: Generator[tuple[Batch, list[BrokenFile]], None, None] | None = None
@@ -221,10 +225,10 @@ class TrainLoader:
 
             keys = self._keys(epoch, step, 0, MAX_IMAGES)
             arguments = self._source, self._augmentations, self._seed, keys, self._workers, self._device
-            self._worker_batches = DaliPipeline(*arguments)
+            self._worker_batches = DaliPipeline(*arguments, self._scaled_decode)
         else:
             keys = self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES)
-            dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend)
+            dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend, self._scaled_decode)
             self._worker_batches = WorkerPool(dataset, keys, self._workers, self._ahead, self._wait_s)
         batches = self._collate(self._worker_batches)
         in_thread = self._workers or self._backend == "dali"

@@ -4,6 +4,7 @@ A worker batch is at most 64 images of one rank's batch. They are so small that 
 the step waits for. If each made a whole batch, the first one of 4096 images would take minutes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from crossbatch.data.augment.backends import augment_function, make_views
 from crossbatch.data.augment.parameters import ViewAugmentation
 from crossbatch.data.augment.pil import evaluation_image
+from crossbatch.data.decode import BrokenImage, Encoded, decode_pixels, jpeg_size
 from crossbatch.data.sources import Source
 
 Opened = TypeVar("Opened")  # an image in the form that a backend takes
@@ -46,26 +48,57 @@ class WorkerBatch:
 class TrainDataset:
     """Makes the views of images, as a map-style dataset: its "index" is (epoch, image indices)."""
 
-    def __init__(self, source: Source, augmentations: Sequence[ViewAugmentation], seed: int, backend: str):
-        self.source, self.augmentations, self.seed = source, augmentations, seed
+    def __init__(
+        self,
+        source: Source,
+        augmentations: Sequence[ViewAugmentation],
+        seed: int,
+        backend: str,
+        scaled_decode: bool = True,
+    ):
+        self.source, self.augmentations, self.seed, self.scaled_decode = source, augmentations, seed, scaled_decode
         self.augment = augment_function(backend)
+        self.decode = functools.partial(decode_pixels, by_pil=backend == "torchvision")
 
     def describe(self, key: tuple[int, np.ndarray]) -> str:
         """Return the name of the first image of a key."""
         return self.source.name(int(key[1][0]))
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
-        epoch, indices = key
+        """Return the worker batch; if a JPEG breaks while its views are made, decode all of them once more beforehand."""
+        try:
+            return self._batch(*key, open_encoded)
+        except BrokenImage:
+            return self._batch(*key, functools.partial(open_encoded, check=True))
+
+    def _batch(self, epoch: int, indices: np.ndarray, opener: Callable) -> WorkerBatch:
         read, images, broken = [], [], []
         for index in indices:
-            found, failures = open_or_replace(self.source, int(index), self.source.open)
+            found, failures = open_or_replace(self.source, int(index), functools.partial(opener, self.source))
             broken += failures
             if found is None:
                 return WorkerBatch(None, indices[:0], broken)
             read.append(found[0])
             images.append(found[1])
-        views = make_views(self.augment, images, self.augmentations, self.seed, epoch, indices)
+        options = {"decode": self.decode, "scaled_decode": self.scaled_decode}
+        views = make_views(self.augment, images, self.augmentations, self.seed, epoch, indices, **options)
         return WorkerBatch(views, np.array(read, dtype=np.int64), broken)
+
+
+def open_encoded(source: Source, index: int, check: bool = False) -> Encoded | np.ndarray:
+    """Return image `index` as a file if that is an ordinary JPEG, else decoded, in RGB. Raises OSError.
+
+    With `check`, a JPEG that cannot be decoded raises here, not later. A source without `has_files` opens its images itself.
+    """
+    if not getattr(source, "has_files", False):
+        return np.array(source.open(index))
+    data = source.read(index)
+    size = jpeg_size(data)
+    if size is None:
+        return decode_pixels(data, by_pil=True)
+    if check:
+        decode_pixels(data, by_pil=True)
+    return Encoded(data, *size)
 
 
 class EvaluationDataset:

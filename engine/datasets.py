@@ -104,6 +104,7 @@ def train_data(
         workers=cfg.workers,
         max_skipped_fraction=data.max_skipped_fraction,
         backend=data.backend,
+        scaled_decode=data.scaled_decode,
         device=device,
         wait_s=longest_wait_s(cfg),
     )

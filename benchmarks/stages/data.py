@@ -1,41 +1,59 @@
 """Measures the loader, files -> batches of two 224 px views, beside torchvision's ImageFolder and DataLoader.
 
-Both have as many worker processes as there are cores (plain_data.py is the baseline). It says how many images per second can be
-trained on, and whether memory stays flat. Times are ms for a batch while nothing trains, an average over up to 20 of them.
-Memory is the resident size of this process and its workers, at three points of one long run, where there is psutil.
+Both have as many worker processes as there are cores (plain_data.py is the baseline). All loaders live at once and take turns
+in short slices, from full queues to full queues: so a slice is charged with what it takes, whatever the others prefetch, and
+start-up is left out. Times are ms for a batch while nothing trains; the CPU time is that of this process and all workers.
+
+Then follow the parts of our work on an image in one process, photographs of 12 megapixels, and whether memory stays flat: the
+resident size of this process and its workers, at three points of one long run.
 """
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
-from functools import partial
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 
-from benchmarks.measure import host_ms, summarise
+from benchmarks.measure import Sample, compare, cpu_s, descendants, summarise
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
-from benchmarks.stages.plain_data import image_folder, plain_loader
-from crossbatch.data import BACKENDS, TrainLoader, open_source
+from benchmarks.stages.plain_data import TwoViews, image_folder, plain_loader
+from crossbatch.data import BACKENDS, TrainLoader, moco_v3_augmentations, open_source
+from crossbatch.data.augment import opencv
 from crossbatch.data.augment.backends import has_dali
+from crossbatch.data.augment.parameters import draw_parameters
+from crossbatch.data.augment.pil import crop
+from crossbatch.data.decode import decode, decode_pixels
+from crossbatch.data.worker_batches import TrainDataset
 from crossbatch.engine.config import Device, usable_cores
 
 SIZE = 224
+PHOTO = (4000, 3000)  # pixels of a photograph of 12 megapixels
+_QUIET = 4, 0.03  # a family of processes is idle if it is seen so so often, so many seconds apart
 
 
 def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
-    """Yield the time of each backend, on the images in `images` or on generated ones, then its memory."""
+    """Yield the time of each backend, on the images in `images` or on generated ones, and of its parts, then its memory."""
     backends = [name for name in BACKENDS if name != "dali" or has_dali()]
     with image_folder(images, effort.pick(32, 256, 256)) as root:
         yield from _speed(root, backends, effort, "given" if images else "generated")
+        yield from _parts(root, effort, "given" if images else "generated")
+    with image_folder(None, effort.pick(2, 4, 8), PHOTO) as root:
+        yield from _photographs(root, effort)
     if importlib.util.find_spec("psutil") is not None:  # comes with DeepSpeed
         yield from _memory(effort.pick(backends[:1], backends, backends), effort)
 
 
 def _speed(root: Path, backends: list[str], effort: Effort, folder: str) -> list[Row]:
     workers, batch, device = usable_cores(), effort.pick(16, 64, 64), torch.device(Device.detect().type)
-    count = effort.pick(4, 10, 20)
+    count = effort.pick(2, 4, 6)  # of a slice
 
     def ours(backend: str) -> Iterator:
         source = open_source(root, "train")
@@ -43,23 +61,112 @@ def _speed(root: Path, backends: list[str], effort: Effort, folder: str) -> list
             TrainLoader(source, batch_size=batch, image_size=SIZE, workers=workers, backend=backend, device=device)
         )
 
-    starts: dict[str, Callable[[], Iterator]] = {
-        "torchvision's ImageFolder and DataLoader": lambda: iter(plain_loader(root, SIZE, batch, workers)),
-        **{f"ours, {backend}": partial(ours, backend) for backend in backends},
+    loaders: dict[str, Iterator] = {
+        "torchvision's ImageFolder and DataLoader": iter(plain_loader(root, SIZE, batch, workers)),
+        **{f"ours, {backend}": ours(backend) for backend in backends},
     }
-    times: dict[str, list[float]] = {name: [] for name in starts}
-    for _ in range(effort.pick(1, 1, 3)):  # one loader at a time: two would take the cores from each other
-        for name, start in starts.items():
-            batches = start()
-            _take(batches, count // 2)  # so many that none of those below was made before the clock started
-            times[name].append(host_ms(partial(_take, batches, count)) / count)
-            del batches  # ends its workers
+    for batches in loaders.values():
+        _take(batches, 2)
+    times: dict[str, list[Sample]] = {name: [] for name in loaders}
+    for _ in range(effort.pick(1, 2, 5)):
+        for name, batches in loaders.items():
+            times[name].append(_slice(batches, count))
+    loaders.clear()  # ends the workers
     return summarise(times, {"workers": workers, "batch": batch, "size": SIZE, "folder": folder})
+
+
+def _slice(batches: Iterator, count: int) -> Sample:
+    """Return the ms of a batch, from full queues to full queues of all loaders."""
+    family = descendants()
+    _wait_until_idle(family)
+    busy_s, start = cpu_s(family), time.perf_counter()
+    _take(batches, count)
+    end, waiting_s = _wait_until_idle(family)
+    return Sample(1000 * (end - start) / count, 1000 * (cpu_s(family) - busy_s - waiting_s) / count)
+
+
+def _wait_until_idle(family: Sequence[int]) -> tuple[float, float]:
+    """Wait until no thread of `family` and no other thread of this process runs or could run.
+
+    Returns when that began, and the CPU time of looking, in seconds.
+    """
+    seen, since, before = 0, time.perf_counter(), time.thread_time()
+    while seen < _QUIET[0]:
+        if any(_can_run(pid) for pid in (os.getpid(), *family)):
+            seen, since = 0, time.perf_counter()
+        else:
+            seen += 1
+        time.sleep(_QUIET[1])
+    return since, time.thread_time() - before
+
+
+def _can_run(pid: int) -> bool:
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):  # it has just ended
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            if state in "RD" and int(task.name) != threading.get_native_id():
+                return True
+    return False
 
 
 def _take(batches: Iterator, count: int) -> None:
     for _ in range(count):
         next(batches)
+
+
+def _parts(root: Path, effort: Effort, folder: str) -> list[Row]:
+    """Measure what the backend "opencv" does, on one core; its hand-over is what its loader takes more than all of it."""
+    source, augmentations = open_source(root, "train"), moco_v3_augmentations(SIZE)
+    indices = np.random.default_rng(0).permutation(len(source))[: effort.pick(8, 64, 64)]
+    dataset = TrainDataset(source, augmentations, 0, "opencv")
+    files = [source.read(int(index)) for index in indices]
+    images = [decode_pixels(file) for file in files]
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    views = [draw_parameters(a, 0, 0, indices, view, heights, widths) for view, a in enumerate(augmentations)]
+
+    def each(work: Callable[[int, int], object]) -> Callable[[], object]:
+        return lambda: [work(view, row) is None for view in range(len(views)) for row in range(len(indices))]
+
+    def resized(view: int, row: int) -> np.ndarray:
+        return opencv.resize(crop(images[row], views[view], row), SIZE)
+
+    crops = [[resized(view, row) for row in range(len(indices))] for view in range(len(views))]
+    cases: dict[str, Callable[[], object]] = {
+        "parts of opencv: all of them": lambda: dataset[0, indices],
+        "parts of opencv: read": lambda: [source.read(int(index)) for index in indices],
+        "parts of opencv: decode": lambda: [decode_pixels(file) is None for file in files],
+        "parts of opencv: decode, by PIL": lambda: [decode(file) is None for file in files],
+        "parts of opencv: crop and resize": each(resized),
+        "parts of opencv: colours": each(lambda view, row: opencv.colour(crops[view][row], views[view], row)),
+        "parts of opencv: colours, by OpenCV": each(
+            lambda view, row: opencv.opencv_colour(crops[view][row], views[view], row)
+        ),
+    }
+    return _on_one_core(cases, {"images": len(indices), "size": SIZE, "folder": folder}, effort)
+
+
+def _photographs(root: Path, effort: Effort) -> list[Row]:
+    """Measure photographs of 12 megapixels on one core, decoded whole and at a reduced resolution."""
+    source, plain, augmentations = open_source(root, "train"), TwoViews(SIZE), moco_v3_augmentations(SIZE)
+    indices = np.arange(len(source))
+    whole, scaled = (TrainDataset(source, augmentations, 0, "opencv", scaled) for scaled in (False, True))
+    cases: dict[str, Callable[[], object]] = {
+        "12 megapixels: torchvision's transforms": lambda: [plain(source.open(int(index))) for index in indices],
+        "12 megapixels: ours, scaled_decode false": lambda: whole[0, indices],
+        "12 megapixels: ours": lambda: scaled[0, indices],
+    }
+    return _on_one_core(cases, {"images": len(indices), "size": SIZE, "folder": "generated"}, effort)
+
+
+def _on_one_core(cases: dict[str, Callable[[], object]], settings: dict, effort: Effort) -> list[Row]:
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    try:
+        return compare(cases, settings, effort)
+    finally:
+        torch.set_num_threads(threads[0])
+        cv2.setNumThreads(threads[1])
 
 
 def _memory(backends: list[str], effort: Effort) -> Iterator[Row]:

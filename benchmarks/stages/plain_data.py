@@ -63,10 +63,10 @@ def plain_loader(root: Path, size: int, batch: int, workers: int) -> DataLoader:
 
 
 @contextmanager
-def image_folder(given: Path | None, count: int) -> Iterator[Path]:
+def image_folder(given: Path | None, count: int, size: tuple[int, int] = SIZES) -> Iterator[Path]:
     """Give the folder that was named or, for as long as it is needed, one with `count` generated pictures in train/.
 
-    These have the mean size of ImageNet's, and their mean file size (about 110 kB).
+    These have the mean size of ImageNet's, unless `size` (width, height) is given, and their mean file size (about 110 kB).
     """
     if given is not None:
         yield given
@@ -77,7 +77,7 @@ def image_folder(given: Path | None, count: int) -> Iterator[Path]:
         folder.mkdir(parents=True)
         for number in range(count):
             coarse = Image.fromarray(random.integers(0, 256, (12, 14, 3), dtype=np.uint8))
-            pixels = np.asarray(coarse.resize(SIZES, Image.Resampling.BICUBIC), dtype=np.float32)
+            pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
             noisy = (pixels + random.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8)
             Image.fromarray(noisy).save(folder / f"{number:04}.jpg", quality=90)
         yield Path(root)

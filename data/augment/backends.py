@@ -1,24 +1,26 @@
 """Chooses the backend that decodes and augments. All backends apply the same parameters and replace the same broken images."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from torch.utils.data import get_worker_info
 
 from crossbatch.data import counter
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters
+from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters, reduced, reductions
+from crossbatch.data.decode import Encoded, decode_pixels
 
 BACKENDS = {
     "dali": "DALI decodes, crops and resizes, on the GPU if there is one",
-    "opencv": "worker processes with PIL's decoder, torch's resize and OpenCV's kernels",
+    "opencv": "worker processes with OpenCV's decoder, torch's resize, and colours in one compiled pass",
     "torchvision": "worker processes with PIL, to the bit as torchvision",
 }
 
 # (image in RGB, parameters, row, image_size, solarize_threshold, interpolation) -> uint8 [image_size, image_size, 3]
-Augment: TypeAlias = Callable[[Image.Image, ViewParameters, int, int, int, str], np.ndarray]
+Augment: TypeAlias = Callable[[np.ndarray, ViewParameters, int, int, int, str], np.ndarray]
 
 
 def choose_backend(asked: str, device_type: str) -> tuple[str, str]:
@@ -59,28 +61,50 @@ def augment_function(backend: str) -> Augment:
 
 def make_views(
     augment: Augment,
-    images: Sequence[Image.Image],
+    images: Sequence[np.ndarray | Encoded],
     augmentations: Sequence[ViewAugmentation],
     seed: int,
     epoch: int,
     indices: np.ndarray,
+    decode: Callable[[bytes, int], np.ndarray] = decode_pixels,
+    scaled_decode: bool = True,
 ) -> torch.Tensor:
-    """Make the views of n decoded images (RGB): uint8 [v, n, 3, H, W] (stored channels last), view v by `augmentations[v]`.
+    """Make the views of n images: uint8 [v, n, 3, H, W] (stored channels last), view v by `augmentations[v]`.
 
+    Images are RGB, uint8 [h, w, 3], or JPEGs, each of which `decode` decodes right before its views are made: so its pixels are
+    in the cache, and one image at a time is in memory. With `scaled_decode`, a large one is decoded at a reduced resolution.
     `indices` [n] are the keys of the random numbers. Where a broken image was replaced, that is the index of the broken one.
+    In a worker process of a DataLoader, the views are in shared memory.
     """
-    widths, heights = np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2).T
+    sizes = [image[1:] if isinstance(image, Encoded) else image.shape[:2] for image in images]
+    heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
     size = augmentations[0].image_size
-    views = np.empty((len(augmentations), len(images), size, size, 3), dtype=np.uint8)
+    parameters = [
+        draw_parameters(a, seed, epoch, indices, view, heights, widths) for view, a in enumerate(augmentations)
+    ]
+    reduction = np.ones(len(images), dtype=np.int64)
+    if scaled_decode:
+        encoded = np.array([isinstance(image, Encoded) for image in images], dtype=bool)
+        reduction = np.where(encoded, reductions(parameters, heights, widths, size), 1)
+        parameters = [reduced(p, reduction) for p in parameters]
+    views = _empty((len(augmentations), len(images), size, size, 3))
+    filled = views.numpy()
+    for row, image in enumerate(images):
+        pixels = decode(image.data, int(reduction[row])) if isinstance(image, Encoded) else image
+        for view, (p, a) in enumerate(zip(parameters, augmentations, strict=True)):
+            filled[view, row] = augment(pixels, p, row, size, a.solarize_threshold, a.interpolation)
     for view, augmentation in enumerate(augmentations):
-        parameters = draw_parameters(augmentation, seed, epoch, indices, view, heights, widths)
-        for row, image in enumerate(images):
-            views[view, row] = augment(
-                image, parameters, row, size, augmentation.solarize_threshold, augmentation.interpolation
-            )
         if augmentation.auto_augment is not None:
             from crossbatch.data.augment.pil import automatically_augmented
 
             for row, bits in enumerate(counter.bits(counter.AUTO_AUGMENT, seed, epoch, view, indices).tolist()):
-                views[view, row] = automatically_augmented(views[view, row], augmentation, bits)
-    return torch.from_numpy(views).permute(0, 1, 4, 2, 3)
+                filled[view, row] = automatically_augmented(filled[view, row], augmentation, bits)
+    return views.permute(0, 1, 4, 2, 3)
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """Return uint8 values, in a worker process in the shared memory in which they leave it: that saves a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)

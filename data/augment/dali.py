@@ -19,15 +19,16 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from nvidia import dali as _dali
+from PIL import Image
 
 from crossbatch.data.augment.opencv import colour
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters
-from crossbatch.data.decode import decode, encode_bmp, jpeg_size
+from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters, reduced, reductions
+from crossbatch.data.decode import BrokenImage, Encoded, decode, decode_pixels, encode_bmp, jpeg_size
 from crossbatch.data.sources import Source
 from crossbatch.data.worker_batches import BrokenFile, WorkerBatch, open_or_replace
 
@@ -37,14 +38,6 @@ MAX_IMAGES = 128  # that DALI works on at once
 _READ_AHEAD = 4  # worker batches that are read ahead
 _DECODED_AHEAD = 2  # worker batches in DALI
 _HARDWARE_SHARE = 0.7  # of the JPEGs, on GPUs with a decoder for them; CPU and SMs do the others meanwhile
-
-
-class Encoded(NamedTuple):
-    """Holds an image file that DALI reads as PIL does, with its size in pixels."""
-
-    data: bytes
-    height: int
-    width: int
 
 
 @dataclass
@@ -73,7 +66,9 @@ class DaliPipeline:
         keys: Iterator[tuple[int, np.ndarray]],
         threads: int,
         device: torch.device,
+        scaled_decode: bool = True,
     ):
+        self._scaled_decode = scaled_decode
         self.source, self.augmentations, self.seed, self.device = source, augmentations, seed, device
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads)
@@ -114,9 +109,16 @@ class DaliPipeline:
         return self._job(epoch, indices, [future.result() for future in futures])
 
     def _job(
-        self, epoch: int, asked: np.ndarray, opened: list[tuple[tuple[int, Encoded] | None, list[BrokenFile]]]
+        self,
+        epoch: int,
+        asked: np.ndarray,
+        opened: list[tuple[tuple[int, Encoded] | None, list[BrokenFile]]],
+        by_pil: bool = False,
     ) -> _Job:
-        """Draw the parameters of the images that `open_or_replace` found for the indices `asked`."""
+        """Draw the parameters of the images that `open_or_replace` found for the indices `asked`.
+
+        Large JPEGs, or with `by_pil` all, are decoded here, DALI gets their pixels: it has no decoder at a reduced resolution.
+        """
         broken = [one for _, some in opened for one in some]
         found = [image for image, _ in opened if image is not None]
         if len(found) < len(asked):
@@ -127,17 +129,40 @@ class DaliPipeline:
             draw_parameters(augmentation, self.seed, epoch, asked, view, heights, widths)
             for view, augmentation in enumerate(self.augmentations)
         ]
+        reduction = np.ones(len(images), dtype=np.int64)
+        if self._scaled_decode:
+            jpegs = np.array([jpeg_size(image.data) is not None for image in images])
+            size = self.augmentations[0].image_size
+            reduction = np.where(jpegs, reductions(parameters, heights, widths, size), 1)
+            parameters = [reduced(p, reduction) for p in parameters]
+        rows = np.arange(len(images)) if by_pil else np.flatnonzero(reduction > 1)
+        futures = {row: self._pool.submit(_as_bmp, images[row], int(reduction[row]), by_pil) for row in rows.tolist()}
+        try:
+            for row, future in futures.items():
+                images[row] = images[row]._replace(data=future.result())
+        except BrokenImage:  # so late; the second time, it is found while files are opened
+            assert not by_pil
+            return self._job_by_pil(epoch, asked)
         return _Job(epoch, asked, read, images, broken, parameters)
+
+    def _job_by_pil(self, epoch: int, asked: np.ndarray) -> _Job:
+        opener = functools.partial(encoded, self.source, by_pil=True)
+        return self._job(
+            epoch, asked, [open_or_replace(self.source, int(index), opener) for index in asked], by_pil=True
+        )
 
     def _schedule(self, job: _Job) -> None:
         if not job.images:
             return
         self._pipeline.feed_input("encoded", [np.frombuffer(image.data, dtype=np.uint8) for image in job.images])
-        for view, p in enumerate(job.parameters):
-            start = np.stack((p.crop_top, p.crop_left), axis=1)
-            end = start + np.stack((p.crop_height, p.crop_width), axis=1)
-            self._pipeline.feed_input(f"start{view}", start.astype(np.float32))
-            self._pipeline.feed_input(f"end{view}", end.astype(np.float32))
+        starts = np.array([(p.crop_top, p.crop_left) for p in job.parameters])  # [v, 2, m]
+        ends = starts + np.array([(p.crop_height, p.crop_width) for p in job.parameters])
+        first, last = starts.min(axis=0), ends.max(axis=0)  # of what any view needs; the rest is not decoded
+        self._pipeline.feed_input("first", first.T.astype(np.int32, order="C"))
+        self._pipeline.feed_input("last", last.T.astype(np.int32, order="C"))
+        for view, (start, end) in enumerate(zip(starts - first, ends - first, strict=True)):
+            self._pipeline.feed_input(f"start{view}", start.T.astype(np.float32, order="C"))
+            self._pipeline.feed_input(f"end{view}", end.T.astype(np.float32, order="C"))
         self._pipeline.schedule_run()
 
     def _crops(self) -> Any:
@@ -151,9 +176,7 @@ class DaliPipeline:
             return self._pipeline.share_outputs()
         except (RuntimeError, IndexError):
             self._pipeline = self._build()
-            first, opener = self._jobs[0], functools.partial(encoded, self.source, by_pil=True)
-            opened = [open_or_replace(self.source, int(index), opener) for index in first.asked]
-            self._jobs[0] = self._job(first.epoch, first.asked, opened)
+            self._jobs[0] = self._job_by_pil(self._jobs[0].epoch, self._jobs[0].asked)
             for job in self._jobs:
                 self._schedule(job)
             return self._pipeline.share_outputs() if self._jobs[0].images else None
@@ -195,9 +218,12 @@ class DaliPipeline:
 
 @dali.pipeline_def
 def _graph(num_views: int, image_size: int, device: str):
-    """Take encoded files and crops (top, left, bottom, right, in pixels) and return the resized crops of each view."""
-    image = dali.fn.decoders.image(
+    """Take encoded files, what to decode of them, and crops in that (pixels, rows first); return each view's resized crops."""
+    image = dali.fn.decoders.image_slice(
         dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1),
+        start=dali.fn.external_source(name="first", dtype=dali.types.INT32, ndim=1),
+        end=dali.fn.external_source(name="last", dtype=dali.types.INT32, ndim=1),
+        axis_names="HW",
         device=device,
         output_type=dali.types.RGB,
         adjust_orientation=False,
@@ -220,11 +246,19 @@ def _graph(num_views: int, image_size: int, device: str):
 def encoded(source: Source, index: int, by_pil: bool = False) -> Encoded:
     """Return image `index` for DALI. Raises OSError, as `source.open` does.
 
-    The result holds the file itself if it is an ordinary JPEG; otherwise, or with `by_pil`, a BMP of what PIL decodes.
+    The result holds the file itself if it is an ordinary JPEG (which PIL must be able to decode, if `by_pil`), else a BMP of
+    what PIL decodes.
     """
     data = source.read(index)
-    size = None if by_pil else jpeg_size(data)
-    if size is not None:
+    size = jpeg_size(data)
+    if size is not None and not by_pil:
         return Encoded(data, *size)
     image = decode(data)
-    return Encoded(encode_bmp(image), image.height, image.width)
+    return Encoded(encode_bmp(image) if size is None else data, image.height, image.width)
+
+
+def _as_bmp(image: Encoded, reduction: int, by_pil: bool) -> bytes:
+    """Return a JPEG decoded at 1 / `reduction`, as a BMP; any other file as it is. Raises BrokenImage."""
+    if jpeg_size(image.data) is None:
+        return image.data
+    return encode_bmp(Image.fromarray(decode_pixels(image.data, reduction, by_pil)))

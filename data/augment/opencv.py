@@ -1,20 +1,18 @@
 """Applies augmentations on a CPU with vectorised kernels: what a machine without a GPU should train with.
 
 Crops, flips and colours are those of the backend on PIL, up to rounding: at most 1 % of the value range, averaged over a view
-(tests/data/test_backends.py). PIL decodes and crops here too, so the same images are broken. What replaces PIL, with its part
-of the time that PIL takes:
-
-    resize        torch's antialiased uint8 kernel: half
-    hue           OpenCV's HSV conversion, in bytes as PIL's: a tenth
-    blur          a Gaussian, which PIL approximates by a sum of three boxes: a fifth
+(tests/data/test_backends.py). OpenCV decodes ordinary JPEGs, to PIL's pixels, and torch's antialiased uint8 kernel resizes, in
+half of PIL's time. Colours and blur are those of `compiled_colours`, equal to PIL's; without numba, `opencv_colour` makes them,
+with OpenCV's HSV conversion in bytes and its Gaussian, which PIL approximates by a sum of three boxes.
 
 `python -m benchmarks augment` measures it.
 """
 
+import importlib.util
+
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from crossbatch.data.augment.parameters import ViewParameters
@@ -22,20 +20,25 @@ from crossbatch.data.augment.pil import crop
 
 
 def augment(
-    image: Image.Image,
+    image: np.ndarray,
     p: ViewParameters,
     row: int,
     image_size: int,
     solarize_threshold: int = 128,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """Make one view of `image` (RGB) by row `row` of the parameters `p`: uint8 [image_size, image_size, 3]."""
-    pixels = torch.from_numpy(np.array(crop(image, p, row))).permute(2, 0, 1)[None]  # [1, 3, h, w], channels last
-    view = F.interpolate(pixels, (image_size, image_size), mode=interpolation, antialias=True)
-    return colour(view[0].permute(1, 2, 0).contiguous().numpy(), p, row, solarize_threshold)
+    """Make one view of `image`, uint8 [h, w, 3], by row `row` of the parameters `p`: uint8 [image_size, image_size, 3]."""
+    return colour(resize(crop(image, p, row), image_size, interpolation), p, row, solarize_threshold)
 
 
-def colour(pixels: np.ndarray, p: ViewParameters, row: int, solarize_threshold: int = 128) -> np.ndarray:
+def resize(pixels: np.ndarray, size: int, interpolation: str = "bilinear") -> np.ndarray:
+    """Resize a crop, uint8 [h, w, 3], to [size, size, 3], with antialiasing."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, h, w], channels last
+    view = F.interpolate(image, (size, size), mode=interpolation, antialias=True)
+    return view[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def opencv_colour(pixels: np.ndarray, p: ViewParameters, row: int, solarize_threshold: int = 128) -> np.ndarray:
     """Apply colours, blur, solarize and flip to a resized crop, in MoCo v3's order: uint8 [S, S, 3] -> [S, S, 3]."""
     for operation, factor in p.jitters(row):
         pixels = _JITTERS[operation](pixels, factor)
@@ -73,3 +76,8 @@ def _hue(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 _JITTERS = (_brightness, _contrast, _saturation, _hue)  # numbered as in ViewParameters.jitter_order
+
+if importlib.util.find_spec("numba") is not None:
+    from crossbatch.data.augment.compiled_colours import colour
+else:
+    colour = opencv_colour

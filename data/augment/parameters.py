@@ -14,7 +14,8 @@ The distributions are torchvision's (RandomResizedCrop, RandomApply([ColorJitter
 values; order of application: crop, jitter, grayscale, blur, solarize, flip, normalise.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -148,6 +149,30 @@ class ViewParameters:
         """Return what jitters image `row`, in order: the operation, numbered as in `jitter_order`, and its factor."""
         factors = self.brightness, self.contrast, self.saturation, self.hue
         return [(int(i), float(factors[i][row])) for i in self.jitter_order[row]] if self.jitter[row] else []
+
+
+LARGE = (
+    900  # pixels of the shorter side from which on an image is decoded at a reduced resolution if its crops allow it
+)
+
+
+def reductions(views: Sequence[ViewParameters], heights: np.ndarray, widths: np.ndarray, image_size: int) -> np.ndarray:
+    """Return at which part of the resolution each of n images can be decoded: int64 [n], 8, 4, 2 or 1 (all of it).
+
+    It is the largest reduction that leaves every crop at least twice as large as its view, so that resizing it still averages.
+    """
+    crops = [side for p in views for side in (p.crop_height, p.crop_width)]
+    spare = np.min(crops, axis=0) // (2 * image_size)
+    largest = np.select([spare >= 8, spare >= 4, spare >= 2], [8, 4, 2], 1)
+    return np.where(np.minimum(heights, widths) >= LARGE, largest, 1)
+
+
+def reduced(p: ViewParameters, reduction: np.ndarray) -> ViewParameters:
+    """Return the parameters with crops in the pixels of images decoded at 1 / `reduction` [n], edges rounded to whole ones."""
+    top, left = (np.rint(start / reduction).astype(np.int64) for start in (p.crop_top, p.crop_left))
+    bottom = np.rint((p.crop_top + p.crop_height) / reduction).astype(np.int64)
+    right = np.rint((p.crop_left + p.crop_width) / reduction).astype(np.int64)
+    return replace(p, crop_top=top, crop_left=left, crop_height=bottom - top, crop_width=right - left)
 
 
 def draw_parameters(

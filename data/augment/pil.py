@@ -1,6 +1,6 @@
 """Applies augmentations with PIL by torchvision's functions: the reference for the faster backends.
 
-An image is decoded once and all views come from the decoded image. It stays a PIL image until it is blurred, because the
+An image is decoded once and all views come from the decoded image. A crop is a PIL image until it is blurred, because the
 originals augment with PIL: its rounding to 8 bits between operations and its Gaussian blur (a sum of box blurs) belong to the
 augmentation. torchvision takes a second to import, so it is imported when the first view is made.
 """
@@ -25,17 +25,18 @@ _JITTERS = (
 
 
 def augment(
-    image: Image.Image,
+    image: np.ndarray,
     p: ViewParameters,
     row: int,
     image_size: int,
     solarize_threshold: int = 128,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """Make one view of `image` (RGB) by row `row` of the parameters `p`: uint8 [image_size, image_size, 3]."""
+    """Make one view of `image`, uint8 [h, w, 3], by row `row` of the parameters `p`: uint8 [image_size, image_size, 3]."""
     from torchvision.transforms import functional
 
-    view = crop(image, p, row).resize((image_size, image_size), Image.Resampling[interpolation.upper()])
+    resample = Image.Resampling[interpolation.upper()]
+    view = Image.fromarray(np.ascontiguousarray(crop(image, p, row))).resize((image_size, image_size), resample)
     for operation, factor in p.jitters(row):
         view = getattr(functional, _JITTERS[operation])(view, factor)
     if p.grayscale[row]:
@@ -48,10 +49,10 @@ def augment(
     return pixels[:, ::-1] if p.flip[row] else pixels
 
 
-def crop(image: Image.Image, p: ViewParameters, row: int) -> Image.Image:
-    """Cut the crop of row `row` of the parameters `p` out of `image`."""
-    top, left = int(p.crop_top[row]), int(p.crop_left[row])
-    return image.crop((left, top, left + int(p.crop_width[row]), top + int(p.crop_height[row])))
+def crop(image: np.ndarray, p: ViewParameters, row: int) -> np.ndarray:
+    """Return the crop of row `row` of the parameters `p` out of `image`, [h, w, 3], as a view of its memory."""
+    top, left = p.crop_top[row], p.crop_left[row]
+    return image[top : top + p.crop_height[row], left : left + p.crop_width[row]]
 
 
 @functools.cache

@@ -48,6 +48,7 @@ class ImageFolder:
     """
 
     has_labels = True
+    has_files = True
 
     def __init__(self, root: str | Path, cache: Path | None = None):
         self.folder, self._root = Path(root), str(root)

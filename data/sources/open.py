@@ -36,7 +36,11 @@ _TREE = (
 
 @runtime_checkable
 class Source(Protocol):
-    """Gives images by index. It must be picklable, as workers get copies; several threads may call `read` and `open`."""
+    """Gives images by index. It must be picklable, as workers get copies; several threads may call `read` and `open`.
+
+    If it has an attribute `has_files` that is True, `open` does nothing but decode what `read` returns, so that a backend may
+    decode the files in a faster way, to the same pixels.
+    """
 
     labels: np.ndarray  # int64 [len]; -1 of an image that cannot be read
     class_names: list[str]

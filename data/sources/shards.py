@@ -70,6 +70,8 @@ class Shards:
     and files beside the shards, that are no part of a sample, by kind.
     """
 
+    has_files = True
+
     def __init__(self, folder: str | Path, cache: Path | None = None):
         self.folder = Path(folder)
         index = _read_index(self.folder, cache)

@@ -45,6 +45,7 @@ class TorchvisionImages:
     def __init__(self, folder: Path, names: list[str], labels: list[int], class_names: list[str], pixels: Any = None):
         self.labels, self.class_names = np.array(labels, dtype=np.int64), class_names
         self._folder, self._names, self._pixels = folder, names, pixels
+        self.has_files = pixels is None
         self.checksum = zlib.crc32("\n".join(names).encode())
 
     def __len__(self) -> int:

@@ -107,6 +107,10 @@ class ImageConfig(Section):
     path: str | None = key(None, PATH, resumable=True)
     backend: Backend = key("auto", BACKEND)
     crop_min: PositiveFraction = key(0.08, "smallest crop, as a fraction of the image's area")
+    scaled_decode: bool = key(
+        True,
+        "decode JPEGs of 900 px and more at 1/2, 1/4 or 1/8 of the resolution where crops stay twice as large as views",
+    )
     workers: CountOrZero | Auto = key(
         "auto", "loader processes (with DALI: threads) per rank; 0 loads in the training process", resumable=True
     )

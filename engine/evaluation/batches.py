@@ -43,6 +43,7 @@ class AugmentedFeatures:
             workers=reading.workers,
             max_skipped_fraction=data.max_skipped_fraction,
             backend=data.backend,
+            scaled_decode=data.scaled_decode,
             device=reading.device,
         )
 

@@ -2,10 +2,12 @@
 
 import json
 import mmap
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ import torch
 from benchmarks import measure, processes
 from benchmarks.__main__ import chosen, measure_here
 from benchmarks.__main__ import main as benchmarks
-from benchmarks.measure import append, block_ms, compare, machine, peak_mib, summarise
-from benchmarks.rows import VERSION, Row
+from benchmarks.measure import append, block_ms, call_ms, compare, machine, peak_mib, stored, summarise, take_turns
+from benchmarks.rows import VERSION, Row, cells
 from benchmarks.stages import STAGES, Effort
 from crossbatch import InputError
 
@@ -50,6 +52,30 @@ def test_compare_times_in_turns_after_a_warm_up_and_sees_memory():
     assert rows[0].peak_mib is not None and rows[1].peak_mib is not None
     assert rows[1].peak_mib - rows[0].peak_mib == pytest.approx(40, abs=8)
     assert peak_mib(allocate) == pytest.approx(40, abs=8)
+
+
+def busy(seconds: float) -> None:
+    """Use the CPU for so many seconds of its own clock, in this process."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_cpu_time_stands_beside_wall_time_and_counts_other_processes():
+    """A call that sleeps costs nothing; one in a worker that lived before costs as much as in this process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(busy, 0).result()
+        cases = {"here": lambda: busy(0.05), "sleep": lambda: time.sleep(0.05)}
+        cases["there"] = lambda: pool.submit(busy, 0.05).result()
+        here, sleep, there = summarise(take_turns(cases, 0, 2, call_ms), {})
+    assert here.cpu_ms == pytest.approx(50, rel=0.2) and there.cpu_ms == pytest.approx(50, rel=0.3)
+    assert sleep.cpu_ms is not None and sleep.cpu_ms < 20 and sleep.p50 >= 50
+    assert here.cpu_ratio == 1 and sleep.cpu_ratio is not None and sleep.cpu_ratio > 2.5
+    assert (
+        cells(stored("ema", sleep))["CPU ratio"].endswith(" x")
+        and cells(stored("ema", here))["CPU ratio"] == "baseline"
+    )
+    assert summarise({"counted": [3.0]}, {}, "MiB")[0].cpu_ms is None
 
 
 def test_short_calls_are_timed_in_blocks_and_given_per_call():

@@ -1,5 +1,7 @@
 """Compares the fast backends with the reference on PIL: the same crops, colours, order and broken images."""
 
+import contextlib
+import importlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional
 
 from crossbatch.data.augment import backends
 from crossbatch.data.augment import pil as torchvision_backend
-from crossbatch.data.augment.parameters import ViewAugmentation, draw_parameters, moco_v3_augmentations
-from crossbatch.data.decode import jpeg_size
+from crossbatch.data.augment.parameters import (
+    ViewAugmentation,
+    draw_parameters,
+    moco_v3_augmentations,
+    reduced,
+    reductions,
+)
+from crossbatch.data.decode import decode_pixels, jpeg_size
 from crossbatch.data.loader import TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import open_source
@@ -48,7 +57,9 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
-def read(root: Path, backend: str, augmentations=VIEWS, batch: int = 24, start: int = 0, device="cpu", **order) -> list:
+def read(
+    root: Path, backend: str, augmentations=VIEWS, batch=24, start=0, device="cpu", scaled_decode=True, **order
+) -> list:
     source = open_source(root, "train")
     loader = TrainLoader(
         source,
@@ -59,6 +70,7 @@ def read(root: Path, backend: str, augmentations=VIEWS, batch: int = 24, start: 
         max_skipped_fraction=1.0,
         backend=backend,
         device=torch.device(device),
+        scaled_decode=scaled_decode,
     )
     batches = list(loader.epoch(1, start))
     loader.close()
@@ -94,9 +106,117 @@ def test_one_view_to_classify_and_three_of_repeated_augmentation(photos, backend
     assert batch.views.shape == (count, 24, 3, SIZE, SIZE)
     for view, augmentation in enumerate(augmentations):
         p = draw_parameters(augmentation, 3, 1, batch.indices, view, heights, widths)
-        want = np.stack([torchvision_backend.augment(image, p, row, SIZE) for row, image in enumerate(images)])
+        want = np.stack(
+            [torchvision_backend.augment(np.asarray(image), p, row, SIZE) for row, image in enumerate(images)]
+        )
         apart = np.abs(batch.views[view].permute(0, 2, 3, 1).numpy().astype(int) - want).mean((1, 2, 3)) / 255
         assert apart.max() < (0.02 if backend != "torchvision" else 1e-9)
+
+
+@pytest.mark.parametrize("sigmas", [(0.1, 2.0), (2.0, 9.0)])
+def test_compiled_colours_are_those_of_pil_to_the_bit(sigmas):
+    """Operations are frequent here, so that 100 views meet every combination; large blurs have boxes of several pixels."""
+    colours, n = pytest.importorskip("crossbatch.data.augment.compiled_colours"), 100
+    often = replace(
+        VIEWS[1], grayscale_probability=0.3, solarize_probability=0.4, saturation=0.9, hue=0.5, blur_sigma=sigmas
+    )
+    whole = replace(often, blur_probability=0.7, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    for side in (64, 5):
+        p = draw_parameters(whole, 0, 0, np.arange(n), 0, np.full(n, side), np.full(n, side))
+        for row in range(n):
+            pixels = np.asarray(photo(row, side, side))
+            want = torchvision_backend.augment(pixels, p, row, side)
+            assert np.array_equal(colours.colour(pixels, p, row), want), row
+
+
+def test_the_hue_of_every_colour_turns_as_in_pil():
+    colours = pytest.importorskip("crossbatch.data.augment.compiled_colours")
+    planes = np.array(np.meshgrid(*(np.arange(0, 256, 3, dtype=np.uint8),) * 3)).reshape(3, -1)
+    image = Image.fromarray(np.ascontiguousarray(planes.T)[None])
+    for turn in (-0.41, -0.07, 0.0, 0.05, 0.5):
+        found = planes.copy()
+        colours._turn(*found, int(turn * 255) % 256)
+        assert np.array_equal(found.T[None], np.asarray(functional.adjust_hue(image, turn)))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """Six JPEGs of 1000 to 2100 px, one of them gray, one progressive, one turned by EXIF, and two that end too early."""
+    folder = tmp_path_factory.mktemp("large") / "train/a"
+    folder.mkdir(parents=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    options = [{}, {"progressive": True}, {"exif": turned}, {"subsampling": 0}, {}, {}]
+    for number, more in enumerate(options):
+        image = photo(number, 2100 - 130 * number, 1000 + 170 * number)
+        data = encoded(image.convert("L") if number == 4 else image, "JPEG", quality=85, **more)
+        (folder / f"{number}.jpg").write_bytes(data)
+        if number > 3:
+            (folder / f"{number}_cut.jpg").write_bytes(data[: len(data) // 2])
+    return folder.parents[1]
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_opencv_decodes_jpegs_to_the_pixels_of_pil(large, reduction):
+    for file in sorted(large.rglob("?.jpg")):
+        data = file.read_bytes()
+        want = decode_pixels(data, reduction, by_pil=True)
+        height, width = jpeg_size(data)
+        assert want.shape == (-(-height // reduction), -(-width // reduction), 3)
+        assert np.array_equal(decode_pixels(data, reduction), want), file.name
+
+
+def test_reductions_leave_every_crop_twice_as_large_as_the_view():
+    p = draw_parameters(VIEWS[0], 0, 0, np.arange(6), 0, np.full(6, 4000), np.full(6, 3000))
+    sides = np.array([127, 128, 255, 256, 512, 1024])
+    p, square = replace(p, crop_height=sides, crop_width=sides + 1), np.full(6, 900)
+    assert reductions([p], square, square, 64).tolist() == [1, 1, 1, 2, 4, 8]
+    assert reductions([p], square, square - 1, 64).tolist() == [1] * 6
+    assert reductions([p, replace(p, crop_width=sides * 0 + 300)], square, square, 64).tolist() == [1, 1, 1, 2, 2, 2]
+    cut = reduced(replace(p, crop_top=sides, crop_left=sides * 0 + 3), np.full(6, 4))
+    assert cut.crop_top.tolist() == [32, 32, 64, 64, 128, 256] and cut.crop_left.tolist() == [1] * 6
+    assert cut.crop_height[:3].tolist() == [32, 32, 64]  # from 127 / 4 to 254 / 4, both rounded
+
+
+@pytest.mark.parametrize("backend", ["torchvision", *FAST])
+def test_large_jpegs_are_decoded_at_a_reduced_resolution(large, backend, monkeypatch):
+    """The views differ little from those of whole images, more than not at all, and two backends' views still agree."""
+    seen = []
+    original = reductions
+    for module in ("backends", "dali"):
+        with contextlib.suppress(ImportError):
+            at = importlib.import_module(f"crossbatch.data.augment.{module}")
+            monkeypatch.setattr(at, "reductions", lambda *a: seen.append(original(*a)) or seen[-1])
+    small = tuple(replace(augmentation, crop_scale=(0.3, 1.0)) for augmentation in VIEWS)
+    found = read(large, backend, small, batch=4)
+    assert set(np.concatenate(seen)) >= {4, 8}
+    whole = read(large, "torchvision", small, batch=4, scaled_decode=False)
+    assert [batch.skipped for batch in found] == [batch.skipped for batch in whole] and any(b.skipped for b in found)
+    apart = difference(found, whole)
+    assert 0 < apart.max() < 0.03
+    assert difference(found, read(large, "torchvision", small, batch=4)).max() < 0.02
+    if backend == "torchvision":
+        assert difference(read(large, "opencv", small, batch=4, scaled_decode=False), whole).max() < 0.02
+
+
+@pytest.mark.parametrize("backend", ["torchvision", *FAST])
+def test_a_broken_large_jpeg_does_not_change_the_images_beside_it(large, backend):
+    """A JPEG that turns out to be broken while views are made is replaced, in every size of batches alike."""
+    folder = large / "train/a"
+    data = bytearray((folder / "5.jpg").read_bytes())
+    at = data.index(b"\xff\xc4")
+    data[at + 5 : at + 21] = bytes([255] * 16)  # a Huffman table with more codes than there can be
+    (folder / "3_table.jpg").write_bytes(bytes(data))
+    try:
+        assert jpeg_size(bytes(data)) is not None
+        one, all_of_them = read(large, backend, batch=3), read(large, backend, batch=9)
+        views = {int(i): v for b in one for i, v in zip(b.indices, b.views.unbind(1), strict=True)}
+        assert sum("3_table.jpg" in name for batch in one for name in batch.skipped) >= 1
+        assert sorted(name for b in one for name in b.skipped) == sorted(all_of_them[0].skipped)
+        rows = dict(zip(all_of_them[0].indices.tolist(), all_of_them[0].views.unbind(1), strict=True))
+        assert sum(torch.equal(views[i], rows[i]) for i in views.keys() & rows.keys()) >= 5
+    finally:
+        (folder / "3_table.jpg").unlink()
 
 
 @pytest.mark.gpu
@@ -226,8 +346,10 @@ def test_colour_kernels(blur):
     images = [photo(number, 45, 37) for number in range(count)]
     plain = replace(p, jitter=0 * p.jitter, grayscale=0 * p.grayscale, blur_sigma=0 * p.blur_sigma)
     plain = replace(plain, solarize=0 * p.solarize, flip=0 * p.flip)
-    crops = np.stack([torchvision_backend.augment(image, plain, row, 19) for row, image in enumerate(images)])
-    want = np.stack([torchvision_backend.augment(image, p, row, 19) for row, image in enumerate(images)])
+    crops = np.stack(
+        [torchvision_backend.augment(np.asarray(image), plain, row, 19) for row, image in enumerate(images)]
+    )
+    want = np.stack([torchvision_backend.augment(np.asarray(image), p, row, 19) for row, image in enumerate(images)])
     device = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
     out = torch.zeros(count, 19, 19, 3, dtype=torch.uint8, device=device)
     colour_cuda.colour_view(torch.from_numpy(crops).to(device), p, augmentation, out)

@@ -88,7 +88,7 @@ def test_a_batch_is_what_order_and_recipe_say(two_epochs):
     for view in range(2):
         p = draw_parameters(AUGMENTATIONS[view], 9, 1, batch.indices, view, np.full(24, 12), np.full(24, 12))
         for row, index in enumerate(batch.indices):
-            expected = augment(source.open(int(index)), p, row, 8)
+            expected = augment(np.asarray(source.open(int(index))), p, row, 8)
             assert np.array_equal(batch.views[view, row].permute(1, 2, 0).numpy(), expected)
 
 
@@ -158,7 +158,7 @@ def test_broken_images_are_replaced_by_the_next(workers):
         assert batch.indices[row] == replacement and batch.indices.dtype == np.int64
         side = np.array([12])
         p = draw_parameters(AUGMENTATIONS[0], 9, 0, np.array([index]), 0, side, side)  # its own augmentation
-        expected = augment(whole.open(replacement), p, 0, 8)
+        expected = augment(np.asarray(whole.open(replacement)), p, 0, 8)
         assert np.array_equal(batch.views[0, row].permute(1, 2, 0).numpy(), expected), index
 
 

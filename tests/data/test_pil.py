@@ -61,18 +61,18 @@ def test_bits_are_torchvisions(view):
     assert p.solarize.any() and p.grayscale.any() and p.flip.any() and not p.jitter.all()
     for row in range(n):
         image = photo(row)
-        assert np.array_equal(augment(image, p, row, 32), with_torchvision(image, p, row, 32)), row
+        assert np.array_equal(augment(np.asarray(image), p, row, 32), with_torchvision(image, p, row, 32)), row
 
 
 def test_solarize_threshold():
     always = replace(AUGMENTATIONS[1], solarize_probability=1.0)
     p = draw_parameters(always, 0, 0, np.arange(1), 1, np.array([37]), np.array([45]))
-    low, high = (augment(photo(0), p, 0, 32, threshold) for threshold in (0, 256))
+    low, high = (augment(np.asarray(photo(0)), p, 0, 32, threshold) for threshold in (0, 256))
     assert np.array_equal(low, 255 - high)
 
 
 def test_two_views_are_the_views_of_each_image():
-    images = [photo(0), photo(1, (20, 90)), photo(2, (1, 1))]
+    images = [np.asarray(image) for image in (photo(0), photo(1, (20, 90)), photo(2, (1, 1)))]
     indices = np.array([5, 900, 2])
     views = make_views(augment, images, AUGMENTATIONS, 3, 4, indices)
     assert views.shape == (2, 3, 3, 32, 32) and views.dtype == torch.uint8
@@ -86,7 +86,7 @@ def test_two_views_are_the_views_of_each_image():
 
 
 def test_the_source_image_is_not_changed():
-    image = photo(0)
+    image = np.array(photo(0))
     before = image.tobytes()
     make_views(augment, [image] * 8, AUGMENTATIONS, 0, 0, np.arange(8))
     assert image.tobytes() == before
@@ -104,7 +104,7 @@ def test_evaluation_image(image_size, shorter):
 def automatic_views(
     policy: str | None, indices, epoch: int = 3, interpolation: str = "bilinear", backend="torchvision"
 ):
-    images = [photo(number, (50, 40)) for number in range(9)]
+    images = [np.asarray(photo(number, (50, 40))) for number in range(9)]
     view = crop_and_flip(24, 0.3, interpolation, auto_augment=policy)
     chosen = [images[index] for index in indices]
     return make_views(augment_function(backend), chosen, [view], 5, epoch, np.array(indices))[0]

@@ -60,6 +60,7 @@ def measured_with() -> dict:
 
 def train(settings: dict, out: str) -> None:
     """Run the launcher's main on this rank of a pool, inside the pool's process group."""
+    from crossbatch.data.augment import opencv
     from crossbatch.engine.runtime import distributed
     from crossbatch.launch import pretrain
 
@@ -71,6 +72,8 @@ def train(settings: dict, out: str) -> None:
         for name in ("init_process_group", "destroy_process_group"):
             stack.enter_context(mock.patch(f"torch.distributed.{name}"))
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))
+        # The numbers are older than the compiled colours, which equal PIL's (tests/data/test_backends.py), not OpenCV's.
+        stack.enter_context(mock.patch("crossbatch.data.augment.opencv.colour", opencv.opencv_colour))
         torch.set_num_threads(THREADS)
         pretrain.main()
 
