@@ -93,22 +93,35 @@ def train_data(
     Raises:
         InputError: if there are fewer images than in a batch.
     """
-    data, seed, batch = cfg.crossbatch.data, cfg.crossbatch.seed, cfg.train_batch_size
+    seed, batch = cfg.crossbatch.seed, cfg.train_batch_size
     with user_input("train_batch_size"):
         sampler = GlobalBatchSampler(seed, len(source), batch // repeats, world.size, world.rank, shuffle_window)
-    loader = TrainLoader(
+    loader = train_loader(cfg, device, source, sampler, augmentations, wait_s=longest_wait_s(cfg))
+    return TrainData(sampler, loader, max(1, len(source) // batch), checksum(source))
+
+
+def train_loader(
+    cfg: Resolved,
+    device: torch.device,
+    source: Source,
+    sampler: GlobalBatchSampler,
+    augmentations: Sequence[ViewAugmentation],
+    **more: float,
+) -> TrainLoader:
+    """Return a loader of `source` with the settings of `crossbatch.data`; `more` are further arguments of `TrainLoader`."""
+    data = cfg.crossbatch.data
+    return TrainLoader(
         source,
         sampler=sampler,
         augmentations=augmentations,
-        seed=seed,
+        seed=cfg.crossbatch.seed,
         workers=cfg.workers,
         max_skipped_fraction=data.max_skipped_fraction,
         backend=data.backend,
         scaled_decode=data.scaled_decode,
         device=device,
-        wait_s=longest_wait_s(cfg),
+        **more,
     )
-    return TrainData(sampler, loader, max(1, len(source) // batch), checksum(source))
 
 
 def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> None:

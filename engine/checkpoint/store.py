@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Unreadable(Exception):
-    """Raised when a checkpoint is incomplete, damaged or of another format."""
+    """Says that a checkpoint is incomplete, damaged or of another format."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ Shapes: M queries, N bank images of a rank, C features, K neighbours, W ranks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -144,10 +145,7 @@ class KnnMonitor:
 
         `between_batches`: see `extract`.
         """
-
-        def embed(images: torch.Tensor) -> torch.Tensor:
-            return backend("embed", images)
-
+        embed = partial(backend, "embed")
         backend.model.eval()
         bank, queries = (
             extract(embed, source, indices, self.reading, self.collective, between_batches, self.loader)

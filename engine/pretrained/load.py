@@ -101,19 +101,8 @@ def load_pretrained(
     _check_heads(weights, heads, arch, args, where)
     notes = _fit_positions(weights, backbone, where)
     missing = _load(backbone, weights, arch, where)
-    return Pretrained(
-        backbone=backbone,
-        arch=arch,
-        stem=stem,
-        backbone_args=args,
-        num_heads=heads,
-        image_size=size,
-        description=weights.origin,
-        loaded=len(backbone.state_dict()) - len(missing),
-        missing=missing,
-        ignored=dict(weights.ignored),
-        notes=notes,
-    )
+    loaded, ignored = len(backbone.state_dict()) - len(missing), dict(weights.ignored)
+    return Pretrained(backbone, arch, stem, args, heads, size, weights.origin, loaded, missing, ignored, notes)
 
 
 def _network(
@@ -142,9 +131,8 @@ def _network(
 def _grid_side(weights: Weights) -> int | None:
     """Return how many patches wide the positions of a ViT are, or None if there are none."""
     positions = weights.tensors.get("pos_embed")
-    if positions is None or positions.dim() != 3:
-        return None
-    return math.isqrt(max(positions.shape[1] - 1, 1))
+    is_grid = positions is not None and positions.dim() == 3
+    return math.isqrt(max(positions.shape[1] - 1, 1)) if is_grid else None
 
 
 def _check_heads(weights: Weights, heads: int | None, arch: str, args: Mapping[str, Any], where: str) -> None:
