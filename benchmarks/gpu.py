@@ -39,17 +39,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = ("collectives", "index")  # these tell nothing about a GPU and are only tried
 REPORT_S = 25.0  # kept back for it
 LEAST_S = 5.0  # a part with less time than that is left out
-PYTEST = [
-    "pytest",
-    "-m",
-    "gpu",
-    "-q",
-    "--tb=short",
-    "-p",
-    "benchmarks.instant_failures",
-    "-o",
-    "faulthandler_timeout=60",
-]
+PYTEST = ["pytest", "-mgpu", "-q", "--tb=short", "-pbenchmarks.instant_failures", "-ofaulthandler_timeout=60"]
 TESTS = {
     "tests-models-data": ["tests/models", "tests/data"],
     "tests-rest": ["tests", "--ignore=tests/models", "--ignore=tests/data"],
@@ -133,10 +123,8 @@ class Parts:
             assert tee.stdin is not None
             code, outcome = processes.run(command, limit_s, tee.stdin, ROOT)
             tee.stdin.close()
-            with suppress(
-                subprocess.TimeoutExpired
-            ):  # something may have left the group of the part, and hold the pipe
-                tee.wait(5)
+            with suppress(subprocess.TimeoutExpired):
+                tee.wait(5)  # something may have left the group of the part, and hold the pipe
             tee.kill()
             lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
             if lines and (code != 0 or name in TESTS):

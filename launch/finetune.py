@@ -44,10 +44,8 @@ ALIASES: list[Alias] = [
 ]
 
 
-DEIT_MODELS = {
-    "deit_small_patch16_224": "vit_small",
-    "deit_base_patch16_224": "vit_base",
-}  # heads: as in the checkpoint
+# Of these names; the number of heads is that of the checkpoint.
+DEIT_MODELS = {"deit_small_patch16_224": "vit_small", "deit_base_patch16_224": "vit_base"}
 DATA_SETS = {  # CIFAR is CIFAR-100 there; the lower-case names are those of the released transfer commands
     **{"CIFAR": "cifar100://", "IMNET": "", "cifar10": "cifar10://", "cifar100": "cifar100://"},
     **{"flowers": "flowers://", "pets": "pets://"},
@@ -137,19 +135,13 @@ def load(given: argparse.Namespace, world: World) -> FinetuneConfig:
     return config
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the command line."""
+def main() -> None:
+    """Fine-tune on this rank. Raises InputError or RunStopped."""
     parser = ArgumentParser(description=__doc__)
     add_config_flags(parser, ALIASES, "DeiT's flags")
     add_run_flags(parser)
     add_deit_flags(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Fine-tune on this rank. Raises InputError or RunStopped."""
-    arguments = parse_arguments()
-    world = world_from_environment()
+    arguments, world = parser.parse_args(), world_from_environment()
     config = load(arguments, world)
     cfg = resolve_finetune(config, world.size, Device.detect(), world.local_size)
     # Late: its libraries take seconds, which wrong input should not wait for.

@@ -1,4 +1,4 @@
-"""What each rank of a scaling study does, under any launcher: some steps for the clock, one more whose collectives are counted.
+"""Run one rank of a scaling study, under any launcher: time some steps, and count the collectives of one more.
 
 torchrun --nnodes 2 --nproc_per_node 8 ... -m benchmarks.scaling.rank --recipe ds_configs/bs4096.json --out runs/scaling
 deepspeed --hostfile F --module benchmarks.scaling.rank --recipe ds_configs/bs4096.json --out runs/scaling
