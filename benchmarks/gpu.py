@@ -54,12 +54,8 @@ PARTS["2"] |= {"trainer": 5, "batchformer": 6, "norm": 5, "heads": 4, "checkpoin
 
 def main(arguments: list[str]) -> int:
     """Run all parts and return the exit code: 0 if each of them succeeded, else 1."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    name, as_it_is = "python -m benchmarks.gpu", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=as_it_is, allow_abbrev=False)
     out = ROOT / "benchmarks" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name for shares in PARTS.values() for name in shares]
     add = parser.add_argument
@@ -86,6 +82,7 @@ class Parts:
 
     def __init__(self, out: Path, call: str, seconds: float):
         self.out, self.call, self.end = out, call, time.monotonic() + seconds
+        self.archive = out / f"bench-gpu-{call}.tgz"  # of all results
         self.outcomes: dict[str, str] = {}
         out.mkdir(parents=True, exist_ok=True)
 
@@ -134,11 +131,6 @@ class Parts:
         outcomes = self.out / f"outcomes-{self.call}.json"
         outcomes.write_text(json.dumps(self.outcomes, indent=2) + "\n", encoding="utf-8")
         self.pack()
-
-    @property
-    def archive(self) -> Path:
-        """Return the file that holds all results."""
-        return self.out / f"bench-gpu-{self.call}.tgz"
 
     def pack(self) -> None:
         """Write the archive anew; a call that is ended from outside leaves the last whole one."""

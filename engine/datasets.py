@@ -39,6 +39,7 @@ from crossbatch.engine.config.schema import PATH
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
+_EVALUATION = ", ".join(f"{name}/" for name in SPLITS["eval"])
 _COMPARED = 64  # files that every rank reads to see whether it has the same ones as the others
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
@@ -165,8 +166,7 @@ def found_images(path: str | None, train: Source, evaluation: Source | None, eva
     if evaluation is not None:
         lines.append(f"evaluation: {describe_source(evaluation)}")
     elif evaluates:
-        wanted = ", ".join(f"{name}/" for name in SPLITS["eval"])
-        lines.append(f"evaluation: none, as {path} has none of {wanted} beside train/")
+        lines.append(f"evaluation: none, as {path} has none of {_EVALUATION} beside train/")
     return lines
 
 
@@ -182,8 +182,7 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
     """
     train, evaluation = _open(path, cache)
     if evaluation is None:
-        wanted = ", ".join(f"{name}/" for name in SPLITS["eval"])
-        raise InputError(f"{_KEY}: {path} has none of {wanted} with images to evaluate on; add one")
+        raise InputError(f"{_KEY}: {path} has none of {_EVALUATION} with images to evaluate on; add one")
     for split, source in (("training", train), ("evaluation", evaluation)):
         _check_labels(source, len(train.class_names), f"{_KEY}: {path}: the {split} images")
     return train, evaluation
@@ -193,11 +192,8 @@ def _open(path: str | None, cache: Path | None, evaluate: bool = True) -> tuple[
     if path is None:
         raise InputError(f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR")
     with user_input(_KEY):
-        train, evaluation = open_source(path, "train", cache=cache), None
-    if evaluate and has_evaluation_split(path):
-        with user_input(_KEY):
-            evaluation = open_source(path, "eval", cache=cache)
-    return train, evaluation
+        train = open_source(path, "train", cache=cache)
+        return train, open_source(path, "eval", cache=cache) if evaluate and has_evaluation_split(path) else None
 
 
 def _check_labels(source: Source, num_classes: int, where: str) -> None:

@@ -153,7 +153,6 @@ def without_memory(build: Callable[[], Network]) -> Network:
 @contextlib.contextmanager
 def shapes_only(precision: str) -> Iterator[None]:
     """Let networks of `without_memory` run without arithmetic, under autocast to `precision`; new tensors have no memory."""
-
     with _no_memory(), autocast("cpu", autocast_dtype(precision)):
         yield
 

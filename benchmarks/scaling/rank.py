@@ -65,11 +65,8 @@ def whole_bytes(args: tuple) -> int:
 
 
 def main() -> None:
-    given = parse(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-    )
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    given = parse(argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is, allow_abbrev=False))
     world = world_from_environment()
     cfg = resolved(given, world.size, Device.detect(), world.local_size)
     with process_group(world, cfg.device.type, threads=cfg.threads) as torch_device:

@@ -97,12 +97,10 @@ class CheckpointSchedule:
             return None
         if outcome.error is None:
             self._saved_step = outcome.step
-            gigabytes = outcome.num_bytes / 1e9
-            self.log.note(
-                f"saved step {outcome.step}: {gigabytes:.3g} GB in {outcome.seconds:.1f} s, "
-                f"training waited {outcome.stalled_s:.2g} s"
-            )
-            values = {"gigabytes": gigabytes, "seconds": outcome.seconds, "stalled_s": outcome.stalled_s}
+            gigabytes, seconds, stalled_s = outcome.num_bytes / 1e9, outcome.seconds, outcome.stalled_s
+            took = f"{gigabytes:.3g} GB in {seconds:.1f} s, training waited {stalled_s:.2g} s"
+            self.log.note(f"saved step {outcome.step}: {took}")
+            values = {"gigabytes": gigabytes, "seconds": seconds, "stalled_s": stalled_s}
             self.log.scalars({f"checkpoint/{name}": value for name, value in values.items()}, outcome.step)
         else:
             self.log.warn(

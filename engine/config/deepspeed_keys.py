@@ -14,6 +14,7 @@ ANY = object()  # any value is taken
 # The values of loss scaling below are DeepSpeed's defaults, which its examples write out.
 _LOSS_SCALE = "crossbatch finds the loss scale as torch's GradScaler does, from 2^16; leave it out"
 _OWN_CHECKPOINTS = "crossbatch writes its own checkpoints; set crossbatch.checkpoint"
+_PROFILE = "start with --profile N, which measures each part of a step"
 _METRICS = "every run writes metrics.jsonl and TensorBoard files; leave it out, or give it enabled: false"
 _DTYPES = dict.fromkeys(("bfloat16", "torch.bfloat16", "bf16"), "bf16")
 _DTYPES |= dict.fromkeys(("float16", "torch.float16", "fp16", "half"), "fp16")
@@ -48,14 +49,11 @@ KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "wandb": ((), f"{_METRICS}; wandb.init(sync_tensorboard=True) uploads these"),
     "csv_monitor": ((), _METRICS),
     "comet": ((), _METRICS),
-    "wall_clock_breakdown": (
-        (False,),
-        "start with --profile N, which measures each part of a step; DeepSpeed's timers expect its own order of calls",
-    ),
-    "flops_profiler": ((), "start with --profile N, which measures each part of a step"),
+    "wall_clock_breakdown": ((False,), f"{_PROFILE}; DeepSpeed's timers expect its own order of calls"),
+    "flops_profiler": ((), _PROFILE),
     "activation_checkpointing": (
         (),
-        "set crossbatch.model.checkpoint_activations, or a smaller train_micro_batch_size_per_gpu",
+        "set crossbatch.model.checkpoint_activations, or lower train_micro_batch_size_per_gpu",
     ),
     "prescale_gradients": ((False,), "it would round the mean of the gradients otherwise"),
     "gradient_predivide_factor": ((1, 1.0), "it would round the mean of the gradients otherwise"),
@@ -67,10 +65,7 @@ KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_types": (({}, {"grad_accum_dtype": "fp32"}, {"grad_accum_dtype": None}), "gradients add up in fp32"),
     "checkpoint": (({},), _OWN_CHECKPOINTS),
     "zero_optimization.allgather_partitions": ((True,), "parameters are gathered at once"),
-    "zero_optimization.stage3_param_persistence_threshold": (
-        (ANY,),
-        "it is 0: a parameter that stays gathered would miss the update of the moving average",
-    ),
+    "zero_optimization.stage3_param_persistence_threshold": ((ANY,), "no parameter stays gathered"),
     "zero_optimization.stage3_model_persistence_threshold": ((ANY,), "no parameter stays gathered"),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": ((ANY,), _OWN_CHECKPOINTS),
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": ((ANY,), _OWN_CHECKPOINTS),
@@ -80,7 +75,7 @@ KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.cpu_offload": ((False,), "set zero_optimization.offload_optimizer.device to cpu"),
     "zero_optimization.offload_param": (
         (None, {"device": "none"}),
-        "parameters stay where the model is; offload the optimizer instead",
+        "parameters stay on the GPU; offload the optimizer",
     ),
     "zero_optimization.round_robin_gradients": ((False,), "LARS has to know who holds which gradient"),
     "zero_optimization.use_multi_rank_bucket_allreduce": ((True,), "gradients would be added in another order"),

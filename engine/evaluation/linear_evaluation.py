@@ -75,8 +75,8 @@ class LinearEvaluation(Evaluation):
             self.probe.load(saved)
             self.history = saved["history"]
 
-    def _evaluate(self) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-        """Train the epochs that are left; return the scores, and true and predicted classes."""
+    def _evaluate(self) -> tuple[dict[str, Any], Report]:
+        """Train the epochs that are left."""
         queries = self._features(self.evaluation, "evaluation images")
         if self.cfg.crossbatch.linear.cache:
             rows = gathered(self._features(self.train, "training images"), self.collective)
@@ -86,24 +86,22 @@ class LinearEvaluation(Evaluation):
         self._train(batches, queries)
         assert fingerprint(self.frozen.backbone) == self.frozen.fingerprint, "the frozen backbone has changed"
         log_skipped_images([*queries.skipped, *sorted(batches.broken)])
-        by_lr, best = self._by_lr(), self._best()
+        by_lr, best, skipped = self._by_lr(), self._best(), len(queries.skipped)
+        images = self._sum_over_ranks(
+            evaluation=len(queries), evaluation_skipped=skipped, train_replaced=batches.replaced
+        )
         scores = {
             "top1": by_lr[best]["last_top1"],
             "lr": by_lr[best]["lr"],
             "best_top1": max(one["best_top1"] for one in by_lr),
             "by_lr": by_lr,
             "selection": SELECTION,
-            "images": {
-                "train": self.order.num_images,
-                **self._sum_over_ranks(
-                    evaluation=len(queries), evaluation_skipped=len(queries.skipped), train_replaced=batches.replaced
-                ),
-            },
+            "images": {"train": self.order.num_images, **images},
             "backbone_unchanged": True,
         }
         everything = gathered(queries, self.collective)
         predicted = self.probe.predict(everything.features_NC)[best]
-        return scores, (everything.labels_N.cpu().numpy(), predicted.cpu().numpy())
+        return scores, self._report(scores, everything.labels_N.cpu().numpy(), predicted.cpu().numpy())
 
     def _train(self, batches: Batches, queries: FeatureSet) -> None:
         """Train the epochs that are left, and save the probe after each."""
@@ -191,13 +189,13 @@ class LinearEvaluation(Evaluation):
         """Return each rate with the top-1 of its classifier after every epoch."""
         return [(lr, [epoch["top1"][i] for epoch in self.history]) for i, lr in enumerate(self.base_lrs)]
 
-    def _report(self, results: dict[str, Any], details: tuple[np.ndarray, np.ndarray]) -> Report:
-        epochs, images = len(self.history), results["images"]["evaluation"]
-        title = f"linear probe, lr {results['lr']:g}, top-1 {results['top1']:.2f} % after {epochs} epochs"
+    def _report(self, scores: dict[str, Any], truth: np.ndarray, predicted: np.ndarray) -> Report:
+        epochs, images = len(self.history), scores["images"]["evaluation"]
+        title = f"linear probe, lr {scores['lr']:g}, top-1 {scores['top1']:.2f} % after {epochs} epochs"
         lines = {f"lr {lr:g}": top1 for lr, top1 in self._top1_by_lr()}
         return Report(
             figures={
-                "confusion": lambda: confusion_matrix(*details, self.class_names, title),
+                "confusion": lambda: confusion_matrix(truth, predicted, self.class_names, title),
                 "accuracy": lambda: curves(lines, range(1, epochs + 1), title),
             },
             rows=[
@@ -206,7 +204,7 @@ class LinearEvaluation(Evaluation):
                         f"top-1, lr {one['lr']:g}",
                         f"{one['last_top1']:.2f} % at the end; best {one['best_top1']:.2f} % after epoch {one['best_epoch']}",
                     )
-                    for one in results["by_lr"]
+                    for one in scores["by_lr"]
                 ),
                 ("note", SELECTION),
                 ("images", f"{images:,}, trained on {self.order.num_images:,}"),

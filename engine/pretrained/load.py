@@ -101,8 +101,19 @@ def load_pretrained(
     _check_heads(weights, heads, arch, args, where)
     notes = _fit_positions(weights, backbone, where)
     missing = _load(backbone, weights, arch, where)
-    loaded, ignored = len(backbone.state_dict()) - len(missing), dict(weights.ignored)
-    return Pretrained(backbone, arch, stem, args, heads, size, weights.origin, loaded, missing, ignored, notes)
+    return Pretrained(
+        backbone=backbone,
+        arch=arch,
+        stem=stem,
+        backbone_args=args,
+        num_heads=heads,
+        image_size=size,
+        description=weights.origin,
+        loaded=len(backbone.state_dict()) - len(missing),
+        missing=missing,
+        ignored=dict(weights.ignored),
+        notes=notes,
+    )
 
 
 def _network(

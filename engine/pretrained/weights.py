@@ -24,6 +24,7 @@ from crossbatch.models.backbones import ARCHS, family
 
 ENCODERS = {"online": "base_encoder", "momentum": "momentum_encoder"}  # in the files of moco-v3 and BatchFormer
 NOTE = "crossbatch"  # entry of an exported file that describes its network
+NETWORK = ("arch", "stem", "backbone_args", "image_size", "num_heads")  # of that entry
 PROBE, PROBE_FILE = "linear probe", "probe.pt"  # "kind" of the file that the linear probe saves, and its name
 MOMENTUM = ("momentum", "teacher", "ema", "target", "encoder_k")  # in the prefix of a momentum encoder, anywhere
 MARKS = ("layer4.0.conv1.weight", "blocks.0.norm1.weight")  # of a ResNet, of a ViT
@@ -69,11 +70,7 @@ def _read_run(path: Path, encoder: str, where: str) -> Weights:
     prefix = f"{encoder}.backbone."
     try:
         manifest, config = checkpoint.read_manifest(found)
-        tensors = {
-            name: tensor
-            for part in ("parameters", "buffers")
-            for name, tensor in checkpoint.read(found, f"{part}.{prefix}").items()
-        }
+        tensors = checkpoint.read(found, f"parameters.{prefix}") | checkpoint.read(found, f"buffers.{prefix}")
     except Unreadable as error:
         raise InputError(f"--checkpoint {found}: {error}; name another checkpoint of the run") from None
     section = config.get("crossbatch", {})
@@ -130,7 +127,7 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
     ignored = Counter(".".join(name.split(".")[: 2 if has_both and name.startswith(prefix) else 1]) for name in rest)
     note = entries.get(NOTE)
     note = note if isinstance(note, Mapping) else {}
-    known = {name: note.get(name) for name in ("arch", "stem", "backbone_args", "image_size", "num_heads")}
+    known = {name: note.get(name) for name in NETWORK}
     arch = entries.get("arch")
     # Elsewhere the name of a ViT would not say which of two it is, see `load`.
     if isinstance(arch, str) and (has_both or (arch in ARCHS and family(arch) == "resnet")):
