@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def train_loader(
     source: Source,
     sampler: GlobalBatchSampler,
     augmentations: Sequence[ViewAugmentation],
-    **more: float,
+    **more: Any,
 ) -> TrainLoader:
     """Return a loader of `source` with the settings of `crossbatch.data`; `more` are further arguments of `TrainLoader`."""
     data = cfg.crossbatch.data

@@ -16,7 +16,7 @@ _LOSS_SCALE = "crossbatch finds the loss scale as torch's GradScaler does, from 
 _OWN_CHECKPOINTS = "crossbatch writes its own checkpoints; set crossbatch.checkpoint"
 _PROFILE = "start with --profile N, which measures each part of a step"
 _METRICS = "every run writes metrics.jsonl and TensorBoard files; leave it out, or give it enabled: false"
-_DTYPES = dict.fromkeys(("bfloat16", "torch.bfloat16", "bf16"), "bf16")
+_DTYPES: dict[str, str] = dict.fromkeys(("bfloat16", "torch.bfloat16", "bf16"), "bf16")
 _DTYPES |= dict.fromkeys(("float16", "torch.float16", "fp16", "half"), "fp16")
 
 # The values with which a key changes nothing here, and why all others are refused.

@@ -142,8 +142,9 @@ def _network(
 def _grid_side(weights: Weights) -> int | None:
     """Return how many patches wide the positions of a ViT are, or None if there are none."""
     positions = weights.tensors.get("pos_embed")
-    is_grid = positions is not None and positions.dim() == 3
-    return math.isqrt(max(positions.shape[1] - 1, 1)) if is_grid else None
+    if positions is None or positions.dim() != 3:
+        return None
+    return math.isqrt(max(positions.shape[1] - 1, 1))
 
 
 def _check_heads(weights: Weights, heads: int | None, arch: str, args: Mapping[str, Any], where: str) -> None:

@@ -63,14 +63,15 @@ def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[
     group, so a BatchFormer with a rate of its own costs LARS one more all-reduce.
     """
     params = config.optimizer.params
-    is_adamw = isinstance(params, AdamWConfig)
+    decays_1d = isinstance(params, AdamWConfig) and params.decay_1d
+    positions = POSITIONS if isinstance(params, AdamWConfig) else ()
     lr_scales = {"batchformer.": config.crossbatch.batchformer.lr_scale} if isinstance(config, Config) else {}
-    split = split_parameters(model, lr_scales, POSITIONS if is_adamw else ())
+    split = split_parameters(model, lr_scales, positions)
     return [
         {
             "params": parameters,
             "adapts": is_matrix,
-            "weight_decay": params.weight_decay if is_matrix or (is_adamw and params.decay_1d) else 0.0,
+            "weight_decay": params.weight_decay if is_matrix or decays_1d else 0.0,
             "lr_scale": lr_scale,
         }
         for (lr_scale, is_matrix), parameters in split.items()

@@ -56,41 +56,51 @@ class Task(Protocol[StepT]):
     @property
     def cfg(self) -> Resolved:
         """Return the configuration of the run, in its final form."""
+        ...
 
     @property
     def data(self) -> TrainData:
         """Return the training images."""
+        ...
 
     @property
     def timer(self) -> StepTimer | None:
         """Return what measures the parts of each step, or None if nothing does."""
+        ...
 
     def build_step(self, chunk: int) -> StepT:
         """Build model, sharding backend and step from torch's current random state; the model sees `chunk` images at most."""
+        ...
 
     def on_start(self, step: StepT, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
         """Return lines for the log about a run that is built but not trained yet; `resumed` is what it continues from.
 
         Raises InputError if it may not continue from there. `allow_change` names the configuration keys that may differ.
         """
+        ...
 
     def train_on(self, step: StepT, batch: Batch) -> TrainResult:
         """Train on a batch of this rank."""
+        ...
 
     def evaluation_due(self, num_steps: int, is_last: bool) -> bool:
         """Return whether to evaluate after `num_steps` steps; `is_last` if training ends there."""
+        ...
 
     def evaluate(self, step: StepT, between_batches: Callable[[int], object]) -> dict[str, float]:
         """Evaluate the model; return percentages by their names in metrics.jsonl, the same on all ranks.
 
         `between_batches` is called before each forward pass, with the number of images, and raises to end the evaluation.
         """
+        ...
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
         """Write the results after the last step, and return the commands that a user may type next.
 
         `scores` are the number of steps and the percentages of every evaluation since the start of this process.
         """
+        ...
 
     def close(self) -> None:
         """End the processes that load images; called once, also after a failure."""
+        ...
