@@ -125,8 +125,7 @@ def load(given: argparse.Namespace, world: World) -> FinetuneConfig:
     if one is None or world.size == 1 or any(pair.startswith("train_batch_size=") for pair in pairs[1:]):
         return config
     if config.crossbatch.schedule.deit_compat:
-        pairs[0] = f"train_batch_size={one * world.size}"
-        config = load_config(given.deepspeed_config, pairs, FinetuneConfig)
+        config = config.model_copy(update={"train_batch_size": one * world.size})
         note = f"{one} for each of {world.size} ranks, as crossbatch.schedule.deit_compat is true"
     else:
         note = f"over all {world.size} ranks; in DeiT it is that of one, as with crossbatch.schedule.deit_compat=true"
