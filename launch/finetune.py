@@ -134,13 +134,18 @@ def load(given: argparse.Namespace, world: World) -> FinetuneConfig:
     return config
 
 
-def main() -> None:
-    """Fine-tune on this rank. Raises InputError or RunStopped."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line."""
     parser = ArgumentParser(description=__doc__)
     add_config_flags(parser, ALIASES, "DeiT's flags")
     add_run_flags(parser)
     add_deit_flags(parser)
-    arguments, world = parser.parse_args(), world_from_environment()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fine-tune on this rank. Raises InputError or RunStopped."""
+    arguments, world = parse_arguments(), world_from_environment()
     config = load(arguments, world)
     cfg = resolve_finetune(config, world.size, Device.detect(), world.local_size)
     # Late: its libraries take seconds, which wrong input should not wait for.
