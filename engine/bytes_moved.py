@@ -1,4 +1,4 @@
-"""Counts the bytes that torch's operators read and write, each tensor once a pass, views free.
+"""Counts the bytes that torch's operators read and write: each tensor counts once a pass, and views cost nothing.
 
 What a kernel of our own moves counts if it is an operator (`crossbatch::...`); LARS on a GPU is none. What the caches of a
 device keep counts all the same.

@@ -49,7 +49,7 @@ _sketches: dict[str, Sketch] = {}
 
 
 def sketch(cfg: ResolvedConfig) -> Sketch:
-    """Trace the network of `cfg`, once: configurations that differ in sharding, chunks or who shares statistics share it."""
+    """Return the sketch of `cfg`; configurations that differ only in sharding, chunks or shared statistics have the same one."""
     ours, batch = cfg.crossbatch, (cfg.group_size, cfg.local_batch, cfg.world_size)
     model = ours.model.model_copy(update={"norm_ranks": "world"})
     key = repr((model, ours.batchformer, ours.data.image_size, cfg.precision, batch))
@@ -163,7 +163,7 @@ def _no_memory() -> FakeTensorMode:
 
 
 class _AnyRank(Collective):
-    """Stands for one of `world_size` ranks, for shapes."""
+    """Stands in for one of `world_size` ranks where only shapes matter."""
 
     def __init__(self, world_size: int):
         self._world_size = world_size

@@ -1,4 +1,4 @@
-"""Does a recipe fit on these GPUs, how long will it take, what limits it, and what would help?
+"""Predict whether a recipe fits on given GPUs, how long it takes, what limits it, and what would help.
 
 python launch/plan.py --deepspeed_config ds_configs/bs4096.json --gpus 16 --gpu v100-32g --nodes 2 --interconnect 4xedr
 

@@ -76,7 +76,7 @@ class LinearEvaluation(Evaluation):
             self.history = saved["history"]
 
     def _evaluate(self) -> tuple[dict[str, Any], Report]:
-        """Train the epochs that are left."""
+        """Train the epochs that are left, and return the scores and the report."""
         queries = self._features(self.evaluation, "evaluation images")
         if self.cfg.crossbatch.linear.cache:
             rows = gathered(self._features(self.train, "training images"), self.collective)
