@@ -49,7 +49,7 @@ _sketches: dict[str, Sketch] = {}
 
 
 def sketch(cfg: ResolvedConfig) -> Sketch:
-    """Return the sketch of `cfg`; configurations that differ only in sharding, chunks or shared statistics have the same one."""
+    """Return the sketch of `cfg`; it is the same for any sharding, number of chunks and sharing of statistics."""
     ours, batch = cfg.crossbatch, (cfg.group_size, cfg.local_batch, cfg.world_size)
     model = ours.model.model_copy(update={"norm_ranks": "world"})
     key = repr((model, ours.batchformer, ours.data.image_size, cfg.precision, batch))
