@@ -106,8 +106,8 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
         raise InputError(f"{where}: is the file of a linear probe; give the checkpoint that the probe was trained on")
     has_both = any(name.startswith(tuple(f"{part}." for part in ENCODERS.values())) for name in tensors)
     prefix = f"{ENCODERS[encoder]}." if has_both else _prefix(tensors, encoder, where)
-    is_distributed = any(str(name).startswith("module.") for name in entries.get("state_dict", ()))
-    if not prefix and ("best_acc1" in entries or ("epoch" in entries and is_distributed)):
+    of_ddp = "epoch" in entries and any(str(name).startswith("module.") for name in entries.get("state_dict", ()))
+    if not prefix and (of_ddp or "best_acc1" in entries):
         raise InputError(
             f"{where}: is the file of a linear probe of MoCo v3, or of a classifier trained with pytorch/examples, which look "
             f"alike: it has an epoch, but no base_encoder; give the checkpoint that the probe was trained on, or for a "
