@@ -145,14 +145,9 @@ def describe(cfg: ResolvedConfig, steps_per_epoch: int | None) -> dict[str, Any]
         model = build_model(cfg)
     zero, trained = cfg.config.zero_optimization, count(model, trained=True)
     has_buckets = cfg.crossbatch.sharding == "zero" and zero.stage > 0
+    resolved = ("world_size", "train_batch_size", "local_batch", "chunk", "chunks", "group_size", "lr_peak")
     return {
-        "world_size": cfg.world_size,
-        "train_batch_size": cfg.train_batch_size,
-        "local_batch": cfg.local_batch,
-        "chunk": cfg.chunk,
-        "chunks": cfg.chunks,
-        "group_size": cfg.group_size,
-        "lr_peak": cfg.lr_peak,
+        **{name: getattr(cfg, name) for name in resolved},
         "steps_per_epoch": steps_per_epoch,
         "parameters_total": count(model),
         "parameters_trainable": trained,
