@@ -28,7 +28,7 @@ KERNELS = {
     "_merge",
     "_normalise",
     "_backward_sums",
-    "_input_gradient",
+    "_input_gradients",
 }
 PLANTED = "too_much_shared_memory"
 

@@ -44,7 +44,7 @@ INNER = {
     if (name := getattr(op, "_name", "")).startswith("batchformer_")
 } | {
     f"crossbatch::view_norm_{name}": functools.partial(operators.run_pass, name)
-    for name in ("statistics", "normalise", "backward_sums", "input_gradient")
+    for name in ("statistics", "normalise", "backward_sums", "input_gradients")
 }
 
 
