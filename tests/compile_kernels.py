@@ -54,7 +54,7 @@ class Compiler:
     def __init__(self, capability: int):
         self.capability, self.done = capability, set()
 
-    def run(self, kernel, *args, grid, warmup, num_warps=4, **constants):
+    def run(self, kernel, *args, grid, warmup, num_warps=4, maxnreg=None, **constants):
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         signature = {p.name: "constexpr" if p.is_constexpr else type_of(values[p.name]) for p in kernel.params}
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
@@ -73,7 +73,7 @@ class Compiler:
             compiled = triton.compile(
                 ASTSource(kernel, signature, constants, divisible),
                 target=GPUTarget("cuda", self.capability, 32),
-                options={"num_warps": num_warps},
+                options={"num_warps": num_warps, "maxnreg": maxnreg},
             )
         (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
         spilled = re.findall(r"(\d+) bytes spill", log.getvalue())

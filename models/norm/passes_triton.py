@@ -23,6 +23,7 @@ COLUMNS = 64  # of a tile at most: 128 bytes of a row in 16 bits
 PROGRAMS = 1056  # that sum over rows: eight for each of an H100's multiprocessors
 TILES = 8  # of a program that sums nothing; it reads what belongs to channels once for all of them
 _WARPS = 8
+REGISTERS = 128  # of a thread at most; without a limit, ptxas spills some for more threads than we need
 
 
 def statistics(x: Tensor, num_views: int) -> Tensor:
@@ -90,7 +91,7 @@ def input_gradients(
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments, **constants) -> None:
     """Call kernel[grid](...), where a type checker cannot know the arguments."""
-    kernel[grid](*arguments, **constants, num_warps=_WARPS)
+    kernel[grid](*arguments, **constants, num_warps=_WARPS, maxnreg=REGISTERS)
 
 
 def _sizes(x: Tensor, views: int) -> tuple[int, int, dict[str, int]]:
