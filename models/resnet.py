@@ -2,8 +2,8 @@
 
 It differs from torchvision.models.ResNet in five ways: the norm is ViewBatchNorm; it applies the ReLU that follows it, and
 normalises and adds the shortcut, in its own passes; `fc` is the identity, so the network returns the pooled feature; the last
-norm of every residual branch starts at zero, so that a block begins as the identity (as in MoCo v3); and the width of the first stage is an
-argument (64 is the published network; 16 trains on a laptop).
+norm of every residual branch starts at zero, so that a block begins as the identity (as in MoCo v3); and the width of the
+first stage is an argument (64 is the published network; 16 trains on a laptop).
 
 Stems: "imagenet" is 7x7 stride 2 followed by a 3x3 max pool of stride 2, as published. On images of 32 to 64 pixels
 that would leave a map of 1 to 2 pixels at the end; "small" is 3x3 stride 1 without the pool, the usual one for CIFAR.

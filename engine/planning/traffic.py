@@ -3,9 +3,9 @@
 Ours are exact on any number of ranks (tests/benchmarks/test_scaling_traffic.py counts them):
 
     norms   forward, an all-gather of mean and variance of each view and rank; backward, an all-reduce of two sums of each view;
-            one of each for every norm and chunk; the norm of a shortcut shares those of the one that adds it.
-            Norms of the momentum encoder share the all-gathers of their online
-            counterparts (`crossbatch.models.lockstep`). The passes that repeat a chunk know its statistics
+            one of each for every norm and chunk; the norm of a shortcut shares those of the one that adds it. Norms of the
+            momentum encoder share the all-gathers of their online counterparts (`crossbatch.models.lockstep`). The passes that
+            repeat a chunk know its statistics
     keys    one all-gather, of all views and streams
     stats   where groups of ranks have statistics of their own: all running statistics, averaged in one all-reduce
     groups  where a BatchFormer group spans ranks: its features, forward for queries and keys, and back for the queries

@@ -120,10 +120,12 @@ def _pairs(x: Tensor, views: int) -> Tensor:
 
 def _channels(channels: Channels) -> tuple[int, tuple[Any, ...], dict[str, bool]]:
     """Return the number of views, what the kernels take of the channels of one norm or both, and which of the two it is."""
-    mean_VC, both = channels[0], (channels[:4], channels[-4:])
-    assert all(t.stride() == mean_VC.stride() and t.stride(1) == 1 for mean, var, *_ in both for t in (mean, var))
-    vectors = [(mean, var, in_dtype(w, mean, 1.0), in_dtype(b, mean, 0.0)) for mean, var, w, b in both]
-    return len(mean_VC), (*vectors[0], *vectors[1], mean_VC.stride(0)), {"BOTH": len(channels) == 8}
+    views, stride = len(channels[0]), channels[0].stride(0)
+    vectors = []
+    for mean, var, weight, bias in (channels[at : at + 4] for at in range(0, len(channels), 4)):
+        assert mean.stride() == var.stride() == (stride, 1)
+        vectors.append((mean, var, in_dtype(weight, mean, 1.0), in_dtype(bias, mean, 0.0)))
+    return views, (*vectors[0], *vectors[-1], stride), {"BOTH": len(vectors) == 2}
 
 
 @triton.jit
