@@ -221,8 +221,7 @@ def _normalise(
 ):  # fmt: skip
     number, i, at = _tile(columns, C, ROWS, BLOCK)
     mean_i, _, scale_i, bias_i = _of_channels(mean, var, weight, bias, stride, i, C, eps)
-    if BOTH:
-        mean_2i, _, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
+    mean_2i, _, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
     last = tl.minimum(number * strip + strip, rows)
     for start in range(number * strip, last, ROWS):
         inside = (start + tl.arange(0, ROWS)[:, None] < last) & (i < C)
@@ -250,9 +249,8 @@ def _backward_sums(
     mean_i, invstd_i, scale_i, bias_i = _of_channels(mean, var, weight, bias, stride, i, C, eps)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     slopes = tl.zeros((ROWS, BLOCK), tl.float32)
-    if BOTH:
-        mean_2i, invstd_2i, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
-        slopes_2 = tl.zeros((ROWS, BLOCK), tl.float32)
+    mean_2i, invstd_2i, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
+    slopes_2 = tl.zeros((ROWS, BLOCK), tl.float32)
     last = tl.minimum(number * strip + strip, rows)
     for start in range(number * strip, last, ROWS):
         inside = (start + tl.arange(0, ROWS)[:, None] < last) & (i < C)
@@ -261,6 +259,7 @@ def _backward_sums(
         if TWO:
             g += tl.load(dy_2 + first + at, inside, 0.0).to(tl.float32)
         centred = tl.load(x + first + at, inside, 0.0).to(tl.float32) - mean_i
+        centred_2 = centred
         if BOTH:
             centred_2 = tl.load(residual + first + at, inside, 0.0).to(tl.float32) - mean_2i
         if RELU:
@@ -278,11 +277,11 @@ def _backward_sums(
         slopes += g * centred
         if BOTH:
             slopes_2 += g * centred_2
-    NUMBER: tl.constexpr = 3 if BOTH else 2
-    _store_sum(partial, number, 0, NUMBER, i, C, tl.sum(sums, 0, keep_dims=True))
-    _store_sum(partial, number, 1, NUMBER, i, C, tl.sum(slopes, 0, keep_dims=True) * invstd_i)
+    kinds = 3 if BOTH else 2
+    _store_sum(partial, number, 0, kinds, i, C, tl.sum(sums, 0, keep_dims=True))
+    _store_sum(partial, number, 1, kinds, i, C, tl.sum(slopes, 0, keep_dims=True) * invstd_i)
     if BOTH:
-        _store_sum(partial, number, 2, NUMBER, i, C, tl.sum(slopes_2, 0, keep_dims=True) * invstd_2i)
+        _store_sum(partial, number, 2, kinds, i, C, tl.sum(slopes_2, 0, keep_dims=True) * invstd_2i)
 
 
 @triton.jit
@@ -294,12 +293,12 @@ def _input_gradients(
 ):  # fmt: skip
     number, i, at = _tile(columns, C, ROWS, BLOCK)
     mean_i, invstd_i, scale_i, bias_i = _of_channels(mean, var, weight, bias, stride, i, C, eps)
-    NUMBER: tl.constexpr = 3 if BOTH else 2
-    sums_i = sums + tl.program_id(1) * NUMBER * C + i
+    sums_i = sums + tl.program_id(1) * (3 if BOTH else 2) * C + i
     mean_dy = tl.load(sums_i, i < C, 0.0) * inverse_count
     slope = tl.load(sums_i + C, i < C, 0.0) * inverse_count * invstd_i
+    mean_2i, invstd_2i, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
+    slope_2 = slope
     if BOTH:
-        mean_2i, invstd_2i, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
         slope_2 = tl.load(sums_i + 2 * C, i < C, 0.0) * inverse_count * invstd_2i
     last = tl.minimum(number * strip + strip, rows)
     for start in range(number * strip, last, ROWS):
@@ -307,6 +306,7 @@ def _input_gradients(
         first = _first_element(start, rows, C)
         g = tl.load(dy + first + at, inside, 0.0).to(tl.float32)
         centred = tl.load(x + first + at, inside, 0.0).to(tl.float32) - mean_i
+        centred_2 = centred
         if BOTH:
             centred_2 = tl.load(residual + first + at, inside, 0.0).to(tl.float32) - mean_2i
         if RELU:

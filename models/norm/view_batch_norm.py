@@ -91,7 +91,7 @@ class ViewBatchNorm(_BatchNorm):
         self.recomputes_output = False  # see `recomputed`
         self.collective: Collective = GroupCollective(process_group)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (a Tensor, but with `defer`)
         self, input: Tensor, residual: "Tensor | Deferred | None" = None, relu: bool = False, defer: bool = False
     ) -> "Tensor | Deferred":
         """Normalise a batch, and in the same pass add `residual` and apply a ReLU, if asked.
@@ -303,7 +303,8 @@ def recomputed(y: Tensor) -> contextlib.AbstractContextManager:
     if recipe is None:
         return contextlib.nullcontext()
     storage = y.untyped_storage()._cdata
-    around = torch._C._autograd._top_saved_tensors_default_hooks(True)  # torch asks the innermost hooks only
+    # torch asks the innermost hooks only.
+    around = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     outer_pack, outer_unpack = around or (lambda tensor: tensor, lambda kept: kept)
 
     def pack(tensor: Tensor) -> Any:

@@ -197,6 +197,19 @@ def test_an_output_that_is_not_kept_is_computed_again(request, passes):
         assert got[name].equal(value), name
 
 
+def test_hooks_around_get_what_else_is_kept_beside_a_recomputed_output():
+    norm, weight, packed = ViewBatchNorm(5), torch.randn(5, 5, requires_grad=True), []
+    norm.recomputes_output = True
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or len(packed), lambda k: packed[k - 1])
+    with hooks:
+        y = norm(torch.randn(4, 5, requires_grad=True), relu=True)
+        with recomputed(y):
+            out = y @ weight
+    assert any(t is weight for t in packed) and not any(t is y for t in packed)
+    out.sum().backward()
+    torch.testing.assert_close(gradient(weight), y.detach().sum(0)[:, None].expand(5, 5))
+
+
 def gradient(tensor):
     assert tensor.grad is not None
     return tensor.grad
