@@ -23,7 +23,7 @@ COLUMNS = 64  # of a tile at most: 128 bytes of a row in 16 bits
 PROGRAMS = 1056  # that sum over rows: eight for each of an H100's multiprocessors
 TILES = 8  # of a program that sums nothing; it reads what belongs to channels once for all of them
 _WARPS = 8
-REGISTERS = 128  # of a thread at most; without a limit, ptxas spills some for more threads than we need
+REGISTERS = 128  # of a thread at most; without a limit, ptxas spills some for more threads than a pass needs
 
 
 def statistics(x: Tensor, num_views: int) -> Tensor:
