@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 from torch import nn
@@ -21,7 +20,6 @@ from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
 from crossbatch.models.backbones import blocks
-from crossbatch.models.norm import view_batch_norm
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -103,16 +101,7 @@ def _saved(call: Callable[[], Any], module: nn.Module) -> float:
         found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def within(inner_pack: Callable, unpack: Callable) -> Any:
-        # Hooks inside of hooks replace them; these keep some tensors, which count, and of others only how to compute them.
-        def inner(tensor: torch.Tensor) -> Any:
-            packed = inner_pack(tensor)
-            return pack(packed) if isinstance(packed, torch.Tensor) else packed
-
-        return saved_tensors_hooks(inner, unpack)
-
-    hooks = saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, mock.patch.object(view_batch_norm, "saved_tensors_hooks", within):
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
         alive.append(call())
     return float(sum(size for storage, size in found.items() if storage not in own))
 
@@ -121,8 +110,9 @@ def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
     """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input."""
     layers, inputs = [0], [0]
 
-    def note(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        layers.append(args[0].nbytes + output.nbytes)
+    def note(_: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        if isinstance(output, torch.Tensor):  # a norm may leave its work to another, and return nothing new
+            layers.append(args[0].nbytes + output.nbytes)
 
     hooks = [layer.register_forward_hook(note) for layer in backbone.modules() if not list(layer.children())]
     hooks += [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes)) for b in _blocks(backbone)]

@@ -16,6 +16,7 @@ from crossbatch.models.batchformer.reference import wide_dtype
 from crossbatch.models.batchformer.tiles import Area
 
 ELEMENTS = 1024  # of a program at once, or a whole row of C features
+REGISTERS = 128  # of a thread at most; without a limit, ptxas spills some for more threads than a pass needs
 _PARTIAL_SUMS = 264  # programs that sum over rows: two for each of an H100's multiprocessors
 
 
@@ -94,7 +95,7 @@ def add_norm_backward(
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments, **constants) -> None:
     """Call kernel[grid](...), where a type checker cannot know the arguments."""
-    kernel[grid](*arguments, **constants)
+    kernel[grid](*arguments, **constants, maxnreg=REGISTERS)
 
 
 def _block(columns: int, most: int | None = None) -> dict[str, int]:

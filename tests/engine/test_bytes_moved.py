@@ -1,6 +1,7 @@
 """Bytes that a backbone moves on a GPU, counted by shapes, against formulas."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def images() -> torch.Tensor:
     return torch.empty(SIZE, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
 
 
-def moved(norm: nn.Module, *residual: torch.Tensor, **more) -> float:
+def moved(norm: nn.Module, *residual: Any, **more) -> float:
     """Count a norm's passes in tensors: what it moves besides vectors of channels, in units of its input."""
     x = images()
     with BytesMoved("cpu") as counted:
@@ -47,6 +48,13 @@ def test_a_fused_norm_moves_nothing_more_for_its_relu_and_two_tensors_for_its_re
         assert moved(norm, images(), relu=True) == pytest.approx(1 + 3 + 4 + 3, rel=0.1)
 
 
+def test_a_norm_and_that_of_its_residual_read_each_input_twice_each_way():
+    """Forward both, both, y; backward the sums read both and dy; then both, dy (masked again), and both gradients."""
+    norm, other = (without_memory(lambda: ViewBatchNorm(6)) for _ in range(2))
+    with fake_gpu("fp32"):
+        assert moved(norm, other(images(), defer=True), relu=True) == pytest.approx(5 + 3 + 5, rel=0.1)
+
+
 def test_a_resnet50_moves_what_its_layers_do():
     """torchvision's, by hand: norms 8 passes, ReLUs 2 + 3, additions 3 and 3 where gradients meet, the pools a little."""
     sizes = {"norm": 0.0, "relu": 0.0}
@@ -69,7 +77,13 @@ def test_a_resnet50_moves_what_its_layers_do():
 
 
 def test_our_resnet50_moves_far_less_than_before():
-    """Now 468.6 MB an image: norms 8 passes, those with a residual 12, because the sums read both gradients that meet there."""
+    """Now 438.5 MB an image.
+
+    Norms make 8 passes over their input, and those with a residual 12, because the sums read both gradients that meet there.
+    Where the residual has a norm of its own, both together make 15: forward each is read for its statistics, then both and the
+    sum; backward the sums read two gradients and both inputs and write the gradient before the ReLU, which then goes with both
+    inputs into both gradients.
+    """
     ours = of_backbone(partial(build_backbone, "resnet50"), 224, "bf16")
-    assert ours.elementwise == pytest.approx(468.6e6, rel=0.01)
-    assert ours.elementwise <= 1e6 * BEFORE_MB / 1.69
+    assert ours.elementwise == pytest.approx(438.5e6, rel=0.01)
+    assert ours.elementwise <= 1e6 * BEFORE_MB / 1.8
