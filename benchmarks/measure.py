@@ -190,7 +190,7 @@ def events_ms(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / GPU_BLOCK
 
 
-def summarise(samples: Mapping[str, list[float]], settings: dict[str, Any], unit: str = "ms") -> list[Row]:
+def summarise(samples: Mapping[str, Sequence[float]], settings: dict[str, Any], unit: str = "ms") -> list[Row]:
     """Return a row for each case, with its ratio to the first, which is the baseline; what is counted has one sample."""
     now, baseline = clocks(), next(iter(samples))
     rows = [Row.of_samples(case, values, unit, settings=settings, clocks=now) for case, values in samples.items()]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from crossbatch.engine.config.schema import PATH
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
+_EVALUATION = ", ".join(f"{name}/" for name in SPLITS["eval"])
 _COMPARED = 64  # files that every rank reads to see whether it has the same ones as the others
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
@@ -93,22 +94,35 @@ def train_data(
     Raises:
         InputError: if there are fewer images than in a batch.
     """
-    data, seed, batch = cfg.crossbatch.data, cfg.crossbatch.seed, cfg.train_batch_size
+    seed, batch = cfg.crossbatch.seed, cfg.train_batch_size
     with user_input("train_batch_size"):
         sampler = GlobalBatchSampler(seed, len(source), batch // repeats, world.size, world.rank, shuffle_window)
-    loader = TrainLoader(
+    loader = train_loader(cfg, device, source, sampler, augmentations, wait_s=longest_wait_s(cfg))
+    return TrainData(sampler, loader, max(1, len(source) // batch), checksum(source))
+
+
+def train_loader(
+    cfg: Resolved,
+    device: torch.device,
+    source: Source,
+    sampler: GlobalBatchSampler,
+    augmentations: Sequence[ViewAugmentation],
+    **more: Any,
+) -> TrainLoader:
+    """Return a loader of `source` with the settings of `crossbatch.data`; `more` are further arguments of `TrainLoader`."""
+    data = cfg.crossbatch.data
+    return TrainLoader(
         source,
         sampler=sampler,
         augmentations=augmentations,
-        seed=seed,
+        seed=cfg.crossbatch.seed,
         workers=cfg.workers,
         max_skipped_fraction=data.max_skipped_fraction,
         backend=data.backend,
         scaled_decode=data.scaled_decode,
         device=device,
-        wait_s=longest_wait_s(cfg),
+        **more,
     )
-    return TrainData(sampler, loader, max(1, len(source) // batch), checksum(source))
 
 
 def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> None:
@@ -152,8 +166,7 @@ def found_images(path: str | None, train: Source, evaluation: Source | None, eva
     if evaluation is not None:
         lines.append(f"evaluation: {describe_source(evaluation)}")
     elif evaluates:
-        wanted = ", ".join(f"{name}/" for name in SPLITS["eval"])
-        lines.append(f"evaluation: none, as {path} has none of {wanted} beside train/")
+        lines.append(f"evaluation: none, as {path} has none of {_EVALUATION} beside train/")
     return lines
 
 
@@ -169,8 +182,7 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
     """
     train, evaluation = _open(path, cache)
     if evaluation is None:
-        wanted = ", ".join(f"{name}/" for name in SPLITS["eval"])
-        raise InputError(f"{_KEY}: {path} has none of {wanted} with images to evaluate on; add one")
+        raise InputError(f"{_KEY}: {path} has none of {_EVALUATION} with images to evaluate on; add one")
     for split, source in (("training", train), ("evaluation", evaluation)):
         _check_labels(source, len(train.class_names), f"{_KEY}: {path}: the {split} images")
     return train, evaluation
@@ -180,11 +192,8 @@ def _open(path: str | None, cache: Path | None, evaluate: bool = True) -> tuple[
     if path is None:
         raise InputError(f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR")
     with user_input(_KEY):
-        train, evaluation = open_source(path, "train", cache=cache), None
-    if evaluate and has_evaluation_split(path):
-        with user_input(_KEY):
-            evaluation = open_source(path, "eval", cache=cache)
-    return train, evaluation
+        train = open_source(path, "train", cache=cache)
+        return train, open_source(path, "eval", cache=cache) if evaluate and has_evaluation_split(path) else None
 
 
 def _check_labels(source: Source, num_classes: int, where: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,7 +47,7 @@ _sketches: dict[str, Sketch] = {}
 
 
 def sketch(cfg: ResolvedConfig) -> Sketch:
-    """Trace the network of `cfg`, once: configurations that differ in sharding, chunks or who shares statistics share it."""
+    """Return the sketch of `cfg`; it is the same for any sharding, number of chunks and sharing of statistics."""
     ours, batch = cfg.crossbatch, (cfg.group_size, cfg.local_batch, cfg.world_size)
     model = ours.model.model_copy(update={"norm_ranks": "world"})
     key = repr((model, ours.batchformer, ours.data.image_size, cfg.precision, batch))
@@ -136,14 +136,13 @@ def without_memory(build: Callable[[], Network]) -> Network:
     """Build a network that has shapes only; it can run inside `shapes_only`."""
     with torch.device("meta"):  # not in FakeTensorMode, where timm's .item() has no value
         network = build()
-    with _no_memory():
-        return network.to_empty(device="cpu")
+    # As to_empty(device="cpu") in that mode, in a tenth of the time.
+    return network._apply(lambda tensor: FakeTensor(_no_memory(), tensor, torch.device("cpu")))
 
 
 @contextlib.contextmanager
 def shapes_only(precision: str) -> Iterator[None]:
     """Let networks of `without_memory` run without arithmetic, under autocast to `precision`; new tensors have no memory."""
-
     with _no_memory(), autocast("cpu", autocast_dtype(precision)):
         yield
 
@@ -154,7 +153,7 @@ def _no_memory() -> FakeTensorMode:
 
 
 class _AnyRank(Collective):
-    """Stands for one of `world_size` ranks, for shapes."""
+    """Stands in for one of `world_size` ranks where only shapes matter."""
 
     def __init__(self, world_size: int):
         self._world_size = world_size

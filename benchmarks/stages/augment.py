@@ -32,13 +32,14 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
         source = open_source(root, "train")
         indices = np.arange(min(count, len(source)))
         pil = [source.open(int(index)) for index in indices]
+    pixels = [np.array(image) for image in pil]
     plain = TwoViews(SIZE)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     cases = {
         "torchvision's transforms": lambda: [plain(image) for image in pil],
-        "ours on PIL": lambda: make_views(torchvision_backend.augment, pil, recipes, 0, 0, indices),
-        "ours on OpenCV": lambda: make_views(opencv_backend.augment, pil, recipes, 0, 0, indices),
+        "ours on PIL": lambda: make_views(torchvision_backend.augment, pixels, recipes, 0, 0, indices),
+        "ours on OpenCV": lambda: make_views(opencv_backend.augment, pixels, recipes, 0, 0, indices),
     }
     settings = {"images": len(indices), "size": SIZE, "folder": "given" if images else "generated"}
     yield from compare(cases, settings, effort)

@@ -67,15 +67,15 @@ def _round(
 ) -> tuple[dict[str, list[float]], int]:
     """Save in every way and read; return milliseconds by case, and the bytes of a checkpoint."""
     first, second = (_snapshot(backend, config, step + i) for i in range(2))
-    times = {
+    times: dict[str, list[float]] = {
         "torch.save and fsync": [call_ms(lambda: _save_by_hand(first, folder / "by hand"))],
         "synchronous: training waits": [call_ms(lambda: saver.save(*first, wait=True))],
     }
     saver.finished()
     train()
-    alone = [call_ms(train) for _ in range(5)]
+    alone: list[float] = [call_ms(train) for _ in range(5)]
     times["asynchronous: training waits"] = [stall_ms(lambda: saver.save(*second), train, alone)]
-    meanwhile = []
+    meanwhile: list[float] = []
     while saver.busy:
         meanwhile.append(call_ms(train))
     saver.wait()

@@ -69,7 +69,7 @@ class ModelConfig(Section):
 
     @field_validator("checkpoint_activations", mode="before")
     @classmethod
-    def _of_a_boolean(cls, value: Any) -> Any:
+    def _from_a_boolean(cls, value: Any) -> Any:
         """Accept the values that the key had before, as in the config.json of old runs."""
         return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
@@ -166,11 +166,6 @@ class TrainingConfig(Section):
     )
     seed: CountOrZero = key(0, "seed of initial weights, data order, augmentation and all other randomness")
 
-    @property
-    def lr_scales(self) -> dict[str, float]:
-        """Return factors of the learning rate by prefix of the parameters' names; see `optimizers.parameter_groups`."""
-        return {}
-
 
 class CrossbatchConfig(TrainingConfig):
     model: ModelConfig = ModelConfig()
@@ -179,10 +174,6 @@ class CrossbatchConfig(TrainingConfig):
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     evaluate: EvaluateConfig = key(EvaluateConfig(), resumable=True)
-
-    @property
-    def lr_scales(self) -> dict[str, float]:
-        return {"batchformer.": self.batchformer.lr_scale}
 
 
 class LarsConfig(Section):

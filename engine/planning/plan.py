@@ -131,7 +131,7 @@ def _plan(asked: Question, constants: Constants = FITTED) -> Plan:
 
 
 def _helps(asked: Question, found: Plan) -> Iterator[Help]:
-    """Plan with each change, and compare."""
+    """Yield each change that is tried, with what it gains over `found`."""
 
     def gain(constants: Constants = FITTED, **changed: Any) -> float:
         try:

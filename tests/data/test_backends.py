@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_compiled_colours_are_those_of_pil_to_the_bit(sigmas):
 def test_the_hue_of_every_colour_turns_as_in_pil():
     colours = pytest.importorskip("crossbatch.data.augment.compiled_colours")
     planes = np.array(np.meshgrid(*(np.arange(0, 256, 3, dtype=np.uint8),) * 3)).reshape(3, -1)
-    image = Image.fromarray(np.ascontiguousarray(planes.T)[None])
+    image: Any = Image.fromarray(np.ascontiguousarray(planes.T)[None])  # torchvision's annotations know tensors only
     for turn in (-0.41, -0.07, 0.0, 0.05, 0.5):
         found = planes.copy()
         colours._turn(*found, int(turn * 255) % 256)
@@ -161,7 +162,9 @@ def test_opencv_decodes_jpegs_to_the_pixels_of_pil(large, reduction):
     for file in sorted(large.rglob("?.jpg")):
         data = file.read_bytes()
         want = decode_pixels(data, reduction, by_pil=True)
-        height, width = jpeg_size(data)
+        size = jpeg_size(data)
+        assert size is not None
+        height, width = size
         assert want.shape == (-(-height // reduction), -(-width // reduction), 3)
         assert np.array_equal(decode_pixels(data, reduction), want), file.name
 

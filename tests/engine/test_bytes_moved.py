@@ -9,9 +9,10 @@ import torchvision
 from torch import nn
 
 from benchmarks.stages.norm import BEFORE_MB
-from crossbatch.engine.bytes_moved import BytesMoved, fake_gpu, of_backbone
-from crossbatch.engine.sketch import without_memory
+from crossbatch.engine.bytes_moved import BytesMoved, of_backbone
+from crossbatch.engine.sketch import shapes_only, without_memory
 from crossbatch.models import ViewBatchNorm, build_backbone
+from crossbatch.models.norm.operators import as_if_fused
 
 SIZE = (8, 6, 40, 40)
 IMAGE = 2 * 8 * 6 * 40 * 40  # bytes of one tensor of that size in 16 bits
@@ -33,14 +34,14 @@ def moved(norm: nn.Module, *residual: Any, **more) -> float:
 def test_a_norm_reads_its_inputs_twice_each_way():
     """Forward x, x, y; backward x, dy, x, dy, dx. In evaluation, and where only sums are wanted, once."""
     plain = without_memory(lambda: nn.BatchNorm2d(6))
-    with fake_gpu("fp32"):
+    with shapes_only("fp32"), as_if_fused():
         assert moved(plain) == pytest.approx(3 + 5, rel=0.1)
         assert moved(plain.eval()) == pytest.approx(2 + 3, rel=0.1)
 
 
 def test_a_fused_norm_moves_nothing_more_for_its_relu_and_two_tensors_for_its_residual_forward():
     norm = without_memory(lambda: ViewBatchNorm(6))
-    with fake_gpu("fp32"):
+    with shapes_only("fp32"), as_if_fused():
         assert moved(norm) == pytest.approx(3 + 5, rel=0.1)
         assert moved(norm, relu=True) == pytest.approx(3 + 5, rel=0.1)
         # Forward reads the residual. Backward the sums read x, dy, y and write the gradient of the sum, which dx needs with x.
@@ -50,7 +51,7 @@ def test_a_fused_norm_moves_nothing_more_for_its_relu_and_two_tensors_for_its_re
 def test_a_norm_and_that_of_its_residual_read_each_input_twice_each_way():
     """Forward both, both, y; backward the sums read both and dy; then both, dy (masked again), and both gradients."""
     norm, other = (without_memory(lambda: ViewBatchNorm(6)) for _ in range(2))
-    with fake_gpu("fp32"):
+    with shapes_only("fp32"), as_if_fused():
         assert moved(norm, other(images(), defer=True), relu=True) == pytest.approx(5 + 3 + 5, rel=0.1)
 
 
