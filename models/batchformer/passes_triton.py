@@ -16,7 +16,6 @@ from crossbatch.models.batchformer.reference import wide_dtype
 from crossbatch.models.batchformer.tiles import Area
 
 ELEMENTS = 1024  # of a program at once, or a whole row of C features
-REGISTERS = 128  # of a thread at most; without a limit, ptxas spills some for more threads than a pass needs
 _PARTIAL_SUMS = 264  # programs that sum over rows: two for each of an H100's multiprocessors
 
 
@@ -93,9 +92,10 @@ def add_norm_backward(
     return dx, dy, sums[0].sum(0, dtype=weight_C.dtype), sums[1].sum(0, dtype=weight_C.dtype)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments, **constants) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments, num_warps: int = 4, **constants) -> None:
     """Call kernel[grid](...), where a type checker cannot know the arguments."""
-    kernel[grid](*arguments, **constants, maxnreg=REGISTERS)
+    # Half of a multiprocessor's registers at most; without a limit, ptxas spills some for more threads than a pass needs.
+    kernel[grid](*arguments, **constants, num_warps=num_warps, maxnreg=min(255, 1024 // num_warps))
 
 
 def _block(columns: int, most: int | None = None) -> dict[str, int]:
