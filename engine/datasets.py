@@ -8,6 +8,7 @@ never be seen, without any error message.
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from crossbatch.data import (
     prepare,
 )
 from crossbatch.data.sources.open import SPLITS
+from crossbatch.data.workers import await_images
 from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.schema import PATH
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
@@ -41,6 +43,7 @@ from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 _KEY = "crossbatch.data.path"
 _EVALUATION = ", ".join(f"{name}/" for name in SPLITS["eval"])
 _COMPARED = 64  # files that every rank reads to see whether it has the same ones as the others
+_READ_S = 60.0  # how long reading them may take
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
 
@@ -219,7 +222,15 @@ def _open_on_all_ranks(
     sources, errors = on_every_rank(lambda: opened(path, cache), InputError)
     if sources is None or errors:
         raise InputError(errors[0])
-    mine = [(len(source), checksum(source), _contents(source)) for source in sources if source is not None]
+    if dist.get_world_size() == 1:
+        return sources
+    opened_here = [source for source in sources if source is not None]
+    reader = ThreadPoolExecutor(1)
+    contents = reader.submit(lambda: [_contents(source) for source in opened_here])
+    reader.shutdown(wait=False)  # it may never come back from the disk
+    with stop_on_lost_images():
+        compared = await_images(contents, _READ_S)
+    mine = [(len(source), checksum(source), read) for source, read in zip(opened_here, compared, strict=True)]
     found = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     for rank, theirs in enumerate(found):
