@@ -6,7 +6,8 @@ makes the same views by up to eight calls of OpenCV, with its own rounding.
 
 The arithmetic is that of PIL 13, in the order of its operations and in fp32 where PIL has a float: ImageEnhance's blends
 (Blend.c), HSV in bytes (Convert.c), and its GaussianBlur, three box blurs a direction in 24-bit fixed point (BoxBlur.c). Loops
-run over planes of one colour, so that LLVM vectorises them: 0.3 ms for a view of 224 px where OpenCV takes 0.9.
+run over planes of one colour, so that LLVM vectorises them; `python -m benchmarks data` measures them beside
+the other parts of the work on an image.
 """
 
 import math

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import crossbatch
 from crossbatch import InputError, RunStopped
+from crossbatch.engine.nested import flatten
 from crossbatch.engine.runtime.distributed import World, meet, on_every_rank, on_main, tries_to_meet
 
 _PACKAGES = (
@@ -44,7 +45,7 @@ VISIBLE_S = 5.0  # for what one node has created to appear on another
 
 def facts_of(config: Mapping[str, Any], **flags: Any) -> dict[str, str]:
     """Return what all ranks must have in common, as texts by name: configuration, flags, versions and code."""
-    facts = {key: value for key, value in _flat(config).items() if key not in _MAY_DIFFER}
+    facts = {key: str(value) for key, value in flatten(config).items() if key not in _MAY_DIFFER}
     facts |= {f"--{name.replace('_', '-')}": str(value) for name, value in flags.items()}
     facts |= {name: _version(name) for name in _PACKAGES}
     return facts | {"python": platform.python_version(), "the code of crossbatch": code_digest()}
@@ -184,16 +185,6 @@ def _verdict(ranks: list[dict[str, Any]]) -> str:
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             return f"{'; '.join(found[:_SHOWN])}{more}; start all ranks with the same command, code and packages"
     return ""
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat
 
 
 def _version(package: str) -> str:

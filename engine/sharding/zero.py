@@ -62,7 +62,9 @@ class ZeroBackend(Backend):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
-        except ValidationError as error:  # of comms_logger, the only section that it gets as it is
+        except ValidationError as error:
+            if error.title != "CommsLoggerConfig":  # of comms_logger, the only section that it gets as it is
+                raise
             wrong = error.errors()[0]
             raise InputError(
                 f"comms_logger.{'.'.join(map(str, wrong['loc']))}: DeepSpeed says: {wrong['msg']}"

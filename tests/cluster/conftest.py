@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -126,20 +127,21 @@ def box(tmp_path_factory):
     box.script("nodes", "down")
 
 
-def _service(box: Box, name: str):
+def _service(box: Box, name: str) -> Iterator[Box]:
+    """Start a service on the nodes, or skip; end it after the tests."""
     missing = [program for program in PACKAGES[name] if not shutil.which(program)]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (see docs/clusters.md)")
     started = box.script(name, "up")
     if started.returncode:
         pytest.skip(f"{name}.sh up: {started.stdout[-200:]} {started.stderr[-500:]}")
+    yield box
+    box.script(name, "down")
 
 
 @pytest.fixture(scope="session")
 def sshd(box):
-    _service(box, "sshd")
-    yield box
-    box.script("sshd", "down")
+    yield from _service(box, "sshd")
 
 
 @pytest.fixture(scope="session")
@@ -152,9 +154,7 @@ def mpi(sshd):
 
 @pytest.fixture(scope="session")
 def slurm(box):
-    _service(box, "slurm")
-    yield box
-    box.script("slurm", "down")
+    yield from _service(box, "slurm")
 
 
 @pytest.fixture(scope="session")

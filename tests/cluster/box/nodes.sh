@@ -1,6 +1,6 @@
 #!/bin/bash
 # Hosts in a box: network + hostname + mount namespaces "login", "node1", "node2", ... (10.88.0.254, .1, .2, ...), one cable each to a bridge in "login".
-# They share the file system, except /etc/hosts, /etc/hostname, /dev/shm, /tmp/local and /run/sshd.
+# They share the file system, except /etc/hosts, /etc/hostname, /dev/shm and /run/sshd.
 #   [NODES="login node1 node2 node3"] nodes.sh up (adds those that are missing) | down | on NODE COMMAND... | cut NODE | plug NODE
 # Debian: iproute2, util-linux (both there already). Needs root.
 set -euo pipefail
@@ -20,7 +20,7 @@ up() {
         unshare --uts=$BOX/uts-$node hostname $node
         unshare --mount=$BOX/mnt-$node --propagation private bash -c "
             mount --bind $BOX/hosts /etc/hosts; mount --bind $BOX/hostname-$node /etc/hostname
-            mount -t tmpfs tmpfs /dev/shm; mkdir -p /run/sshd /tmp/local; mount -t tmpfs -o mode=755 tmpfs /run/sshd; mount -t tmpfs tmpfs /tmp/local"
+            mount -t tmpfs tmpfs /dev/shm; mkdir -p /run/sshd; mount -t tmpfs -o mode=755 tmpfs /run/sshd"
     done
     if ! ip -n $CB-login link show bridge >/dev/null 2>&1; then
         ip -n $CB-login link add bridge type bridge
