@@ -161,6 +161,7 @@ class WorkerPool:
             signal_handling._remove_worker_pids(id(self._iterator))
             self._iterator._worker_pids_set = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="images")
+        self._asking = threading.Lock()  # for the next item, which must not begin after `close` has
         self._next: Future[Any] = Future()
         self._next.cancel()
 
@@ -173,7 +174,8 @@ class WorkerPool:
         return self
 
     def __next__(self) -> WorkerBatch:
-        self._next = self._thread.submit(next, self._iterator, None)
+        with self._asking:
+            self._next = self._thread.submit(next, self._iterator, None)
         try:
             item = await_images(self._next, self._wait_s, self._check_workers, self._describe)
         except (OSError, EOFError, RuntimeError) as error:
@@ -197,6 +199,10 @@ class WorkerPool:
         Deleting DataLoader's iterator stops workers too, but while an exception is handled its traceback keeps the iterator
         alive, and that is just when a run is closed.
         """
+        with (
+            self._asking
+        ):  # another thread may ask; DataLoader would let it wait for ever for workers that were stopped
+            self._thread.shutdown(wait=False, cancel_futures=True)
         workers = getattr(self._iterator, "_workers", [])  # none with workers=0
         if self._is_waiting(0.0 if self._next in _given_up else _CLOSE_S):
             for worker in workers:
@@ -207,7 +213,6 @@ class WorkerPool:
             self._iterator._shutdown_workers()
         if any(worker.is_alive() for worker in workers):  # not even SIGKILL ends one that waits for a dead disk
             _given_up.append(Future())
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _is_waiting(self, wait_s: float) -> bool:
         """Return whether the thread still waits for an item after some seconds."""
@@ -324,18 +329,20 @@ def prefetched(
         return item, ready
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="batches", **start)
-    delivered = thread.submit(deliver, thread.submit(compute))
-    computed = thread.submit(compute)
+    # In this order in the thread: `first` is computed and delivered, then `second` is computed.
+    first = thread.submit(compute)
+    delivered, second = thread.submit(deliver, first), thread.submit(compute)
     try:
         while True:
             item, ready = await_images(delivered, wait_s)
-            delivered, computed = thread.submit(deliver, computed), thread.submit(compute)
+            first = second
+            delivered, second = thread.submit(deliver, first), thread.submit(compute)
             if ready is not None:
                 torch.cuda.current_stream(device).wait_event(ready)
             yield item
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
-        under_way: list[Future[Any]] = [future for future in (delivered, computed) if not future.done()]
+        under_way: list[Future[Any]] = [future for future in (first, delivered, second) if not future.done()]
         _given_up.extend(futures.wait(under_way, _CLOSE_S).not_done)
 
 

@@ -1,5 +1,6 @@
 """Waits for images: a full /dev/shm, a dead worker, a disk that does not answer, and what is checked before the start."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -9,7 +10,9 @@ import tempfile
 import threading
 import time
 from collections import namedtuple
+from concurrent import futures
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -138,6 +141,61 @@ def test_field_a_prefetched_batch_has_a_limit_too():
     go.set()
     assert all(future.result(timeout=10) is not None for future in workers._given_up if not future.cancelled())
     workers._given_up.clear()
+
+
+class Steady(Slow):
+    """A dataset whose items take 20 ms each."""
+
+    def __getitem__(self, key: int) -> WorkerBatch:
+        time.sleep(0.02)
+        return WorkerBatch(torch.zeros(1), torch.zeros(1).numpy(), [])
+
+
+def test_field_a_pool_that_is_closed_asks_its_workers_for_nothing_more(monkeypatch):
+    """A thread that went on would wait for ever for workers that were stopped, and the process could not end."""
+    monkeypatch.setattr(workers, "start_method", lambda: "fork")
+    pool: Any = workers.WorkerPool(Steady(), itertools.count(), 1, 2, wait_s=60)
+    items, meanwhile = [], []
+
+    def read() -> None:
+        with suppress(ImagesLost, RuntimeError):
+            items.extend(pool)
+
+    def shut_down(stop=pool._iterator._shutdown_workers) -> None:
+        before = len(items)
+        time.sleep(0.5)
+        meanwhile.append(len(items) - before)
+        stop()
+
+    monkeypatch.setattr(pool._iterator, "_shutdown_workers", shut_down)
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    while len(items) < 3:
+        time.sleep(0.01)
+    pool.close()
+    assert meanwhile[0] <= 1  # the item that was under way
+    reader.join(20)
+    assert not reader.is_alive()
+    assert futures.wait([pool._next], 20).done
+
+
+def test_field_closing_waits_for_the_batch_that_a_thread_is_at():
+    begun, ended = [], []
+
+    def slow():
+        for number in itertools.count():
+            begun.append(number)
+            time.sleep(0.2)
+            ended.append(number)
+            yield number
+
+    batches = workers.prefetched(slow(), lambda item: item, torch.device("cpu"))
+    assert next(batches) == 0
+    while len(begun) == 1:
+        time.sleep(0.01)
+    batches.close()
+    assert begun == ended
+    assert not workers.is_stuck()
 
 
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "was killed"), (signal.SIGBUS, "/dev/shm is full")])
