@@ -85,9 +85,9 @@ def adopt_scheduler() -> None:
 
     They go into the environment because DeepSpeed looks for them there.
 
-    Raises InputError if several ranks have been started, but nothing says where they meet.
+    Raises InputError if several ranks have been started, but nothing says where they meet, or as which rank.
     """
-    found = next((names for names in _SCHEDULERS if int(os.environ.get(names[0], "1")) > 1), None)
+    found = next((names for names in _SCHEDULERS if _number(names[0], default=1) > 1), None)
     if "RANK" in os.environ or found is None:
         return
     missing = [name for name in found if name not in os.environ]
@@ -229,7 +229,7 @@ def _require_meeting_point(world: World) -> None:
         _number("MASTER_PORT", default=0)
 
 
-tries_to_meet: list[World] = []
+tries_to_meet: list[World] = []  # one for each call of `meet`
 
 
 def meet(world: World, timeout: timedelta) -> dist.Store:

@@ -97,6 +97,7 @@ def test_two_jobs_on_a_node_do_not_meet(monkeypatch):
             {"PMI_SIZE": "2", "PMI_RANK": "1"},
             "PMI_SIZE=2, but no MPI_LOCALRANKID: this command was started that many times",
         ),
+        ({"PMI_SIZE": "two"}, "PMI_SIZE: given 'two' in the environment; allowed: a whole number"),
     ],
 )
 def test_ranks_that_cannot_meet_are_refused(monkeypatch, given, message):
