@@ -199,8 +199,6 @@ def process_group(
 def meeting(host: str, port: str) -> Iterator[None]:
     """Raise what torch says when ranks cannot meet at `host` and `port` as InputError, or as RunStopped if some do not come."""
     try:
-        if host and port.isdigit():
-            socket.getaddrinfo(host, int(port))
         yield
     except socket.gaierror as error:
         raise InputError(
@@ -241,6 +239,7 @@ def meet(world: World, timeout: timedelta) -> dist.Store:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
         return unused(store, world)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.getaddrinfo(host, port)  # raises at once where TCPStore would try for minutes
     return dist.TCPStore(host, port, world.size, world.is_main, timeout, wait_for_workers=False)
 
 
