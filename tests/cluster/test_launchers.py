@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -148,6 +149,16 @@ def test_deepspeed_on_one_node_dies_of_a_signal_and_its_ranks_save(box, tmp_path
     assert (out / "stopped.json").exists(), command.text()
 
 
+def listening(box, out) -> int:
+    """Return how many processes of a run catch SIGUSR1; ranks do from just before their workers start."""
+    count = 0
+    for line in box.running(out):
+        with contextlib.suppress(OSError):  # has ended
+            caught = re.search(r"SigCgt:\s*(\w+)", Path("/proc", line.split()[0], "status").read_text())
+            count += bool(caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+    return count
+
+
 WORKERS = ["--set=crossbatch.data.workers=2", "--data=synthetic://48?size=600,classes=4"]
 
 
@@ -169,7 +180,7 @@ def test_a_signal_to_the_whole_group(box, tmp_path, number, flags, steps):
     if steps:
         wait_for_step(out, steps, command)  # an epoch has four
     else:
-        wait_until((out / "config.json").exists, "does not begin")
+        wait_until(lambda: listening(box, out) == 3, "the launcher and two ranks do not listen")
     os.killpg(command.process.pid, number)
     command.wait()
     wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
