@@ -105,6 +105,11 @@ class Box:
         """Return what a command prints."""
         return self.script("nodes", "on", node, *command).stdout
 
+    def pids(self, node: str) -> set[str]:
+        """Return the processes of a node."""
+        command = ["ip", "netns", "pids", f"{self.environment['CB']}-{node}"]
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
     def running(self, out: Path) -> list[str]:
         """Return the processes of a run, launchers included."""
         lines = subprocess.run(

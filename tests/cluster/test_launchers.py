@@ -226,9 +226,8 @@ def test_a_node_that_is_lost_and_comes_back(box, whole, tmp_path):
 
     first, second = (box.on(node, *run, **apart) for node in ("node1", "node2"))
     wait_for_checkpoint(out, first, second)
-    for pid in box.ask("login", "ip", "netns", "pids", f"{box.environment['CB']}-node2").split():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+    for pid in {line.split()[0] for line in box.running(out)} & box.pids("node2"):
+        os.kill(int(pid), signal.SIGKILL)
     wait_until(lambda: len(resumed()) == 1, first.text())
     assert assert_prefix(out, whole, resumed()[0])
     wait_for_step(out, resumed()[0] + 3, first)
