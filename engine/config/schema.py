@@ -21,6 +21,7 @@ AtLeastTwo = Annotated[int, Ge(2)]
 Pixels = Annotated[int, Ge(8)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+Seconds = Annotated[float, Gt(0), Le(1e7)]  # four months
 Fraction = Annotated[float, Ge(0), Le(1)]
 PositiveFraction = Annotated[float, Gt(0), Le(1)]
 Beta = Annotated[float, Ge(0), Le(1 - 1e-6)]
@@ -142,7 +143,7 @@ class CheckpointConfig(Section):
 
 
 class WatchConfig(Section):
-    timeout_s: Positive = key(600.0, "seconds that a rank may keep the others waiting before the run stops")
+    timeout_s: Seconds = key(600.0, "seconds that a rank may keep the others waiting before the run stops")
     # A loss scale of 2^16 falls to 2^-14 in 30 steps.
     max_nonfinite_steps: Count = key(30, "consecutive steps without finite gradients before the run stops")
     spike_sigmas: NotNegative = key(6.0, "warn of a loss this many standard deviations above its recent mean; 0: never")
