@@ -85,9 +85,9 @@ def adopt_scheduler() -> None:
 
     They go into the environment because DeepSpeed looks for them there.
 
-    Raises InputError if several ranks have been started, but nothing says where they meet.
+    Raises InputError if several ranks have been started, but nothing says where they meet, or as which rank.
     """
-    found = next((names for names in _SCHEDULERS if int(os.environ.get(names[0], "1")) > 1), None)
+    found = next((names for names in _SCHEDULERS if _number(names[0], default=1) > 1), None)
     if "RANK" in os.environ or found is None:
         return
     missing = [name for name in found if name not in os.environ]
@@ -199,8 +199,6 @@ def process_group(
 def meeting(host: str, port: str) -> Iterator[None]:
     """Raise what torch says when ranks cannot meet at `host` and `port` as InputError, or as RunStopped if some do not come."""
     try:
-        if host and port.isdigit():
-            socket.getaddrinfo(host, int(port))
         yield
     except socket.gaierror as error:
         raise InputError(
@@ -229,7 +227,7 @@ def _require_meeting_point(world: World) -> None:
         _number("MASTER_PORT", default=0)
 
 
-tries_to_meet: list[World] = []
+tries_to_meet: list[World] = []  # one for each call of `meet`
 
 
 def meet(world: World, timeout: timedelta) -> dist.Store:
@@ -241,6 +239,7 @@ def meet(world: World, timeout: timedelta) -> dist.Store:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
         return unused(store, world)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.getaddrinfo(host, port)  # raises at once where TCPStore would try for minutes
     return dist.TCPStore(host, port, world.size, world.is_main, timeout, wait_for_workers=False)
 
 

@@ -1,6 +1,7 @@
 """Knows what has started a rank: notices when it is gone, and when it has cut the command line off."""
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -25,7 +26,7 @@ def end_with_launcher() -> None:
     ours = [int(os.environ[LAUNCHER])] if LAUNCHER in os.environ else _launchers()
 
     def watch() -> None:
-        while _launchers() == ours:
+        while _launchers() == ours and not _has_lost_ssh():
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -42,6 +43,15 @@ def _launchers() -> list[int]:
         except OSError:  # it is gone, or this is not Linux
             parents.append(0)
     return parents
+
+
+def _has_lost_ssh() -> bool:
+    """Return whether nobody reads this rank's output on the machine from which `deepspeed --hostfile` has started it by ssh."""
+    if int(os.environ.get("CROSS_SIZE", "1")) == 1:
+        return False
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def check_whole_command() -> None:

@@ -92,7 +92,7 @@ def refuse(world: World, message: str) -> None:
         return
     try:
         _exchange(meet(world, timedelta(seconds=REFUSAL_S)), world, {"error": message}, REFUSAL_S)
-    except (KeyError, RuntimeError, ValueError):  # no store there
+    except (KeyError, OSError, RuntimeError, ValueError):  # no store there
         if not world.is_main and world.local_rank == 0:
             _print(message)
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from crossbatch.engine import checkpoint
 from tests.jobs import metrics
-from tests.small_runs import ADAMW, BASE, VIT, zero
+from tests.small_runs import ADAMW, BASE, VIT, fsdp
 
 FOLDER = Path(__file__).parent / "box"
 DEADLINE_S = 900  # on a busy machine
-STEPS = 60
-SETTINGS = [*BASE, *VIT, *ADAMW, *zero(1), "crossbatch.schedule.epochs=5000", "crossbatch.checkpoint.every_steps=10"]
+STEPS = 150  # of the run that nothing stops: enough to stop the others meanwhile
+SETTINGS = [*BASE, *VIT, *ADAMW, *fsdp(1), "crossbatch.schedule.epochs=5000", "crossbatch.checkpoint.every_steps=10"]
 FLAGS = [f"--set={setting}" for setting in SETTINGS if not setting.startswith("crossbatch.data.path")]
 DATA = "--data=synthetic://48?size=20,classes=4"
 PACKAGES = {"sshd": ("/usr/sbin/sshd", "pdsh"), "slurm": ("slurmctld", "slurmd", "sbatch", "munged")}
@@ -50,6 +51,11 @@ class Command:
         return self.log.read_text()
 
 
+def _names(pid: int) -> dict[str, str]:
+    """Return where the box of a session is, and how its network namespaces begin."""
+    return {"BOX": f"/run/crossbatch-box-{pid}", "CB": f"cb{pid}"}
+
+
 class Box:
     """The nodes "login", "node1" and "node2"."""
 
@@ -63,8 +69,7 @@ class Box:
             "PYTHONPATH": str(Path.cwd()),
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
-            "BOX": str(folder / "nodes"),
-            "CB": f"cb{os.getpid()}",
+            **_names(os.getpid()),
             "SSH_BOX": str(folder / "ssh"),
             "SLURM_BOX": str(folder / "slurm"),
             "SLURM_CONF": str(folder / "slurm" / "slurm.conf"),
@@ -73,10 +78,10 @@ class Box:
         (folder / "deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
         self.environment["DS_ENV_FILE"] = str(folder / "deepspeed_env")
 
-    def script(self, name: str, *arguments: str) -> subprocess.CompletedProcess:
+    def script(self, name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             ["bash", str(FOLDER / f"{name}.sh"), *arguments],
-            env=self.environment,
+            env={**self.environment, **environment},
             capture_output=True,
             text=True,
             timeout=120,
@@ -101,6 +106,11 @@ class Box:
         """Return what a command prints."""
         return self.script("nodes", "on", node, *command).stdout
 
+    def pids(self, node: str) -> set[str]:
+        """Return the processes of a node."""
+        command = ["ip", "netns", "pids", f"{self.environment['CB']}-{node}"]
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
     def running(self, out: Path) -> list[str]:
         """Return the processes of a run, launchers included."""
         lines = subprocess.run(
@@ -120,6 +130,9 @@ def box(tmp_path_factory):
     if os.geteuid() != 0:
         pytest.skip("needs root, for network namespaces")
     box = Box(tmp_path_factory.mktemp("box"))
+    for left in Path("/run").glob("crossbatch-box-*"):  # by a session that was killed
+        if not Path("/proc", pid := left.name.rpartition("-")[2]).exists():
+            box.script("nodes", "down", **_names(int(pid)))
     made = box.script("nodes", "up")
     if made.returncode:
         pytest.skip(f"needs the right to make network namespaces: {made.stderr[-200:]}")
@@ -188,6 +201,11 @@ def wait_for_step(out: Path, step: int, *commands: Command) -> None:
         time.sleep(0.1)
 
 
+def wait_for_checkpoint(out: Path, *commands: Command) -> None:
+    wait_for_step(out, 10, *commands)
+    wait_until(lambda: checkpoint.candidates(out, "auto"), "no checkpoint", 60)  # one is written beside the next steps
+
+
 def wait_until(condition, what: str, within_s: float = DEADLINE_S) -> None:
     end = time.monotonic() + within_s
     while not condition():
@@ -195,9 +213,9 @@ def wait_until(condition, what: str, within_s: float = DEADLINE_S) -> None:
         time.sleep(0.2)
 
 
-def assert_prefix(out: Path, whole: Path) -> int:
-    """Check that a run's metrics are those of the whole run so far; return its steps."""
-    ours, theirs = metrics(out), metrics(whole)
+def assert_prefix(out: Path, whole: Path, steps: int | None = None) -> int:
+    """Check that a run's metrics so far (the first `steps` of them) are those of the whole run; return its steps."""
+    ours, theirs = metrics(out)[:steps], metrics(whole)
     common = min(len(ours), len(theirs))
     assert common and ours[:common] == theirs[:common]
     return len(ours)

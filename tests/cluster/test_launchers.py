@@ -1,8 +1,12 @@
 """Launchers on two nodes: the same run by each, and what a signal to the launcher leaves."""
 
+import contextlib
 import os
+import re
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,25 +14,34 @@ from crossbatch.engine import checkpoint
 from tests.cluster.conftest import (
     FLAGS,
     SIGNALS,
-    STEPS,
     assert_prefix,
     pretrain,
     send,
     two_commands,
+    wait_for_checkpoint,
     wait_for_step,
     wait_until,
 )
+from tests.jobs import metrics
 
 pytestmark = pytest.mark.slow
-RUN = [f"--steps={STEPS}"]
+RUN = ["--steps=20"]
 LONG = ["--steps=20000"]
 TORCHRUN = ["torchrun", "--nnodes=2", "--nproc_per_node=1", "--master_addr=10.88.0.1", "--signals-to-handle"]
 TORCHRUN += ["SIGTERM,SIGINT,SIGHUP,SIGUSR1", "--shutdown-timeout=600"]
 
 
+# What docs/clusters.md advises for signals at which a launcher kills its ranks, or leaves them alone.
+SCRIPT = """trap 'kill -{} $!' TERM INT HUP USR1
+"$@" &
+wait $!; wait $!"""
+
+
 def start(box, launcher: str, out, *flags: str) -> list:
     """Return the commands that start a run on two nodes; a signal goes to the first."""
     port = 29000 + box.count
+    launcher, _, script = launcher.partition(" in a script")
+    script = ["bash", "-c", SCRIPT.format("USR1" if launcher == "srun" else "TERM"), "bash"] if script else []
     if launcher == "two commands":
         return two_commands(box, out, *flags)
     if launcher == "torchrun":
@@ -43,6 +56,9 @@ def start(box, launcher: str, out, *flags: str) -> list:
             "none",
             "--host",
             "node1,node2",
+            "--mca",
+            "odls_base_sigkill_timeout",
+            "10",
             "-x",
             "MASTER_ADDR=10.88.0.1",
         ]
@@ -52,36 +68,39 @@ def start(box, launcher: str, out, *flags: str) -> list:
             run += ["-x", variable]
         return [box.on("node1", *run, "python", *pretrain(out, *flags))]
     if launcher == "srun":
-        run = ["srun", "--nodes=2", "--ntasks-per-node=1", "python", "-u"]
-        return [box.on("login", *run, *pretrain(out, *flags))]
+        run = ["srun", "-X", "--nodes=2", "--ntasks-per-node=1", "python", "-u"]
+        return [box.on("login", *script, *run, *pretrain(out, *flags))]
     hostfile = box.folder / "hostfile"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
     run = ["deepspeed", f"--hostfile={hostfile}", "--master_addr=10.88.0.1", f"--master_port={port}"]
     if launcher == "deepspeed --launcher slurm":
         run[1:] = [f"--hostfile={hostfile}", "--launcher=slurm", "--launcher_args=--nodes=2 --ntasks-per-node=1"]
-    return [box.on("login", *run, *pretrain(out, *flags))]
+    return [box.on("login", *script, *run, *pretrain(out, *flags))]
 
 
 # The fixture that each needs.
 NEEDS = {"torchrun": "box", "two commands": "box", "mpirun": "mpi", "deepspeed": "sshd", "srun": "slurm"}
-NEEDS["deepspeed --launcher slurm"] = "slurm"
+NEEDS |= {"deepspeed --launcher slurm": "slurm", "deepspeed in a script with a trap": "sshd"}
+NEEDS["srun in a script with a trap"] = "slurm"
 
 
-@pytest.mark.parametrize("launcher", [name for name in NEEDS if name != "two commands"])
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "deepspeed", "srun", "deepspeed --launcher slurm"])
 def test_every_launcher_trains_the_same_run(request, whole, tmp_path, launcher):
     box = request.getfixturevalue(NEEDS[launcher])
     commands = start(box, launcher, tmp_path / "out", *RUN)
     assert [command.wait() for command in commands] == [0] * len(commands), commands[0].text()
-    assert assert_prefix(tmp_path / "out", whole) == STEPS
+    assert assert_prefix(tmp_path / "out", whole) == 20
 
 
 # What a launcher returns after a signal that lets its ranks save; those that are absent are below.
 CODES = {
     "two commands": dict.fromkeys(SIGNALS, 0),
     "torchrun": dict.fromkeys(SIGNALS, 1),
-    "mpirun": {signal.SIGUSR1: 0},
-    "srun": {signal.SIGUSR1: 0},
+    "mpirun": {**dict.fromkeys(SIGNALS, 1), signal.SIGUSR1: 0},
+    "srun": {signal.SIGUSR1: 0, signal.SIGINT: 0},
     "deepspeed": {signal.SIGTERM: 1, signal.SIGINT: 1},
+    "srun in a script with a trap": {signal.SIGTERM: 0, signal.SIGHUP: 0},
+    "deepspeed in a script with a trap": {signal.SIGUSR1: 1, signal.SIGHUP: 1},
 }
 
 
@@ -118,7 +137,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank(box, tmp_path, launcher):
     assert (out / "stopped.json").exists()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_deepspeed_on_one_node_dies_of_a_signal_and_its_ranks_save(box, tmp_path, number):
     out = tmp_path / "out"
     port = f"--master_port={29000 + box.count}"
@@ -130,20 +149,99 @@ def test_deepspeed_on_one_node_dies_of_a_signal_and_its_ranks_save(box, tmp_path
     assert (out / "stopped.json").exists(), command.text()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_to_the_whole_group_with_images_as_the_bottleneck(box, tmp_path, number):
+def listening(box, out) -> int:
+    """Return how many processes of a run catch SIGUSR1; ranks do from just before their workers start."""
+    count = 0
+    for line in box.running(out):
+        with contextlib.suppress(OSError):  # has ended
+            caught = re.search(r"SigCgt:\s*(\w+)", Path("/proc", line.split()[0], "status").read_text())
+            count += bool(caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+    return count
+
+
+WORKERS = ["--set=crossbatch.data.workers=2", "--data=synthetic://48?size=600,classes=4"]
+
+
+@pytest.mark.parametrize(
+    ("number", "flags", "steps"),
+    [
+        pytest.param(signal.SIGTERM, WORKERS, 1, id="images are the bottleneck"),
+        pytest.param(signal.SIGINT, WORKERS, 1, id="images are the bottleneck, Ctrl-C"),
+        pytest.param(signal.SIGUSR1, WORKERS, 0, id="workers start"),
+        pytest.param(signal.SIGHUP, [*WORKERS, "--set=crossbatch.evaluate.knn_every_epochs=1"], 4, id="evaluating"),
+    ],
+)
+def test_a_signal_to_the_whole_group(box, tmp_path, number, flags, steps):
     """Workers, fork server and resource tracker get it, too, as does a `| tee`."""
     out = tmp_path / "out"
-    flags = ["--multiprocessing-distributed", "--nproc-per-node=2", "--set=crossbatch.data.workers=2"]
-    flags += ["--data=synthetic://48?size=600,classes=4"]
+    flags = ["--multiprocessing-distributed", "--nproc-per-node=2", *flags]
     line = " ".join(f"'{argument}'" for argument in ["python", *pretrain(out, *LONG, *flags)])
     command = box.on("node1", "bash", "-c", f"set -o pipefail; {line} | tee {tmp_path}/tee")
-    wait_for_step(out, 1, command)
+    if steps:
+        wait_for_step(out, steps, command)  # an epoch has four
+    else:
+        wait_until(lambda: listening(box, out) == 3, "the launcher and two ranks do not listen")
     os.killpg(command.process.pid, number)
     command.wait()
     wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
     assert (out / "stopped.json").exists(), command.text()
     assert "Traceback" not in command.text()
+
+
+def test_a_closed_terminal_ends_deepspeed_on_other_nodes(sshd, whole, tmp_path):
+    """pdsh and ssh end, and the ranks have lost their launcher."""
+    out = tmp_path / "out"
+    commands = start(sshd, "deepspeed", out, *LONG)
+    wait_for_step(out, 3, *commands)
+    os.killpg(commands[0].process.pid, signal.SIGHUP)
+    commands[0].wait()
+    wait_until(lambda: not sshd.running(out), f"orphans: {sshd.running(out)}", 120)
+    assert (out / "stopped.json").exists() and assert_prefix(out, whole)
+
+
+def test_a_node_with_other_code(box, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    for folder in ("crossbatch", "engine", "models", "data", "launch", "ds_configs"):
+        shutil.copytree(folder, other / folder, symlinks=True)
+    with (other / "models" / "collective.py").open("a") as file:
+        file.write("# Changed on this node only.\n")
+    commands = two_commands(box, out, *RUN, PYTHONPATH=str(other))
+    assert [command.wait() for command in commands] == [2, 2], commands[0].text()
+    assert re.search(
+        r"the code of crossbatch: \w+ on rank 1 \(node2\), but \w+ on rank 0 \(node1\)", commands[0].text()
+    )
+    assert not out.exists()
+
+
+def test_a_node_that_is_lost_and_comes_back(box, whole, tmp_path):
+    """The other goes on alone meanwhile; on both, the steps are those of two ranks from the same checkpoint."""
+    out, port = tmp_path / "out", 29000 + box.count
+    run = ["torchrun", "--nnodes=1:2", *TORCHRUN[2:], "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=one"]
+    run = [part for part in run if not part.startswith("--master_addr")]
+    run += [f"--rdzv-endpoint=10.88.0.1:{port}", *pretrain(out, *LONG, "--set=crossbatch.checkpoint.keep=10000")]
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def resumed() -> list[int]:
+        return [int(step) for step in re.findall(r"resumed\s\S*\s?at\s+step\s+(\d+)", first.text())]
+
+    first, second = (box.on(node, *run, **apart) for node in ("node1", "node2"))
+    wait_for_checkpoint(out, first, second)
+    for pid in {line.split()[0] for line in box.running(out)} & box.pids("node2"):
+        os.kill(int(pid), signal.SIGKILL)
+    wait_until(lambda: len(resumed()) == 1, first.text())
+    assert assert_prefix(out, whole, resumed()[0])
+    wait_for_step(out, resumed()[0] + 3, first)
+    third = box.on("node2", *run, **apart)
+    wait_until(lambda: len(resumed()) == 2, first.text())
+    both = resumed()[1]
+    wait_for_step(out, both + 3, first, third)
+    for command in (first, third):
+        send(command, signal.SIGTERM)
+    assert [command.wait() for command in (first, third)] == [1, 1]
+    again = tmp_path / "again"
+    commands = two_commands(box, again, f"--steps={both + 3}", f"--resume={out}/checkpoints/step-{both:08d}")
+    assert [command.wait() for command in commands] == [0, 0], commands[0].text()
+    assert metrics(out)[both : both + 3] == metrics(again)[-3:]
 
 
 def test_deepspeed_cuts_the_command_line_at_an_ampersand(sshd, tmp_path):
@@ -178,17 +276,12 @@ def test_a_cut_network_is_named(box, tmp_path):
     assert "stopped (rank 0): rank 1 is gone" in commands[0].text()
 
 
-KILL = [("mpirun", number) for number in SIGNALS if number != signal.SIGUSR1]  # a second after they got the signal
-KILL += [("srun", signal.SIGTERM), ("srun", signal.SIGHUP)]
-
-
-@pytest.mark.parametrize(("launcher", "number"), KILL, ids=str)
-def test_a_signal_at_which_a_launcher_kills_its_ranks(request, tmp_path, launcher, number):
+def test_srun_kills_its_ranks_at_sigterm(slurm, tmp_path):
     """Nothing of the run is left, and the last checkpoint is good."""
-    box, out = request.getfixturevalue(NEEDS[launcher]), tmp_path / "out"
-    commands = start(box, launcher, out, *LONG)
-    wait_for_step(out, 15, *commands)
-    send(commands[0], number)
+    out = tmp_path / "out"
+    commands = start(slurm, "srun", out, *LONG)
+    wait_for_checkpoint(out, *commands)
+    send(commands[0], signal.SIGTERM)
     assert commands[0].wait() != 0
-    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
+    wait_until(lambda: not slurm.running(out), f"orphans: {slurm.running(out)}", 120)
     assert checkpoint.read(checkpoint.candidates(out, "auto")[0], "parameters.")

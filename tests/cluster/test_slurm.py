@@ -9,24 +9,15 @@ import pytest
 from tests.cluster.conftest import (
     DATA,
     FLAGS,
+    STEPS,
     assert_prefix,
     job_state,
-    two_commands,
+    wait_for_checkpoint,
     wait_for_step,
     wait_until,
 )
 
 pytestmark = pytest.mark.slow
-STEPS = 150
-
-
-@pytest.fixture(scope="module")
-def long(box, tmp_path_factory):
-    """A run that nothing stops, long enough to stop the others in."""
-    out = tmp_path_factory.mktemp("long") / "out"
-    nodes = two_commands(box, out, f"--steps={STEPS}")
-    assert [node.wait() for node in nodes] == [0, 0], nodes[0].text()
-    return out
 
 
 def submit(slurm, out, *options: str, flags: tuple[str, ...] = (f"--steps={STEPS}",)) -> str:
@@ -39,14 +30,14 @@ def submit(slurm, out, *options: str, flags: tuple[str, ...] = (f"--steps={STEPS
     return said.strip()
 
 
-def finish(slurm, job: str, out, long) -> str:
+def finish(slurm, job: str, out, whole) -> str:
     """Wait until the job is done, check the run, and return what it printed."""
     done = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "PREEMPTED")
     wait_until(lambda: job_state(slurm, job) in done, f"job {job} does not end")
     text = (slurm.folder / f"job-{job}").read_text()
     assert job_state(slurm, job) == "COMPLETED", text
     assert not slurm.ask("login", "squeue", "--noheader"), text
-    assert assert_prefix(out, long) == STEPS and not (out / "stopped.json").exists()
+    assert assert_prefix(out, whole) == STEPS and not (out / "stopped.json").exists()
     return text
 
 
@@ -56,61 +47,69 @@ def restarts(slurm, job: str) -> int:
     return int(found[1])
 
 
-def test_usr1_to_the_job(slurm, tmp_path, long):
+def test_usr1_to_the_job(slurm, tmp_path, whole):
     job = submit(slurm, tmp_path / "out")
     wait_for_step(tmp_path / "out", 3)
     slurm.ask("login", "scancel", "--signal=USR1", job)
-    assert "stopped by" in finish(slurm, job, tmp_path / "out", long) and restarts(slurm, job) == 1
+    assert "stopped by" in finish(slurm, job, tmp_path / "out", whole) and restarts(slurm, job) == 1
 
 
-def test_the_time_limit(slurm, tmp_path, long):
+def test_the_time_limit(slurm, tmp_path, whole):
     """The signal comes two minutes before."""
     steps = 20000
     job = submit(slurm, tmp_path / "out", "--time=3", flags=(f"--steps={steps}",))
     wait_until(lambda: restarts(slurm, job) == 1, "not queued again")
     slurm.ask("login", "scancel", job)
     assert (tmp_path / "out" / "stopped.json").exists()
-    assert assert_prefix(tmp_path / "out", long) > 0
+    assert assert_prefix(tmp_path / "out", whole) > 0
 
 
-def test_a_more_urgent_job(slurm, tmp_path, long):
+def test_a_more_urgent_job(slurm, tmp_path, whole):
     job = submit(slurm, tmp_path / "out")
     wait_for_step(tmp_path / "out", 3)
-    sleep = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 5"]
+    sleep = [
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=2",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 5",
+    ]
     slurm.ask("login", *sleep)
-    text = finish(slurm, job, tmp_path / "out", long)
+    text = finish(slurm, job, tmp_path / "out", whole)
     assert restarts(slurm, job) >= 1 and "resumed" in text
 
 
-def test_requeued_by_hand(slurm, tmp_path, long):
+def test_requeued_by_hand(slurm, tmp_path, whole):
     job = submit(slurm, tmp_path / "out")
-    wait_for_step(tmp_path / "out", 15)
+    wait_for_checkpoint(tmp_path / "out")
     slurm.ask("login", "scontrol", "requeue", job)
-    finish(slurm, job, tmp_path / "out", long)
+    finish(slurm, job, tmp_path / "out", whole)
     assert restarts(slurm, job) == 1
 
 
-def test_a_lost_rank(slurm, tmp_path, long):
+def test_a_lost_rank(slurm, tmp_path, whole):
     """As a node without memory loses it: queued again, once for each newer checkpoint."""
     job = submit(slurm, tmp_path / "out")
-    wait_for_step(tmp_path / "out", 15)
+    wait_for_checkpoint(tmp_path / "out")
     slurm.ask("login", "scancel", "--signal=KILL", f"{job}.0")
-    finish(slurm, job, tmp_path / "out", long)
+    finish(slurm, job, tmp_path / "out", whole)
     assert restarts(slurm, job) == 1
 
 
-def test_a_lost_node(slurm, tmp_path, long):
+def test_a_lost_node(slurm, tmp_path, whole):
     job = submit(slurm, tmp_path / "out")
-    wait_for_step(tmp_path / "out", 15)
+    wait_for_checkpoint(tmp_path / "out")
     slurm.script("nodes", "cut", "node2")
     try:
         wait_until(lambda: restarts(slurm, job) == 1, "not queued again")
     finally:
         slurm.script("nodes", "plug", "node2")
-    finish(slurm, job, tmp_path / "out", long)
+    finish(slurm, job, tmp_path / "out", whole)
 
 
-def test_an_array(slurm, tmp_path, long):
+def test_an_array(slurm, tmp_path, whole):
     """Three runs with folders of their own, each of which comes back after a signal."""
     options = (
         "--ntasks-per-node=1",
@@ -127,7 +126,7 @@ def test_an_array(slurm, tmp_path, long):
         slurm.ask("login", "scancel", "--signal=USR1", job)
         wait_until(lambda: not slurm.ask("login", "squeue", "--noheader"), f"{job} does not end")
         for out in outs:
-            assert assert_prefix(out, long) == 40 and not (out / "stopped.json").exists()
+            assert assert_prefix(out, whole) == 40 and not (out / "stopped.json").exists()
     finally:
         for out in outs:
             shutil.rmtree(out, ignore_errors=True)

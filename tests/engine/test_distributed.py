@@ -97,6 +97,7 @@ def test_two_jobs_on_a_node_do_not_meet(monkeypatch):
             {"PMI_SIZE": "2", "PMI_RANK": "1"},
             "PMI_SIZE=2, but no MPI_LOCALRANKID: this command was started that many times",
         ),
+        ({"PMI_SIZE": "two"}, "PMI_SIZE: given 'two' in the environment; allowed: a whole number"),
     ],
 )
 def test_ranks_that_cannot_meet_are_refused(monkeypatch, given, message):
@@ -214,6 +215,22 @@ def test_a_rank_ends_with_its_launcher_but_not_with_a_shell(marker):
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
         launcher.stdout.close()
+
+
+@pytest.mark.parametrize("nodes", ["2", "1"])
+def test_a_rank_of_another_node_ends_when_nobody_reads_its_output(nodes):
+    """As where ssh has ended, which is all that is left of the launcher there; on one node, `| head` may end."""
+    script = RANK.replace('print("saved", flush=True)', 'print("saved", file=sys.stderr)')
+    environment = {**os.environ, "CROSS_RANK": "0", "CROSS_SIZE": nodes}
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as rank:
+        assert rank.stdout is not None and rank.stderr is not None
+        try:
+            assert rank.stdout.readline() == "ready\n"
+            rank.stdout.close()
+            assert bool(select.select([rank.stderr], [], [], 3)[0]) == (nodes == "2")
+        finally:
+            rank.kill()
 
 
 def test_one_rank_waits_for_nobody():

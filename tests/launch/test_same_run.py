@@ -64,6 +64,13 @@ def test_a_rank_that_comes_alone_says_itself_what_is_wrong(nursery, tmp_path):
     assert job.wait() == [2] and job.output().count("error: train_batch_size") == 1
 
 
+def test_an_unknown_meeting_point_is_not_tried(nursery, tmp_path):
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "no-such-host.invalid"}
+    job = nursery.start(tmp_path / "logs", 1, *FLAGS, f"--out={tmp_path / 'out'}", **environment)
+    assert job.wait() == [2] and job.output().count("error: no-such-host.invalid, where") == 1
+    assert "c10d" not in job.output()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount a tmpfs")
 def test_a_rank_that_does_not_see_the_run_directory(nursery, tmp_path):
     shared = tmp_path / "shared"

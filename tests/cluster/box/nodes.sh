@@ -41,7 +41,7 @@ down() {  # first end what runs there
         ip netns del $CB-$node || true
         umount $BOX/uts-$node $BOX/mnt-$node || true
     done
-    umount $BOX
+    umount $BOX && rmdir $BOX
 }
 case $1 in
     up) up;; down) down;; on) shift; on "$@";;

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Slurm on the hosts of nodes.sh: munged and slurmctld on "login", slurmd on node1 and node2, each with 8 pretended GPUs.
+# Slurm on the hosts of nodes.sh: slurmctld on "login", slurmd on node1 and node2, each with 8 pretended GPUs; a munged of its own.
 #   slurm.sh up | down | slurmd NODE   (then: nodes.sh on login sbatch ...; SLURM_CONF is in the environment of every job)
 # Debian: slurmctld slurmd slurm-client munge
 set -euo pipefail
@@ -12,7 +12,7 @@ ClusterName=box
 SlurmctldHost=login
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire=5,socket=$S/munge/socket
 StateSaveLocation=$S/state
 SlurmdSpoolDir=$S/spool-%n
 SlurmctldPidFile=$S/slurmctld.pid
@@ -51,11 +51,10 @@ CONF
 slurmd() { $N on $1 env SLURM_CONF=$S/slurm.conf slurmd -N $1; }
 case $1 in
     up) conf
-        mkdir -p /run/munge /var/log/munge; chown munge: /run/munge /var/log/munge; chmod 755 /run/munge
-        [ -f /etc/munge/munge.key ] || mungekey
-        [ -S /run/munge/munge.socket.2 ] && munge -n >/dev/null || runuser -u munge -- munged
+        mkdir -p $S/munge; chmod 700 $S/munge; [ -f $S/munge/key ] || (umask 077; head -c 128 /dev/urandom > $S/munge/key)
+        $N on login munged --force --key-file=$S/munge/key --socket=$S/munge/socket --pid-file=$S/munge/pid --seed-file=$S/munge/seed --log-file=$S/munge/log
         $N on login env SLURM_CONF=$S/slurm.conf slurmctld
         slurmd node1; slurmd node2;;
     slurmd) slurmd $2;;
-    down) for pid in $S/slurmd-node1.pid $S/slurmd-node2.pid $S/slurmctld.pid /run/munge/munged.pid; do [ -f $pid ] && kill $(cat $pid) || true; done;;
+    down) for pid in $S/slurmd-node1.pid $S/slurmd-node2.pid $S/slurmctld.pid $S/munge/pid; do [ -f $pid ] && kill $(cat $pid) || true; done;;
 esac
