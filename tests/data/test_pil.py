@@ -104,7 +104,7 @@ def test_evaluation_image(image_size, shorter):
 def automatic_views(
     policy: str | None, indices, epoch: int = 3, interpolation: str = "bilinear", backend="torchvision"
 ):
-    images = [np.asarray(photo(number, (50, 40))) for number in range(9)]
+    images = [np.array(photo(number, (50, 40))) for number in range(9)]
     view = crop_and_flip(24, 0.3, interpolation, auto_augment=policy)
     chosen = [images[index] for index in indices]
     return make_views(augment_function(backend), chosen, [view], 5, epoch, np.array(indices))[0]
