@@ -39,17 +39,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = ("collectives", "index")  # these tell nothing about a GPU and are only tried
 REPORT_S = 25.0  # kept back for it
 LEAST_S = 5.0  # a part with less time than that is left out
-PYTEST = [
-    "pytest",
-    "-m",
-    "gpu",
-    "-q",
-    "--tb=short",
-    "-p",
-    "benchmarks.instant_failures",
-    "-o",
-    "faulthandler_timeout=60",
-]
+PYTEST = ["pytest", "-mgpu", "-q", "--tb=short", "-pbenchmarks.instant_failures", "-ofaulthandler_timeout=60"]
 TESTS = {
     "tests-models-data": ["tests/models", "tests/data"],
     "tests-rest": ["tests", "--ignore=tests/models", "--ignore=tests/data"],
@@ -64,12 +54,8 @@ PARTS["2"] |= {"trainer": 5, "batchformer": 6, "norm": 5, "heads": 4, "checkpoin
 
 def main(arguments: list[str]) -> int:
     """Run all parts and return the exit code: 0 if each of them succeeded, else 1."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    name, as_it_is = "python -m benchmarks.gpu", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=as_it_is, allow_abbrev=False)
     out = ROOT / "benchmarks" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name for shares in PARTS.values() for name in shares]
     add = parser.add_argument
@@ -96,6 +82,7 @@ class Parts:
 
     def __init__(self, out: Path, call: str, seconds: float):
         self.out, self.call, self.end = out, call, time.monotonic() + seconds
+        self.archive = out / f"bench-gpu-{call}.tgz"  # of all results
         self.outcomes: dict[str, str] = {}
         out.mkdir(parents=True, exist_ok=True)
 
@@ -133,10 +120,8 @@ class Parts:
             assert tee.stdin is not None
             code, outcome = processes.run(command, limit_s, tee.stdin, ROOT)
             tee.stdin.close()
-            with suppress(
-                subprocess.TimeoutExpired
-            ):  # something may have left the group of the part, and hold the pipe
-                tee.wait(5)
+            with suppress(subprocess.TimeoutExpired):
+                tee.wait(5)  # something may have left the group of the part, and hold the pipe
             tee.kill()
             lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
             if lines and (code != 0 or name in TESTS):
@@ -146,11 +131,6 @@ class Parts:
         outcomes = self.out / f"outcomes-{self.call}.json"
         outcomes.write_text(json.dumps(self.outcomes, indent=2) + "\n", encoding="utf-8")
         self.pack()
-
-    @property
-    def archive(self) -> Path:
-        """Return the file that holds all results."""
-        return self.out / f"bench-gpu-{self.call}.tgz"
 
     def pack(self) -> None:
         """Write the archive anew; a call that is ended from outside leaves the last whole one."""

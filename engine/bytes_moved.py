@@ -1,12 +1,12 @@
-"""Counts the bytes that torch's operators read and write, each tensor once a pass, views free.
+"""Counts the bytes that torch's operators read and write: each tensor counts once a pass, and views cost nothing.
 
 What a kernel of our own moves counts if it is an operator (`crossbatch::...`); LARS on a GPU is none. What the caches of a
 device keep counts all the same.
 """
 
-import contextlib
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ class Moved:
 def of_backbone(build: Callable[[], nn.Module], image_size: int, precision: str, images: int = 256) -> Moved:
     """Count what a network moves on a GPU, for each of `images` that it sees at once; nothing is allocated or computed."""
     network = without_memory(build)
-    with fake_gpu(precision):
+    with shapes_only(precision), as_if_fused():  # the norms take the operators of their kernels
         views = torch.empty(NUM_VIEWS * images, 3, image_size, image_size)
         views = views.to(memory_format=torch.channels_last)
         with BytesMoved("cpu") as counted:
@@ -99,15 +99,5 @@ def of_backbone(build: Callable[[], nn.Module], image_size: int, precision: str,
     return Moved(counted.total / images, counted.elementwise / images)
 
 
-@contextlib.contextmanager
-def fake_gpu(precision: str) -> Iterator[None]:
-    """Let networks of `without_memory` run under autocast as on a GPU: the norms take the operators of their kernels."""
-    with shapes_only(precision), as_if_fused():
-        yield
-
-
 def _elements(tensor: torch.Tensor) -> int:
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else 1
-    return count
+    return math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)

@@ -8,11 +8,12 @@ never be seen, without any error message.
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,12 +35,15 @@ from crossbatch.data import (
     prepare,
 )
 from crossbatch.data.sources.open import SPLITS
+from crossbatch.data.workers import await_images
 from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.schema import PATH
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
+_EVALUATION = ", ".join(f"{name}/" for name in SPLITS["eval"])
 _COMPARED = 64  # files that every rank reads to see whether it has the same ones as the others
+_READ_S = 60.0  # how long reading them may take
 
 Evaluation = TypeVar("Evaluation", bound=Source | None)
 
@@ -93,22 +97,35 @@ def train_data(
     Raises:
         InputError: if there are fewer images than in a batch.
     """
-    data, seed, batch = cfg.crossbatch.data, cfg.crossbatch.seed, cfg.train_batch_size
+    seed, batch = cfg.crossbatch.seed, cfg.train_batch_size
     with user_input("train_batch_size"):
         sampler = GlobalBatchSampler(seed, len(source), batch // repeats, world.size, world.rank, shuffle_window)
-    loader = TrainLoader(
+    loader = train_loader(cfg, device, source, sampler, augmentations, wait_s=longest_wait_s(cfg))
+    return TrainData(sampler, loader, max(1, len(source) // batch), checksum(source))
+
+
+def train_loader(
+    cfg: Resolved,
+    device: torch.device,
+    source: Source,
+    sampler: GlobalBatchSampler,
+    augmentations: Sequence[ViewAugmentation],
+    **more: Any,
+) -> TrainLoader:
+    """Return a loader of `source` with the settings of `crossbatch.data`; `more` are further arguments of `TrainLoader`."""
+    data = cfg.crossbatch.data
+    return TrainLoader(
         source,
         sampler=sampler,
         augmentations=augmentations,
-        seed=seed,
+        seed=cfg.crossbatch.seed,
         workers=cfg.workers,
         max_skipped_fraction=data.max_skipped_fraction,
         backend=data.backend,
         scaled_decode=data.scaled_decode,
         device=device,
-        wait_s=longest_wait_s(cfg),
+        **more,
     )
-    return TrainData(sampler, loader, max(1, len(source) // batch), checksum(source))
 
 
 def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> None:
@@ -152,8 +169,7 @@ def found_images(path: str | None, train: Source, evaluation: Source | None, eva
     if evaluation is not None:
         lines.append(f"evaluation: {describe_source(evaluation)}")
     elif evaluates:
-        wanted = ", ".join(f"{name}/" for name in SPLITS["eval"])
-        lines.append(f"evaluation: none, as {path} has none of {wanted} beside train/")
+        lines.append(f"evaluation: none, as {path} has none of {_EVALUATION} beside train/")
     return lines
 
 
@@ -169,8 +185,7 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
     """
     train, evaluation = _open(path, cache)
     if evaluation is None:
-        wanted = ", ".join(f"{name}/" for name in SPLITS["eval"])
-        raise InputError(f"{_KEY}: {path} has none of {wanted} with images to evaluate on; add one")
+        raise InputError(f"{_KEY}: {path} has none of {_EVALUATION} with images to evaluate on; add one")
     for split, source in (("training", train), ("evaluation", evaluation)):
         _check_labels(source, len(train.class_names), f"{_KEY}: {path}: the {split} images")
     return train, evaluation
@@ -180,11 +195,8 @@ def _open(path: str | None, cache: Path | None, evaluate: bool = True) -> tuple[
     if path is None:
         raise InputError(f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR")
     with user_input(_KEY):
-        train, evaluation = open_source(path, "train", cache=cache), None
-    if evaluate and has_evaluation_split(path):
-        with user_input(_KEY):
-            evaluation = open_source(path, "eval", cache=cache)
-    return train, evaluation
+        train = open_source(path, "train", cache=cache)
+        return train, open_source(path, "eval", cache=cache) if evaluate and has_evaluation_split(path) else None
 
 
 def _check_labels(source: Source, num_classes: int, where: str) -> None:
@@ -210,7 +222,15 @@ def _open_on_all_ranks(
     sources, errors = on_every_rank(lambda: opened(path, cache), InputError)
     if sources is None or errors:
         raise InputError(errors[0])
-    mine = [(len(source), checksum(source), _contents(source)) for source in sources if source is not None]
+    if dist.get_world_size() == 1:
+        return sources
+    opened_here = [source for source in sources if source is not None]
+    reader = ThreadPoolExecutor(1)
+    contents = reader.submit(lambda: [_contents(source) for source in opened_here])
+    reader.shutdown(wait=False)  # it may never come back from the disk
+    with stop_on_lost_images():
+        compared = await_images(contents, _READ_S)
+    mine = [(len(source), checksum(source), read) for source, read in zip(opened_here, compared, strict=True)]
     found = [mine] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     for rank, theirs in enumerate(found):

@@ -78,13 +78,10 @@ class StepMemory:
         batches = 0 if cfg.device.type != "cuda" else 3 if cfg.crossbatch.data.backend == "dali" else 2
         cached = 3 * NUM_VIEWS * local * model.online.backbone.num_features * _FP32 if chunk < local else 0
         keys = NUM_VIEWS * key_streams(model) * cfg.train_batch_size * cfg.crossbatch.model.projection_dim * _FP32
+        each = f"computed: {kept.per_image / 2**20:.1f} MiB an image"
         parts = [
             *self._state(),
-            Part(
-                "activations",
-                kept.per_image * chunk + kept.fixed,
-                f"computed: {kept.per_image / 2**20:.1f} MiB an image",
-            ),
+            Part("activations", kept.per_image * chunk + kept.fixed, each),
             Part("images", chunk * size * (1 + _FP32) + batches * local * size),
         ]
         later = [
@@ -112,18 +109,16 @@ class StepMemory:
         if self._stage == 0 or (self._is_zero and self._stage < 3):
             return [Part("parameters", _FP32 * self._total), optimizer]
         # ZeRO keeps up to 1e9 elements that it has gathered; FSDP2 on stages 1 and 2 all, on 3 two groups at a time.
-        gathered = Part(
-            "gathered parameters", _FP32 * (self._total if self._is_zero or self._stage < 3 else self._two_units)
-        )
-        return [Part("parameters", _FP32 * self._total / ranks), gathered, optimizer]
+        gathered = self._total if self._is_zero or self._stage < 3 else self._two_units
+        parameters = Part("parameters", _FP32 * self._total / ranks)
+        return [parameters, Part("gathered parameters", _FP32 * gathered), optimizer]
 
     def _gradients(self) -> list[Part]:
         """Return what there is of gradients while the backward pass runs."""
         zero, ranks = self.cfg.config.zero_optimization, self.cfg.world_size
         if not self._is_zero:
-            return [
-                Part("gradients", _FP32 * (self._trained / ranks + self._two_units if zero.stage else self._trained))
-            ]
+            gradients = self._trained / ranks + self._two_units if zero.stage else self._trained
+            return [Part("gradients", _FP32 * gradients)]
         parts = [Part("gradients", _FP32 * self._trained / (ranks if zero.stage >= 2 else 1))]
         if zero.stage > 0 and zero.contiguous_gradients is not False:
             buffers = 2 if zero.overlaps and zero.stage < 3 else 1

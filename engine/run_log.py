@@ -230,6 +230,11 @@ def _drop_lines_after(step: int, file: Path) -> tuple[dict[str, Any], int | None
     return (parse(kept[-1]), file.stat().st_size - len(kept[-1].encode()) - 1) if kept else ({}, None)
 
 
+def finite_or_none(value: float) -> float | None:
+    """Return `value`, or None if it is infinite or NaN, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
 def _status(values: dict[str, Any]) -> str:
     formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s"}
     formats |= {name: f"{label} {{:.2f}} %" for name, label in SCORES.items()}

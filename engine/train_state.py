@@ -69,9 +69,8 @@ class TrainState:
             self.task.data.checksum,
         )
         if resumed:
-            self.step.progress = Progress(**resumed.manifest.progress).in_precision(
-                cfg.precision, before=resumed.config["crossbatch"]["precision"]
-            )
+            progress, before = Progress(**resumed.manifest.progress), resumed.config["crossbatch"]["precision"]
+            self.step.progress = progress.in_precision(cfg.precision, before)
             self._skipped_images_before = resumed.manifest.skipped_images
         return resumed
 

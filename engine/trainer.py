@@ -15,7 +15,7 @@ from crossbatch.data import Batch, WaitInterrupted
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.nested import nest
-from crossbatch.engine.run_log import SCORES, Log, StepClock
+from crossbatch.engine.run_log import SCORES, Log, StepClock, finite_or_none
 from crossbatch.engine.runtime.distributed import broadcast_object, mean_over_ranks
 from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
 from crossbatch.engine.runtime.profiling import RunProfile
@@ -94,7 +94,7 @@ class Trainer:
             self._print_summary(time.perf_counter() - start_s, self.num_steps - first_step, received, commands)
             if failure is not None:
                 raise failure
-            self.saves.close()
+            self.saves.writer.close()
             self.sync.close()
         finally:
             self.task.close()
@@ -123,7 +123,7 @@ class Trainer:
             batch, failure = _fetch(batches)
             self.clock.waited(before_s)
 
-            agreed = self.sync.exchange(self.signals.received, self.saves.busy, failure is not None)
+            agreed = self.sync.exchange(self.signals.received, self.saves.writer.busy, failure is not None)
             if agreed.received is not None:
                 return agreed.received  # first: a signal to the whole process group can end what loads images, too
             if agreed.failed_rank is not None:
@@ -173,7 +173,7 @@ class Trainer:
             self._record(self._metrics(result))
         if evaluation_due:
             self._set_phase("evaluating")
-            agreed = self.sync.exchange(self.signals.received, self.saves.busy, False)
+            agreed = self.sync.exchange(self.signals.received, self.saves.writer.busy, False)
             self.saves.boundary(self.num_steps, agreed.saving, is_last)  # an evaluation may take long
             self._evaluate()
 
@@ -196,13 +196,13 @@ class Trainer:
         skipped = torch.tensor(float(self.state.num_skipped_images), device=self.state.device)
         values = torch.stack([*(value.float() for value in result.metrics.values()), skipped]).double()
         *means, skipped_per_rank = mean_over_ranks(values).tolist()
-        named = {name: _finite(mean) for name, mean in zip(result.metrics, means, strict=True)}
+        named = {name: finite_or_none(mean) for name, mean in zip(result.metrics, means, strict=True)}
         cfg, progress = self.task.cfg, self.state.step.progress
         stages, self.step_times = self.step_times + (self.task.timer.read() if self.task.timer else []), []
         return {
             "loss": named.pop("loss"),
             **result.rates,
-            "grad_norm": _finite(result.grad_norm),
+            "grad_norm": finite_or_none(result.grad_norm),
             **({"loss_scale": progress.loss_scale} if cfg.precision == "fp16" else {}),
             "skipped_steps": progress.step - progress.updates,
             **self.clock.reading(cfg.train_batch_size),
@@ -300,8 +300,3 @@ def _fetch(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
         return None, None  # by a signal, which the ranks learn of next
     except Exception as error:
         return None, error
-
-
-def _finite(value: float) -> float | None:
-    """Return `value`, or None if it is not finite: JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None

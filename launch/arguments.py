@@ -60,17 +60,15 @@ def add_config_flags(
     """Add --deepspeed_config, --set, --data and the aliases; `overrides` turns them into key=value pairs."""
     from crossbatch.engine.config.aliases import current_path  # late: `crossbatch --help` should not import torch
 
-    parser.add_argument("--deepspeed_config", metavar="F", help="recipe, e.g. ds_configs/bs4096.json")
-    parser.add_argument(
-        "--set", metavar="path=value", action="append", default=[], help="override any key; repeatable, applied last"
-    )
-    parser.add_argument(
-        "--data", metavar="DIR", help="the images: a folder, cifar10://DIR, ...; sets crossbatch.data.path"
-    )
-    parser.add_argument("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--deepspeed_config", metavar="F", help="recipe, e.g. ds_configs/bs4096.json")
+    what = "override any key; repeatable, applied last"
+    add("--set", metavar="path=value", action="append", default=[], help=what)
+    add("--data", metavar="DIR", help="the images: a folder, cifar10://DIR, ...; sets crossbatch.data.path")
+    add("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
     # DeepSpeed's own help shows this switch before --deepspeed_config; its launcher adds the next one.
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     group = parser.add_argument_group(f"{title}, as aliases of configuration keys")
     for flags, path, kind in aliases:
         key = current_path(path)

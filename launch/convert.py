@@ -57,16 +57,12 @@ def add_shards(commands) -> None:
         "in random order, copied as they are) with an index. OUTPUT is then a --data.",
         epilog="example: python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards",
     )
-    parser.add_argument("--data", metavar="DIR", required=True, help="what to read: a folder or cifar10://DIR, ...")
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
-    parser.add_argument(
-        "--images-per-shard",
-        metavar="N",
-        type=positive,
-        default=5000,
-        help="largest number of images in a shard; default 5000",
-    )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order in the shards; default 0")
+    add = parser.add_argument
+    add("--data", metavar="DIR", required=True, help="what to read: a folder or cifar10://DIR, ...")
+    add("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
+    what = "largest number of images in a shard; default %(default)s"
+    add("--images-per-shard", metavar="N", type=positive, default=5000, help=what)
+    add("--seed", metavar="N", type=int, default=0, help="seed of the order in the shards; default %(default)s")
     parser.set_defaults(run=shards)
 
 
@@ -148,16 +144,14 @@ def add_export(commands) -> None:
         "write a backbone, of a run or of anything that launch/knn.py takes.",
         epilog="example: python launch/convert.py export --checkpoint runs/bs4096 --to torchvision --output resnet50.pth",
     )
-    parser.add_argument("--checkpoint", metavar="DIR|FILE", type=Path, required=True, help="what to export")
-    parser.add_argument(
-        "--to", choices=formats, required=True, help="; ".join(f"{name}: {what}" for name, what in formats.items())
-    )
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="what to write")
-    parser.add_argument("-a", "--arch", metavar="X", help="backbone, where the checkpoint does not say")
-    parser.add_argument("--encoder", choices=("online", "momentum"), help="encoder of pretraining; default online")
-    parser.add_argument(
-        "--set", metavar="path=value", action="append", default=[], help="set a key of crossbatch.model; repeatable"
-    )
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR|FILE", type=Path, required=True, help="what to export")
+    add("--to", choices=formats, required=True, help="; ".join(f"{name}: {what}" for name, what in formats.items()))
+    add("--output", metavar="FILE", type=Path, required=True, help="what to write")
+    add("-a", "--arch", metavar="X", help="backbone, where the checkpoint does not say")
+    add("--encoder", choices=("online", "momentum"), help="encoder of pretraining; default online")
+    what = "set a key of crossbatch.model; repeatable"
+    add("--set", metavar="path=value", action="append", default=[], help=what)
     parser.set_defaults(run=export_checkpoint)
 
 

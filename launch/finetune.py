@@ -44,10 +44,8 @@ ALIASES: list[Alias] = [
 ]
 
 
-DEIT_MODELS = {
-    "deit_small_patch16_224": "vit_small",
-    "deit_base_patch16_224": "vit_base",
-}  # heads: as in the checkpoint
+# Of these names; the number of heads is that of the checkpoint.
+DEIT_MODELS = {"deit_small_patch16_224": "vit_small", "deit_base_patch16_224": "vit_base"}
 DATA_SETS = {  # CIFAR is CIFAR-100 there; the lower-case names are those of the released transfer commands
     **{"CIFAR": "cifar100://", "IMNET": "", "cifar10": "cifar10://", "cifar100": "cifar100://"},
     **{"flowers": "flowers://", "pets": "pets://"},
@@ -127,8 +125,7 @@ def load(given: argparse.Namespace, world: World) -> FinetuneConfig:
     if one is None or world.size == 1 or any(pair.startswith("train_batch_size=") for pair in pairs[1:]):
         return config
     if config.crossbatch.schedule.deit_compat:
-        pairs[0] = f"train_batch_size={one * world.size}"
-        config = load_config(given.deepspeed_config, pairs, FinetuneConfig)
+        config = config.model_copy(update={"train_batch_size": one * world.size})
         note = f"{one} for each of {world.size} ranks, as crossbatch.schedule.deit_compat is true"
     else:
         note = f"over all {world.size} ranks; in DeiT it is that of one, as with crossbatch.schedule.deit_compat=true"
@@ -148,8 +145,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Fine-tune on this rank. Raises InputError or RunStopped."""
-    arguments = parse_arguments()
-    world = world_from_environment()
+    arguments, world = parse_arguments(), world_from_environment()
     config = load(arguments, world)
     cfg = resolve_finetune(config, world.size, Device.detect(), world.local_size)
     # Late: its libraries take seconds, which wrong input should not wait for.

@@ -1,4 +1,4 @@
-"""Does a recipe fit on these GPUs, how long will it take, what limits it, and what would help?
+"""Predict whether a recipe fits on given GPUs, how long it takes, what limits it, and what would help.
 
 python launch/plan.py --deepspeed_config ds_configs/bs4096.json --gpus 16 --gpu v100-32g --nodes 2 --interconnect 4xedr
 
@@ -37,16 +37,11 @@ def parse_arguments() -> argparse.Namespace:
     networks = f"{', '.join(NETWORKS)}; 4xedr: four adapters in each node"
     add("--interconnect", metavar="NAME", help=f"between nodes: {networks} (default: usual for the GPU)")
     add("--link", metavar="NAME", help=f"inside a node: {', '.join(LINKS)} (default: usual for the GPU)")
-    parser.add_argument(
-        "--images", metavar="N", type=int, default=IMAGENET, help="images in an epoch (default %(default)s)"
-    )
-    parser.add_argument(
-        "--feed", metavar="N", type=float, help="images/s that all loaders deliver together (default: enough)"
-    )
-    parser.add_argument(
-        "--rows", metavar="PATH", type=Path, help="rows measured by `python -m benchmarks step` or `scaling`"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
+    add = parser.add_argument
+    add("--images", metavar="N", type=int, default=IMAGENET, help="images in an epoch (default %(default)s)")
+    add("--feed", metavar="N", type=float, help="images/s that all loaders deliver together (default: enough)")
+    add("--rows", metavar="PATH", type=Path, help="rows measured by `python -m benchmarks step` or `scaling`")
+    add("--json", action="store_true", help="print one JSON object, for scripts")
     return parser.parse_args()
 
 

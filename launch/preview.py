@@ -25,24 +25,14 @@ from crossbatch.launch.arguments import ArgumentParser, positive
 def main() -> None:
     """Write the picture and print how far the backends differ. Raises InputError."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--data", metavar="DIR", required=True, help="a folder, shards, cifar10://DIR, shapes://DIR, ..."
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", type=Path, default=Path("preview.png"), help="picture to write; default preview.png"
-    )
-    parser.add_argument("--count", metavar="N", type=positive, default=8, help="number of images; default 8")
-    parser.add_argument("--image-size", metavar="PX", type=positive, default=224, help="side of a view; default 224")
-    parser.add_argument(
-        "--crop-min",
-        metavar="A",
-        type=float,
-        default=0.08,
-        help="smallest crop, as a fraction of the image's area; default 0.08",
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="seed of the order and the augmentation; default 0"
-    )
+    add = parser.add_argument
+    add("--data", metavar="DIR", required=True, help="a folder, shards, cifar10://DIR, shapes://DIR, ...")
+    add("--output", metavar="FILE", type=Path, default="preview.png", help="picture to write; default %(default)s")
+    add("--count", metavar="N", type=positive, default=8, help="number of images; default %(default)s")
+    add("--image-size", metavar="PX", type=positive, default=224, help="side of a view; default %(default)s")
+    what = "smallest crop, as a fraction of the image's area; default %(default)s"
+    add("--crop-min", metavar="A", type=float, default=0.08, help=what)
+    add("--seed", metavar="N", type=int, default=0, help="seed of the order and the augmentation; default %(default)s")
     arguments = parser.parse_args()
     with user_input("--data"):
         source = open_source(arguments.data, download=True)
@@ -54,13 +44,12 @@ def main() -> None:
         save_image(make_grid(cells, nrow=2 * len(names), padding=4, pad_value=1), arguments.output)
     except (OSError, ValueError) as error:
         raise InputError(f"--output {arguments.output}: cannot be written: {error}; give another file") from None
-    print(
-        f"{arguments.output}: a row for each of {views[names[0]].shape[1]} images; pairs of columns: {', '.join(names)}"
-    )
-    for name in names:
-        apart = 100 * (views[name] - views["torchvision"]).abs().mean((2, 3, 4))
-        if name != "torchvision":
-            print(f"{name} differs from torchvision by {apart.mean():.2f} % of the range, {apart.max():.2f} % at most")
+    images = views["torchvision"].shape[1]
+    print(f"{arguments.output}: a row for each of {images} images; pairs of columns: {', '.join(names)}")
+    plain = views.pop("torchvision")
+    for name, drawn in views.items():
+        apart = 100 * (drawn - plain).abs().mean((2, 3, 4))
+        print(f"{name} differs from torchvision by {apart.mean():.2f} % of the range, {apart.max():.2f} % at most")
 
 
 def first_batch(source, backend: str, arguments: argparse.Namespace) -> torch.Tensor:

@@ -52,8 +52,7 @@ def train(
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     if cfg.crossbatch.deterministic:
         distributed.make_deterministic()
-    names = ("out", "steps", "resume", "allow_change")
-    flags = {name: getattr(arguments, name) for name in names}
+    flags = {name: getattr(arguments, name) for name in ("out", "steps", "resume", "allow_change")}
     facts = facts_of(to_dict(cfg.config), precision=cfg.precision, profile=profile_steps, **flags)
     group = distributed.process_group(world, device_type, cfg.threads, timeout_s, partial(check_same_run, facts))
     with group as device, Watchdog(world, timeout_s) as watchdog:

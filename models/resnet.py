@@ -1,9 +1,9 @@
 """Defines ResNets with torchvision's blocks and state-dict keys, ViewBatchNorm, a free base width and a stem for small images.
 
-It differs from torchvision.models.ResNet in five ways: the norm is ViewBatchNorm; it applies the ReLU that follows it, and adds
-the shortcut, in its own passes; `fc` is the identity, so the network returns the pooled feature; the last norm of every
-residual branch starts at zero, so that a block begins as the identity (as in MoCo v3); and the width of the first stage is an
-argument (64 is the published network; 16 trains on a laptop).
+It differs from torchvision.models.ResNet in five ways: the norm is ViewBatchNorm; it applies the ReLU that follows it, and
+normalises and adds the shortcut, in its own passes; `fc` is the identity, so the network returns the pooled feature; the last
+norm of every residual branch starts at zero, so that a block begins as the identity (as in MoCo v3); and the width of the
+first stage is an argument (64 is the published network; 16 trains on a laptop).
 
 Stems: "imagenet" is 7x7 stride 2 followed by a 3x3 max pool of stride 2, as published. On images of 32 to 64 pixels
 that would leave a map of 1 to 2 pixels at the end; "small" is 3x3 stride 1 without the pool, the usual one for CIFAR.
@@ -16,10 +16,18 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
 from crossbatch.models.arguments import check_choice
-from crossbatch.models.norm import Statistics, ViewBatchNorm, for_two_consumers, recomputed, reuse_batch_stats
+from crossbatch.models.norm import Deferred, Statistics, ViewBatchNorm, for_two_consumers, recomputed, reuse_batch_stats
 
 STEMS = ("imagenet", "small")
 CHECKPOINTS = ("none", "norms", "blocks")
+
+
+def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor | Deferred:
+    """Return what a block adds, which the block's last norm normalises together with its own input."""
+    if downsample is None:
+        return x
+    convolution, norm = downsample.children()
+    return norm(convolution(x), defer=True)
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -33,9 +41,7 @@ class BasicBlock(resnet.BasicBlock):
         out = self.bn1(self.conv1(x), relu=True)
         with recomputed(out):
             out = self.conv2(out)
-        if self.downsample is not None:
-            identity = self.downsample(identity)
-        return self.bn2(out, identity, relu=True)
+        return self.bn2(out, _shortcut(self.downsample, identity), relu=True)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -52,9 +58,7 @@ class Bottleneck(resnet.Bottleneck):
         out = self.bn2(out, relu=True)
         with recomputed(out):
             out = self.conv3(out)
-        if self.downsample is not None:
-            identity = self.downsample(identity)
-        return self.bn3(out, identity, relu=True)
+        return self.bn3(out, _shortcut(self.downsample, identity), relu=True)
 
 
 BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
@@ -63,6 +67,12 @@ BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
     "resnet50": (Bottleneck, [3, 4, 6, 3]),
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
 }
+
+
+def norms_of_shortcuts(network: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return the norms that normalise a shortcut's norm with their own input, and send its messages: {norm: shortcut's}."""
+    blocks = [m for m in network.modules() if isinstance(m, (BasicBlock, Bottleneck)) and m.downsample is not None]
+    return {block.get_submodule(block.last_norm): block.get_submodule("downsample.1") for block in blocks}
 
 
 class ResNet(torchvision.models.ResNet):

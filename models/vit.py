@@ -50,7 +50,13 @@ class ConvStem(nn.Module):
         self.proj = nn.Sequential(*layers)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).flatten(2).transpose(1, 2)
+        x = image
+        for layer in self.proj:
+            if isinstance(layer, ViewBatchNorm):
+                x = layer(x, relu=True)
+            elif not isinstance(layer, nn.ReLU):  # that stands there for the keys of state dicts
+                x = layer(x)
+        return x.flatten(2).transpose(1, 2)
 
 
 class ViT(VisionTransformer):

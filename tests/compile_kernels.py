@@ -54,7 +54,7 @@ class Compiler:
     def __init__(self, capability: int):
         self.capability, self.done = capability, set()
 
-    def run(self, kernel, *args, grid, warmup, num_warps=4, **constants):
+    def run(self, kernel, *args, grid, warmup, num_warps=4, maxnreg=None, **constants):
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         signature = {p.name: "constexpr" if p.is_constexpr else type_of(values[p.name]) for p in kernel.params}
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
@@ -73,7 +73,7 @@ class Compiler:
             compiled = triton.compile(
                 ASTSource(kernel, signature, constants, divisible),
                 target=GPUTarget("cuda", self.capability, 32),
-                options={"num_warps": num_warps},
+                options={"num_warps": num_warps, "maxnreg": maxnreg},
             )
         (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
         spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
@@ -103,19 +103,24 @@ def batchformer(dtype: torch.dtype, width: int, group: int, dropout: float) -> N
 
 
 def view_norm(dtype: torch.dtype, channels: int, options: bool) -> None:
-    """Make every pass of a norm, and with `options` with and without residual, ReLU and second gradient."""
-    x, wide = (
-        torch.zeros(2, channels, 8, 8, dtype=dtype).to(memory_format=torch.channels_last),
-        torch.zeros(2, channels),
-    )
-    statistics = norm_passes.statistics(x, 2)
-    channel = statistics[:, 0], statistics[:, 1], wide[0], wide[1]
+    """Make every pass of a norm, with most inputs; and with `options` in every combination that can be chosen."""
+    x = torch.zeros(2, channels, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
+    vectors = torch.zeros(2, channels), torch.zeros(channels)
+    channel = (*vectors[:1] * 2, *vectors[1:] * 2)
+    norm_passes.statistics(x, 2)
     for relu in (True, False) if options else (True,):
-        for residual in (x, x.float(), None) if options else (x,):
-            norm_passes.normalise(x, residual, *channel, 1e-5, relu)
-        for dys, y in ([x, x], x), ([x], x), ([x, x], None), ([x], None):
-            norm_passes.backward_sums(x, dys, y, *channel, 1e-5, relu)
-        norm_passes.input_gradient(x, x, *channel, statistics, 1e-5, 128, relu)
+        for residual in (x, x.float(), None) if options else ():
+            norm_passes.normalise(x, residual, channel, 1e-5, relu)
+        norm_passes.normalise(x, x, channel * 2, 1e-5, relu)
+        # The output is kept if a residual was added and a ReLU followed.
+        for dys, y in ([x, x], x if relu else None), ([x], x if relu else None), ([x], None):
+            if options or len(dys) == 2:
+                norm_passes.backward_sums(x, None, dys, y, channel, 1e-5, relu)
+        for dys in ([x, x], [x])[: 2 if options else 1]:
+            norm_passes.backward_sums(x, x, dys, None, channel * 2, 1e-5, relu)
+        if options:
+            norm_passes.input_gradients(x, None, x, channel, torch.zeros(2, 2, channels), 1e-5, 128, relu)
+        norm_passes.input_gradients(x, x, x, channel * 2, torch.zeros(2, 3, channels), 1e-5, 128, relu)
 
 
 def optimizer() -> None:

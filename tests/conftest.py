@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where the default decides
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores; ranks and workers bring their own parallelism
 
+import contextlib
+import importlib
 import importlib.metadata
 import multiprocessing
 import signal
@@ -28,6 +30,10 @@ def pytest_configure(config):
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")
     if os.environ["TRITON_INTERPRET"] == "1" and _triton_version().startswith("3.6."):
         _mend_triton_36()
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        # Once and kept on disk, or every process of the tests that makes views would compile them at the same time.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("crossbatch.data.augment.compiled_colours")
 
 
 def _triton_version() -> str:

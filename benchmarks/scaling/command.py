@@ -48,12 +48,8 @@ def main(arguments: list[str]) -> None:
 
 def measure(arguments: list[str]) -> None:
     """Run every size under torchrun, which adds its row to OUT/scaling.jsonl, and show the file."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    name, as_it_is = "python -m benchmarks scaling", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=as_it_is, allow_abbrev=False)
     parser.add_argument("--ranks", metavar="N", type=int, nargs="+", required=True, help="sizes, such as 1 2 4")
     given = parse(parser, arguments)
     given.set = [*(ON_GPUS if torch.cuda.is_available() else SMALL), *given.set]

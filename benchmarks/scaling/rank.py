@@ -1,4 +1,4 @@
-"""What each rank of a scaling study does, under any launcher: some steps for the clock, one more whose collectives are counted.
+"""Run one rank of a scaling study, under any launcher: time some steps, and count the collectives of one more.
 
 torchrun --nnodes 2 --nproc_per_node 8 ... -m benchmarks.scaling.rank --recipe ds_configs/bs4096.json --out runs/scaling
 deepspeed --hostfile F --module benchmarks.scaling.rank --recipe ds_configs/bs4096.json --out runs/scaling
@@ -65,11 +65,8 @@ def whole_bytes(args: tuple) -> int:
 
 
 def main() -> None:
-    given = parse(
-        argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-    )
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    given = parse(argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is, allow_abbrev=False))
     world = world_from_environment()
     cfg = resolved(given, world.size, Device.detect(), world.local_size)
     with process_group(world, cfg.device.type, threads=cfg.threads) as torch_device:

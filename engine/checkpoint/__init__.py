@@ -26,19 +26,3 @@ from crossbatch.engine.checkpoint.changes import check_allowed
 from crossbatch.engine.checkpoint.directory import Keep, candidates, create_run_directory, find
 from crossbatch.engine.checkpoint.resume import Resumed, resume
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable, read, read_manifest, write
-
-__all__ = [
-    "AsyncCheckpointWriter",
-    "Keep",
-    "Manifest",
-    "Resumed",
-    "Unreadable",
-    "candidates",
-    "check_allowed",
-    "create_run_directory",
-    "find",
-    "read",
-    "read_manifest",
-    "resume",
-    "write",
-]

@@ -60,9 +60,8 @@ def differences(
         changed.append(f"{CHUNK}: the norms of a ResNet saw {norms_saw}, and would see {norms_see}")
     ranks, (then, today) = now.get(NORM_RANKS), (saved["world_size"], config["world_size"])
     if isinstance(ranks, int) and ranks == before.get(NORM_RANKS) and then != today:
-        changed.append(
-            f"{NORM_RANKS}: was {ranks} of {then} ranks, is {ranks} of {today}, which see other shares of the batch"
-        )
+        differ = "which see other shares of the batch"
+        changed.append(f"{NORM_RANKS}: was {ranks} of {then} ranks, is {ranks} of {today}, {differ}")
     return changed
 
 

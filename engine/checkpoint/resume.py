@@ -70,20 +70,18 @@ def resume(
                 return Resumed(checkpoint, manifest, saved, passed_over)
         passed_over.append(f"passed over {checkpoint}: {errors[0]}")
     if candidates:
-        raise InputError(
-            f"--resume: no checkpoint can be read ({'; '.join(passed_over)}); start anew with another --out"
-        )
+        reasons = "; ".join(passed_over)
+        raise InputError(f"--resume: no checkpoint can be read ({reasons}); start anew with another --out")
     return None
 
 
 def _other_images(manifest: Manifest, images: int, images_checksum: int | None) -> list[str]:
     """Return in words how the training images differ from those of the checkpoint, as an index means an image."""
+    key = "crossbatch.data.path"
     if manifest.images != images:
-        return [f"crossbatch.data.path: held {manifest.images} images, holds {images}"]
+        return [f"{key}: held {manifest.images} images, holds {images}"]
     if None not in (manifest.images_checksum, images_checksum) and manifest.images_checksum != images_checksum:
-        return [
-            f"crossbatch.data.path: holds as many images, {images}, but others, or in another order or other classes"
-        ]
+        return [f"{key}: holds as many images, {images}, but others, or in another order or other classes"]
     return []
 
 

@@ -57,11 +57,6 @@ class CheckpointSchedule:
         self._saved_step = self._asked_step = saved_step
         self._due = False
 
-    @property
-    def busy(self) -> bool:
-        """Return whether this rank is still writing a checkpoint."""
-        return self.writer.busy
-
     def boundary(self, step: int, any_busy: bool, is_last: bool = False) -> None:
         """Start a save if one is due after `step`, as it is after the last; it may be called twice for a step.
 
@@ -75,8 +70,7 @@ class CheckpointSchedule:
             self._due = True
         if self._due and not any_busy:
             self._due = False
-            start = time.perf_counter()
-            self.writer.save(*self.snapshot(), start=start)
+            self._save()
 
     def final(self, step: int) -> None:
         """Save the state after `step`, and return when it is safely on the disk. Raises RunStopped if that fails."""
@@ -84,8 +78,7 @@ class CheckpointSchedule:
         self._report()
         if self._saved_step == step:
             return
-        start = time.perf_counter()
-        self.writer.save(*self.snapshot(), wait=True, start=start)
+        self._save(wait=True)
         error = self._report()
         if error is not None:
             raise RunStopped(
@@ -93,9 +86,9 @@ class CheckpointSchedule:
                 f"the command when there is room; the run continues from there"
             )
 
-    def close(self) -> None:
-        """Wait for the last save, and close the writer."""
-        self.writer.close()
+    def _save(self, wait: bool = False) -> None:
+        start = time.perf_counter()  # before the snapshot, which training waits for, too
+        self.writer.save(*self.snapshot(), wait=wait, start=start)
 
     def _report(self) -> str | None:
         """Log how the last save ended, once; return its error if it failed."""
@@ -104,12 +97,10 @@ class CheckpointSchedule:
             return None
         if outcome.error is None:
             self._saved_step = outcome.step
-            gigabytes = outcome.num_bytes / 1e9
-            self.log.note(
-                f"saved step {outcome.step}: {gigabytes:.3g} GB in {outcome.seconds:.1f} s, "
-                f"training waited {outcome.stalled_s:.2g} s"
-            )
-            values = {"gigabytes": gigabytes, "seconds": outcome.seconds, "stalled_s": outcome.stalled_s}
+            gigabytes, seconds, stalled_s = outcome.num_bytes / 1e9, outcome.seconds, outcome.stalled_s
+            took = f"{gigabytes:.3g} GB in {seconds:.1f} s, training waited {stalled_s:.2g} s"
+            self.log.note(f"saved step {outcome.step}: {took}")
+            values = {"gigabytes": gigabytes, "seconds": seconds, "stalled_s": stalled_s}
             self.log.scalars({f"checkpoint/{name}": value for name, value in values.items()}, outcome.step)
         else:
             self.log.warn(

@@ -30,12 +30,15 @@ from crossbatch.engine.sharding import FlatSlice, LocalShards
 
 FORMAT = 2
 METADATA = ".metadata"
+_CLASSES = ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex")
+_IN_METADATA = {dcp.__name__: (*_CLASSES, "_MEM_FORMAT_ENCODING")}  # by module, besides dtypes and layouts
+_IN_METADATA |= {"torch": ("Size",), "torch.serialization": ("_get_layout",)}
 
 T = TypeVar("T")
 
 
 class Unreadable(Exception):
-    """Raised when a checkpoint is incomplete, damaged or of another format."""
+    """Says that a checkpoint is incomplete, damaged or of another format."""
 
 
 @dataclass
@@ -303,16 +306,8 @@ def _read_metadata(checkpoint: Path) -> dcp.Metadata:
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes what belongs in `.metadata`, and refuses anything else."""
 
-    _CLASSES = ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex")
-    _ALLOWED = frozenset(
-        [("torch", "Size"), ("torch.serialization", "_get_layout")]
-        + [(dcp.__name__, name) for name in (*_CLASSES, "_MEM_FORMAT_ENCODING")]
-    )
-
     def find_class(self, module_name: str, global_name: str) -> Any:
-        is_constant = module_name == "torch" and isinstance(
-            getattr(torch, global_name, None), (torch.dtype, torch.layout)
-        )
-        if is_constant or (module_name, global_name) in self._ALLOWED:
+        constant = getattr(torch, global_name, None) if module_name == "torch" else None
+        if isinstance(constant, (torch.dtype, torch.layout)) or global_name in _IN_METADATA.get(module_name, ()):
             return super().find_class(module_name, global_name)
         raise pickle.UnpicklingError(f".metadata asks for {module_name}.{global_name}, which does not belong in it")

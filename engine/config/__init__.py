@@ -24,26 +24,3 @@ from crossbatch.engine.config.resolve import (
 )
 from crossbatch.engine.config.schema import AdamWConfig, Config, LarsConfig, WatchConfig
 from crossbatch.engine.config.user_input import user_input
-
-__all__ = [
-    "AdamWConfig",
-    "Config",
-    "Device",
-    "FinetuneConfig",
-    "LarsConfig",
-    "Resolved",
-    "ResolvedConfig",
-    "ResolvedFinetune",
-    "WatchConfig",
-    "autocast_dtype",
-    "choose_precision",
-    "key_paths",
-    "load_config",
-    "parse_config",
-    "resolve",
-    "resolve_finetune",
-    "resumable_keys",
-    "to_dict",
-    "usable_cores",
-    "user_input",
-]

@@ -1,4 +1,4 @@
-"""Says what becomes of DeepSpeed's own keys in a recipe, in one table.
+"""Say in one table what becomes of DeepSpeed's own keys in a recipe.
 
 Keys that DeepSpeed gets as they are (`steps_per_print`, `memory_breakdown`, many of `zero_optimization`) stand in the
 schema like any other. The table here holds all the others: the values with which a key changes nothing here, so that it may
@@ -6,7 +6,7 @@ stay in a recipe, and why another value is refused. `fp16`, `bf16` and `torch_au
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from crossbatch import InputError
 
@@ -14,103 +14,85 @@ ANY = object()  # any value is taken
 # The values of loss scaling below are DeepSpeed's defaults, which its examples write out.
 _LOSS_SCALE = "crossbatch finds the loss scale as torch's GradScaler does, from 2^16; leave it out"
 _OWN_CHECKPOINTS = "crossbatch writes its own checkpoints; set crossbatch.checkpoint"
+_PROFILE = "start with --profile N, which measures each part of a step"
 _METRICS = "every run writes metrics.jsonl and TensorBoard files; leave it out, or give it enabled: false"
-_DTYPES = {"bfloat16": "bf16", "torch.bfloat16": "bf16", "bf16": "bf16"} | dict.fromkeys(
-    ("float16", "torch.float16", "fp16", "half"), "fp16"
-)
+_DTYPES: dict[str, str] = dict.fromkeys(("bfloat16", "torch.bfloat16", "bf16"), "bf16")
+_DTYPES |= dict.fromkeys(("float16", "torch.float16", "fp16", "half"), "fp16")
 
-
-class Key(NamedTuple):
-    """Holds what becomes of a key: the values that change nothing, and why all others are refused."""
-
-    harmless: tuple[Any, ...]
-    why: str
-
-
-KEYS: dict[str, Key] = {
-    "gradient_accumulation_steps": Key(
-        (1, "auto"), "set train_micro_batch_size_per_gpu; accumulation does not enlarge a contrastive batch"
+# The values with which a key changes nothing here, and why all others are refused.
+KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "gradient_accumulation_steps": (
+        (1, "auto"),
+        "set train_micro_batch_size_per_gpu; accumulation does not enlarge a contrastive batch",
     ),
-    "scheduler": Key((None,), "set crossbatch.schedule"),
-    "amp": Key((), "set crossbatch.precision"),
-    "fp16.loss_scale": Key((0, 0.0), _LOSS_SCALE),
-    "fp16.initial_scale_power": Key((16,), _LOSS_SCALE),
-    "fp16.loss_scale_window": Key((1000,), _LOSS_SCALE),
-    "fp16.hysteresis": Key((2,), _LOSS_SCALE),
-    "fp16.consecutive_hysteresis": Key((False,), _LOSS_SCALE),
-    "fp16.min_loss_scale": Key((1, 1.0), _LOSS_SCALE),
-    "fp16.auto_cast": Key((True, False), "crossbatch.precision always casts automatically"),
-    "fp16.fp16_master_weights_and_grads": Key((False,), "master weights and gradients are fp32"),
-    "bf16.bf16_master_weights_and_grads": Key((False,), "master weights and gradients are fp32"),
-    "bf16.bf16_optimizer_states": Key((False,), "the optimizer's state is fp32"),
-    "bf16.immediate_grad_update": Key((True, False), "gradients are fp32"),
-    "bf16.check_overflow": Key((True,), "a step that is not finite is always skipped"),
-    "torch_autocast.lower_precision_safe_modules": Key((None,), "set crossbatch.precision"),
-    "zero_allow_untested_optimizer": Key(
-        (True,), "leave it out; by itself it turns LARS into SGD, so crossbatch sets it, where LARS stays LARS"
+    "scheduler": ((None,), "set crossbatch.schedule"),
+    "amp": ((), "set crossbatch.precision"),
+    "fp16.loss_scale": ((0, 0.0), _LOSS_SCALE),
+    "fp16.initial_scale_power": ((16,), _LOSS_SCALE),
+    "fp16.loss_scale_window": ((1000,), _LOSS_SCALE),
+    "fp16.hysteresis": ((2,), _LOSS_SCALE),
+    "fp16.consecutive_hysteresis": ((False,), _LOSS_SCALE),
+    "fp16.min_loss_scale": ((1, 1.0), _LOSS_SCALE),
+    "fp16.auto_cast": ((True, False), "crossbatch.precision always casts automatically"),
+    "fp16.fp16_master_weights_and_grads": ((False,), "master weights and gradients are fp32"),
+    "bf16.bf16_master_weights_and_grads": ((False,), "master weights and gradients are fp32"),
+    "bf16.bf16_optimizer_states": ((False,), "the optimizer's state is fp32"),
+    "bf16.immediate_grad_update": ((True, False), "gradients are fp32"),
+    "bf16.check_overflow": ((True,), "a step that is not finite is always skipped"),
+    "torch_autocast.lower_precision_safe_modules": ((None,), "set crossbatch.precision"),
+    "zero_allow_untested_optimizer": (
+        (True,),
+        "leave it out; by itself it turns LARS into SGD, so crossbatch sets it, where LARS stays LARS",
     ),
-    "zero_force_ds_cpu_optimizer": Key((False,), "an offloaded optimizer steps with crossbatch's own kernels"),
-    "tensorboard": Key((), _METRICS),
-    "wandb": Key((), f"{_METRICS}; wandb.init(sync_tensorboard=True) uploads these"),
-    "csv_monitor": Key((), _METRICS),
-    "comet": Key((), _METRICS),
-    "wall_clock_breakdown": Key(
-        (False,),
-        "start with --profile N, which measures each part of a step; DeepSpeed's timers expect its own order of calls",
+    "zero_force_ds_cpu_optimizer": ((False,), "an offloaded optimizer steps with crossbatch's own kernels"),
+    "tensorboard": ((), _METRICS),
+    "wandb": ((), f"{_METRICS}; wandb.init(sync_tensorboard=True) uploads these"),
+    "csv_monitor": ((), _METRICS),
+    "comet": ((), _METRICS),
+    "wall_clock_breakdown": ((False,), f"{_PROFILE}; DeepSpeed's timers expect its own order of calls"),
+    "flops_profiler": ((), _PROFILE),
+    "activation_checkpointing": (
+        (),
+        "set crossbatch.model.checkpoint_activations, or lower train_micro_batch_size_per_gpu",
     ),
-    "flops_profiler": Key((), "start with --profile N, which measures each part of a step"),
-    "activation_checkpointing": Key(
-        (), "set crossbatch.model.checkpoint_activations, or a smaller train_micro_batch_size_per_gpu"
+    "prescale_gradients": ((False,), "it would round the mean of the gradients otherwise"),
+    "gradient_predivide_factor": ((1, 1.0), "it would round the mean of the gradients otherwise"),
+    "gradient_allreduce_op": (("mean",), "the gradient of the global batch is a mean"),
+    "communication_data_type": ((None, "fp32"), "gradients travel in fp32"),
+    "sparse_gradients": ((False,), "no gradient here is sparse"),
+    "disable_allgather": ((False,), "parameters must be gathered"),
+    "dataloader_drop_last": ((True,), "the last batch of an epoch is always a whole one"),
+    "data_types": (({}, {"grad_accum_dtype": "fp32"}, {"grad_accum_dtype": None}), "gradients add up in fp32"),
+    "checkpoint": (({},), _OWN_CHECKPOINTS),
+    "zero_optimization.allgather_partitions": ((True,), "parameters are gathered at once"),
+    "zero_optimization.stage3_param_persistence_threshold": ((ANY,), "no parameter stays gathered"),
+    "zero_optimization.stage3_model_persistence_threshold": ((ANY,), "no parameter stays gathered"),
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": ((ANY,), _OWN_CHECKPOINTS),
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": ((ANY,), _OWN_CHECKPOINTS),
+    "zero_optimization.load_from_fp32_weights": ((True,), _OWN_CHECKPOINTS),
+    "zero_optimization.elastic_checkpoint": ((False,), _OWN_CHECKPOINTS),
+    "zero_optimization.ignore_unused_parameters": ((True,), "all parameters are used"),
+    "zero_optimization.cpu_offload": ((False,), "set zero_optimization.offload_optimizer.device to cpu"),
+    "zero_optimization.offload_param": (
+        (None, {"device": "none"}),
+        "parameters stay on the GPU; offload the optimizer",
     ),
-    "prescale_gradients": Key((False,), "it would round the mean of the gradients otherwise"),
-    "gradient_predivide_factor": Key((1, 1.0), "it would round the mean of the gradients otherwise"),
-    "gradient_allreduce_op": Key(("mean",), "the gradient of the global batch is a mean"),
-    "communication_data_type": Key((None, "fp32"), "gradients travel in fp32"),
-    "sparse_gradients": Key((False,), "no gradient here is sparse"),
-    "disable_allgather": Key((False,), "parameters must be gathered"),
-    "dataloader_drop_last": Key((True,), "the last batch of an epoch is always a whole one"),
-    "data_types": Key(({}, {"grad_accum_dtype": "fp32"}, {"grad_accum_dtype": None}), "gradients add up in fp32"),
-    "checkpoint": Key(({},), _OWN_CHECKPOINTS),
-    "zero_optimization.allgather_partitions": Key((True,), "parameters are gathered at once"),
-    "zero_optimization.stage3_param_persistence_threshold": Key(
-        (ANY,), "it is 0: a parameter that stays gathered would miss the update of the moving average"
-    ),
-    "zero_optimization.stage3_model_persistence_threshold": Key((ANY,), "no parameter stays gathered"),
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": Key((ANY,), _OWN_CHECKPOINTS),
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": Key((ANY,), _OWN_CHECKPOINTS),
-    "zero_optimization.load_from_fp32_weights": Key((True,), _OWN_CHECKPOINTS),
-    "zero_optimization.elastic_checkpoint": Key((False,), _OWN_CHECKPOINTS),
-    "zero_optimization.ignore_unused_parameters": Key((True,), "all parameters are used"),
-    "zero_optimization.cpu_offload": Key((False,), "set zero_optimization.offload_optimizer.device to cpu"),
-    "zero_optimization.offload_param": Key(
-        (None, {"device": "none"}), "parameters stay where the model is; offload the optimizer instead"
-    ),
-    "zero_optimization.round_robin_gradients": Key((False,), "LARS has to know who holds which gradient"),
-    "zero_optimization.use_multi_rank_bucket_allreduce": Key((True,), "gradients would be added in another order"),
-    "zero_optimization.zero_hpz_partition_size": Key((1,), "LARS has to know who holds which parameter"),
-    "zero_optimization.zero_quantized_weights": Key((False,), "parameters travel as they are"),
-    "zero_optimization.zero_quantized_nontrainable_weights": Key((False,), "parameters travel as they are"),
-    "zero_optimization.zero_quantized_gradients": Key((False,), "gradients travel in fp32"),
-    "zero_optimization.memory_efficient_linear": Key((True, False), "it changes only layers that DeepSpeed builds"),
-    "zero_optimization.legacy_stage1": Key((False,), "LARS has to know who holds which parameter"),
+    "zero_optimization.round_robin_gradients": ((False,), "LARS has to know who holds which gradient"),
+    "zero_optimization.use_multi_rank_bucket_allreduce": ((True,), "gradients would be added in another order"),
+    "zero_optimization.zero_hpz_partition_size": ((1,), "LARS has to know who holds which parameter"),
+    "zero_optimization.zero_quantized_weights": ((False,), "parameters travel as they are"),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), "parameters travel as they are"),
+    "zero_optimization.zero_quantized_gradients": ((False,), "gradients travel in fp32"),
+    "zero_optimization.memory_efficient_linear": ((True, False), "it changes only layers that DeepSpeed builds"),
+    "zero_optimization.legacy_stage1": ((False,), "LARS has to know who holds which parameter"),
 }
-_NOTHING_LIKE_IT = "crossbatch has nothing like it; leave it out"
 # Further keys of DeepSpeed. A section among them may stand in a recipe as long as it is not enabled.
 OTHERS = {
-    *(
-        "fp16",
-        "bf16",
-        "bfloat16",
-        "torch_autocast",
-        "autotuning",
-        "elasticity",
-        "hybrid_engine",
-        "compression_training",
-    ),
+    *("fp16", "bf16", "bfloat16", "torch_autocast", "autotuning", "elasticity", "hybrid_engine"),
+    *("compression_training", "disable_python_gc", "vocabulary_size", "use_data_before_expert_parallelism"),
     *("data_efficiency", "curriculum_learning", "progressive_layer_drop", "eigenvalue", "sparse_attention", "pipeline"),
     *("aio", "nebula", "compile", "tensor_parallel", "expert_parallel", "monitor_config", "quantize_training"),
-    *("disable_python_gc", "vocabulary_size", "use_data_before_expert_parallelism", "managed_gradient_accumulation"),
-    *("seq_parallel_communication_data_type", "log_level", "optimizer.legacy_fusion"),
+    *("managed_gradient_accumulation", "seq_parallel_communication_data_type", "log_level", "optimizer.legacy_fusion"),
     *(
         f"zero_optimization.{name}"
         for name in (
@@ -158,11 +140,11 @@ def _is_harmless(path: str, value: Any) -> bool:
         return False
     if isinstance(value, Mapping) and value.get("enabled") is False:
         return True
-    key = KEYS.get(path, Key((), _NOTHING_LIKE_IT))
-    if ANY in key.harmless or any(type(value) is type(one) and value == one for one in key.harmless):
+    harmless, why = KEYS.get(path, ((), "crossbatch has nothing like it; leave it out"))
+    if ANY in harmless or any(type(value) is type(one) and value == one for one in harmless):
         return True
-    allowed = " or ".join(repr(one) for one in key.harmless) or "to leave it out"
-    raise InputError(f"{path}: given {value!r}; a DeepSpeed key; allowed here: {allowed}; {key.why}")
+    allowed = " or ".join(map(repr, harmless)) or "to leave it out"
+    raise InputError(f"{path}: given {value!r}; a DeepSpeed key; allowed here: {allowed}; {why}")
 
 
 def _precision(name: str, section: Mapping[str, Any]) -> dict[str, str]:
@@ -173,7 +155,7 @@ def _precision(name: str, section: Mapping[str, Any]) -> dict[str, str]:
     if enabled is not True:
         raise InputError(f"{name}.enabled: given {enabled!r}; allowed: true or false; or set crossbatch.precision")
     dtype = section.get("dtype", "bfloat16") if name == "torch_autocast" else name
-    if dtype not in (*_DTYPES, "bfloat16"):
+    if dtype not in _DTYPES:
         raise InputError(f"{name}.dtype: given {dtype!r}; allowed: bfloat16, float16; or set crossbatch.precision")
     for inner, value in section.items():
         path = f"{'bf16' if name == 'bfloat16' else name}.{inner}"

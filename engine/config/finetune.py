@@ -3,7 +3,6 @@
 Defaults are those of the published transfer of a ViT-B to CIFAR-10, which follow DeiT (Touvron et al., 2021, table 9).
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
@@ -79,11 +78,7 @@ class FinetuneConfig(schema.DeepSpeedConfig):
     crossbatch: FinetuneSection = FinetuneSection()
 
 
-@dataclass(frozen=True)
-class ResolvedFinetune(Resolved[FinetuneSection, FinetuneOptimizerConfig]):
-    """Holds a configuration of fine-tuning without "auto", and the numbers that follow from it."""
-
-    config: FinetuneConfig
+ResolvedFinetune = Resolved[FinetuneSection, FinetuneOptimizerConfig]
 
 
 def resolve_finetune(
@@ -95,8 +90,7 @@ def resolve_finetune(
         InputError: if the configuration cannot run on `world_size` ranks of `device`.
     """
     check_training(config, world_size)
-    config = _without_dali(config)
-    cfg = ResolvedFinetune(**vars(resolve_training(config, world_size, device, local_world_size)))
+    cfg = resolve_training(_without_dali(config), world_size, device, local_world_size)
     data, repeats = cfg.crossbatch.data, cfg.crossbatch.data.repeats
     if data.auto_augment is not None and data.color_jitter:
         raise InputError(
@@ -108,8 +102,7 @@ def resolve_finetune(
             f"crossbatch.data.repeats: given {repeats} for {cfg.local_batch} images per rank; allowed: a divisor of "
             f"these; set it to 1"
         )
-    mixes = cfg.crossbatch.finetune.mixup or cfg.crossbatch.finetune.cutmix
-    if cfg.local_batch % 2 and mixes:
+    if cfg.local_batch % 2 and (cfg.crossbatch.finetune.mixup or cfg.crossbatch.finetune.cutmix):
         raise InputError(
             f"train_batch_size: given {cfg.train_batch_size}, or {cfg.local_batch} images per rank; mixup and CutMix need an "
             f"even number; set train_batch_size to {cfg.train_batch_size + world_size}, or crossbatch.finetune.mixup and "

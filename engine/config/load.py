@@ -72,11 +72,12 @@ def _read_json(path: Path) -> Pairs:
 
 
 def _parsed(text: str) -> Any:
-    """Return the JSON value in `text`; a number with an exponent that is whole, such as 5e8, is a whole number."""
+    """Return the JSON value in `text`; a number with an exponent that is whole, such as 5e8, is a whole number below 2^63."""
 
     def number(literal: str) -> float:
         value = float(literal)
-        return int(value) if "e" in literal.lower() and value.is_integer() else value
+        whole = "e" in literal.lower() and value.is_integer() and abs(value) < 2**63
+        return int(value) if whole else value
 
     return json.loads(text, object_pairs_hook=Pairs, parse_float=number)
 

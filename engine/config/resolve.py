@@ -172,14 +172,11 @@ def check_training(config: Any, world_size: int) -> None:
             f"zero_optimization.stage {zero.stage}; allowed: none, or cpu with sharding zero and stage 1 to 3; set it to none"
         )
     if sharding == "fsdp":
-        always = {
-            "stage",
-            "offload_optimizer",
-            *(["overlap_comm"] if zero.overlap_comm else []),
-        }  # FSDP2 always overlaps
-        settings = {f"zero_optimization.{name}": value for name, value in to_dict(zero).items() if name not in always}
+        settings = {f"zero_optimization.{name}": value for name, value in to_dict(zero).items()}
         settings |= {name: value for name, value in to_dict(config).items() if name in PRINTED_BY_DEEPSPEED}
         for name, value in settings.items():
+            if name.endswith((".stage", ".offload_optimizer")) or (name.endswith(".overlap_comm") and value):
+                continue  # FSDP2 always overlaps
             raise InputError(
                 f"{name}: given {value} with crossbatch.sharding fsdp, which has no such setting; remove it or set "
                 f"crossbatch.sharding to zero"

@@ -21,6 +21,7 @@ AtLeastTwo = Annotated[int, Ge(2)]
 Pixels = Annotated[int, Ge(8)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+Seconds = Annotated[float, Gt(0), Le(1e7)]  # four months
 Fraction = Annotated[float, Ge(0), Le(1)]
 PositiveFraction = Annotated[float, Gt(0), Le(1)]
 Beta = Annotated[float, Ge(0), Le(1 - 1e-6)]
@@ -69,7 +70,7 @@ class ModelConfig(Section):
 
     @field_validator("checkpoint_activations", mode="before")
     @classmethod
-    def _of_a_boolean(cls, value: Any) -> Any:
+    def _from_a_boolean(cls, value: Any) -> Any:
         """Accept the values that the key had before, as in the config.json of old runs."""
         return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
@@ -142,7 +143,7 @@ class CheckpointConfig(Section):
 
 
 class WatchConfig(Section):
-    timeout_s: Positive = key(600.0, "seconds that a rank may keep the others waiting before the run stops")
+    timeout_s: Seconds = key(600.0, "seconds that a rank may keep the others waiting before the run stops")
     # A loss scale of 2^16 falls to 2^-14 in 30 steps.
     max_nonfinite_steps: Count = key(30, "consecutive steps without finite gradients before the run stops")
     spike_sigmas: NotNegative = key(6.0, "warn of a loss this many standard deviations above its recent mean; 0: never")
@@ -166,11 +167,6 @@ class TrainingConfig(Section):
     )
     seed: CountOrZero = key(0, "seed of initial weights, data order, augmentation and all other randomness")
 
-    @property
-    def lr_scales(self) -> dict[str, float]:
-        """Return factors of the learning rate by prefix of the parameters' names; see `optimizers.parameter_groups`."""
-        return {}
-
 
 class CrossbatchConfig(TrainingConfig):
     model: ModelConfig = ModelConfig()
@@ -179,10 +175,6 @@ class CrossbatchConfig(TrainingConfig):
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
     evaluate: EvaluateConfig = key(EvaluateConfig(), resumable=True)
-
-    @property
-    def lr_scales(self) -> dict[str, float]:
-        return {"batchformer.": self.batchformer.lr_scale}
 
 
 class LarsConfig(Section):

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from crossbatch.data import GlobalBatchSampler, Source, TrainLoader
+from crossbatch.data import GlobalBatchSampler, Source
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Resolved
-from crossbatch.engine.datasets import stop_on_lost_images
+from crossbatch.engine.datasets import stop_on_lost_images, train_loader
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, FrozenBackbone, prepared
 from crossbatch.engine.run_log import StepClock
 
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
+Epoch = Iterator[tuple[torch.Tensor, torch.Tensor]]  # features [n, C] and labels [n] of this rank
 
 
 class AugmentedFeatures:
@@ -32,27 +32,17 @@ class AugmentedFeatures:
         cfg: Resolved,
         clock: StepClock,
     ):
-        data = cfg.crossbatch.data
         self.frozen, self.reading, self.clock = frozen, reading, clock
         self.broken: set[str] = set()
-        self.loader = TrainLoader(
-            source,
-            sampler=order,
-            augmentations=[crop_and_flip(reading.image_size, data.crop_min)],
-            seed=cfg.crossbatch.seed,
-            workers=reading.workers,
-            max_skipped_fraction=data.max_skipped_fraction,
-            backend=data.backend,
-            scaled_decode=data.scaled_decode,
-            device=reading.device,
-        )
+        views = [crop_and_flip(reading.image_size, cfg.crossbatch.data.crop_min)]
+        self.loader = train_loader(cfg, reading.device, source, order, views)
 
     @property
     def replaced(self) -> int:
         """Return how often this rank has put another image in the place of a broken one."""
         return self.loader.images_skipped
 
-    def epoch(self, epoch: int) -> Batches:
+    def epoch(self, epoch: int) -> Epoch:
         """Yield this rank's batches of epoch number `epoch`, from 0."""
         before, batches = time.perf_counter(), self.loader.epoch(epoch)
         for _ in range(self.loader.steps_per_epoch):
@@ -78,7 +68,7 @@ class CachedFeatures:
         self.rows, self.order, self.clock = rows, order, clock
         self.broken, self.replaced = set(rows.skipped), len(rows.skipped)
 
-    def epoch(self, epoch: int) -> Batches:
+    def epoch(self, epoch: int) -> Epoch:
         """Yield this rank's batches of epoch number `epoch`, from 0."""
         indices = self.rows.indices_N.cpu().numpy()
         for step in range(self.order.steps_per_epoch):
@@ -90,3 +80,6 @@ class CachedFeatures:
 
     def close(self) -> None:
         """Do nothing; there are no workers."""
+
+
+Batches = AugmentedFeatures | CachedFeatures

@@ -38,7 +38,7 @@ class Report:
 class Evaluation(ABC):
     """Evaluates a frozen backbone on this rank, inside a process group.
 
-    A subclass computes the scores in `_evaluate` and shows them in `_report`.
+    A subclass computes the scores in `_evaluate`.
 
     Args:
         workers: loader processes of this rank.
@@ -69,7 +69,7 @@ class Evaluation(ABC):
         if self.world.is_main:
             found = found_images(self.config.crossbatch.data.path, self.train, self.evaluation)
             print("\n".join([*found, f"loaded {self.pretrained}"]), flush=True)
-        scores, details = self._evaluate()
+        scores, report = self._evaluate()
         results = {
             "command": self.name,
             **scores,
@@ -84,7 +84,6 @@ class Evaluation(ABC):
                 write_results(self.out, results)  # first: a figure that fails must not lose the numbers
             except OSError as error:
                 failure = error
-            report = self._report(results, details)
             save_figures(self.out, report.figures, report.step)
             print_summary([*report.rows, ("results", str(self.out / RESULTS))], [report.next_command], self.out)
             if failure is not None:
@@ -95,12 +94,8 @@ class Evaluation(ABC):
         return results
 
     @abstractmethod
-    def _evaluate(self) -> tuple[dict[str, Any], Any]:
-        """Return the scores for results.json, and what `_report` needs besides; every rank calls it."""
-
-    @abstractmethod
-    def _report(self, results: dict[str, Any], details: Any) -> Report:
-        """Return figures and the closing table; only rank 0 calls it."""
+    def _evaluate(self) -> tuple[dict[str, Any], Report]:
+        """Return the scores for results.json, and what rank 0 shows; every rank calls it."""
 
     def _features(self, source: Source, what: str) -> FeatureSet:
         """Extract the features of this rank's share of `source`, with a progress bar on the terminal of rank 0."""

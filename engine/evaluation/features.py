@@ -48,13 +48,6 @@ class FrozenBackbone:
         with autocast(images.device.type, self._dtype):
             return self.backbone(images)
 
-    def check(self) -> None:
-        """Raise RuntimeError if any bit of the backbone has changed since it was frozen."""
-        if fingerprint(self.backbone) != self.fingerprint:
-            raise RuntimeError(
-                "the frozen backbone has changed during the evaluation, so the results are not those of the loaded weights"
-            )
-
 
 def fingerprint(module: nn.Module) -> str:
     """Return the SHA-256 of the names and bits of all parameters and buffers."""

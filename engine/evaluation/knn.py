@@ -10,6 +10,7 @@ Shapes: M queries, N bank images of a rank, C features, K neighbours, W ranks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -101,16 +102,9 @@ def score(
     queries = gathered(queries, collective)
     neighbours = nearest(queries.features_NC, bank, max(ks), collective)
     at_once = max(1, SCORES_AT_ONCE // num_classes)
-    predictions = {
-        k: torch.cat(
-            [
-                votes(NearestNeighbours(*some), k, num_classes, temperature).argmax(1)
-                for some in zip(*(part.split(at_once) for part in neighbours), strict=True)
-            ]
-        )
-        for k in ks
-    }
-    return KnnResult(queries, neighbours, predictions)
+    parts = [NearestNeighbours(*some) for some in zip(*(part.split(at_once) for part in neighbours), strict=True)]
+    classes = {k: [votes(some, k, num_classes, temperature).argmax(1) for some in parts] for k in ks}
+    return KnnResult(queries, neighbours, {k: torch.cat(found) for k, found in classes.items()})
 
 
 def too_few_neighbours(ks: Sequence[int], images: int, key: str) -> list[str]:
@@ -144,17 +138,12 @@ class KnnMonitor:
 
         `between_batches`: see `extract`.
         """
-
-        def embed(images: torch.Tensor) -> torch.Tensor:
-            return backend("embed", images)
-
+        embed = partial(backend, "embed")
         backend.model.eval()
+        everything = np.arange(len(self.evaluation))
         bank, queries = (
             extract(embed, source, indices, self.reading, self.collective, between_batches, self.loader)
-            for source, indices in (
-                (self.train, self.bank_indices),
-                (self.evaluation, np.arange(len(self.evaluation))),
-            )
+            for source, indices in ((self.train, self.bank_indices), (self.evaluation, everything))
         )
         backend.model.train()
         log_skipped_images(bank.skipped + queries.skipped, self.named)

@@ -23,7 +23,7 @@ class KnnEvaluation(Evaluation):
     name = "knn"
     config: KnnConfig
 
-    def _evaluate(self) -> tuple[dict[str, Any], KnnResult]:
+    def _evaluate(self) -> tuple[dict[str, Any], Report]:
         bank = self._features(self.train, "training images")
         queries = self._features(self.evaluation, "evaluation images")
         skipped = bank.skipped + queries.skipped
@@ -42,19 +42,15 @@ class KnnEvaluation(Evaluation):
             "images": images,
             "notes": notes,
         }
-        return scores, result
-
-    def _report(self, results: dict[str, Any], details: KnnResult) -> Report:
-        k, images = results["k"], results["images"]
-        truth, predicted = (tensor.cpu().numpy() for tensor in (details.queries.labels_N, details.predictions[k]))
-        title = f"{k}-NN, top-1 {results['top1']:.2f} %"
-        return Report(
+        k, title = ks[0], f"{ks[0]}-NN, top-1 {scores['top1']:.2f} %"
+        truth, predicted = (tensor.cpu().numpy() for tensor in (result.queries.labels_N, result.predictions[k]))
+        return scores, Report(
             figures={
                 "confusion": lambda: confusion_matrix(truth, predicted, self.class_names, title),
-                "neighbours": lambda: self._neighbours(details, k, title),
+                "neighbours": lambda: self._neighbours(result, k, title),
             },
             rows=[
-                *((f"top-1, k = {k}", f"{value:.2f} %") for k, value in results["top1_by_k"].items()),
+                *((f"top-1, k = {k}", f"{value:.2f} %") for k, value in scores["top1_by_k"].items()),
                 ("images", f"{images['evaluation']:,} against {images['train']:,} training images"),
                 *([("broken, left out", str(images["skipped"]))] if images["skipped"] else []),
             ],

@@ -16,13 +16,13 @@ from crossbatch.data import GlobalBatchSampler
 from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.evaluation import LinearConfig, TrainImagesConfig
 from crossbatch.engine.config.finetune import FinetuneDataConfig
-from crossbatch.engine.evaluation.batches import AugmentedFeatures, CachedFeatures
+from crossbatch.engine.evaluation.batches import AugmentedFeatures, Batches, CachedFeatures
 from crossbatch.engine.evaluation.evaluation import Evaluation, Report
-from crossbatch.engine.evaluation.features import FeatureSet, gathered, log_skipped_images
+from crossbatch.engine.evaluation.features import FeatureSet, fingerprint, gathered, log_skipped_images
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
 from crossbatch.engine.evaluation.probe_file import identity, read_probe, save_probe
 from crossbatch.engine.evaluation.results import confusion_matrix, curves
-from crossbatch.engine.run_log import Log, RunLog, StepClock, command
+from crossbatch.engine.run_log import Log, RunLog, StepClock, command, finite_or_none
 from crossbatch.engine.runtime.distributed import World, mean_over_ranks
 from crossbatch.models.backbones import family
 
@@ -75,8 +75,8 @@ class LinearEvaluation(Evaluation):
             self.probe.load(saved)
             self.history = saved["history"]
 
-    def _evaluate(self) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-        """Train the epochs that are left; return the scores, and true and predicted classes."""
+    def _evaluate(self) -> tuple[dict[str, Any], Report]:
+        """Train the epochs that are left, and return the scores and the report."""
         queries = self._features(self.evaluation, "evaluation images")
         if self.cfg.crossbatch.linear.cache:
             rows = gathered(self._features(self.train, "training images"), self.collective)
@@ -84,28 +84,26 @@ class LinearEvaluation(Evaluation):
         else:
             batches = AugmentedFeatures(self.frozen, self.train, self.order, self.reading, self.cfg, self.clock)
         self._train(batches, queries)
-        self.frozen.check()
+        assert fingerprint(self.frozen.backbone) == self.frozen.fingerprint, "the frozen backbone has changed"
         log_skipped_images([*queries.skipped, *sorted(batches.broken)])
-        by_lr, best = self._by_lr(), self._best()
+        by_lr, best, skipped = self._by_lr(), self._best(), len(queries.skipped)
+        images = self._sum_over_ranks(
+            evaluation=len(queries), evaluation_skipped=skipped, train_replaced=batches.replaced
+        )
         scores = {
             "top1": by_lr[best]["last_top1"],
             "lr": by_lr[best]["lr"],
             "best_top1": max(one["best_top1"] for one in by_lr),
             "by_lr": by_lr,
             "selection": SELECTION,
-            "images": {
-                "train": self.order.num_images,
-                **self._sum_over_ranks(
-                    evaluation=len(queries), evaluation_skipped=len(queries.skipped), train_replaced=batches.replaced
-                ),
-            },
-            "backbone_unchanged": True,  # or `check` would have raised
+            "images": {"train": self.order.num_images, **images},
+            "backbone_unchanged": True,
         }
         everything = gathered(queries, self.collective)
         predicted = self.probe.predict(everything.features_NC)[best]
-        return scores, (everything.labels_N.cpu().numpy(), predicted.cpu().numpy())
+        return scores, self._report(scores, everything.labels_N.cpu().numpy(), predicted.cpu().numpy())
 
-    def _train(self, batches: AugmentedFeatures | CachedFeatures, queries: FeatureSet) -> None:
+    def _train(self, batches: Batches, queries: FeatureSet) -> None:
         """Train the epochs that are left, and save the probe after each."""
         done, epochs, steps = len(self.history), self.cfg.crossbatch.schedule.epochs, self.order.steps_per_epoch
         log: Log = RunLog(self.out, done * steps, epochs * steps) if self.world.is_main else Log()
@@ -116,21 +114,14 @@ class LinearEvaluation(Evaluation):
                 log.note(f"resumed after epoch {done}")
             for epoch in range(done, epochs):
                 self._train_epoch(epoch, batches, queries, log)
-                content = {
-                    "history": self.history,
-                    "identity": self.identity,
-                    "backbone": self.frozen.fingerprint,
-                    "class_names": list(self.class_names),
-                    **self.probe.state(),
-                }
+                content = {"history": self.history, "identity": self.identity, "backbone": self.frozen.fingerprint}
+                content |= {"class_names": list(self.class_names), **self.probe.state()}
                 save_probe(self.out, content, log, is_last=epoch + 1 == epochs)
         finally:
             batches.close()
             log.close()
 
-    def _train_epoch(
-        self, epoch: int, batches: AugmentedFeatures | CachedFeatures, queries: FeatureSet, log: Log
-    ) -> None:
+    def _train_epoch(self, epoch: int, batches: Batches, queries: FeatureSet, log: Log) -> None:
         """Train epoch number `epoch`, from 0, and evaluate on this rank's `queries`."""
         self.probe.start_epoch(epoch, self.cfg.crossbatch.schedule.epochs)
         steps, every = self.order.steps_per_epoch, self.cfg.crossbatch.log.every_steps
@@ -157,14 +148,14 @@ class LinearEvaluation(Evaluation):
             "step": step,
             "epoch": step / self.order.steps_per_epoch,
             "images_seen": step * batch,
-            "loss": _finite_or_none(losses[best]),
+            "loss": finite_or_none(losses[best]),
             "lr": self.probe.rates[best],
             **({"top1": top1[best]} if top1 else {}),
             **self.clock.reading(batch),
         }
         if len(self.base_lrs) > 1:
             names = [f"{lr:g}" for lr in self.base_lrs]
-            line["loss_by_lr"] = dict(zip(names, map(_finite_or_none, losses), strict=True))
+            line["loss_by_lr"] = dict(zip(names, map(finite_or_none, losses), strict=True))
             if top1:
                 line["top1_by_lr"] = dict(zip(names, top1, strict=True))
         log.record(line)
@@ -188,7 +179,7 @@ class LinearEvaluation(Evaluation):
                 "last_top1": top1[-1],
                 "best_top1": max(top1),
                 "best_epoch": int(np.argmax(top1)) + 1,
-                "last_loss": _finite_or_none(self.history[-1]["loss"][i]),
+                "last_loss": finite_or_none(self.history[-1]["loss"][i]),
                 "diverged": diverged[i],
             }
             for i, (lr, top1) in enumerate(self._top1_by_lr())
@@ -198,13 +189,13 @@ class LinearEvaluation(Evaluation):
         """Return each rate with the top-1 of its classifier after every epoch."""
         return [(lr, [epoch["top1"][i] for epoch in self.history]) for i, lr in enumerate(self.base_lrs)]
 
-    def _report(self, results: dict[str, Any], details: tuple[np.ndarray, np.ndarray]) -> Report:
-        epochs, images = len(self.history), results["images"]["evaluation"]
-        title = f"linear probe, lr {results['lr']:g}, top-1 {results['top1']:.2f} % after {epochs} epochs"
+    def _report(self, scores: dict[str, Any], truth: np.ndarray, predicted: np.ndarray) -> Report:
+        epochs, images = len(self.history), scores["images"]["evaluation"]
+        title = f"linear probe, lr {scores['lr']:g}, top-1 {scores['top1']:.2f} % after {epochs} epochs"
         lines = {f"lr {lr:g}": top1 for lr, top1 in self._top1_by_lr()}
         return Report(
             figures={
-                "confusion": lambda: confusion_matrix(*details, self.class_names, title),
+                "confusion": lambda: confusion_matrix(truth, predicted, self.class_names, title),
                 "accuracy": lambda: curves(lines, range(1, epochs + 1), title),
             },
             rows=[
@@ -213,7 +204,7 @@ class LinearEvaluation(Evaluation):
                         f"top-1, lr {one['lr']:g}",
                         f"{one['last_top1']:.2f} % at the end; best {one['best_top1']:.2f} % after epoch {one['best_epoch']}",
                     )
-                    for one in results["by_lr"]
+                    for one in scores["by_lr"]
                 ),
                 ("note", SELECTION),
                 ("images", f"{images:,}, trained on {self.order.num_images:,}"),
@@ -237,8 +228,3 @@ def base_learning_rates(config: LinearConfig, arch: str) -> tuple[float, ...]:
     if given == "auto":
         return (AUTO_LR[family(arch)],)
     return tuple(dict.fromkeys(given)) if isinstance(given, tuple) else (given,)
-
-
-def _finite_or_none(value: float) -> float | None:
-    """Return `value`, or None if it is infinite or NaN, which JSON does not have."""
-    return value if np.isfinite(value) else None

@@ -68,19 +68,20 @@ class LinearProbe:
 
     def step(self, features_nC: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
         """Update the weights and return the losses [L] on this rank's images; all ranks must bring equally many images."""
-        self.norm.train()
-        losses_L = torch.stack([F.cross_entropy(logits, labels_n) for logits in self._logits(features_nC)])
+        normed = self.norm.train()(features_nC)
+        losses_L = torch.stack([F.cross_entropy(head(normed), labels_n) for head in self.heads])
         self.optimizer.zero_grad(set_to_none=False)
         losses_L.sum().backward()
-        self._average_gradients()
+        if (world := self.collective.world_size) > 1:  # all gradients in one message
+            gradients = [p.grad for p in self.heads.parameters() if p.grad is not None]
+            vector_to_parameters(self.collective.all_reduce(parameters_to_vector(gradients)) / world, gradients)
         self.optimizer.step()
         return losses_L.detach()
 
     @torch.no_grad()
     def predict(self, features_nC: torch.Tensor) -> torch.Tensor:
         """Return the classes [L, n] that the classifiers predict."""
-        self.norm.eval()
-        normed = self.norm(features_nC)
+        normed = self.norm.eval()(features_nC)
         return torch.stack([head(normed).argmax(1) for head in self.heads])  # one [n, K] at a time
 
     def diverged(self) -> list[bool]:
@@ -89,29 +90,12 @@ class LinearProbe:
 
     def state(self) -> dict[str, Any]:
         """Return weights and optimizer state for `load`; `torch.load(weights_only=True)` can read them."""
-        return {
-            "heads": self.heads.state_dict(),
-            "norm": self.norm.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return {name: getattr(self, name).state_dict() for name in ("heads", "norm", "optimizer")}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.heads.load_state_dict(state["heads"])
-        self.norm.load_state_dict(state["norm"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def _logits(self, features_nC: torch.Tensor) -> list[torch.Tensor]:
-        """Return the logits [n, K] of each classifier."""
-        normed = self.norm(features_nC)
-        return [head(normed) for head in self.heads]
-
-    def _average_gradients(self) -> None:
-        """Average the gradients over the ranks, all in one message."""
-        world = self.collective.world_size
-        if world > 1:
-            gradients = [p.grad for p in self.heads.parameters() if p.grad is not None]
-            vector_to_parameters(self.collective.all_reduce(parameters_to_vector(gradients)) / world, gradients)
+        for name in ("heads", "norm", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
 
 
 def _classifier(num_features: int, num_classes: int, seed: int) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Answers without running it whether a recipe fits on some GPUs, how long it takes, and what limits it.
+"""Predicts, without running anything, whether a recipe fits on given GPUs, how long it takes, and what limits it.
 
 catalogue      GPUs and links, with sources
 communication  how long a collective takes, and what it costs that ranks wait for each other at it

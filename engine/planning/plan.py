@@ -131,7 +131,7 @@ def _plan(asked: Question, constants: Constants = FITTED) -> Plan:
 
 
 def _helps(asked: Question, found: Plan) -> Iterator[Help]:
-    """Plan with each change, and compare."""
+    """Yield each change that is tried, with what it gains over `found`."""
 
     def gain(constants: Constants = FITTED, **changed: Any) -> float:
         try:
@@ -158,16 +158,15 @@ def _helps(asked: Question, found: Plan) -> Iterator[Help]:
 def _measured_backbone(asked: Question, cfg: ResolvedConfig, at: Machines) -> Stage | None:
     """Correct the roofline by how far it was off in the last measured step of one such GPU; None without such a step."""
     path = asked.rows or Path()
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     try:
-        rows = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+        rows = _rows_in(path)
     except (ValueError, OSError) as error:
         raise InputError(
             f"--rows: given {path}; allowed: rows of the benchmarks ({error}); measure with "
             f"`python -m benchmarks step --out {path}`"
         ) from None
     for row in reversed(rows):
-        facts = row.get("settings", {})
+        facts = row["settings"]
         is_step = row["stage"] in ("step", "scaling") and row["unit"] in ("ms", "images/s") and "config" in facts
         if not is_step or "part" in facts or "plain" in row["case"] or facts.get("ranks", 1) > 1:
             continue
@@ -179,6 +178,16 @@ def _measured_backbone(asked: Question, cfg: ResolvedConfig, at: Machines) -> St
             origin = f"measured (row {row['case']!r}, commit {row.get('commit')}): {off:.2f} x the roofline"
             return Stage("backbone", off * estimate(cfg, at).stage("backbone").ms, origin)
     return None
+
+
+def _rows_in(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a file, or of all *.jsonl of a folder. Raises ValueError or OSError unless there are some."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+    needed = {"stage", "case", "unit", "p50", "settings", "machine"}
+    if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise ValueError("lines without stage, case, p50, ..." if rows else "there are none")
+    return rows
 
 
 def notes(found: Plan) -> Iterator[str]:

@@ -3,8 +3,9 @@
 Ours are exact on any number of ranks (tests/benchmarks/test_scaling_traffic.py counts them):
 
     norms   forward, an all-gather of mean and variance of each view and rank; backward, an all-reduce of two sums of each view;
-            one of each for every norm and chunk. Norms of the momentum encoder share the all-gathers of their online
-            counterparts (`crossbatch.models.lockstep`). The passes that repeat a chunk know its statistics
+            one of each for every norm and chunk; the norm of a shortcut shares those of the one that adds it. Norms of the
+            momentum encoder share the all-gathers of their online counterparts (`crossbatch.models.lockstep`). The passes that
+            repeat a chunk know its statistics
     keys    one all-gather, of all views and streams
     stats   where groups of ranks have statistics of their own: all running statistics, averaged in one all-reduce
     groups  where a BatchFormer group spans ranks: its features, forward for queries and keys, and back for the queries
@@ -25,6 +26,7 @@ from crossbatch.engine.memory_model import key_streams
 from crossbatch.engine.tasks.build import count, parameter_groups
 from crossbatch.models import NUM_VIEWS, MoCo
 from crossbatch.models.norm import ViewBatchNorm
+from crossbatch.models.resnet import norms_of_shortcuts
 
 OURS = ("norms", "stats", "keys", "groups", "LARS")
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0
@@ -73,13 +75,15 @@ def _norms(model: MoCo, cfg: ResolvedConfig) -> Iterator[Message]:
     ]
     channels = 0
     for module, networks, passes in encoders:
+        shortcuts = norms_of_shortcuts(module)
         for norm in module.modules():
             if isinstance(norm, ViewBatchNorm):
                 channels += networks * norm.num_features
-                size = 2 * NUM_VIEWS * norm.num_features * _FP32
-                if cfg.norm_ranks > 1:
-                    yield from [Message("norms", "all-gather", networks * size * cfg.norm_ranks)] * passes
-                    yield from [Message("norms", "all-reduce", size)] * passes
+                if cfg.norm_ranks > 1 and norm not in shortcuts.values():
+                    gathered, reduced = (4, 3) if norm in shortcuts else (2, 2)  # sum(dy) is the same for both norms
+                    size = NUM_VIEWS * norm.num_features * _FP32
+                    yield from [Message("norms", "all-gather", gathered * networks * size * cfg.norm_ranks)] * passes
+                    yield from [Message("norms", "all-reduce", reduced * size)] * passes
     if cfg.norm_ranks < cfg.world_size:
         yield Message("stats", "all-reduce", 2 * channels * _FP32)
 

@@ -18,7 +18,7 @@ from crossbatch import InputError, __version__
 from crossbatch.engine.pretrained.files import write_file
 from crossbatch.engine.pretrained.formats import constructor
 from crossbatch.engine.pretrained.load import Pretrained
-from crossbatch.engine.pretrained.weights import NOTE
+from crossbatch.engine.pretrained.weights import NETWORK, NOTE
 from crossbatch.models.backbones import family
 
 
@@ -30,15 +30,8 @@ def export(pretrained: Pretrained, to: str, file: Path) -> list[str]:
     """
     advice = _advice(pretrained, to, file)
     tensors = {name: tensor.contiguous() for name, tensor in pretrained.backbone.state_dict().items()}
-    note = {
-        "arch": pretrained.arch,
-        "stem": pretrained.stem,
-        "backbone_args": pretrained.backbone_args,
-        "image_size": pretrained.image_size,
-        "num_heads": pretrained.num_heads,
-        "from": pretrained.description,
-        "version": __version__,
-    }
+    note = {name: getattr(pretrained, name) for name in NETWORK}
+    note |= {"from": pretrained.description, "version": __version__}
     heads = {} if pretrained.num_heads is None else {"num_heads": pretrained.num_heads}
     if to == "safetensors" or (to == "timm" and file.suffix == ".safetensors"):
         metadata = {"format": "pt", NOTE: json.dumps(note), **{name: str(value) for name, value in heads.items()}}
@@ -67,13 +60,8 @@ def _advice(pretrained: Pretrained, to: str, file: Path) -> list[str]:
         f"build it with {built}{since}; load_state_dict(strict=False) then misses {classifier}.weight and {classifier}.bias"
     ]
     if arch == "vit_small" and "num_heads=" in built:
-        deit = ""
-        if to == "deit":
-            deit = (
-                f"; DeiT's main.py, with timm 0.4.9, builds its own deit_small_patch16_224 with 6: write "
-                f"num_heads={pretrained.num_heads} there, in models.py"
-            )
-        advice.append(
-            f"without num_heads={pretrained.num_heads} the weights fit as well, and the network computes something else{deit}"
-        )
+        heads = f"num_heads={pretrained.num_heads}"
+        deit = f"; DeiT's main.py, with timm 0.4.9, builds its own deit_small_patch16_224 with 6: write {heads} in models.py"
+        fits = f"without {heads} the weights fit as well, and the network computes something else"
+        advice.append(fits + (deit if to == "deit" else ""))
     return advice

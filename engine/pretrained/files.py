@@ -42,19 +42,20 @@ def read_torch(file: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except pickle.UnpicklingError as error:
-        raise InputError(f"{file}: cannot be read: {_refused(str(error))}") from None
+        reason = "it is cut off or damaged"
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it asks for {asked[1]}, which could run code; nothing of it was run"
+        raise InputError(f"{file}: cannot be read: {reason}; allowed: a file of tensors") from None
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{file}: cannot be read, it is cut off, damaged or of another kind: {reason}") from None
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a file. Raises InputError if it is damaged or no such file."""
+    """Return the tensors and the metadata of a file. Raises InputError if it cannot be read."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{file}: cannot be read, it is cut off, damaged or of another kind: {error}") from None
 
@@ -71,11 +72,3 @@ def write_file(file: Path, save: Callable[[Path], None], key: str = "--output") 
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's writer raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"{key} {file}: cannot be written: {reason}; choose another place") from None
-
-
-def _refused(message: str) -> str:
-    """Return torch's long message about an unsafe or damaged pickle in one line."""
-    asked = re.search(r"GLOBAL (\S+)", message)
-    if asked:
-        return f"it asks for {asked[1]}, which could run code; nothing of it was run; allowed: a file of tensors"
-    return "it is cut off, damaged or no file of tensors"

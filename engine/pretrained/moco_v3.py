@@ -66,9 +66,8 @@ def import_file(file: Path, cfg: ResolvedConfig, images: int, out: Path) -> list
     steps_per_epoch = images // cfg.train_batch_size
     step = theirs["epoch"] * steps_per_epoch
     scaler = theirs.get("scaler") or {}
-    progress = Progress(
-        step, step, float(scaler.get("scale", INITIAL_LOSS_SCALE)), int(scaler.get("_growth_tracker", 0))
-    )
+    scale, clean_steps = float(scaler.get("scale", INITIAL_LOSS_SCALE)), int(scaler.get("_growth_tracker", 0))
+    progress = Progress(step, step, scale, clean_steps)
     manifest = Manifest(
         progress=asdict(progress),
         shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
@@ -141,13 +140,12 @@ def _moved(tensors: dict[str, Tensor], momentum: float, prefix: str = "") -> dic
     1 / momentum takes such a move back. Computed in fp64, as that enlarges what rounding has left.
     """
     start, online = f"{prefix}momentum.", f"{prefix}online."
-    return {
-        name: torch.lerp(tensors[online + name.removeprefix(start)].double(), tensor.double(), momentum).to(
-            tensor.dtype
-        )
-        for name, tensor in tensors.items()
-        if name.startswith(start)
-    }
+    moved = {}
+    for name, average in tensors.items():
+        if name.startswith(start):
+            target = tensors[online + name.removeprefix(start)]
+            moved[name] = torch.lerp(target.double(), average.double(), momentum).to(average.dtype)
+    return moved
 
 
 class _Layout:
@@ -241,11 +239,8 @@ def _optimizer_state(file: Path, theirs: dict[str, Any], layout: _Layout) -> tup
                 absent.append(name)
             for key in layout.optimizer_state:
                 found[f"optimizer.{key}.{name}"] = torch.zeros(parameter.shape) if stored is None else stored[key]
-    notes = []
-    if absent:
-        notes.append(
-            f"no optimizer state for {len(absent)} tensors ({absent[0]}, ...): it starts at zero, as in a new run"
-        )
+    missing = f"no optimizer state for {len(absent)} tensors ({', '.join(absent[:1])}, ...): it starts at zero, as in a new run"
+    notes = [missing] if absent else []
     for group in optimizer.get("param_groups", []):
         for key in ("weight_decay", "momentum", "betas"):
             configured = getattr(params, key, None)

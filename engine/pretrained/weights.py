@@ -24,6 +24,7 @@ from crossbatch.models.backbones import ARCHS, family
 
 ENCODERS = {"online": "base_encoder", "momentum": "momentum_encoder"}  # in the files of moco-v3 and BatchFormer
 NOTE = "crossbatch"  # entry of an exported file that describes its network
+NETWORK = ("arch", "stem", "backbone_args", "image_size", "num_heads")  # of that entry
 PROBE, PROBE_FILE = "linear probe", "probe.pt"  # "kind" of the file that the linear probe saves, and its name
 MOMENTUM = ("momentum", "teacher", "ema", "target", "encoder_k")  # in the prefix of a momentum encoder, anywhere
 MARKS = ("layer4.0.conv1.weight", "blocks.0.norm1.weight")  # of a ResNet, of a ViT
@@ -58,9 +59,7 @@ def read_weights(path: Path, encoder: str, where: str) -> Weights:
         raise InputError(
             f"{where}: no such file or folder; allowed: a run directory, one of its checkpoints, or a file"
         )
-    if path.is_dir():
-        return _read_run(path, encoder, where)
-    return _read_file(path, encoder, where)
+    return (_read_run if path.is_dir() else _read_file)(path, encoder, where)
 
 
 def _read_run(path: Path, encoder: str, where: str) -> Weights:
@@ -71,11 +70,7 @@ def _read_run(path: Path, encoder: str, where: str) -> Weights:
     prefix = f"{encoder}.backbone."
     try:
         manifest, config = checkpoint.read_manifest(found)
-        tensors = {
-            name: tensor
-            for part in ("parameters", "buffers")
-            for name, tensor in checkpoint.read(found, f"{part}.{prefix}").items()
-        }
+        tensors = checkpoint.read(found, f"parameters.{prefix}") | checkpoint.read(found, f"buffers.{prefix}")
     except Unreadable as error:
         raise InputError(f"--checkpoint {found}: {error}; name another checkpoint of the run") from None
     section = config.get("crossbatch", {})
@@ -109,10 +104,10 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
     entries, tensors = _open(path, where)
     if entries.get("kind") == PROBE:
         raise InputError(f"{where}: is the file of a linear probe; give the checkpoint that the probe was trained on")
-    if any(name.startswith(tuple(f"{part}." for part in ENCODERS.values())) for name in tensors):
-        return _choose_encoder(path, encoder, where, entries, tensors)
-    prefix = _prefix(tensors, encoder, where)
-    if not prefix and ("best_acc1" in entries or ("epoch" in entries and _is_distributed(entries))):
+    has_both = any(name.startswith(tuple(f"{part}." for part in ENCODERS.values())) for name in tensors)
+    prefix = f"{ENCODERS[encoder]}." if has_both else _prefix(tensors, encoder, where)
+    of_ddp = "epoch" in entries and any(str(name).startswith("module.") for name in entries.get("state_dict", ()))
+    if not prefix and (of_ddp or "best_acc1" in entries):
         raise InputError(
             f"{where}: is the file of a linear probe of MoCo v3, or of a classifier trained with pytorch/examples, which look "
             f"alike: it has an epoch, but no base_encoder; give the checkpoint that the probe was trained on, or for a "
@@ -126,21 +121,19 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
         and name.removeprefix(prefix).split(".")[0] not in CLASSIFIERS
     }
     if not chosen:
-        found = ", ".join(list(tensors)[:4]) or "nothing"
-        raise InputError(f"{where}: holds no backbone, only {found}; give a file with the weights of one")
-    ignored = Counter(name.split(".")[0] for name in tensors if name.removeprefix(prefix) not in chosen)
+        found, what = ", ".join(list(tensors)[:4]) or "nothing", ENCODERS[encoder] if has_both else "backbone"
+        raise InputError(f"{where}: holds no {what}, only {found}; give a file with the weights of one")
+    rest = [name for name in tensors if name.removeprefix(prefix) not in chosen]
+    ignored = Counter(".".join(name.split(".")[: 2 if has_both and name.startswith(prefix) else 1]) for name in rest)
     note = entries.get(NOTE)
     note = note if isinstance(note, Mapping) else {}
-    known = {name: note.get(name) for name in ("arch", "stem", "backbone_args", "image_size", "num_heads")}
+    known = {name: note.get(name) for name in NETWORK}
     arch = entries.get("arch")
-    if arch in ARCHS and family(arch) == "resnet":  # the name of a ViT would not say which of two it is, see `load`
+    # Elsewhere the name of a ViT would not say which of two it is, see `load`.
+    if isinstance(arch, str) and (has_both or (arch in ARCHS and family(arch) == "resnet")):
         known["arch"] = known["arch"] or arch
-    return Weights(chosen, f"{path}, {prefix.rstrip('.')}" if prefix else str(path), ignored, **known)
-
-
-def _is_distributed(entries: Mapping[str, Any]) -> bool:
-    """Return whether the names in a file are those of torch's DistributedDataParallel."""
-    return any(str(name).startswith("module.") for name in entries.get("state_dict", ()))
+    of = f", {encoder} encoder" if has_both else f", {prefix.rstrip('.')}" if prefix else ""
+    return Weights(chosen, f"{path}{of}", ignored, **known)
 
 
 def _prefix(tensors: Mapping[str, Any], encoder: str, where: str) -> str:
@@ -173,25 +166,6 @@ def _open(path: Path, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]
         raise InputError(f"{where}: holds a {type(entries).__name__}, not the tensors of a network")
     tensors = next((entries[name] for name in ("state_dict", "model") if isinstance(entries.get(name), dict)), entries)
     return entries, {str(name).removeprefix("module."): value for name, value in tensors.items()}
-
-
-def _choose_encoder(
-    path: Path, encoder: str, where: str, entries: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> Weights:
-    """Return the backbone of one of the two encoders in a file of moco-v3 or BatchFormer."""
-    prefix = f"{ENCODERS[encoder]}."
-    heads = tuple(f"{prefix}{classifier}." for classifier in CLASSIFIERS)
-    chosen = {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix) and not name.startswith(heads)
-    }
-    if not chosen:
-        raise InputError(f"{where}: holds no {ENCODERS[encoder]}; give a checkpoint of moco-v3 or BatchFormer")
-    rest = [name for name in tensors if name.removeprefix(prefix) not in chosen]
-    ignored = Counter(".".join(name.split(".")[: 2 if name.startswith(prefix) else 1]) for name in rest)
-    arch = entries.get("arch")
-    return Weights(chosen, f"{path}, {encoder} encoder", ignored, arch=arch if isinstance(arch, str) else None)
 
 
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> str | None:

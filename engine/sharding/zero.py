@@ -13,8 +13,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+from pydantic import ValidationError
 from torch import nn
 
+from crossbatch import InputError
 from crossbatch.engine.optimizers import LARS
 from crossbatch.engine.optimizers.lars import original_shape
 from crossbatch.engine.sharding.backend import (
@@ -56,9 +58,15 @@ class ZeroBackend(Backend):
         optimizer = make_optimizer(model)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         logging.getLogger("DeepSpeed").addFilter(_is_relevant)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        try:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        except ValidationError as error:  # of comms_logger, the only section that it gets as it is
+            wrong = error.errors()[0]
+            raise InputError(
+                f"comms_logger.{'.'.join(map(str, wrong['loc']))}: DeepSpeed says: {wrong['msg']}"
+            ) from None
         self.model = model
         self._layout = ZeroLayout(self.engine, self._trainable().values())
         if self.stage > 0 and "offload_optimizer" not in config["zero_optimization"]:

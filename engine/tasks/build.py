@@ -39,20 +39,13 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
     with user_input("crossbatch.model.", **KEYS_ELSEWHERE):
         return MoCo(
             model.arch,
+            **model.model_dump(exclude={"arch", "norm_ranks", "compile"}),
             image_size=cfg.crossbatch.data.image_size,
-            stem=model.stem,
-            stop_grad_conv1=model.stop_grad_conv1,
-            backbone_args=dict(model.backbone_args),
-            checkpoint_activations=model.checkpoint_activations,
-            projection_dim=model.projection_dim,
-            mlp_dim=model.mlp_dim,
-            temperature=model.temperature,
             batchformer_loss=batchformer.loss,
             group_size=cfg.group_size or 1,
             dropout=batchformer.dropout,
             batchformer_mode=batchformer.mode,
             batchformer_kernel=batchformer.kernel,
-            cuda_graph=model.cuda_graph,
         )
 
 
@@ -72,7 +65,8 @@ def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[
     params = config.optimizer.params
     decays_1d = isinstance(params, AdamWConfig) and params.decay_1d
     positions = POSITIONS if isinstance(params, AdamWConfig) else ()
-    split = split_parameters(model, config.crossbatch.lr_scales, positions)
+    lr_scales = {"batchformer.": config.crossbatch.batchformer.lr_scale} if isinstance(config, Config) else {}
+    split = split_parameters(model, lr_scales, positions)
     return [
         {
             "params": parameters,
@@ -88,16 +82,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config | FinetuneConfi
     """Return the configured optimizer over `parameter_groups`; its learning rate is 0 until `set_learning_rate`."""
     params = config.optimizer.params
     if isinstance(params, LarsConfig):
-        return LARS(
-            groups,
-            lr=0.0,
-            momentum=params.momentum,
-            trust_coefficient=params.trust_coefficient,
-            variant=params.variant,
-            eps=params.eps,
-            clip_trust_ratio=params.clip_trust_ratio,
-            decay_after_momentum=params.decay_after_momentum,
-        )
+        in_groups = {"base_lr", "reference_batch", "weight_decay"}
+        return LARS(groups, lr=0.0, **params.model_dump(exclude=in_groups))
     return torch.optim.AdamW(groups, lr=0.0, betas=params.betas, eps=params.eps, fused=True)
 
 
@@ -159,14 +145,9 @@ def describe(cfg: ResolvedConfig, steps_per_epoch: int | None) -> dict[str, Any]
         model = build_model(cfg)
     zero, trained = cfg.config.zero_optimization, count(model, trained=True)
     has_buckets = cfg.crossbatch.sharding == "zero" and zero.stage > 0
+    resolved = ("world_size", "train_batch_size", "local_batch", "chunk", "chunks", "group_size", "lr_peak")
     return {
-        "world_size": cfg.world_size,
-        "train_batch_size": cfg.train_batch_size,
-        "local_batch": cfg.local_batch,
-        "chunk": cfg.chunk,
-        "chunks": cfg.chunks,
-        "group_size": cfg.group_size,
-        "lr_peak": cfg.lr_peak,
+        **{name: getattr(cfg, name) for name in resolved},
         "steps_per_epoch": steps_per_epoch,
         "parameters_total": count(model),
         "parameters_trainable": trained,

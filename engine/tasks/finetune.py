@@ -146,16 +146,9 @@ class FinetuneTask:
             lines = [json.loads(line) for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines()]
             scored = [line for line in lines if "top1" in line] or scored  # before an interruption, too
         best = max(scored, key=lambda line: line["top1"])
-        results = {
-            "command": "finetune",
-            **last,
-            "step": last_step,
-            "best_top1": best["top1"],
-            "best_step": best["step"],
-            "images": len(self.evaluation),
-            "classes": len(names),
-            "loaded": self.origin["loaded"],
-        }
+        results = {"command": "finetune", **last, "step": last_step}
+        results |= {"best_top1": best["top1"], "best_step": best["step"]}
+        results |= {"images": len(self.evaluation), "classes": len(names), "loaded": self.origin["loaded"]}
         write_results(self.out, results)
         assert self.predictions is not None
         predictions, title = self.predictions, f"fine-tuned, step {last_step}"
@@ -191,8 +184,7 @@ def finetune_task(cfg: ResolvedFinetune, world: World, device: torch.device, out
     with user_input("crossbatch.data.auto_augment"):
         colours = settings.color_jitter, settings.auto_augment
         view = crop_and_flip(settings.image_size, settings.crop_min, settings.interpolation, *colours)
-    views = [view] * settings.repeats
-    data = train_data(cfg, world, device, source, views, repeats=settings.repeats)
+    data = train_data(cfg, world, device, source, [view] * settings.repeats, repeats=settings.repeats)
     task = FinetuneTask(cfg, world, device, out, data, source, evaluation, pretrained, origin)
     check_loaders(world, data.loader, task._reading(cfg.chunk).open(evaluation))
     return task

@@ -62,7 +62,8 @@ class FinetuneStep:
         if self.mix is not None:
             inputs, targets = self.mix(inputs, targets)  # targets: class probabilities [n, num_classes]
         loss = self._forward_backward(inputs.to(memory_format=torch.channels_last), targets)
-        lr = self.learning_rate(progress.updates)
+        schedule, epoch = self.cfg.crossbatch.schedule, progress.updates / self.steps_per_epoch
+        lr = finetuning_rate(epoch, self.cfg.lr_peak, schedule.epochs, schedule.warmup_epochs, schedule.deit_compat)
         set_learning_rate(self.backend.optimizer, lr)
         grad_norm = self.backend.step(progress.loss_scale)
         if progress.finished(grad_norm, self.cfg.precision):
@@ -81,11 +82,6 @@ class FinetuneStep:
             self.backend.backward(loss, self.progress.loss_scale, is_last=number == self.chunks)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
-
-    def learning_rate(self, updates: int) -> float:
-        """Return the scheduled learning rate of the step after `updates` updates."""
-        schedule, epoch = self.cfg.crossbatch.schedule, updates / self.steps_per_epoch
-        return finetuning_rate(epoch, self.cfg.lr_peak, schedule.epochs, schedule.warmup_epochs, schedule.deit_compat)
 
 
 def _seed_everything(seed: int, step: int, rank: int) -> None:

@@ -78,16 +78,10 @@ class PretrainTask:
             self.data.loader.close()
         result = step(batch.views)
         output, terms = result.output, result.output.terms.items()
-        return TrainResult(
-            metrics={"loss": output.loss, **output.signals, **{f"loss_terms/{name}": term for name, term in terms}},
-            rates=result.rates,
-            grad_norm=result.grad_norm,
-            suspects={
-                "features": output.signals["feature_std"],
-                "loss": output.loss,
-                **{f"loss term {name}": term for name, term in terms},
-            },
-        )
+        metrics = {"loss": output.loss, **output.signals, **{f"loss_terms/{name}": term for name, term in terms}}
+        suspects = {"features": output.signals["feature_std"], "loss": output.loss}
+        suspects |= {f"loss term {name}": term for name, term in terms}
+        return TrainResult(metrics, result.rates, result.grad_norm, suspects)
 
     def evaluation_due(self, num_steps: int, is_last: bool) -> bool:
         """Return whether the features are scored: before the first step, every some epochs, and at the end."""
@@ -134,8 +128,7 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
         ) from None
     views = moco_v3_augmentations(settings.image_size, settings.crop_min)
     data = train_data(cfg, world, device, source, views, shuffle_window=settings.shuffle_window)
-    knn = None
-    notes = found_images(settings.path, source, evaluation, evaluates)
+    knn, notes = None, found_images(settings.path, source, evaluation, evaluates)
     if evaluation is not None:
         knn = KnnMonitor(cfg, source, evaluation, device)
         bank, k = len(knn.bank_indices), cfg.crossbatch.evaluate.knn_k
@@ -148,5 +141,4 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
         notes += [why] if chunk < cfg.local_batch else []
     cfg = replace(cfg, chunk=chunk, chunks=-(-cfg.local_batch // chunk))
     assert settings.path is not None
-    has_labels = has_evaluation_split(settings.path)
-    return PretrainTask(cfg, device, out, data, knn, has_labels, notes)
+    return PretrainTask(cfg, device, out, data, knn, has_evaluation_split(settings.path), notes)

@@ -92,9 +92,10 @@ def add_norm_backward(
     return dx, dy, sums[0].sum(0, dtype=weight_C.dtype), sums[1].sum(0, dtype=weight_C.dtype)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments, **constants) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments, num_warps: int = 4, **constants) -> None:
     """Call kernel[grid](...), where a type checker cannot know the arguments."""
-    kernel[grid](*arguments, **constants)
+    # Half of a multiprocessor's registers at most; without a limit, ptxas spills some for more threads than a pass needs.
+    kernel[grid](*arguments, **constants, num_warps=num_warps, maxnreg=min(255, 1024 // num_warps))
 
 
 def _block(columns: int, most: int | None = None) -> dict[str, int]:

@@ -7,6 +7,7 @@ passes_triton     the passes for images in channels last on a GPU
 """
 
 from crossbatch.models.norm.view_batch_norm import (
+    Deferred,
     Statistics,
     ViewBatchNorm,
     convert_norms,
@@ -19,6 +20,7 @@ from crossbatch.models.norm.view_batch_norm import (
 )
 
 __all__ = [
+    "Deferred",
     "Statistics",
     "ViewBatchNorm",
     "convert_norms",

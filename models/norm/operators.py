@@ -8,7 +8,8 @@ and fp64 go through torch's kernels, as everything does on a CPU. They are made 
 What the backward pass of a ReLU keeps is decided by bytes. Without a residual, Triton's kernels compute the mask again from x,
 which they read anyway. With one, the mask comes from the output: the next layer keeps that as its input, while nobody else may
 keep the residual (the shortcut of the first block of a ResNet's stage). The gradient before that ReLU is also the residual's,
-so the pass for the sums writes it, and the last pass reads it in place of the output and the incoming gradients.
+so the pass for the sums writes it, and the last pass reads it in place of the output and the incoming gradients. A residual
+with a norm of its own is an input like x: its norm's passes are made in those of x, and the mask is computed again from both.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from crossbatch.models.collective import Collective
 from crossbatch.models.norm import passes_torch
 
-_CHANNELS = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias"
+_CHANNELS = "Tensor?[] channels"
 _library = torch.library.Library("crossbatch", "FRAGMENT")
 
 
@@ -83,22 +84,31 @@ def _fake_pairs(x: Tensor, num_views: int) -> Tensor:
     return x.new_empty(num_views, 2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _fake_sums(x, dys, y, mean, var, weight, bias, eps, relu) -> list[Tensor]:
+def _fake_sums(x, residual, dys, y, channels, eps, relu) -> list[Tensor]:
     writes = y is not None or len(dys) == 2 or (relu and not is_fused(x))
-    return [_fake_pairs(x, len(mean)), *[torch.empty_like(x)] * writes]
+    sums = x.new_empty(len(channels[0]), 2 if residual is None else 3, x.shape[1], dtype=channels[0].dtype)
+    return [sums, *[torch.empty_like(x)] * writes]
 
 
 def _fake_image(x: Tensor, *_) -> Tensor:
     return torch.empty_like(x)
 
 
+def _fake_gradients(x: Tensor, residual: Tensor | None, *_) -> list[Tensor]:
+    return [torch.empty_like(image) for image in (x, residual) if image is not None]
+
+
 statistics = _define("statistics", "int num_views) -> Tensor", _fake_pairs)
 normalise = _define("normalise", f"Tensor? residual, {_CHANNELS}, float eps, bool relu) -> Tensor", _fake_image)
 backward_sums = _define(
-    "backward_sums", f"Tensor[] dys, Tensor? y, {_CHANNELS}, float eps, bool relu) -> Tensor[]", _fake_sums
+    "backward_sums",
+    f"Tensor? residual, Tensor[] dys, Tensor? y, {_CHANNELS}, float eps, bool relu) -> Tensor[]",
+    _fake_sums,
 )
-input_gradient = _define(
-    "input_gradient", f"Tensor dy, {_CHANNELS}, Tensor sums, float eps, int count, bool relu) -> Tensor", _fake_image
+input_gradients = _define(
+    "input_gradients",
+    f"Tensor? residual, Tensor dy, {_CHANNELS}, Tensor sums, float eps, int count, bool relu) -> Tensor[]",
+    _fake_gradients,
 )
 
 
@@ -114,7 +124,7 @@ class Options(NamedTuple):
 
 class ViewNormalise(torch.autograd.Function):
     """Compute relu((x - mean) / sqrt(var + eps) * weight + bias + residual) per view; the backward pass knows that mean and var
-    come from x.
+    come from x. With the channels of two norms, the residual is normalised by the second, from which its mean and var come.
 
     Returns the result twice if there are Triton's kernels and a residual, for two consumers: the backward pass adds up their
     gradients as it reads them, where autograd would do so in a pass of its own.
@@ -122,34 +132,37 @@ class ViewNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx, x, weight, bias, mean_VC, var_VC, residual, options: Options
+        ctx, x, residual, options: Options, *channels: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.options = options
         ctx.set_materialize_grads(False)
-        y = normalise(x, residual, mean_VC, var_VC, weight, bias, options.eps, options.relu)
+        y = normalise(x, residual, channels, options.eps, options.relu)
         kept = y if options.relu and options.keeps_output else None
-        ctx.save_for_backward(x, weight, bias, mean_VC, var_VC, kept)
+        ctx.save_for_backward(x, residual if len(channels) == 8 else None, kept, *channels)
         return (y, y.detach()) if residual is not None and is_fused(x) else (y,)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x, weight, bias, mean_VC, var_VC, y), (eps, relu, values, collective, _) = ctx.saved_tensors, ctx.options
-        needs_dx, needs_dweight, needs_dbias, _, _, needs_residual, _ = ctx.needs_input_grad
+        (x, residual, y, *channels), (eps, relu, values, collective, _) = ctx.saved_tensors, ctx.options
+        needs_dx, needs_dresidual, _, *needs = ctx.needs_input_grad
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         given = [dy.contiguous(memory_format=memory_format) for dy in dys if dy is not None]
         if not given:
-            return (None,) * 7
-        channels = mean_VC, var_VC, weight, bias
-        sums_V2C, *written = backward_sums(x, given, y, *channels, eps, relu)
+            return (None,) * (3 + len(channels))
+        sums, *written = backward_sums(x, residual, given, y, channels, eps, relu)
         # `dy` is the gradient before the ReLU, or without one written, that behind it.
         dy, relu = (written[0], False) if written else (given[0], relu)
         # The parameters' gradients first: an all-reduce may work in place.
-        dweight = sums_V2C[:, 1].sum(0).to(weight.dtype) if needs_dweight else None
-        dbias = sums_V2C[:, 0].sum(0).to(weight.dtype) if needs_dbias else None
-        dx = None
-        if needs_dx:
+        dchannels: list[Tensor | None] = [None] * len(channels)
+        for at in range(2, len(channels), 4):
+            for parameter, k in ((at, at // 4 + 1), (at + 1, 0)):  # a weight has sums of its own, a bias that of dy
+                if needs[parameter]:
+                    dchannels[parameter] = sums[:, k].sum(0).to(channels[parameter].dtype)
+        dx, dresidual = None, dy if residual is None else None
+        if needs_dx or (needs_dresidual and residual is not None):
             if collective.world_size > 1:
-                sums_V2C = collective.all_reduce(sums_V2C)
-            dx = input_gradient(x, dy, *channels, sums_V2C, eps, values, relu)
-        return dx, dweight, dbias, None, None, dy if needs_residual else None, None
+                sums = collective.all_reduce(sums)
+            dx, *more = input_gradients(x, residual, dy, channels, sums, eps, values, relu)
+            dresidual = more[0] if more else dresidual
+        return dx if needs_dx else None, dresidual if needs_dresidual else None, None, *dchannels

@@ -1,13 +1,17 @@
 """Makes the passes of a `ViewBatchNorm` of torch's own kernels, one view at a time: on a CPU, and where Triton's cannot run.
 
 The `native_batch_norm` family takes half-precision inputs with fp32 parameters on every device. Tensors of images are
-[V*n, C, ...], of one view [n, C, ...]; all else is [V, C], [C] or [V, 2, C].
+[V*n, C, ...], of one view [n, C, ...]. What each pass computes is said here, for Triton's as well.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Of a norm: mean and biased variance, [V, C], weight and bias, [C] or None. Of two norms: eight.
+Channels = Sequence[Any]
 
 SLOT_ROWS = 128  # at least, see `_in_slots`
 
@@ -17,17 +21,12 @@ def statistics(x: Tensor, num_views: int) -> Tensor:
     return _stack_pairs(_local_statistics(x_v) for x_v in _split(x, num_views))
 
 
-def normalise(
-    x: Tensor,
-    residual: Tensor | None,
-    mean_VC: Tensor,
-    var_VC: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
-    """Return relu((x - mean) / sqrt(var + eps) * weight + bias + residual); the last two steps are optional."""
+def normalise(x: Tensor, residual: Tensor | None, channels: Channels, eps: float, relu: bool) -> Tensor:
+    """Return relu((x - mean) / sqrt(var + eps) * weight + bias + residual); the last two steps are optional.
+
+    With the channels of two norms, the residual is normalised by the second before it is added.
+    """
+    mean_VC, var_VC, weight, bias, *of_residual = channels
     weight_C, bias_C = in_dtype(weight, mean_VC, 1.0), in_dtype(bias, mean_VC, 0.0)
     y = torch.empty_like(x)
     shifted_var_VC = (var_VC + eps).rsqrt().pow(-2)
@@ -35,46 +34,52 @@ def normalise(
     for x_v, mean_C, shifted_var_C, y_v in views:
         _normalise(x_v, mean_C, shifted_var_C, weight_C, bias_C, out=y_v)
     if residual is not None:
-        y += residual
+        y += normalise(residual, None, of_residual, eps, False) if of_residual else residual
     return y.relu_() if relu else y
 
 
 def backward_sums(
     x: Tensor,
+    residual: Tensor | None,
     dys: Sequence[Tensor],
     y: Tensor | None,
-    mean_VC: Tensor,
-    var_VC: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    channels: Channels,
     eps: float,
     relu: bool,
 ) -> list[Tensor]:
-    """Return sum(dy) and sum(dy * xhat) of each view, [V, 2, C], with dy before the ReLU; then dy, unless that is given."""
+    """Return sum(dy) and sum(dy * xhat) of each view, [V, 2, C], with dy before the ReLU; then dy, unless that is given.
+
+    A residual that is normalised, too, adds its sum(dy * xhat): [V, 3, C]. Other residuals are not given.
+    """
     dy = dys[0] if len(dys) == 1 else dys[0] + dys[1]
     if relu:
-        y = normalise(x, None, mean_VC, var_VC, weight, bias, eps, False) if y is None else y
+        y = normalise(x, residual, channels, eps, False) if y is None else y
         dy = torch.ops.aten.threshold_backward(dy, y, 0)
-    weight_C, invstd_VC = in_dtype(weight, mean_VC, 1.0), (var_VC + eps).rsqrt()
-    views = zip(_split(dy, len(mean_VC)), _split(x, len(mean_VC)), mean_VC, invstd_VC, strict=True)
-    sums_V2C = _stack_pairs(_backward_sums(*view, weight_C) for view in views)
-    return [sums_V2C] if dy is dys[0] else [sums_V2C, dy]
+    sums = _sums_of_views(dy, x, channels[:4], eps)
+    if residual is not None:
+        sums = torch.cat((sums, _sums_of_views(dy, residual, channels[4:], eps)[:, 1:]), 1)
+    return [sums] if dy is dys[0] else [sums, dy]
 
 
-def input_gradient(
+def input_gradients(
     x: Tensor,
+    residual: Tensor | None,
     dy: Tensor,
-    mean_VC: Tensor,
-    var_VC: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums_V2C: Tensor,
+    channels: Channels,
+    sums: Tensor,
     eps: float,
     count: int,
     relu: bool,
-) -> Tensor:
-    """Return dx, given the sums over `count` values. Its part in xhat is itself a normalisation of x: the same kernel."""
+) -> list[Tensor]:
+    """Return dx, and dresidual if that is normalised, given the sums over `count` values."""
     assert not relu  # `backward_sums` has returned dy before the ReLU
+    dx = _input_gradient(x, dy, channels[:4], sums[:, :2], eps, count)
+    return [dx] if residual is None else [dx, _input_gradient(residual, dy, channels[4:], sums[:, ::2], eps, count)]
+
+
+def _input_gradient(x: Tensor, dy: Tensor, channels: Channels, sums_V2C: Tensor, eps: float, count: int) -> Tensor:
+    """Return dx. Its part in xhat is itself a normalisation of x: the same kernel."""
+    mean_VC, var_VC, weight, _ = channels
     dx, invstd_VC = torch.empty_like(x), (var_VC + eps).rsqrt()
     scale_VC = in_dtype(weight, mean_VC, 1.0) * invstd_VC
     shift_slope_V2C = -scale_VC.unsqueeze(1) * (sums_V2C / count)
@@ -85,6 +90,14 @@ def input_gradient(
         _normalise(x_v, mean_C, shifted_var_C, slope_C, shift_C, dx_v)
         dx_v.addcmul_(dy_v, scale_C.view(1, -1, *(1,) * (x.dim() - 2)))
     return dx
+
+
+def _sums_of_views(dy: Tensor, x: Tensor, channels: Channels, eps: float) -> Tensor:
+    """Return sum(dy) and sum(dy * xhat) of each view, [V, 2, C]."""
+    mean_VC, var_VC, weight, _ = channels
+    weight_C, invstd_VC = in_dtype(weight, mean_VC, 1.0), (var_VC + eps).rsqrt()
+    views = zip(_split(dy, len(mean_VC)), _split(x, len(mean_VC)), mean_VC, invstd_VC, strict=True)
+    return _stack_pairs(_backward_sums(*view, weight_C) for view in views)
 
 
 def in_dtype(parameter: Tensor | None, like_VC: Tensor, default: float) -> Tensor:

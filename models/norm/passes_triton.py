@@ -1,8 +1,11 @@
 """Makes the passes of a `ViewBatchNorm` in Triton kernels, each for all views in one launch and with one read of its inputs.
 
 Images are stored channels last, so that memory is [V, R, C] for 2-d and 4-d inputs alike, with R rows in a view. A program
-handles a tile of rows and columns, reads fp16, bf16 or fp32 and computes in fp32. Sums are taken over strips of rows and then
-added up in one order, so equal inputs give equal bits: nothing is atomic, and the strips do not depend on the GPU.
+handles a tile of rows and columns at a time, reads fp16, bf16 or fp32 and computes in fp32. Sums are taken over strips of rows
+and then added up in one order, so equal inputs give equal bits: nothing is atomic, and the strips do not depend on the GPU.
+
+The functions compute what those of `passes_torch` do. Only the ReLU's mask differs: `backward_sums` leaves it to
+`input_gradients`, which computes it again, where nothing has to be written.
 """
 
 from collections.abc import Sequence
@@ -13,16 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crossbatch.models.norm.passes_torch import in_dtype
+from crossbatch.models.norm.passes_torch import Channels, in_dtype
 
-ELEMENTS = 4096  # of a tile: 16 for each of 256 threads
+ELEMENTS = 1024  # of a tile: 4 for each of 256 threads, so that the registers leave room for other programs
 COLUMNS = 64  # of a tile at most: 128 bytes of a row in 16 bits
 PROGRAMS = 1056  # that sum over rows: eight for each of an H100's multiprocessors
+TILES = 8  # of a program that sums nothing; it reads what belongs to channels once for all of them
 _WARPS = 8
+REGISTERS = 128  # of a thread at most; without a limit, ptxas spills some for more threads than a pass needs
 
 
 def statistics(x: Tensor, num_views: int) -> Tensor:
-    """Compute what `passes_torch.statistics` does, by partial means and sums of squares that are shifted."""
     rows, C, block = _sizes(x, num_views)
     strips, strip = _strips(rows, C, num_views, block)
     partial, out = x.new_empty(strips, num_views, 2, C, dtype=torch.float32), _pairs(x, num_views)
@@ -32,76 +36,62 @@ def statistics(x: Tensor, num_views: int) -> Tensor:
     return out
 
 
-def normalise(
-    x: Tensor,
-    residual: Tensor | None,
-    mean_VC: Tensor,
-    var_VC: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
-    """Compute what `passes_torch.normalise` does."""
-    rows, C, block = _sizes(x, len(mean_VC))
-    y, grid, columns = torch.empty_like(x), *_tiles(rows, C, len(mean_VC), block)
+def normalise(x: Tensor, residual: Tensor | None, channels: Channels, eps: float, relu: bool) -> Tensor:
+    views, of_channels, options = _channels(channels)
+    rows, C, block = _sizes(x, views)
+    grid, strip, columns = _tiles(rows, C, views, block)
+    y = torch.empty_like(x)
     images = x, x if residual is None else residual, y
-    options = {"RESIDUAL": residual is not None, "RELU": relu}
-    numbers = mean_VC.stride(0), rows, C, columns, eps
-    _launch(_normalise, grid, *images, *_channels(mean_VC, var_VC, weight, bias), *numbers, **options, **block)
+    options |= {"RESIDUAL": residual is not None, "RELU": relu}
+    _launch(_normalise, grid, *images, *of_channels, rows, C, strip, columns, eps, **options, **block)
     return y
 
 
 def backward_sums(
     x: Tensor,
+    residual: Tensor | None,
     dys: Sequence[Tensor],
     y: Tensor | None,
-    mean_VC: Tensor,
-    var_VC: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    channels: Channels,
     eps: float,
     relu: bool,
 ) -> list[Tensor]:
-    """Compute what `passes_torch.backward_sums` does, but for a ReLU whose `y` is not given: `input_gradient` masks again."""
-    views = len(mean_VC)
+    views, of_channels, options = _channels(channels)
     rows, C, block = _sizes(x, views)
     strips, strip = _strips(rows, C, views, block)
     columns = triton.cdiv(C, block["BLOCK"])
-    partial = x.new_empty(strips, views, 2, C, dtype=torch.float32)
+    partial = x.new_empty(strips, views, 2 if residual is None else 3, C, dtype=torch.float32)
     written = [torch.empty_like(x)] if y is not None or len(dys) == 2 else []
-    images = dys[0], dys[-1], x, x if y is None else y, *(written or [x])
-    options = {"TWO": len(dys) == 2, "RELU": relu, "KEPT": y is not None, "WRITE": bool(written)}
-    numbers = mean_VC.stride(0), rows, C, strip, columns, eps
-    tensors = *images, *_channels(mean_VC, var_VC, weight, bias), partial
-    _launch(_backward_sums, (strips * columns, views), *tensors, *numbers, **options, **block)
+    images = dys[0], dys[-1], x, x if residual is None else residual, x if y is None else y, *(written or [x])
+    options |= {"TWO": len(dys) == 2, "RELU": relu, "KEPT": y is not None, "WRITE": bool(written)}
+    numbers = rows, C, strip, columns, eps
+    _launch(_backward_sums, (strips * columns, views), *images, *of_channels, partial, *numbers, **options, **block)
     return [partial.sum(0), *written]
 
 
-def input_gradient(
+def input_gradients(
     x: Tensor,
+    residual: Tensor | None,
     dy: Tensor,
-    mean_VC: Tensor,
-    var_VC: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums_V2C: Tensor,
+    channels: Channels,
+    sums: Tensor,
     eps: float,
     count: int,
     relu: bool,
-) -> Tensor:
-    """Compute what `passes_torch.input_gradient` does, and with `relu` for the gradient behind the ReLU."""
-    rows, C, block = _sizes(x, len(mean_VC))
-    dx, grid, columns = torch.empty_like(x), *_tiles(rows, C, len(mean_VC), block)
-    tensors = dy, x, dx, *_channels(mean_VC, var_VC, weight, bias), sums_V2C.contiguous()
-    numbers = mean_VC.stride(0), rows, C, columns, eps, 1 / count
-    _launch(_input_gradient, grid, *tensors, *numbers, RELU=relu, **block)
-    return dx
+) -> list[Tensor]:
+    views, of_channels, options = _channels(channels)
+    rows, C, block = _sizes(x, views)
+    grid, strip, columns = _tiles(rows, C, views, block)
+    inputs = [x] if residual is None else [x, residual]
+    gradients = [torch.empty_like(tensor) for tensor in inputs]
+    tensors = dy, inputs[0], inputs[-1], gradients[0], gradients[-1], *of_channels, sums.contiguous()
+    _launch(_input_gradients, grid, *tensors, rows, C, strip, columns, eps, 1 / count, **options, RELU=relu, **block)
+    return gradients
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments, **constants) -> None:
     """Call kernel[grid](...), where a type checker cannot know the arguments."""
-    kernel[grid](*arguments, **constants, num_warps=_WARPS)
+    kernel[grid](*arguments, **constants, num_warps=_WARPS, maxnreg=REGISTERS)
 
 
 def _sizes(x: Tensor, views: int) -> tuple[int, int, dict[str, int]]:
@@ -118,19 +108,24 @@ def _strips(rows: int, C: int, views: int, block: dict[str, int]) -> tuple[int, 
     return triton.cdiv(rows, strip), strip
 
 
-def _tiles(rows: int, C: int, views: int, block: dict[str, int]) -> tuple[tuple[int, int], int]:
-    """Return the grid with one program for every tile, and how many tiles are side by side."""
-    columns = triton.cdiv(C, block["BLOCK"])
-    return (triton.cdiv(rows, block["ROWS"]) * columns, views), columns
+def _tiles(rows: int, C: int, views: int, block: dict[str, int]) -> tuple[tuple[int, int], int, int]:
+    """Return the grid with one program for `TILES` tiles, the rows of those, and how many tiles are side by side."""
+    columns, strip = triton.cdiv(C, block["BLOCK"]), TILES * block["ROWS"]
+    return (triton.cdiv(rows, strip) * columns, views), strip, columns
 
 
 def _pairs(x: Tensor, views: int) -> Tensor:
     return x.new_empty(views, 2, x.shape[1], dtype=torch.float32)
 
 
-def _channels(mean_VC: Tensor, var_VC: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-    assert mean_VC.stride() == var_VC.stride() and mean_VC.stride(1) == 1
-    return mean_VC, var_VC, in_dtype(weight, mean_VC, 1.0), in_dtype(bias, mean_VC, 0.0)
+def _channels(channels: Channels) -> tuple[int, tuple[Any, ...], dict[str, bool]]:
+    """Return the number of views, what the kernels take of the channels of one norm or both, and which of the two it is."""
+    views, stride = len(channels[0]), channels[0].stride(0)
+    vectors = []
+    for mean, var, weight, bias in (channels[at : at + 4] for at in range(0, len(channels), 4)):
+        assert mean.stride() == var.stride() == (stride, 1)
+        vectors.append((mean, var, in_dtype(weight, mean, 1.0), in_dtype(bias, mean, 0.0)))
+    return views, (*vectors[0], *vectors[-1], stride), {"BOTH": len(vectors) == 2}
 
 
 @triton.jit
@@ -161,11 +156,10 @@ def _of_channels(mean, var, weight, bias, stride, i, C, eps):
 
 
 @triton.jit
-def _store_sums(partial, number, i, C, first, second):
-    """Store two sums over rows [1, BLOCK] of strip `number` in `partial`, [strips, V, 2, C]."""
-    at = partial + (number * tl.num_programs(1) + tl.program_id(1)) * 2 * C + i
-    tl.store(at, first, i < C)
-    tl.store(at + C, second, i < C)
+def _store_sum(partial, number, k, sums, i, C, value):
+    """Store the k-th of `sums` sums over the rows [1, BLOCK] of strip `number` in `partial`, [strips, V, sums, C]."""
+    at = ((number * tl.num_programs(1) + tl.program_id(1)) * sums + k) * C + i
+    tl.store(partial + at, value, i < C)
 
 
 @triton.jit
@@ -191,7 +185,8 @@ def _strip_statistics(x, partial, rows, C, strip, columns, ROWS: tl.constexpr, B
         squares += value * value
     total = tl.sum(sums, 0, keep_dims=True)
     mean = total / (last - first)
-    _store_sums(partial, number, i, C, shift + mean, tl.sum(squares, 0, keep_dims=True) - total * mean)
+    _store_sum(partial, number, 0, 2, i, C, shift + mean)
+    _store_sum(partial, number, 1, 2, i, C, tl.sum(squares, 0, keep_dims=True) - total * mean)
 
 
 @triton.jit
@@ -219,45 +214,59 @@ def _merge(x, partial, out, rows, C, strip, strips, ROWS: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _normalise(
-    x, residual, y, mean, var, weight, bias,  # three [V, R, C], two [V, C], two [C]
-    stride, rows, C, columns, eps,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, y,  # three [V, R, C]
+    mean, var, weight, bias, mean_2, var_2, weight_2, bias_2,  # two [V, C] and two [C], of x and of the residual
+    stride, rows, C, strip, columns, eps,
+    BOTH: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number, i, at = _tile(columns, C, ROWS, BLOCK)
     mean_i, _, scale_i, bias_i = _of_channels(mean, var, weight, bias, stride, i, C, eps)
-    inside = (number * ROWS + tl.arange(0, ROWS)[:, None] < rows) & (i < C)
-    first = _first_element(number * ROWS, rows, C)
-    value = (tl.load(x + first + at, inside, 0.0).to(tl.float32) - mean_i) * scale_i + bias_i
-    if RESIDUAL:
-        value += tl.load(residual + first + at, inside, 0.0).to(tl.float32)
-    if RELU:
-        value = tl.where(value < 0, 0.0, value)  # a NaN stays
-    tl.store(y + first + at, value, inside)
+    mean_2i, _, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
+    last = tl.minimum(number * strip + strip, rows)
+    for start in range(number * strip, last, ROWS):
+        inside = (start + tl.arange(0, ROWS)[:, None] < last) & (i < C)
+        first = _first_element(start, rows, C)
+        value = (tl.load(x + first + at, inside, 0.0).to(tl.float32) - mean_i) * scale_i + bias_i
+        if RESIDUAL:
+            other = tl.load(residual + first + at, inside, 0.0).to(tl.float32)
+            if BOTH:
+                other = (other - mean_2i) * scale_2i + bias_2i
+            value += other
+        if RELU:
+            value = tl.where(value < 0, 0.0, value)  # a NaN stays
+        tl.store(y + first + at, value, inside)
 
 
 @triton.jit
 def _backward_sums(
-    dy, dy_2, x, y, written, mean, var, weight, bias, partial,  # five [V, R, C], two [V, C], two [C], [strips, V, 2, C]
-    stride, rows, C, strip, columns, eps,
-    TWO: tl.constexpr, RELU: tl.constexpr, KEPT: tl.constexpr, WRITE: tl.constexpr,
+    dy, dy_2, x, residual, y, written,  # six [V, R, C]
+    mean, var, weight, bias, mean_2, var_2, weight_2, bias_2,  # two [V, C] and two [C], of x and of the residual
+    stride, partial, rows, C, strip, columns, eps,  # partial: [strips, V, 2 or 3, C]
+    BOTH: tl.constexpr, TWO: tl.constexpr, RELU: tl.constexpr, KEPT: tl.constexpr, WRITE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number, i, at = _tile(columns, C, ROWS, BLOCK)
     mean_i, invstd_i, scale_i, bias_i = _of_channels(mean, var, weight, bias, stride, i, C, eps)
-    row = tl.arange(0, ROWS)[:, None]
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     slopes = tl.zeros((ROWS, BLOCK), tl.float32)
+    mean_2i, invstd_2i, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
+    slopes_2 = tl.zeros((ROWS, BLOCK), tl.float32)
     last = tl.minimum(number * strip + strip, rows)
     for start in range(number * strip, last, ROWS):
-        inside = (start + row < last) & (i < C)
+        inside = (start + tl.arange(0, ROWS)[:, None] < last) & (i < C)
         first = _first_element(start, rows, C)
         g = tl.load(dy + first + at, inside, 0.0).to(tl.float32)
         if TWO:
             g += tl.load(dy_2 + first + at, inside, 0.0).to(tl.float32)
         centred = tl.load(x + first + at, inside, 0.0).to(tl.float32) - mean_i
+        centred_2 = centred
+        if BOTH:
+            centred_2 = tl.load(residual + first + at, inside, 0.0).to(tl.float32) - mean_2i
         if RELU:
             if KEPT:
                 g = tl.where(tl.load(y + first + at, inside, 0.0) <= 0, 0.0, g)
+            elif BOTH:
+                g = tl.where(centred * scale_i + bias_i + (centred_2 * scale_2i + bias_2i) <= 0, 0.0, g)
             else:
                 g = tl.where(centred * scale_i + bias_i <= 0, 0.0, g)
         if WRITE:
@@ -266,25 +275,45 @@ def _backward_sums(
             g = g.to(tl.float32)
         sums += g
         slopes += g * centred
-    slope = tl.sum(slopes, 0, keep_dims=True) * invstd_i
-    _store_sums(partial, number, i, C, tl.sum(sums, 0, keep_dims=True), slope)
+        if BOTH:
+            slopes_2 += g * centred_2
+    kinds = 3 if BOTH else 2
+    _store_sum(partial, number, 0, kinds, i, C, tl.sum(sums, 0, keep_dims=True))
+    _store_sum(partial, number, 1, kinds, i, C, tl.sum(slopes, 0, keep_dims=True) * invstd_i)
+    if BOTH:
+        _store_sum(partial, number, 2, kinds, i, C, tl.sum(slopes_2, 0, keep_dims=True) * invstd_2i)
 
 
 @triton.jit
-def _input_gradient(
-    dy, x, dx, mean, var, weight, bias, sums,  # three [V, R, C], two [V, C], two [C], [V, 2, C]
-    stride, rows, C, columns, eps, inverse_count,
-    RELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _input_gradients(
+    dy, x, residual, dx, dresidual,  # five [V, R, C]
+    mean, var, weight, bias, mean_2, var_2, weight_2, bias_2,  # two [V, C] and two [C], of x and of the residual
+    stride, sums, rows, C, strip, columns, eps, inverse_count,  # sums: [V, 2 or 3, C]
+    BOTH: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number, i, at = _tile(columns, C, ROWS, BLOCK)
     mean_i, invstd_i, scale_i, bias_i = _of_channels(mean, var, weight, bias, stride, i, C, eps)
-    sums_i = sums + tl.program_id(1) * 2 * C + i
+    sums_i = sums + tl.program_id(1) * (3 if BOTH else 2) * C + i
     mean_dy = tl.load(sums_i, i < C, 0.0) * inverse_count
     slope = tl.load(sums_i + C, i < C, 0.0) * inverse_count * invstd_i
-    inside = (number * ROWS + tl.arange(0, ROWS)[:, None] < rows) & (i < C)
-    first = _first_element(number * ROWS, rows, C)
-    g = tl.load(dy + first + at, inside, 0.0).to(tl.float32)
-    centred = tl.load(x + first + at, inside, 0.0).to(tl.float32) - mean_i
-    if RELU:
-        g = tl.where(centred * scale_i + bias_i <= 0, 0.0, g)
-    tl.store(dx + first + at, scale_i * (g - mean_dy - centred * slope), inside)
+    mean_2i, invstd_2i, scale_2i, bias_2i = _of_channels(mean_2, var_2, weight_2, bias_2, stride, i, C, eps)
+    slope_2 = slope
+    if BOTH:
+        slope_2 = tl.load(sums_i + 2 * C, i < C, 0.0) * inverse_count * invstd_2i
+    last = tl.minimum(number * strip + strip, rows)
+    for start in range(number * strip, last, ROWS):
+        inside = (start + tl.arange(0, ROWS)[:, None] < last) & (i < C)
+        first = _first_element(start, rows, C)
+        g = tl.load(dy + first + at, inside, 0.0).to(tl.float32)
+        centred = tl.load(x + first + at, inside, 0.0).to(tl.float32) - mean_i
+        centred_2 = centred
+        if BOTH:
+            centred_2 = tl.load(residual + first + at, inside, 0.0).to(tl.float32) - mean_2i
+        if RELU:
+            if BOTH:
+                g = tl.where(centred * scale_i + bias_i + (centred_2 * scale_2i + bias_2i) <= 0, 0.0, g)
+            else:
+                g = tl.where(centred * scale_i + bias_i <= 0, 0.0, g)
+        tl.store(dx + first + at, scale_i * (g - mean_dy - centred * slope), inside)
+        if BOTH:
+            tl.store(dresidual + first + at, scale_2i * (g - mean_dy - centred_2 * slope_2), inside)

@@ -31,7 +31,7 @@ Shape suffixes: V = views, n = images of one view on this rank, C = channels, W 
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -91,7 +91,9 @@ class ViewBatchNorm(_BatchNorm):
         self.recomputes_output = False  # see `recomputed`
         self.collective: Collective = GroupCollective(process_group)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (a Tensor, but with `defer`)
+        self, input: Tensor, residual: "Tensor | Deferred | None" = None, relu: bool = False, defer: bool = False
+    ) -> "Tensor | Deferred":
         """Normalise a batch, and in the same pass add `residual` and apply a ReLU, if asked.
 
         On a GPU, each pass is one launch of a Triton kernel for all views if images are stored channels last, or are 2-d.
@@ -101,49 +103,66 @@ class ViewBatchNorm(_BatchNorm):
             input: [V*n, C], [V*n, C, L] or [V*n, C, H, W], view-major (all images of view 1, then all of view 2), with equally
                 many rows on every rank; fp16, bf16 or fp32 with fp32 parameters (statistics are fp32 all the same), or fp64
                 with fp64 parameters; contiguous or channels_last.
-            residual: added to the normalised input; of the same shape.
+            residual: added to the normalised input; of the same shape. What another norm has deferred is normalised in the
+                passes of this one, and what both gather travels in one message.
             relu: whether to replace negative results by 0.
+            defer: leave the work to the norm that is given the result as `residual`; in evaluation, it is done all the same.
 
         Returns:
-            A tensor with the shape, dtype and memory format of `input`.
+            A tensor with the shape, dtype and memory format of `input`; with `defer` in training, a residual for another norm.
 
         Raises:
             ValueError: for other shapes; in training, if V does not divide the rows, or if a channel has only one value.
         """
         self._check_input_dim(input)
-        if residual is not None and residual.shape != input.shape:
+        if defer and self.training:
+            # Copies, since ZeRO 3 takes parameters away when this call has ended.
+            return Deferred(self, input, *(None if p is None else p.clone() for p in (self.weight, self.bias)))
+        if isinstance(residual, Deferred) and not (self.training and residual.norm._is_like(self)):
+            residual = residual.norm(residual.input)
+        added = residual.input if isinstance(residual, Deferred) else residual
+        if added is not None and added.shape != input.shape:
             raise ValueError(
-                f"residual is {list(residual.shape)}; it must have the shape of the input, {list(input.shape)}"
+                f"residual is {list(added.shape)}; it must have the shape of the input, {list(input.shape)}"
             )
         if not self.training:
             y = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-            y = y if residual is None else y.add_(residual)
+            y = y if added is None else y.add_(added)
             return y.relu_() if relu else y
-        if input.dim() == 3:
-            residual = None if residual is None else residual.unsqueeze(-1)
-            return self.forward(input.unsqueeze(-1), residual, relu).squeeze(-1)
-        count = self._values_per_channel(input)
-        # In one of the two memory formats that the kernels are fast for.
+        # In one of the two memory formats that the kernels are fast for; a sequence is an image of width 1.
         is_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if is_last else torch.contiguous_format
-        x = input.contiguous(memory_format=memory_format)
-        residual = None if residual is None else residual.contiguous(memory_format=memory_format)
+        x, added = (
+            None if t is None else (t.unsqueeze(-1) if t.dim() == 3 else t).contiguous(memory_format=memory_format)
+            for t in (input, added)
+        )
+        assert x is not None
+        images: dict[ViewBatchNorm, Tensor] = {self: x}
+        if isinstance(residual, Deferred):
+            assert added is not None
+            images[residual.norm] = added
+        count = self._values_per_channel(input)
         with torch.no_grad():
             known = self.statistics if self.statistics is not None else {}
             if self not in known:
-                known[self] = self._measure(x)
-                self._track(*known[self], count)
-            mean_VC, var_VC = known[self]
-        is_recomputed = self.recomputes_output and relu and residual is None
-        keeps_output = residual is not None or not (is_fused(x) or is_recomputed)
+                known.update(self._measure(images))
+                for norm in images:
+                    norm._track(*known[norm], count)
+        is_recomputed = self.recomputes_output and relu and added is None
+        keeps_output = not (is_fused(x) or is_recomputed) or (added is not None and len(images) == 1)
         options = Options(self.eps, relu, count, self.collective, keeps_output)
-        y, *twin = ViewNormalise.apply(x, self.weight, self.bias, mean_VC, var_VC, residual, options)  # pyright: ignore
+        channels = [*known[self], self.weight, self.bias]
+        if isinstance(residual, Deferred):
+            channels += [*known[residual.norm], residual.weight, residual.bias]
+        y, *twin = ViewNormalise.apply(x, added, options, *channels)  # pyright: ignore
+        y = y.view(input.shape) if input.dim() == 3 else y
         for second in twin:
-            setattr(y, TWIN, second)
+            setattr(y, TWIN, second.view(y.shape))
         if is_recomputed and y.requires_grad:
             # Copies, since ZeRO 3 takes parameters away between the passes.
-            weight, bias = (None if p is None else p.detach().clone() for p in (self.weight, self.bias))
-            setattr(y, RECIPE, partial(normalise, x.detach(), None, mean_VC, var_VC, weight, bias, self.eps, relu))
+            parameters = (None if p is None else p.detach().clone() for p in (self.weight, self.bias))
+            channels = [*known[self], *parameters]
+            setattr(y, RECIPE, partial(normalise, x.detach(), None, channels, self.eps, relu))
         return y
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -167,14 +186,21 @@ class ViewBatchNorm(_BatchNorm):
             )
         return count
 
-    def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and biased variance of each view over all ranks, each [V, C]."""
-        local_V2C = statistics(x, self.num_views)
+    def _is_like(self, other: "ViewBatchNorm") -> bool:
+        """Return whether the passes of `other` can be those of this norm, too."""
+        return self.training and (self.num_views, self.eps) == (other.num_views, other.eps)
+
+    def _measure(self, images: "dict[ViewBatchNorm, Tensor]") -> "Statistics":
+        """Return mean and biased variance of each view over all ranks, of each norm; one message for all norms."""
+        of_norms = [statistics(x, self.num_views) for x in images.values()]
+        local = of_norms[0] if len(of_norms) == 1 else torch.cat(of_norms)  # a kernel less
         if self.collective.world_size == 1:
-            return local_V2C[:, 0], local_V2C[:, 1]
-        mean_WVC, var_WVC = self.collective.all_gather(local_V2C).unbind(2)
-        mean_VC = mean_WVC.mean(0)
-        return mean_VC, var_WVC.mean(0) + (mean_WVC - mean_VC).square().mean(0)
+            mean, var = local[:, 0], local[:, 1]
+        else:
+            means, variances = self.collective.all_gather(local).unbind(2)
+            mean = means.mean(0)
+            var = variances.mean(0) + (means - mean).square().mean(0)
+        return dict(zip(images, zip(mean.split(self.num_views), var.split(self.num_views), strict=True), strict=True))
 
     def _track(self, mean_VC: Tensor, var_VC: Tensor, count: int) -> None:
         """Update the running statistics as V successive calls would; k chunks together weigh as much as one batch."""
@@ -189,6 +215,15 @@ class ViewBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_views={self.num_views}"
+
+
+class Deferred(NamedTuple):
+    """Hold what a norm was given, for another that adds the result to its own: copies of parameters, [C] or None."""
+
+    norm: ViewBatchNorm
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 Statistics = dict[ViewBatchNorm, tuple[Tensor, Tensor]]  # mean and biased variance, each [V, C]
@@ -261,17 +296,21 @@ def recomputed(y: Tensor) -> contextlib.AbstractContextManager:
     """Keep `y` for no backward pass of the operations inside this context, if it comes from a norm with `recomputes_output`.
 
     They keep the norm's input instead, which the norm keeps anyway, and its statistics. When one of them needs `y`, it is
-    normalised again by the same kernel, so the bits are the same, and nothing is sent.
+    normalised again by the same kernel, so the bits are the same, and nothing is sent. What else they keep goes through the
+    hooks of `saved_tensors_hooks` around this context, as without it.
     """
     recipe = getattr(y, RECIPE, None)
     if recipe is None:
         return contextlib.nullcontext()
     storage = y.untyped_storage()._cdata
+    # torch asks the innermost hooks only.
+    around = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    outer_pack, outer_unpack = around or (lambda tensor: tensor, lambda kept: kept)
 
     def pack(tensor: Tensor) -> Any:
-        return recipe if tensor.untyped_storage()._cdata == storage else tensor
+        return recipe if tensor.untyped_storage()._cdata == storage else outer_pack(tensor)
 
-    return saved_tensors_hooks(pack, lambda kept: recipe() if kept is recipe else kept)
+    return saved_tensors_hooks(pack, lambda kept: recipe() if kept is recipe else outer_unpack(kept))
 
 
 def synchronize_norms(model: nn.Module, collective: Collective) -> None:

@@ -80,7 +80,7 @@ def test_cpu_time_stands_beside_wall_time_and_counts_other_processes():
 
 def test_short_calls_are_timed_in_blocks_and_given_per_call():
     rows = compare({"short": lambda: None, "long": lambda: time.sleep(3e-3)}, {}, Effort.QUICK)
-    assert 0 < rows[0].p50 < 0.1 and 3 <= rows[1].p50 < 20, rows
+    assert 0 < rows[0].p50 < 1 and 3 <= rows[1].p50 < 20, rows
     calls = []
     assert 0.2 <= block_ms(lambda: (calls.append(0), time.sleep(2e-4))) < 2 and len(calls) > 20
 

@@ -183,7 +183,9 @@ def node_groups_in_float64() -> tuple:
     return mean_over_ranks(loss.detach()), mean, dict(model.named_buffers())
 
 
-def normalise_by_group(norm: ViewBatchNorm, x: torch.Tensor, residual=None, relu: bool = False) -> torch.Tensor:
+def normalise_by_group(
+    norm: ViewBatchNorm, x: torch.Tensor, residual=None, relu: bool = False, defer: bool = False
+) -> torch.Tensor:
     """Batch norm of one process that holds all 12 images, each view and each half of them by statistics of their own."""
     grouped = x.unflatten(0, (2, 2, 6))  # [view, node, image, C, ...]
     over = [2, *range(4, grouped.dim())]

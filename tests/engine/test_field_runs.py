@@ -191,7 +191,7 @@ def taken_port():
         yield taken.getsockname()[1]
 
 
-def test_field_a_port_that_is_taken(monkeypatch, capsys, taken_port):
+def test_field_a_port_that_is_taken(monkeypatch, capfd, taken_port):
     """By a rank that a launcher has started, and by the released code's flags."""
     for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken_port}.items():
         monkeypatch.setenv(name, str(value))
@@ -205,7 +205,7 @@ def test_field_a_port_that_is_taken(monkeypatch, capsys, taken_port):
     monkeypatch.setattr("sys.argv", ["launch/pretrain.py", *flags])
     with pytest.raises(SystemExit) as stop:
         run_main(pretrain.main)
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert stop.value.code == 2 and said in capfd.readouterr().err
 
 
 def test_field_a_second_rank_that_never_comes(monkeypatch):

@@ -62,7 +62,7 @@ def test_code_runs_on_later_gpus_of_the_same_major_capability(capability, archs,
         ({"gpus": ["V100"]}, ["GPU 0: V100 is sm_70", CUDA_13, "pip install 'torch==2.10.*'", "CUDA=cuda12"]),
         ({"gpus": ["H100"], "archs": "sm_80"}, ["GPU 0: H100 is sm_90", "pip install --upgrade torch"]),
         ({"gpus": ["P100"], "archs": CUDA_12}, ["GPU 0: P100 is sm_60", "take a V100 or later"]),
-        ({"gpus": ["A100", "V100"], "WORLD_SIZE": "2"}, ["GPU 1: V100 is sm_70"]),
+        ({"gpus": ["A100", "V100"], "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ["GPU 1: V100 is sm_70"]),
         ({"gpus": ["A100", "V100"], "LOCAL_RANK": "1"}, ["GPU 1: V100 is sm_70"]),
         (
             {"files": 1, "driver": (12, 2)},

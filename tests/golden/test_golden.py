@@ -60,6 +60,8 @@ def measured_with() -> dict:
 
 def train(settings: dict, out: str) -> None:
     """Run the launcher's main on this rank of a pool, inside the pool's process group."""
+    import torch.distributed as dist
+
     from crossbatch.data.augment import opencv
     from crossbatch.engine.runtime import distributed
     from crossbatch.launch import pretrain
@@ -68,7 +70,8 @@ def train(settings: dict, out: str) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain.py", "--out", out, f"--steps={STEPS}", *flags]))
         stack.enter_context(mock.patch.dict(os.environ, OMP_NUM_THREADS=str(THREADS), CUDA_VISIBLE_DEVICES=""))
-        stack.enter_context(mock.patch.object(distributed, "_store"))  # the pool has met already, and stays together
+        met = dist.PrefixStore(out, dist.distributed_c10d._get_default_store())  # the pool stays together
+        stack.enter_context(mock.patch.object(distributed, "meet", lambda *_: met))
         for name in ("init_process_group", "destroy_process_group"):
             stack.enter_context(mock.patch(f"torch.distributed.{name}"))
         stack.enter_context(mock.patch("torch.cuda.is_available", return_value=False))

@@ -56,7 +56,7 @@ def test_every_number_says_where_it_is_from(v100s):
     assert any("no step of this recipe was measured" in note for note in facts["notes"])
     assert sum(stage["ms"] for stage in facts["stages"]) == pytest.approx(facts["step_ms"])
     assert sum(part["gib"] for part in facts["memory_gib"]["parts"]) == pytest.approx(facts["memory_gib"]["total"])
-    assert facts["collectives"]["norms"]["calls"] == 2 * (53 + 2 + 1)
+    assert facts["collectives"]["norms"]["calls"] == 2 * (53 - 4 + 2 + 1)
 
 
 def test_one_gpu_takes_chunks_and_waits_for_nobody():

@@ -181,6 +181,28 @@ def test_a_residual_and_a_relu_on_ranks(pools, ranks, num_views):
     assert_near(sum(dweight for *_, dweight, _ in results), gradient(reference.weight), 1e-4)
 
 
+def two_norms_on_a_rank(defer):
+    """Return what a norm makes of x and of a residual with a norm of its own, and the shapes of the messages."""
+    collective = Counting(GroupCollective())
+    x, residual = (t.requires_grad_() for t in batch((6, C, 3, 7), seed=30 + collective.rank))
+    norms = nn.ModuleList([ViewBatchNorm(C, num_views=3) for _ in range(2)])
+    for norm in norms:
+        randomise(norm)
+    synchronize_norms(norms, collective)
+    y = norms[0](x, norms[1](residual, defer=defer), relu=True)
+    y.square().sum().backward()
+    found = [y.detach(), gradient(x), gradient(residual), *(gradient(p) for p in norms.parameters()), *norms.buffers()]
+    return found, collective.gathered, collective.reduced
+
+
+def test_a_norm_and_that_of_its_residual_share_messages(pools):
+    ones, others = (pools(3).run(two_norms_on_a_rank, defer) for defer in (True, False))
+    for (found, gathered, reduced), (want, *_) in zip(ones, others, strict=True):
+        for value, of_two in zip(found, want, strict=True):
+            assert_near(value, of_two)
+        assert gathered == [(6, 2, C)] and reduced == [(3, 3, C)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_half_precision_is_as_exact_as_torch(dtype, memory_format):

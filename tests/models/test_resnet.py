@@ -118,7 +118,7 @@ def test_what_is_checkpointed_changes_no_bit_and_no_message():
         model.checkpoint_activations(what)
         synchronize_norms(model, counting)
         results[what] = trained(model, images, gradient)
-        assert counting.calls == 2 * 53
+        assert counting.calls == 2 * (53 - 4)  # those of shortcuts go with another
     for what in ("norms", "blocks"):
         for name, value in results[what].items():
             assert value.equal(results["none"][name]), (what, name)

@@ -112,7 +112,9 @@ def test_conv_stem():
     assert [c.stride[0] for c in convolutions] == [2, 2, 2, 2, 1]
     assert [c.kernel_size[0] for c in convolutions] == [3, 3, 3, 3, 1]
     assert [c.bias is not None for c in convolutions] == [False] * 4 + [True]
-    features = model(torch.randn(4, 3, 64, 64))
+    images = torch.randn(4, 3, 64, 64)
+    assert model.patch_embed(images).equal(model.patch_embed.proj(images).flatten(2).transpose(1, 2))
+    features = model(images)
     assert features.shape == (4, 48)
     features.sum().backward()
     assert all(p.grad is not None for p in model.patch_embed.parameters())
