@@ -30,7 +30,6 @@ _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; all 
 _START_OF_SCAN = 0xDA
 _SEGMENTS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # tables, restart interval, application data, comment
 
-
 _REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}  # cv2.IMREAD_REDUCED_GRAYSCALE_2, _4 and _8: bits that go with IMREAD_COLOR_RGB
 
 

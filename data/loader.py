@@ -173,7 +173,7 @@ class TrainLoader:
             return 0
         images = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers)[0])
         size = self._augmentations[0].image_size
-        return self._workers * self._ahead * images * len(self._augmentations) * 3 * size**2
+        return self._workers * (self._ahead + 1) * images * len(self._augmentations) * 3 * size**2
 
     @property
     def _ahead(self) -> int:
@@ -228,7 +228,10 @@ class TrainLoader:
             self._worker_batches = DaliPipeline(*arguments, self._scaled_decode)
         else:
             keys = self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES)
-            dataset = TrainDataset(self._source, self._augmentations, self._seed, self._backend, self._scaled_decode)
+            turns = self._ahead + 1  # those ahead, and the one that `_collate` copies
+            dataset = TrainDataset(
+                self._source, self._augmentations, self._seed, self._backend, self._scaled_decode, turns
+            )
             self._worker_batches = WorkerPool(dataset, keys, self._workers, self._ahead, self._wait_s)
         batches = self._collate(self._worker_batches)
         in_thread = self._workers or self._backend == "dali"

@@ -6,12 +6,14 @@ the step waits for. If each made a whole batch, the first one of 4096 images wou
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from crossbatch.data.augment.backends import augment_function, make_views
 from crossbatch.data.augment.parameters import ViewAugmentation
@@ -46,7 +48,11 @@ class WorkerBatch:
 
 
 class TrainDataset:
-    """Makes the views of images, as a map-style dataset: its "index" is (epoch, image indices)."""
+    """Makes the views of images, as a map-style dataset: its "index" is (epoch, image indices).
+
+    In a worker process the views are in shared memory, which the `turns`-th worker batch after them overwrites: the kernel
+    takes as long to provide new memory, page by page, as a sixth of a decode.
+    """
 
     def __init__(
         self,
@@ -55,9 +61,11 @@ class TrainDataset:
         seed: int,
         backend: str,
         scaled_decode: bool = True,
+        turns: int = 1,
     ):
         self.source, self.augmentations, self.seed, self.scaled_decode = source, augmentations, seed, scaled_decode
         self.augment = augment_function(backend)
+        self._memories: deque[torch.UntypedStorage] = deque(maxlen=turns)  # of this worker process
         self.decode = functools.partial(decode_pixels, by_pil=backend == "torchvision")
 
     def describe(self, key: tuple[int, np.ndarray]) -> str:
@@ -66,12 +74,23 @@ class TrainDataset:
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         """Return the worker batch; if a JPEG breaks while its views are made, decode all of them once more beforehand."""
+        memory = None if get_worker_info() is None else self._memory(len(key[1]))
         try:
-            return self._batch(*key, open_encoded)
+            return self._batch(*key, memory, open_encoded)
         except BrokenImage:
-            return self._batch(*key, functools.partial(open_encoded, check=True))
+            return self._batch(*key, memory, functools.partial(open_encoded, check=True))
 
-    def _batch(self, epoch: int, indices: np.ndarray, opener: Callable) -> WorkerBatch:
+    def _memory(self, images: int) -> torch.Tensor:
+        """Return shared memory for the views of so many images."""
+        num_bytes = images * len(self.augmentations) * self.augmentations[0].image_size ** 2 * 3
+        full = len(self._memories) == self._memories.maxlen
+        memory = self._memories.popleft() if full else torch.UntypedStorage(0)
+        if memory.nbytes() < num_bytes:
+            memory = torch.UntypedStorage._new_shared(num_bytes)  # as torch's own default_collate does
+        self._memories.append(memory)
+        return torch.empty(0, dtype=torch.uint8).set_(memory)[:num_bytes]
+
+    def _batch(self, epoch: int, indices: np.ndarray, memory: torch.Tensor | None, opener: Callable) -> WorkerBatch:
         read, images, broken = [], [], []
         for index in indices:
             found, failures = open_or_replace(self.source, int(index), functools.partial(opener, self.source))
@@ -80,8 +99,17 @@ class TrainDataset:
                 return WorkerBatch(None, indices[:0], broken)
             read.append(found[0])
             images.append(found[1])
-        options = {"decode": self.decode, "scaled_decode": self.scaled_decode}
-        views = make_views(self.augment, images, self.augmentations, self.seed, epoch, indices, **options)
+        views = make_views(
+            self.augment,
+            images,
+            self.augmentations,
+            self.seed,
+            epoch,
+            indices,
+            decode=self.decode,
+            scaled_decode=self.scaled_decode,
+            memory=memory,
+        )
         return WorkerBatch(views, np.array(read, dtype=np.int64), broken)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from benchmarks.measure import Sample, compare, cpu_s, descendants, summarise
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
-from benchmarks.stages.plain_data import TwoViews, image_folder, plain_loader
+from benchmarks.stages.plain_data import TwoViews, image_folder, plain_loader, spdl_loader
 from crossbatch.data import BACKENDS, TrainLoader, moco_v3_augmentations, open_source
 from crossbatch.data.augment import opencv
 from crossbatch.data.augment.backends import has_dali
@@ -35,6 +36,7 @@ from crossbatch.data.worker_batches import TrainDataset
 from crossbatch.engine.config import Device, usable_cores
 
 SIZE = 224
+SPDL = "SPDL's threads, torchvision's transforms"
 PHOTO = (4000, 3000)  # pixels of a photograph of 12 megapixels
 _QUIET = 4, 0.03  # a family of processes is idle if it is seen so so often, so many seconds apart
 
@@ -65,6 +67,11 @@ def _speed(root: Path, backends: list[str], effort: Effort, folder: str) -> list
         "torchvision's ImageFolder and DataLoader": iter(plain_loader(root, SIZE, batch, workers)),
         **{f"ours, {backend}": ours(backend) for backend in backends},
     }
+    settings: dict[str, Any] = {"workers": workers, "batch": batch, "size": SIZE, "folder": folder}
+    if importlib.util.find_spec("spdl") is not None:
+        loaders[SPDL] = spdl_loader(root, SIZE, batch, workers)
+    else:
+        settings["left_out"] = {SPDL: "not installed"}
     for batches in loaders.values():
         _take(batches, 2)
     times: dict[str, list[Sample]] = {name: [] for name in loaders}
@@ -72,7 +79,7 @@ def _speed(root: Path, backends: list[str], effort: Effort, folder: str) -> list
         for name, batches in loaders.items():
             times[name].append(_slice(batches, count))
     loaders.clear()  # ends the workers
-    return summarise(times, {"workers": workers, "batch": batch, "size": SIZE, "folder": folder})
+    return summarise(times, settings)
 
 
 def _slice(batches: Iterator, count: int) -> Sample:

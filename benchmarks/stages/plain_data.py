@@ -3,6 +3,7 @@
 The transforms are MoCo v3's augmentations, on PIL images.
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,22 @@ def plain_loader(root: Path, size: int, batch: int, workers: int) -> DataLoader:
         drop_last=True,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def spdl_loader(root: Path, size: int, batch: int, workers: int) -> Iterator[list[torch.Tensor]]:
+    """Yield such batches, of the same transforms in the threads of SPDL, endlessly. Raises ModuleNotFoundError."""
+    from spdl.pipeline import PipelineBuilder  # pyright: ignore[reportMissingImports]
+
+    images = ImageFolder(str(root / "train"), TwoViews(size))
+
+    def collated(items: list[tuple[list[torch.Tensor], int]]) -> list[torch.Tensor]:
+        return [torch.stack(view) for view in zip(*(views for views, _ in items), strict=True)]
+
+    order = (int(index) for _ in itertools.count() for index in torch.randperm(len(images)))
+    builder = PipelineBuilder().add_source(order).pipe(images.__getitem__, concurrency=workers)
+    pipeline = builder.aggregate(batch).pipe(collated).add_sink(2).build(num_threads=workers)
+    with pipeline.auto_stop():
+        yield from pipeline
 
 
 @contextmanager

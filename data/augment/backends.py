@@ -1,13 +1,11 @@
 """Chooses the backend that decodes and augments. All backends apply the same parameters and replace the same broken images."""
 
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from crossbatch.data import counter
 from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters, reduced, reductions
@@ -68,13 +66,14 @@ def make_views(
     indices: np.ndarray,
     decode: Callable[[bytes, int], np.ndarray] = decode_pixels,
     scaled_decode: bool = True,
+    memory: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Make the views of n images: uint8 [v, n, 3, H, W] (stored channels last), view v by `augmentations[v]`.
 
     Images are RGB, uint8 [h, w, 3], or JPEGs, each of which `decode` decodes right before its views are made: so its pixels are
     in the cache, and one image at a time is in memory. With `scaled_decode`, a large one is decoded at a reduced resolution.
     `indices` [n] are the keys of the random numbers. Where a broken image was replaced, that is the index of the broken one.
-    In a worker process of a DataLoader, the views are in shared memory.
+    The views are made in `memory`, uint8 [v * n * H * W * 3], if it is given.
     """
     sizes = [image[1:] if isinstance(image, Encoded) else image.shape[:2] for image in images]
     heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
@@ -87,7 +86,8 @@ def make_views(
         encoded = np.array([isinstance(image, Encoded) for image in images], dtype=bool)
         reduction = np.where(encoded, reductions(parameters, heights, widths, size), 1)
         parameters = [reduced(p, reduction) for p in parameters]
-    views = _empty((len(augmentations), len(images), size, size, 3))
+    shape = len(augmentations), len(images), size, size, 3
+    views = torch.empty(shape, dtype=torch.uint8) if memory is None else memory.view(shape)
     filled = views.numpy()
     for row, image in enumerate(images):
         pixels = decode(image.data, int(reduction[row])) if isinstance(image, Encoded) else image
@@ -100,11 +100,3 @@ def make_views(
             for row, bits in enumerate(counter.bits(counter.AUTO_AUGMENT, seed, epoch, view, indices).tolist()):
                 filled[view, row] = automatically_augmented(filled[view, row], augmentation, bits)
     return views.permute(0, 1, 4, 2, 3)
-
-
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Return uint8 values, in a worker process in the shared memory in which they leave it: that saves a copy."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

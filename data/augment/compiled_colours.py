@@ -1,13 +1,12 @@
 """Applies colours, blur, solarize and flip to a crop in one compiled pass, to the bit as PIL does: what the CPU backends use.
 
 Numba compiles `_view` once, for the CPU that it meets, and keeps the result on disk: in `__pycache__` beside this file, else in
-the user's cache folder (NUMBA_CACHE_DIR names another). No compiler is needed. Where numba is not installed, `opencv.colour`
+the user's cache folder (NUMBA_CACHE_DIR names another). No compiler is needed. Where numba cannot be imported, `opencv.colour`
 makes the same views by up to eight calls of OpenCV, with its own rounding.
 
 The arithmetic is that of PIL 13, in the order of its operations and in fp32 where PIL has a float: ImageEnhance's blends
 (Blend.c), HSV in bytes (Convert.c), and its GaussianBlur, three box blurs a direction in 24-bit fixed point (BoxBlur.c). Loops
-run over planes of one colour, so that LLVM vectorises them; `python -m benchmarks data` measures them beside
-the other parts of the work on an image.
+run over planes of one colour, so that LLVM vectorises them. `python -m benchmarks data` measures them beside OpenCV's calls.
 """
 
 import math
@@ -15,7 +14,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import float32, float64, int32, uint8, uint32
+from numba import float32, int32, uint8, uint32
 
 from crossbatch.data.augment.parameters import ViewParameters
 
@@ -52,7 +51,7 @@ def _box(sigma: float) -> tuple[int, int, int]:
     return int(radius), inside, (2**24 - (int(radius) * 2 + 1) * inside) // 2
 
 
-_SIXTH, _STEP = 1 / 6, 1 / 255  # products by these equal PIL's quotients for all bytes, in half the time
+_ONE, _THREE, _FIVE, _SIX = (np.float32(value) for value in (1, 3, 5, 6))
 _BLACK: Any = np.float32(0)
 _WHITE: Any = np.float32(255)
 _part = numba.njit(nogil=True, error_model="numpy")  # of `_view`, compiled together with it
@@ -86,28 +85,42 @@ def _gray(red, green, blue, gray):
 
 
 @_part
+def _over_255(value):
+    """Divide an integer below 2^16 by 255 and drop the fraction."""
+    return (value * int32(0x8081)) >> int32(23)
+
+
+@_part
 def _turn(red, green, blue, hue):
-    """Turn the hue through HSV with bytes for h, s and v: a circle has 255 steps, and 64 bits are where C has a double."""
+    """Turn the hue through HSV with bytes for h, s and v: a circle has 255 steps.
+
+    PIL computes in doubles, partly. Floats and integers give the same bytes here, at half the time: for h and s, all pairs of
+    chroma and saturation were compared, for the colours that come out, all triples of v, s and h.
+    """
     for i in range(red.size):
         r, g, b = float32(red[i]), float32(green[i]), float32(blue[i])
         high, low = max(max(r, g), b), min(min(r, g), b)
-        chroma = max(high - low, float32(1))
-        plus = (high - (b if r == high else (r if g == high else g))) / chroma
-        minus = (high - (g if r == high else (b if g == high else r))) / chroma
-        h = float64(plus - minus if r == high else float32((2.0 if g == high else 4.0) + plus - minus)) * _SIXTH + 1.0
-        h = float64(float32(h - int32(h)))  # it is positive
-        turned = ((int32(h * 255.0) if high > low else int32(0)) + hue) & int32(255)
-        s = float64(float32(int32(float64((high - low) / max(high, float32(1))) * 255.0) * _STEP))
-        sector = int32(float64(6 * turned) * _STEP + 1e-9)
-        part = float64(float32(float64(6 * turned - 255 * sector) * _STEP))
-        v = float64(high)
-        p = int32(v * (1.0 - s) + 0.5)
-        q = int32(v * (1.0 - s * part) + 0.5)
-        t = int32(v * (1.0 - s * (1.0 - part)) + 0.5)
-        k, v = int32(0) if sector == 6 else sector, int32(high)
-        red[i] = uint8(v if (k == 0) | (k == 5) else (q if k == 1 else (t if k == 4 else p)))
-        green[i] = uint8(v if (k == 1) | (k == 2) else (t if k == 0 else (q if k == 3 else p)))
-        blue[i] = uint8(v if (k == 3) | (k == 4) else (t if k == 2 else (q if k == 5 else p)))
+        chroma = high - low
+        beside = (high - (r + g + b - high - low)) / max(chroma, _ONE)  # of the middle one, from the high one down
+        if r == high:
+            sixths = _ONE - beside if b == low else beside - _ONE
+        elif g == high:
+            sixths = _THREE - beside if r == low else _ONE + beside
+        else:
+            sixths = _FIVE - beside if g == low else _THREE + beside
+        h = sixths / _SIX
+        h = h + _ONE if sixths < _BLACK else h
+        turned = ((int32(h * _WHITE) if chroma > _BLACK else int32(0)) + hue) & int32(255)
+        v, s = int32(high), int32(chroma / max(high, _ONE) * _WHITE)
+        sector = _over_255(int32(6) * turned)
+        part = int32(6) * turned - int32(255) * sector
+        rising = part if sector & int32(1) else int32(255) - part
+        p = v - _over_255(v * s + int32(127))
+        between = v - int32(uint32(v * s * rising + int32(255 * 255 // 2)) // uint32(255 * 255))
+        k = int32(0) if sector == 6 else sector
+        red[i] = uint8(v if (k == 0) | (k == 5) else (between if (k == 1) | (k == 4) else p))
+        green[i] = uint8(v if (k == 1) | (k == 2) else (between if (k == 0) | (k == 3) else p))
+        blue[i] = uint8(v if (k == 3) | (k == 4) else (between if (k == 2) | (k == 5) else p))
 
 
 @_part
@@ -156,6 +169,12 @@ def _blur(plane, radius, inside, edge):
     plane[:] = now[reach : reach + height, reach : reach + width]
 
 
+@_part
+def _pack(red, green, blue, pixels):
+    for i in range(red.size):
+        pixels[3 * i], pixels[3 * i + 1], pixels[3 * i + 2] = red[i], green[i], blue[i]
+
+
 def _view(pixels, out, order, factors, hue, grayscale, radius, inside, edge, threshold, flip):
     height, width, _ = pixels.shape
     planes, gray = np.empty((3, height, width), dtype=np.uint8), np.empty(height * width, dtype=np.uint8)
@@ -175,25 +194,24 @@ def _view(pixels, out, order, factors, hue, grayscale, radius, inside, edge, thr
                 _blend(flat[channel], gray, factors[operation])
             else:
                 _blend_with_value(flat[channel], value, factors[operation])
+    channels = 1 if grayscale else 3
     if grayscale:
         _gray(red, green, blue, gray)
-        red[:], green[:], blue[:] = gray, gray, gray
-    if radius >= 0:
-        for channel in range(3):
+        red[:] = gray
+    for channel in range(channels):
+        plane = flat[channel]
+        if radius >= 0:
             _blur(planes[channel], radius, inside, edge)
-    if threshold < 256:
-        for channel in range(3):
-            plane = flat[channel]
+        if threshold < 256:
             for i in range(plane.size):
                 plane[i] = plane[i] if plane[i] < threshold else uint8(255) - plane[i]
-    if flip:
-        for channel in range(3):
-            for y in range(height):
-                line = planes[channel, y]
-                for x in range(width // 2):
-                    line[x], line[width - 1 - x] = line[width - 1 - x], line[x]
-    for i in range(gray.size):
-        done[3 * i], done[3 * i + 1], done[3 * i + 2] = red[i], green[i], blue[i]
+    green, blue = flat[channels // 2], flat[channels - 1]
+    for y in range(height):
+        line = slice(y * width, (y + 1) * width)
+        if flip:
+            _pack(red[line][::-1], green[line][::-1], blue[line][::-1], done[3 * y * width : 3 * (y + 1) * width])
+        else:
+            _pack(red[line], green[line], blue[line], done[3 * y * width : 3 * (y + 1) * width])
 
 
 _PACKED = numba.types.Array(uint8, 3, "C", readonly=True)

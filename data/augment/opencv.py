@@ -8,8 +8,6 @@ with OpenCV's HSV conversion in bytes and its Gaussian, which PIL approximates b
 `python -m benchmarks augment` measures it.
 """
 
-import importlib.util
-
 import cv2
 import numpy as np
 import torch
@@ -33,7 +31,9 @@ def augment(
 
 def resize(pixels: np.ndarray, size: int, interpolation: str = "bilinear") -> np.ndarray:
     """Resize a crop, uint8 [h, w, 3], to [size, size, 3], with antialiasing."""
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # [1, 3, h, w], channels last
+    image = torch.from_numpy(pixels)[None].permute(
+        0, 3, 1, 2
+    )  # [1, 3, h, w], also to torch channels last: the fast way
     view = F.interpolate(image, (size, size), mode=interpolation, antialias=True)
     return view[0].permute(1, 2, 0).contiguous().numpy()
 
@@ -77,7 +77,7 @@ def _hue(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 _JITTERS = (_brightness, _contrast, _saturation, _hue)  # numbered as in ViewParameters.jitter_order
 
-if importlib.util.find_spec("numba") is not None:
+try:
     from crossbatch.data.augment.compiled_colours import colour
-else:
+except ImportError:  # numba is not installed, or not one for this Python or NumPy
     colour = opencv_colour

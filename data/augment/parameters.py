@@ -151,9 +151,8 @@ class ViewParameters:
         return [(int(i), float(factors[i][row])) for i in self.jitter_order[row]] if self.jitter[row] else []
 
 
-LARGE = (
-    900  # pixels of the shorter side from which on an image is decoded at a reduced resolution if its crops allow it
-)
+# Pixels of the shorter side from which on an image is decoded at a reduced resolution if its crops allow it.
+LARGE = 900
 
 
 def reductions(views: Sequence[ViewParameters], heights: np.ndarray, widths: np.ndarray, image_size: int) -> np.ndarray:

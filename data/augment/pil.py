@@ -16,12 +16,8 @@ from PIL import Image, ImageFilter
 
 from crossbatch.data.augment.parameters import IMAGENET_MEAN, ViewAugmentation, ViewParameters
 
-_JITTERS = (
-    "adjust_brightness",
-    "adjust_contrast",
-    "adjust_saturation",
-    "adjust_hue",
-)  # as in ViewParameters.jitter_order
+# Functions of torchvision, numbered as in ViewParameters.jitter_order.
+_JITTERS = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
 
 
 def augment(

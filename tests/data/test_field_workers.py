@@ -67,10 +67,10 @@ Disk = namedtuple("Disk", "total used free")
 def test_field_shared_memory_is_checked_before_the_start(monkeypatch):
     """Docker's 64 MiB, and the batch of the issue: 4 workers, 256 images of 224 px in two views."""
     loader = TrainLoader(Synthetic(512, 8), 256, 224, workers=4, backend="torchvision")
-    assert loader.shared_bytes == 4 * 2 * 64 * 2 * 3 * 224**2
+    assert loader.shared_bytes == 4 * 3 * 64 * 2 * 3 * 224**2
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(2**26, 0, 2**26))
     with pytest.raises(
-        ValueError, match=r"hold up to 147 MiB of images in /dev/shm, where 64 MiB of 64 MiB are free"
+        ValueError, match=r"hold up to 221 MiB of images in /dev/shm, where 64 MiB of 64 MiB are free"
     ) as told:
         check_workers(loader.shared_bytes, "the data workers of this node")
     assert "use fewer workers, or start docker with --shm-size=2g" in str(told.value)
