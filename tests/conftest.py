@@ -167,7 +167,7 @@ def pools():
         pool.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nursery():
     """Starts the processes of runs that tests stop, kill or cut off from each other."""
     nursery = Nursery()

@@ -14,7 +14,7 @@ from crossbatch.engine.planning.traffic import OURS, Message, of_parts, step_tra
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model, connect
-from tests.small_runs import ADAMW, BASE, LARS, RESNET, VIT, fsdp, zero
+from tests.small_runs import ADAMW, BASE, LARS, RESNET, VIT, fsdp, slow_unless, zero
 
 BATCH = ["train_batch_size=24", "crossbatch.batchformer.group_size=12"]  # 6 images a rank of four: groups span two
 TOLERANCE, SMALL = 0.25, 256  # of bytes; gradient norms are a few numbers, which are not counted
@@ -88,7 +88,7 @@ MORE = {
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
-        *(pytest.param(ranks, cases, id=f"{ranks}") for ranks, cases in CASES.items()),
+        *(pytest.param(ranks, cases, id=f"{ranks}", marks=slow_unless(ranks < 4)) for ranks, cases in CASES.items()),
         *(pytest.param(ranks, cases, id=f"{ranks}-more", marks=pytest.mark.slow) for ranks, cases in MORE.items()),
     ],
 )

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossbatch.engine.chunked import chunked_backward
 from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.norm import ViewBatchNorm
+from tests.small_runs import slow_unless
 
 ROWS, PIXELS, WIDTH = 10, 8, 16
 
@@ -408,7 +409,7 @@ def plain(two_ranks):
 KINDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 
 
-@pytest.mark.parametrize("chunk", [4, 10])
+@pytest.mark.parametrize("chunk", [4, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", ["simclr", "clip", "head"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_under_a_wrapper_weights_are_those_of_one_process(two_ranks, plain, kind, model, chunk):
@@ -433,7 +434,9 @@ def reductions(kind: str, chunk: int) -> int:
     return sum("gloo:" in event.name and "reduce" in event.name for event in events)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=slow_unless(kind in ("ddp", "fsdp", "zero1"))) for kind in KINDS]
+)
 def test_gradients_are_exchanged_once_a_step(two_ranks, kind):
     whole, chunked = (two_ranks.run(reductions, kind, chunk) for chunk in (10, 3))
     assert whole == chunked and whole[0] > 0

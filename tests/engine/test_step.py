@@ -297,8 +297,8 @@ def steps_in_lockstep_and_without(overrides: list[str]) -> list:
     "overrides",
     [
         [*LARS, *zero(3), "zero_optimization.stage3_param_persistence_threshold=0"],  # takes small parameters away, too
-        [*LARS, *fsdp(3)],
-        [*LARS, *zero(3), "train_micro_batch_size_per_gpu=3"],
+        pytest.param([*LARS, *fsdp(3)], marks=pytest.mark.slow),
+        pytest.param([*LARS, *zero(3), "train_micro_batch_size_per_gpu=3"], marks=pytest.mark.slow),
         [*ADAMW, *fsdp(1), "train_micro_batch_size_per_gpu=3"],
         [*ADAMW, *zero(1), "crossbatch.model.checkpoint_activations=true", "crossbatch.precision=bf16"],
         [*LARS, *zero(0), "crossbatch.batchformer.group_size=6", "crossbatch.batchformer.dropout=0.5"],

@@ -157,7 +157,7 @@ def alone(tmp_path_factory):
     "launcher",
     [
         ["deepspeed", "--num_gpus=2", "--master_port=29612"],
-        ["torchrun", "--nproc_per_node=2", "--master_port=29611"],
+        pytest.param(["torchrun", "--nproc_per_node=2", "--master_port=29611"], marks=pytest.mark.slow),
     ],
     ids=lambda launcher: launcher[0],
 )

@@ -8,20 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.jobs import Job, Nursery
+from tests.jobs import Job
 from tests.small_runs import BASE, LARS, VIT, fsdp
 
 # Not with --set, which would win over the flags of a test.
 FLAGS = ["-b=12", "--moco-t=0.2", "--lr=0.05", "--steps=2", "--data=synthetic://48?size=20,classes=4"]
 BY_FLAG = ("train_batch_size=", "crossbatch.model.temperature=", "optimizer.params.lr=", "crossbatch.data.path=")
 FLAGS += [f"--set={setting}" for setting in (*BASE, *VIT, *LARS, *fsdp(1)) if not setting.startswith(BY_FLAG)]
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 def refused(job: Job, message: str) -> None:
@@ -57,6 +50,7 @@ def test_wrong_input_of_all_ranks_is_said_once(nursery, tmp_path):
     refused(job, "error: train_batch_size")
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_alone_says_itself_what_is_wrong(nursery, tmp_path):
     """Rank 0, which would say it, is not there: refuse waits for it no longer than REFUSAL_S."""
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

@@ -177,8 +177,8 @@ def compiled_run(overrides: list[str], out: str) -> list[int]:
     ("model", "backend"),
     [
         (VIT, zero(3)),
-        (VIT, fsdp(3)),
         (RESNET, fsdp(1)),
+        pytest.param(VIT, fsdp(3), marks=pytest.mark.slow),
         pytest.param(VIT, zero(1), marks=pytest.mark.slow),
         pytest.param(RESNET, zero(3), marks=pytest.mark.slow),
     ],
