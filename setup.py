@@ -42,7 +42,7 @@ setup(
         "cuda13": ["torch>=2.11", "torchvision>=0.26", "nvidia-dali-cuda130>=2.0"],
         "test": [
             "pytest>=8.0",
-            "pytest-xdist>=3.6",  # `make test` in two processes
+            "pytest-xdist>=3.7",  # `make test` in two processes
             "scikit-learn>=1.4",  # its k-NN and logistic regression are what ours are tested against
         ],
         "dev": [

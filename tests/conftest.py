@@ -61,8 +61,13 @@ def pytest_report_header():
     return f"Triton kernels: {'interpreted on the CPU; `pytest -m gpu` compiles them' if interpreted else 'compiled'}"
 
 
+# A process that is given one of these last works alone for a minute or two.
+FIRST = ("test_learning.py", "test_wheel.py", "test_kernels.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none, or where kernels are interpreted, which would show nothing."""
+    """Let long files come first; skip what needs a GPU where there is none, or where kernels are interpreted for nothing."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
     reason = None
     if not torch.cuda.is_available():
         reason = "needs an NVIDIA GPU"
