@@ -141,4 +141,5 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
         notes += [why] if chunk < cfg.local_batch else []
     cfg = replace(cfg, chunk=chunk, chunks=-(-cfg.local_batch // chunk))
     assert settings.path is not None
-    return PretrainTask(cfg, device, out, data, knn, has_evaluation_split(settings.path), notes)
+    has_labels = source.has_labels and has_evaluation_split(settings.path)
+    return PretrainTask(cfg, device, out, data, knn, has_labels, notes)
