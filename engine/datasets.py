@@ -179,6 +179,8 @@ def _lacking(path: str | None) -> str:
     """Say in which place there are no images to evaluate on."""
     if path is not None and path.startswith("list://"):
         return f"{path} has no option eval=FILE, a list of images to evaluate on"
+    if path is not None and path.startswith("hf://"):
+        return f"{path} has no split {', '.join(SPLITS['eval'])}, and no option eval=NAME"
     return f"{path} has none of {_EVALUATION} beside train/"
 
 

@@ -21,9 +21,9 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Classes:
-    """Holds the classes of the images in a folder: their names by label, and which labels occur."""
+    """Holds the classes of the images in a folder or file: their names by label, and which labels occur."""
 
-    folder: Path
+    folder: Path | str
     names: list[str]
     are_numbers: bool  # the names are only the labels, written out
     present: np.ndarray  # int64, sorted

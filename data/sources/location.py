@@ -21,9 +21,13 @@ _OPTIONS: dict[str, dict[str, int | str]] = {  # of each scheme, with their defa
     "flowers": {},
     "pets": {},
     "list": {"image": "", "label": "", "eval": ""},  # two columns, and a second list to evaluate on
+    "hf": {"split": "", "eval": "", "image": "", "label": "", "config": ""},
 }
 _SUBSET = {"fraction": 0.0, "per_class": 0, "seed": 0}  # of any scheme
-_EXAMPLES = {"list": ("a file", "list://train.csv")}  # others: a folder
+_EXAMPLES = {
+    "list": ("a file", "list://train.csv"),
+    "hf": ("a folder or name", "hf://uoft-cs/cifar10"),
+}  # others: a folder
 
 
 class Location(NamedTuple):

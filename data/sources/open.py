@@ -6,12 +6,12 @@ A new kind of source is a class with the members of `Source` in a module of its 
 import contextlib
 from collections import Counter
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-from crossbatch.data.sources import torchvision_sets
+from crossbatch.data.sources import hugging_face, torchvision_sets
 from crossbatch.data.sources.classes import Classes, training_labels
 from crossbatch.data.sources.file_list import FileList
 from crossbatch.data.sources.image_folder import ImageFolder, list_classes
@@ -36,6 +36,9 @@ _TREE = (
     "  {root}/val/<name>.tar              (or validation/, test/)\n"
     "or, to train without labels, images or shards in {root} itself, images in folders of any depth"
 )
+
+
+_Labelled: TypeAlias = "ImageFolder | Shards | FileList | hugging_face.HuggingFaceImages"
 
 
 @runtime_checkable
@@ -66,7 +69,7 @@ class Source(Protocol):
 
 
 def prepare(path: str | Path, cache: Path | None = None) -> None:
-    """Download (cifar10, cifar100, flowers, pets) or generate (shapes) the images of `path` if they are not there.
+    """Download (cifar10, cifar100, flowers, pets, hf) or generate (shapes) the images of `path` if they are not there.
 
     One process calls it before all of them open `path`. If `cache` is given, the listing of a folder is kept there, so that
     the other processes need not list it again.
@@ -78,6 +81,8 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
     where = parse(path)
     if where.scheme in torchvision_sets.SCHEMES:
         torchvision_sets.download_set(where.scheme, where.target)
+    if where.scheme == "hf":
+        hugging_face.open_splits(where.target, where.options["config"], download=True)
     if where.scheme == "shapes":
         try:
             write_shapes(where.target, **where.options)
@@ -90,8 +95,14 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
 
 
 def has_evaluation_split(path: str | Path) -> bool:
-    """Return whether `open_source(path, "eval")` has something to open. Raises ValueError if `path` is malformed."""
+    """Return whether `open_source(path, "eval")` has something to open.
+
+    Raises ValueError if `path` is malformed, or (hf) cannot be opened.
+    """
     scheme, target, options, _ = parse(path)
+    if scheme == "hf":
+        found = [*hugging_face.open_splits(target, options["config"])]
+        return hugging_face.split_name(target, found, options["eval"], SPLITS["eval"]) is not None
     if scheme in _FOLDERS:
         return any(Path(target, name).is_dir() for name in SPLITS["eval"])
     return scheme != "list" or bool(options["eval"])
@@ -104,6 +115,7 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
                                                   <class>/<image> or tar shards in webdataset's conventions; without
                                                   train/, all images below it, which then have no labels
         list://train.csv?eval=val.csv             the images that a text, CSV or parquet file lists, with or without labels
+        hf://PATH?split=train,eval=test           a data set of Hugging Face's `datasets`: a folder, or a name on the Hub
         cifar10://DIR, cifar100://DIR,            the files of torchvision.datasets in the folder DIR
         flowers://DIR, pets://DIR
         synthetic://1000?size=64,classes=10       1000 images computed from their index, without a disk
@@ -150,6 +162,8 @@ def _open(where: Location, split: str, cache: Path | None) -> Source:
             raise ValueError(f"{target} lists images to train on; name those to evaluate on: list://{target}?eval=FILE")
         source = FileList(Path(target).parent / options["eval"], options["image"], options["label"])
         return _with_labels_of(source, _classes(training))
+    if scheme == "hf":
+        return _open_hugging_face(target, options, split)
     root = Path(target)
     if scheme == "shapes" and not root.exists():
         raise ValueError(f"{root} does not exist; write it with open_source(path, download=True) or prepare(path)")
@@ -158,6 +172,21 @@ def _open(where: Location, split: str, cache: Path | None) -> Source:
         return _open_folder(train, cache, classless=train == root or not list_classes(train))
     source = _open_folder(_split_folder(root, "eval"), cache)
     return _with_labels_of(source, _classes(Shards(train, cache)) if list_shards(train) else _folder_classes(train))
+
+
+def _open_hugging_face(target: str, options: dict[str, str], split: str) -> Source:
+    found = hugging_face.open_splits(target, options["config"])
+    sources = []
+    for kind, option in (("train", "split"), ("eval", "eval"))[: 1 if split == "train" else 2]:
+        only = [*found] if len(found) == 1 and kind == "train" else []
+        name = hugging_face.split_name(target, [*found], options[option], [*SPLITS[kind], *only])
+        if name is None:
+            raise ValueError(
+                f"hf://{target} has no split {' or '.join(SPLITS[kind])}; it has: {', '.join(found)}; name one: ?{option}=NAME"
+            )
+        where = f"hf://{target}, split {name}"
+        sources.append(hugging_face.HuggingFaceImages(found[name], where, options["image"], options["label"]))
+    return sources[0] if split == "train" else _with_labels_of(sources[1], _classes(sources[0]))
 
 
 def describe_source(source: Source) -> str:
@@ -174,10 +203,12 @@ def describe_source(source: Source) -> str:
     passed_over = Counter(getattr(source, "passed_over", {}))
     if passed_over:
         words += f" ({passed_over.total():,} files passed over: {counted(passed_over)})"
-    folder: Path | None = getattr(source, "folder", None)
+    folder: Path | str | None = getattr(source, "folder", None)
     if isinstance(source, Subset):
         words += f", chosen of {len(source.source):,} by {source.chosen_by}"
-    return f"{words} in {folder.name}{'/' if folder.is_dir() else ''}" if folder else words
+    if isinstance(folder, Path):
+        folder = f"{folder.name}/" if folder.is_dir() else folder.name
+    return f"{words} in {folder}" if folder else words
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -214,7 +245,7 @@ def _open_folder(folder: Path, cache: Path | None, classless: bool = False) -> I
     return Shards(folder, cache)
 
 
-def _with_labels_of(source: ImageFolder | Shards | FileList, training: Classes) -> Source:
+def _with_labels_of(source: _Labelled, training: Classes) -> Source:
     """Return `source`, evaluation images, with the class names and labels of the training images.
 
     Raises ValueError if their classes cannot be matched; see `classes`.
@@ -227,7 +258,7 @@ def _with_labels_of(source: ImageFolder | Shards | FileList, training: Classes) 
     return source
 
 
-def _classes(source: ImageFolder | Shards | FileList) -> Classes:
+def _classes(source: _Labelled) -> Classes:
     if not source.has_labels:
         raise ValueError(
             f"the images in {source.folder} have no labels (of shards: members <key>.cls), which evaluation needs; add them, "

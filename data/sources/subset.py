@@ -44,7 +44,7 @@ class Subset:
         self.source, self.labels = source, source.labels[self.indices]
         self.class_names, self.has_labels = source.class_names, source.has_labels
         self.has_files: bool = getattr(source, "has_files", False)
-        self.folder: Path | None = getattr(source, "folder", None)
+        self.folder: Path | str | None = getattr(source, "folder", None)
         self.passed_over: Counter[str] = Counter(getattr(source, "passed_over", {}))
         self.checksum = zlib.crc32(self.indices.tobytes(), getattr(source, "checksum", 0))
         few = int(((counts > 0) & (counts < per_class)).sum())

@@ -36,8 +36,8 @@ OVERLAPPED_BUCKET = 25_000_000  # elements: the 60 million of ResNet-50 with Bat
 
 # Meanings of keys that several commands have.
 PATH = (
-    "folder with train/ and val/, validation/ or test/, or of images without classes; or list://, cifar10://, cifar100://, "
-    "flowers://, pets://, synthetic://, shapes://; with ?fraction= or ?per_class=, a part of it"
+    "folder with train/ and val/, validation/ or test/, or of images without classes; or list://, hf://, cifar10://, "
+    "cifar100://, flowers://, pets://, synthetic://, shapes://; with ?fraction= or ?per_class=, a part of it"
 )
 BACKEND = "library that decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
 BASE_LR = "learning rate after warm-up: base_lr * train_batch_size / reference_batch"

@@ -92,7 +92,7 @@ def test_lists(tmp_path, file):
 
 def test_a_list_in_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    import pyarrow
+    import pyarrow  # pyright: ignore[reportMissingImports]
 
     write(tmp_path, *IMAGES)
     table = pyarrow.table({"file": IMAGES, "label": pyarrow.array(["x", "y", "x", "y"]).dictionary_encode()})

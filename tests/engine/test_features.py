@@ -126,7 +126,8 @@ def test_all_ranks_must_find_the_same_images(tmp_path, two_ranks):
 
 def test_a_path_that_is_not_given():
     with pytest.raises(
-        InputError, match=r"path: not given; allowed: a folder with train/.* or list://.*cifar10://.*shapes://; .*; give"
+        InputError,
+        match=r"path: not given; allowed: a folder with train/.* or list://.*cifar10://.*shapes://; .*; give",
     ):
         labelled_sources(None)
 
