@@ -7,6 +7,7 @@ decoded by `datasets`. The labels are read once.
 `datasets` is an extra: pip install 'crossbatch[hf]'.
 """
 
+import importlib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,6 @@ def open_splits(target: str, config: str, download: bool = False) -> dict[str, A
     """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
-        from datasets.packaged_modules.cache.cache import Cache  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"hf:// needs `datasets` ({error}); install it: pip install 'crossbatch[hf]'") from error
     folder = Path(target)
@@ -101,7 +101,8 @@ def open_splits(target: str, config: str, download: bool = False) -> dict[str, A
         elif folder.exists() or download:
             found = datasets.load_dataset(target, config or None)
         else:
-            found = Cache(
+            module = importlib.import_module("datasets.packaged_modules.cache.cache")  # what load_dataset takes offline
+            found = module.Cache(
                 repo_id=target, dataset_name=Path(target).name, config_name=config or None, version="auto", hash="auto"
             ).as_dataset()
     except Exception as error:  # of the network, the disk, or any format that `datasets` reads

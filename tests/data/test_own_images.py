@@ -65,7 +65,8 @@ def test_a_kept_listing_with_classes_is_not_taken_for_one_without(tmp_path):
         os.utime(folder, (hour_ago, hour_ago))
     for path, has_labels in 2 * [(tmp_path / "data", True), (tmp_path / "data/train", False)]:
         prepare(path, tmp_path / "cache")
-        assert open_source(path, cache=tmp_path / "cache").has_labels == has_labels
+        source = open_source(path, cache=tmp_path / "cache")
+        assert (source.has_labels, source.labels.tolist()) == (has_labels, [0, int(has_labels)])
     assert names(open_source(tmp_path / "data/train", cache=tmp_path / "cache")) == ["a/1.png", "b/1.png"]
 
 
