@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crossbatch.data.decode import decode
+from crossbatch.data.decode import decode, missing_plugins
 from crossbatch.data.sources.classes import number_classes
 from crossbatch.data.sources.listing import Names, pack_names
 
@@ -47,6 +47,11 @@ class FileList:
         self._base, self._names = file.parent, Names(pack_names("names", names), "names")
         self.has_labels = labels is not None
         self.labels, self.class_names, self.has_class_names = number_classes(labels, len(names), str(file))
+        unreadable = [
+            package for ending, package in missing_plugins().items() for name in names if name.lower().endswith(ending)
+        ]
+        if unreadable:
+            raise ValueError(f"{file} lists {len(unreadable)} images that need a plugin: pip install '{unreadable[0]}'")
         self.checksum = zlib.crc32(file.read_bytes())
         tried = np.unique(np.linspace(0, len(names) - 1, _TRIED).astype(int)).tolist()
         if not any(Path(self._base, names[index]).exists() for index in tried):

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crossbatch.data.decode import decode
+from crossbatch.data.decode import decode, readable_extensions
 from crossbatch.data.sources.listing import (
     Arrays,
     Names,
@@ -37,7 +37,6 @@ from crossbatch.data.sources.listing import (
     unpack_counts,
 )
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # compared in lower case
 _VERSION = 1  # of the listing
 _NO_CLASS = "."  # stands for the one folder of images without classes
 
@@ -93,9 +92,10 @@ def list_classes(root: str | Path) -> list[str]:
 def _list(root: str, classless: bool) -> tuple[Arrays, int]:
     """Return the listing, and the latest change of any folder in it (ns)."""
     changes = {"": os.stat(root).st_mtime_ns}  # noqa: PTH116
+    readable = readable_extensions()
     beside = {} if classless else files_beside(root)
     passed_over = Counter(
-        {f"{kind} outside class folders" if kind in EXTENSIONS else kind: n for kind, n in beside.items()}
+        {f"{kind} outside class folders" if kind in readable else kind: n for kind, n in beside.items()}
     )
     folders = [_NO_CLASS] if classless else list_classes(root)
     images = {name: _relative_names(root, name, changes, passed_over) for name in folders}
@@ -103,13 +103,13 @@ def _list(root: str, classless: bool) -> tuple[Arrays, int]:
         held = f" (it holds {counted(passed_over)})" if passed_over else ""
         raise ValueError(
             f"{root} has no class folders{' and no images' if classless else ''}{held}; allowed: images as "
-            f"{root}/<class>/<file>, or, to train without labels, in folders of any depth; read are {', '.join(EXTENSIONS)}"
+            f"{root}/<class>/<file>, or, to train without labels, in folders of any depth; read are {', '.join(readable)}"
         )
     empty = [name for name, names in images.items() if not names]
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         raise ValueError(
-            f"{root}: {len(empty)} of {len(images)} class folders hold no images ({', '.join(EXTENSIONS)}): {shown}; "
+            f"{root}: {len(empty)} of {len(images)} class folders hold no images ({', '.join(readable)}): {shown}; "
             f"fill or remove them{f' (passed over: {counted(passed_over)})' if passed_over else ''}"
         )
     arrays = {
@@ -118,6 +118,7 @@ def _list(root: str, classless: bool) -> tuple[Arrays, int]:
         **pack_names("names", chain.from_iterable(images.values())),
         **pack_names("classes", images),
         **pack_counts("passed_over", passed_over),
+        **pack_names("extensions", readable),
         **pack_names("folders", changes),
         "changes_ns": np.array(list(changes.values()), dtype=np.int64),
     }
@@ -130,7 +131,7 @@ def _relative_names(root: str, class_name: str, changes: dict[str, int], passed_
     `changes` gets the time of the last change of each folder (ns), `passed_over` the other files by kind. scandir saves a
     stat per file. A folder that is reached twice (by a link to one above it) counts once.
     """
-    names, folders, seen = [], [""], set()
+    names, folders, seen, readable = [], [""], set(), readable_extensions()
     while folders:
         prefix = folders.pop()
         folder = f"{class_name}/{prefix}"
@@ -143,7 +144,7 @@ def _relative_names(root: str, class_name: str, changes: dict[str, int], passed_
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.name.lower().endswith(EXTENSIONS):
+                if entry.name.lower().endswith(readable):
                     names.append(prefix + entry.name)
                 elif not entry.is_dir():
                     passed_over[kind_of(entry.name)] += 1
@@ -162,6 +163,8 @@ def _is_foreign(root: str, class_name: str, link: str) -> bool:
 
 def _is_current(root: str, arrays: Arrays, classless: bool) -> bool:
     if (Names(arrays, "classes").unpack() == [_NO_CLASS]) != classless:
+        return False
+    if (*Names(arrays, "extensions").unpack(),) != readable_extensions():  # KeyError: of an earlier version
         return False
     folders = Names(arrays, "folders").unpack()
     changes_ns = [os.stat(f"{root}/{folder}").st_mtime_ns for folder in folders]  # noqa: PTH116

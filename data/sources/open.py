@@ -29,7 +29,7 @@ SPLITS = {
 _FOLDERS = ("", "shapes")  # schemes of a folder with its splits
 _TREE = (
     "expected\n"
-    "  {root}/train/<class>/<image>.jpg   (jpg, jpeg, png, webp, bmp)\n"
+    "  {root}/train/<class>/<image>.jpg   (jpg, png, webp, bmp, tif, gif, jp2, avif, heic)\n"
     "  {root}/val/<class>/<image>.jpg     (or validation/, test/; only to evaluate, classes of train/)\n"
     "or tar shards with members <key>.jpg and <key>.cls\n"
     "  {root}/train/<name>.tar\n"

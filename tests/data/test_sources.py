@@ -368,7 +368,7 @@ def test_a_split_that_is_none():
 
 def test_field_what_is_passed_over_is_counted(tree, tmp_path):
     """Of a folder: other formats, files outside of classes, links to other classes; from the kept listing, too."""
-    for name in ("1.tif", "2.TIF", "3.gif", "4.ppm", "5.avif", "6.jfif", "7.jpe", "8.jp2", "none"):
+    for name in ("1.psd", "2.PSD", "3.svg", "4.ppm", "5.exr", "6.jfif", "7.jpe", "8.dng", "none"):
         (tree / "train/a" / name).touch()
     (tree / "train/flat.jpg").touch()
     (tree / "train/old.tar.gz").touch()
@@ -377,8 +377,8 @@ def test_field_what_is_passed_over_is_counted(tree, tmp_path):
     for name, target in (("part2", "elsewhere"), ("b", "train/b"), ("up", "train"), ("far up", ".")):
         (tree / "train/a" / name).symlink_to(tree / target)
     words = (
-        "5 images, 2 classes (16 files passed over: 3 links out of a class folder, 2 .tif, 1 .avif, 1 .gif, 1 .jfif, 1 .jp2, "
-        "1 .jpe, 1 .jpg outside class folders, 1 .md, 1 .ppm, 1 .tar.gz, 1 .txt, 1 no extension) in train/"
+        "5 images, 2 classes (16 files passed over: 3 links out of a class folder, 2 .psd, 1 .dng, 1 .exr, 1 .jfif, 1 .jpe, "
+        "1 .jpg outside class folders, 1 .md, 1 .ppm, 1 .svg, 1 .tar.gz, 1 .txt, 1 no extension) in train/"
     )
     hour_ago = time.time() - 3600
     for folder in [*tree.glob("**/"), tree / "elsewhere/more"]:
@@ -405,8 +405,10 @@ def test_field_what_a_folder_without_images_holds(tree):
         (tree / "train" / name).touch()
     assert "has no class folders and no images (it holds 2 .tar.gz); allowed" in rejected(tree)
     (tree / "train/a").mkdir()
-    (tree / "train/a/1.tif").touch()
-    assert "hold no images (.jpg, .jpeg, .png, .webp, .bmp): a; fill or remove them (passed over: " in rejected(tree)
+    (tree / "train/a/1.psd").touch()
+    said = rejected(tree)
+    assert "hold no images (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif, .jp2, .avif" in said
+    assert "): a; fill or remove them (passed over: 2 .tar.gz, 1 .psd)" in said
 
 
 def test_field_other_files_have_another_checksum(tree):

@@ -32,7 +32,7 @@ def images(tmp_path) -> Path:
             for number in range(count):
                 Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
         (folder / "01.png").write_bytes(b"no image")
-        (folder / "x.tif").touch()
+        (folder / "x.txt").touch()
     return tmp_path / "images"
 
 
@@ -52,8 +52,8 @@ def test_field_a_run_says_what_it_found(images, tmp_path, one_rank):
     overrides = settings(images, monitored, "crossbatch.evaluate.knn_k=30")
     assert one_rank.run(run, overrides, str(out), 6, "auto", (), patches) == [""]
     told = Path(f"{out}.told").read_text().splitlines()
-    assert "training: 24 images, 2 classes (1 files passed over: 1 .tif) in train/" in told
-    assert "evaluation: 8 images, 2 classes (1 files passed over: 1 .tif) in val/" in told
+    assert "training: 24 images, 2 classes (1 files passed over: 1 .txt) in train/" in told
+    assert "evaluation: 8 images, 2 classes (1 files passed over: 1 .txt) in val/" in told
     assert "crossbatch.evaluate.knn_k: 30, but there are 24 training images; all of them vote" in told
     skipped = [line for line in told if line.startswith("skipped")]
     assert skipped == ["skipped a broken image: b/01.png (BrokenImage: not an image (UnidentifiedImageError, 8 bytes))"]
