@@ -91,15 +91,16 @@ def open_splits(target: str, config: str, download: bool = False) -> dict[str, A
     Raises ValueError if `datasets` is not installed or cannot open it.
     """
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        # By name: in a folder that holds a folder `datasets`, Python takes that for a package.
+        from datasets import load_dataset, load_from_disk  # pyright: ignore
     except ImportError as error:
         raise ValueError(f"hf:// needs `datasets` ({error}); install it: pip install 'crossbatch[hf]'") from error
     folder = Path(target)
     try:
         if any((folder / file).is_file() for file in _SAVED):
-            found = datasets.load_from_disk(target)
+            found = load_from_disk(target)
         elif folder.exists() or download:
-            found = datasets.load_dataset(target, config or None)
+            found = load_dataset(target, config or None)
         else:
             module = importlib.import_module("datasets.packaged_modules.cache.cache")  # what load_dataset takes offline
             found = module.Cache(

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +114,7 @@ def test_a_list_in_parquet(tmp_path):
 
 
 def test_a_list_in_parquet_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "l.parquet").touch()
     with pytest.raises(ValueError, match=r"needs pyarrow .*pip install 'crossbatch\[hf\]'"):
         open_source(f"list://{tmp_path}/l.parquet")
@@ -203,6 +205,14 @@ def test_the_hash_of_a_list_is_in_the_checksum_of_the_data(tmp_path):
     assert checksum(FileList(file)) == first
     file.write_text("path,note\na.png,x\nb.png,z\n")
     assert checksum(FileList(file)) != first
+
+
+@pytest.mark.parametrize("module", [None, types.ModuleType("datasets")], ids=["none", "a folder called datasets"])
+def test_hugging_face_data_without_datasets(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    for function in (open_source, prepare, has_evaluation_split):
+        with pytest.raises(ValueError, match=r"^hf:// needs `datasets` \(.*pip install 'crossbatch\[hf\]'"):
+            function(f"hf://{tmp_path}")
 
 
 @pytest.fixture
