@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from crossbatch.data.augment.backends import augment_function, make_views
-from crossbatch.data.augment.parameters import ViewAugmentation
+from crossbatch.data.augment.parameters import ImageSize, ViewAugmentation, height_width
 from crossbatch.data.augment.pil import evaluation_image
 from crossbatch.data.decode import BrokenImage, Encoded, decode_pixels, jpeg_size
 from crossbatch.data.sources import Source
@@ -82,7 +82,7 @@ class TrainDataset:
 
     def _memory(self, images: int) -> torch.Tensor:
         """Return shared memory for the views of so many images."""
-        num_bytes = images * len(self.augmentations) * self.augmentations[0].image_size ** 2 * 3
+        num_bytes = images * len(self.augmentations) * math.prod(height_width(self.augmentations[0].image_size)) * 3
         full = len(self._memories) == self._memories.maxlen
         memory = self._memories.popleft() if full else torch.UntypedStorage(0)
         if memory.nbytes() < num_bytes:
@@ -132,7 +132,7 @@ def open_encoded(source: Source, index: int, check: bool = False) -> Encoded | n
 class EvaluationDataset:
     """Makes central views, as a map-style dataset: its "index" is (number of a source, indices). Broken images are left out."""
 
-    def __init__(self, sources: Sequence[Source], image_size: int, interpolation: str = "bilinear"):
+    def __init__(self, sources: Sequence[Source], image_size: ImageSize, interpolation: str = "bilinear"):
         self.sources, self.image_size, self.interpolation = sources, image_size, interpolation
 
     def describe(self, key: tuple[int, np.ndarray]) -> str:

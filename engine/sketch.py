@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from crossbatch.data.augment.parameters import ImageSize, height_width
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
@@ -70,7 +71,7 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
     return Sketch(model, kept, working, behind, float(counter.get_total_flops()))
 
 
-def kept_by_backbone(backbone: nn.Module, image_size: int, precision: str, checkpointed: bool = False) -> Kept:
+def kept_by_backbone(backbone: nn.Module, image_size: ImageSize, precision: str, checkpointed: bool = False) -> Kept:
     """Trace what a backbone keeps of both views; with `checkpointed` blocks, also one of them while it is repeated."""
     with shapes_only(precision):
         # Not one image: a norm has no statistics where a view is a single pixel.
@@ -106,7 +107,7 @@ def _saved(call: Callable[[], Any], module: nn.Module) -> float:
     return float(sum(size for storage, size in found.items() if storage not in own))
 
 
-def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
+def _working(backbone: nn.Module, image_size: ImageSize, precision: str) -> float:
     """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input."""
     layers, inputs = [0], [0]
 
@@ -128,8 +129,8 @@ def _blocks(backbone: nn.Module) -> list[nn.Module]:
     return [b for stage in blocks(backbone) for b in (stage if isinstance(stage, nn.Sequential) else [stage])]
 
 
-def _images(count: int, size: int) -> torch.Tensor:
-    return torch.empty(NUM_VIEWS * count, 3, size, size).to(memory_format=torch.channels_last)
+def _images(count: int, size: ImageSize) -> torch.Tensor:
+    return torch.empty(NUM_VIEWS * count, 3, *height_width(size)).to(memory_format=torch.channels_last)
 
 
 def without_memory(build: Callable[[], Network]) -> Network:

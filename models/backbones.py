@@ -59,16 +59,16 @@ def blocks(backbone: nn.Module) -> list[nn.Module]:
 
 def build_backbone(
     arch: str,
-    image_size: int = 224,
+    image_size: int | tuple[int, int] = 224,
     stem: str = "imagenet",
     stop_grad_conv1: bool = False,
     backbone_args: Mapping[str, float] | None = None,
 ) -> Backbone:
-    """Build a randomly initialised backbone: [n, 3, image_size, image_size] -> [n, backbone.num_features].
+    """Build a randomly initialised backbone: [n, 3, H, W] -> [n, backbone.num_features].
 
     Args:
         arch: one of ARCHS.
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, or (height, width).
         stem: "imagenet" or "small", for ResNets only.
         stop_grad_conv1: freeze the patch projection, for ViTs that have one.
         backbone_args: sizes that differ from the published ones: `width` of a ResNet; `embed_dim`, `depth`, `num_heads`,
@@ -109,9 +109,10 @@ def _check_args(arch: str, args: dict[str, float], integers: tuple[str, ...], re
             raise ValueError(f"backbone_args.{key} is {value!r}; it must be a positive {kind}")
 
 
-def _check_layout(arch: str, layout: Layout, image_size: int) -> None:
+def _check_layout(arch: str, layout: Layout, image_size: int | tuple[int, int]) -> None:
     dim = layout.embed_dim
-    if image_size <= 0 or image_size % layout.patch_size:
+    sides = (image_size,) if isinstance(image_size, int) else image_size
+    if any(side <= 0 or side % layout.patch_size for side in sides):
         what = "the stride of its conv stem" if layout.conv_stem else "backbone_args.patch_size"
         raise ValueError(f"image_size is {image_size}, but {arch} needs a multiple of {what} (={layout.patch_size})")
     if dim % layout.num_heads:

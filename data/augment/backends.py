@@ -8,7 +8,15 @@ import numpy as np
 import torch
 
 from crossbatch.data import counter
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters, reduced, reductions
+from crossbatch.data.augment.parameters import (
+    ImageSize,
+    ViewAugmentation,
+    ViewParameters,
+    draw_parameters,
+    height_width,
+    reduced,
+    reductions,
+)
 from crossbatch.data.decode import Encoded, decode_pixels
 
 BACKENDS = {
@@ -17,8 +25,8 @@ BACKENDS = {
     "torchvision": "worker processes with PIL, to the bit as torchvision",
 }
 
-# (image in RGB, parameters, row, image_size, solarize_threshold, interpolation) -> uint8 [image_size, image_size, 3]
-Augment: TypeAlias = Callable[[np.ndarray, ViewParameters, int, int, int, str], np.ndarray]
+# (image in RGB, parameters, row, image_size, solarize_threshold, interpolation) -> uint8 [H, W, 3]
+Augment: TypeAlias = Callable[[np.ndarray, ViewParameters, int, ImageSize, int, str], np.ndarray]
 
 
 def choose_backend(asked: str, device_type: str) -> tuple[str, str]:
@@ -86,7 +94,7 @@ def make_views(
         encoded = np.array([isinstance(image, Encoded) for image in images], dtype=bool)
         reduction = np.where(encoded, reductions(parameters, heights, widths, size), 1)
         parameters = [reduced(p, reduction) for p in parameters]
-    shape = len(augmentations), len(images), size, size, 3
+    shape = len(augmentations), len(images), *height_width(size), 3
     views = torch.empty(shape, dtype=torch.uint8) if memory is None else memory.view(shape)
     filled = views.numpy()
     for row, image in enumerate(images):

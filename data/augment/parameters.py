@@ -17,11 +17,14 @@ values; order of application: crop, jitter, grayscale, blur, solarize, flip, nor
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from crossbatch.data import counter
+
+ImageSize: TypeAlias = int | tuple[int, int]  # of views, in pixels: their side, or (height, width)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,15 +38,21 @@ _CROP_RATIO = slice(26, 26 + _TRIES)
 _DRAWS = counter.AUGMENTATION_DRAWS + np.arange(36)[:, None]
 
 
+def height_width(image_size: ImageSize) -> tuple[int, int]:
+    """Return the height and width of views in pixels."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
 @dataclass(frozen=True)
 class ViewAugmentation:
     """Defines the distribution of one view's augmentation. The defaults are what MoCo v3's two views share."""
 
-    image_size: int  # side of the square view, pixels
+    image_size: ImageSize
     crop_scale: tuple[float, float]  # (min, max) area of the crop / area of the image
     blur_probability: float
     solarize_probability: float
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # (min, max) width / height of the crop, log-uniform
+    # (min, max) width / height of the crop, log-uniform, as a multiple of that of the view: a wide view gets wide crops
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     jitter_probability: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -75,10 +84,13 @@ def check_auto_augment(policy: str) -> None:
         ) from error
 
 
-def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tuple[ViewAugmentation, ViewAugmentation]:
+def moco_v3_augmentations(
+    image_size: ImageSize = 224, crop_min: float = 0.08
+) -> tuple[ViewAugmentation, ViewAugmentation]:
     """Return the asymmetric pair of MoCo v3 and BYOL: view 1 is always blurred, view 2 seldom blurred and sometimes solarized.
 
-    `image_size` is the side of a view in pixels, `crop_min` the smallest area of a crop as a fraction of the image's area.
+    `image_size` is the side of a view in pixels or (height, width), `crop_min` the smallest area of a crop as a fraction of
+    the image's area.
     """
     scale = (crop_min, 1.0)
     return (
@@ -88,7 +100,7 @@ def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tupl
 
 
 def crop_and_flip(
-    image_size: int,
+    image_size: ImageSize,
     crop_min: float,
     interpolation: str = "bilinear",
     color_jitter: float = 0.0,
@@ -97,7 +109,7 @@ def crop_and_flip(
     """Return the augmentation of supervised training: RandomResizedCrop and a horizontal flip.
 
     Args:
-        image_size: side of a view, pixels.
+        image_size: side of a view in pixels, or (height, width).
         crop_min: smallest crop, as a fraction of the image's area.
         interpolation: of the resized crop, "bilinear" or "bicubic".
         color_jitter: largest relative change of brightness, contrast and saturation, as in timm; 0 for none.
@@ -155,13 +167,17 @@ class ViewParameters:
 LARGE = 900
 
 
-def reductions(views: Sequence[ViewParameters], heights: np.ndarray, widths: np.ndarray, image_size: int) -> np.ndarray:
+def reductions(
+    views: Sequence[ViewParameters], heights: np.ndarray, widths: np.ndarray, image_size: ImageSize
+) -> np.ndarray:
     """Return at which part of the resolution each of n images can be decoded: int64 [n], 8, 4, 2 or 1 (all of it).
 
     It is the largest reduction that leaves every crop at least twice as large as its view, so that resizing it still averages.
     """
-    crops = [side for p in views for side in (p.crop_height, p.crop_width)]
-    spare = np.min(crops, axis=0) // (2 * image_size)
+    height, width = height_width(image_size)
+    spare = np.min(
+        [side for p in views for side in (p.crop_height // (2 * height), p.crop_width // (2 * width))], axis=0
+    )
     largest = np.select([spare >= 8, spare >= 4, spare >= 2], [8, 4, 2], 1)
     return np.where(np.minimum(heights, widths) >= LARGE, largest, 1)
 
@@ -222,12 +238,14 @@ def _crop(
     All ten tries are computed for every image: cheaper than a loop, and the number of draws does not depend on the image.
     """
     area = _between(u[_CROP_AREA], *augmentation.crop_scale) * heights * widths  # [tries, n]
-    ratio = np.exp(_between(u[_CROP_RATIO], *np.log(augmentation.crop_ratio)))
+    view_height, view_width = height_width(augmentation.image_size)
+    low, high = (limit * (view_width / view_height) for limit in augmentation.crop_ratio)
+    ratio = np.exp(_between(u[_CROP_RATIO], *np.log((low, high))))
     tried_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     tried_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (tried_widths > 0) & (tried_widths <= widths) & (tried_heights > 0) & (tried_heights <= heights)
     any_fits, first, image = fits.any(axis=0), np.argmax(fits, axis=0), np.arange(len(widths))
-    low, high = augmentation.crop_ratio  # of the central crop, the largest that they allow
+    # The central crop is the largest that the limits allow.
     central_height = np.where(widths < low * heights, np.rint(widths / low), heights).astype(np.int64)
     central_width = np.where(widths > high * heights, np.rint(heights * high), widths).astype(np.int64)
     height = np.where(any_fits, tried_heights[first, image], central_height)

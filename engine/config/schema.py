@@ -19,6 +19,7 @@ Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
 AtLeastTwo = Annotated[int, Ge(2)]
 Pixels = Annotated[int, Ge(8)]
+ImageSize = Pixels | tuple[Pixels, Pixels]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Seconds = Annotated[float, Gt(0), Le(1e7)]  # four months
@@ -122,7 +123,7 @@ class ImageConfig(Section):
 
 
 class DataConfig(ImageConfig):
-    image_size: Pixels = key(224, "side of a view in pixels")
+    image_size: ImageSize = key(224, "side of a view in pixels, or [height, width]")
     shuffle_window: CountOrZero = key(
         0, "size of the shuffle window in images, at least a batch; for tar shards on a network disk; 0: shuffle all"
     )

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from crossbatch.data import EvaluationLoader, Source, WaitInterrupted, evaluation_share, normalize
+from crossbatch.data.augment.parameters import ImageSize, height_width
 from crossbatch.data.workers import WAIT_S
 from crossbatch.engine.config import autocast_dtype
 from crossbatch.engine.datasets import stop_on_lost_images
@@ -75,7 +76,7 @@ class FeatureSet:
 class EvalLoaderConfig:
     """Says how evaluation images are loaded and passed to the network."""
 
-    image_size: int  # pixels
+    image_size: ImageSize
     batch_size: int  # images that the network of a rank sees at once
     workers: int
     device: torch.device
@@ -117,7 +118,7 @@ def extract(
     features, read = [], []
     with contextlib.nullcontext(loader) if loader else reading.open(source) as ours:
         batches = ours.read(source, mine)
-        images = torch.zeros(1, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
+        images = torch.zeros(1, 3, *height_width(reading.image_size), dtype=torch.uint8)
         for _ in range(-(-largest_share // reading.batch_size)):
             numbers = mine[:0]
             with stop_on_lost_images(), contextlib.suppress(WaitInterrupted):  # of which the ranks learn next

@@ -21,7 +21,9 @@ FORMATS = {
 }
 
 
-def constructor(to: str, arch: str, image_size: int, stem: str, backbone_args: Mapping[str, Any]) -> str:
+def constructor(
+    to: str, arch: str, image_size: int | tuple[int, int], stem: str, backbone_args: Mapping[str, Any]
+) -> str:
     """Return the call that builds `arch` in the library of format `to`, which is timm for safetensors.
 
     Raises ValueError if that library cannot build it.

@@ -41,7 +41,7 @@ class Weights:
     arch: str | None = None
     stem: str | None = None
     backbone_args: dict[str, Any] | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     num_heads: int | None = None
 
 
@@ -87,8 +87,13 @@ def _read_run(path: Path, encoder: str, where: str) -> Weights:
         arch=model["arch"],
         stem=model.get("stem", "imagenet"),
         backbone_args=dict(model.get("backbone_args", {})),
-        image_size=section.get("data", {}).get("image_size"),
+        image_size=_size(section.get("data", {}).get("image_size")),
     )
+
+
+def _size(stored: Any) -> int | tuple[int, int] | None:
+    """Return an image size as JSON holds it: a side, or a list of height and width."""
+    return tuple(stored) if isinstance(stored, list) else stored
 
 
 def _part_of_checkpoint(name: str) -> str:
@@ -128,6 +133,7 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
     note = entries.get(NOTE)
     note = note if isinstance(note, Mapping) else {}
     known = {name: note.get(name) for name in NETWORK}
+    known["image_size"] = _size(known["image_size"])
     arch = entries.get("arch")
     # Elsewhere the name of a ViT would not say which of two it is, see `load`.
     if isinstance(arch, str) and (has_both or (arch in ARCHS and family(arch) == "resnet")):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -16,6 +17,7 @@ from crossbatch.engine.pretrained.load import Pretrained, load_pretrained
 from crossbatch.engine.pretrained.weights import NOTE
 from crossbatch.models import build_backbone
 from crossbatch.models.norm import ViewBatchNorm
+from tests.small_runs import VIT, losses, train
 
 
 def original(arch: str) -> dict:
@@ -128,3 +130,26 @@ def test_an_existing_file_is_replaced_whole_or_not_at_all(tiny_runs, tmp_path):
     with pytest.raises(InputError, match=r"--output .*taken: cannot be written"):
         export(load_pretrained(tiny_runs("vit")), "deit", tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_rectangular_images(one_rank, tmp_path):
+    """A run on images of [height, width] goes on, and its ViT has the same features when loaded, exported and in timm."""
+    settings = [*VIT, "crossbatch.data.image_size=[8,24]", "crossbatch.evaluate.knn_every_epochs=1"]
+    for steps in (1, 2):
+        one_rank.run(train, settings, str(tmp_path / "run"), steps)
+    assert len(losses(tmp_path / "run")) == 2
+    before = load_pretrained(tmp_path / "run")
+    assert before.image_size == (8, 24) and before.backbone.grid == (2, 6) and not before.notes
+    images = torch.rand(2, 3, 8, 24)
+    ours = features(before.backbone, images)
+    for name in ("v.pth", "v.safetensors"):
+        advice = " ".join(export(before, "timm", tmp_path / name))
+        after = load_pretrained(tmp_path / name)
+        assert after.image_size == (8, 24) and features(after.backbone, images).equal(ours)
+    assert "img_size=(8, 24)" in advice
+    call = advice[advice.index('timm.create_model("') :].partition(")) ")[0].removeprefix("timm.create_model(")
+    theirs = timm.create_model("vit_small_patch16_224", **eval(f"dict({call.partition(', ')[2]}))"), num_classes=0)
+    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "v.safetensors"), strict=False)
+    torch.testing.assert_close(features(theirs, images), ours, atol=1e-5, rtol=0)
+    square = load_pretrained(tmp_path / "run", image_size=16)
+    assert square.notes == ["positions resampled from 2 x 6 to 4 x 4 patches"]
