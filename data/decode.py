@@ -98,17 +98,58 @@ def decode_pixels(encoded: bytes, reduction: int = 1, by_pil: bool = False) -> n
     return np.array(decode(encoded, reduction))
 
 
+def decode_channels(encoded: bytes, channels: int) -> np.ndarray:
+    """Decode an image file with PIL to so many channels as it stores: uint8 [h, w, channels]. Raises BrokenImage.
+
+    They are the bands of the file (1 to 4), or those of all pages of a TIFF, in their order. Pixels of 16 bits are divided by
+    256. Colours become one channel by their luma, and alpha is dropped where that leaves the right number.
+    """
+    try:
+        with _opened(encoded) as image:
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            bands = []
+            for page in range(pages):
+                if page:
+                    image.seek(page)
+                bands.append(_bands(image))
+            if channels == 1 and pages == 1 and bands[0].shape[2] in (3, 4) and image.mode != "CMYK":
+                bands = [np.asarray(Image.fromarray(bands[0][..., :3]).convert("L"))[..., None]]
+            elif pages == 1 and image.mode in ("LA", "RGBA") and bands[0].shape[2] == channels + 1:
+                bands = [bands[0][..., :-1]]
+            pixels = np.concatenate(bands, axis=2)
+    except Exception as error:
+        what = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"{error}"
+        raise BrokenImage(f"{what} ({type(error).__name__}, {len(encoded)} bytes)") from error
+    if pixels.shape[2] != channels:
+        raise BrokenImage(f"the image has {pixels.shape[2]} channels, not {channels}")
+    return pixels
+
+
+def _bands(image: Image.Image) -> np.ndarray:
+    """Return the bands of an opened image, uint8 [h, w, bands]."""
+    if image.mode.startswith("I"):
+        return (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., None]
+    if image.mode not in ("L", "LA", "RGBA", "CMYK"):
+        image = image.convert("L") if image.mode == "1" else to_rgb(image)
+    return np.atleast_3d(np.asarray(image))
+
+
 def _decode(encoded: bytes, reduction: int) -> Image.Image:
+    with _opened(encoded) as image:
+        if reduction > 1:
+            image.draft("RGB", (image.width // reduction, image.height // reduction))
+        return to_rgb(image)
+
+
+def _opened(encoded: bytes) -> Image.Image:
+    """Return an image file opened by PIL, of the formats that are read here. Raises whatever PIL does."""
     formats = _FORMATS
     if encoded[4:8] == b"ftyp":  # the box that AVIF and HEIC files begin with, and what it is
         extension = ".avif" if encoded[8:12] in (b"avif", b"avis") else ".heic"
         if extension in missing_plugins():
             raise OSError(f"to read {extension}: pip install '{missing_plugins()[extension]}'")
         formats = (_OPTIONAL[extension][0],)
-    with Image.open(io.BytesIO(encoded), formats=formats) as image:
-        if reduction > 1:
-            image.draft("RGB", (image.width // reduction, image.height // reduction))
-        return to_rgb(image)
+    return Image.open(io.BytesIO(encoded), formats=formats)
 
 
 def _without_png_text(encoded: bytes) -> bytes:

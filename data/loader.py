@@ -122,11 +122,11 @@ class TrainLoader:
             raise ValueError(f"`image_size` (={image_size}) must be at least 1 pixel")
         if augmentations is None:
             augmentations = moco_v3_augmentations(224 if image_size is None else image_size)
-        sizes = [augmentation.image_size for augmentation in augmentations]
+        sizes = [(augmentation.image_size, augmentation.channels) for augmentation in augmentations]
         if not sizes:
             raise ValueError("`augmentations` is empty; give one for each view")
         if len(set(sizes)) > 1:
-            raise ValueError(f"`augmentations` must share one image_size, got {sizes}")
+            raise ValueError(f"`augmentations` must share one image_size and number of channels, got {sizes}")
         if workers < 0:
             raise ValueError(f"`workers` (={workers}) must be at least 0; 0 loads in this process")
         if not 0 <= max_skipped_fraction <= 1:
@@ -140,7 +140,7 @@ class TrainLoader:
         self._augmentations = tuple(augmentations)
         self._device = torch.device(device or "cpu")
         needs_pil = any(augmentation.needs_pil for augmentation in augmentations)
-        self._backend, _ = choose_backend(backend, "cpu" if needs_pil else self._device.type)
+        self._backend, _ = choose_backend(backend, "cpu" if needs_pil else self._device.type, augmentations[0].channels)
         if needs_pil and self._backend == "dali":
             raise ValueError(
                 f"`backend` (={backend!r}) has neither bicubic interpolation nor automatic augmentation; use opencv"
@@ -173,8 +173,8 @@ class TrainLoader:
         if not self._workers or self._backend == "dali":
             return 0
         images = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers)[0])
-        pixels = math.prod(height_width(self._augmentations[0].image_size))
-        return self._workers * (self._ahead + 1) * images * len(self._augmentations) * 3 * pixels
+        view = math.prod(self._augmentations[0].shape)
+        return self._workers * (self._ahead + 1) * images * len(self._augmentations) * view
 
     @property
     def _ahead(self) -> int:
@@ -255,11 +255,11 @@ class TrainLoader:
 
     def _collate(self, stream: Iterator[WorkerBatch]) -> Generator[tuple[Batch, list[BrokenFile]], None, None]:
         """Join worker batches into batches of n images, each in one tensor, pinned so that its transfer can overlap."""
-        n, size = self.sampler.local_batch, height_width(self._augmentations[0].image_size)
+        n = self.sampler.local_batch
         on_gpu = self._backend == "dali" and self._device.type == "cuda"
         where: dict = {"device": self._device} if on_gpu else {"pin_memory": torch.cuda.is_available()}
         while True:
-            shape = len(self._augmentations), n, *size, 3
+            shape = len(self._augmentations), n, *self._augmentations[0].shape
             views = torch.empty(shape, dtype=torch.uint8, **where).permute(0, 1, 4, 2, 3)
             read, broken, filled = [], [], 0
             while filled < n:
@@ -311,17 +311,20 @@ class EvaluationLoader:
         workers: int,
         interpolation: str = "bilinear",
         wait_s: float = WAIT_S,
+        channels: int = 3,
     ):
         self.skipped: list[str] = []  # in the last `read`: name and reason
         self._sources, self._batch_size, self._workers, self._wait_s = sources, batch_size, workers, wait_s
-        self._dataset = EvaluationDataset(sources, image_size, interpolation)
+        self._dataset = EvaluationDataset(sources, image_size, interpolation, channels)
         self._pool: WorkerPool | None = None
 
     @property
     def shared_bytes(self) -> int:
         """Return how many bytes of images the workers hold in shared memory, at most."""
         images = min(self._workers * AHEAD * self._batch_size, max(len(source) for source in self._sources))
-        return images * 3 * math.prod(height_width(self._dataset.image_size)) if self._workers else 0
+        return (
+            images * self._dataset.channels * math.prod(height_width(self._dataset.image_size)) if self._workers else 0
+        )
 
     def read(self, source: Source, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield the images `indices` of one of the sources, in order: (uint8 [m, 3, H, W], int64 [m]).

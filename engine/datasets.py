@@ -114,6 +114,8 @@ def train_loader(
 ) -> TrainLoader:
     """Return a loader of `source` with the settings of `crossbatch.data`; `more` are further arguments of `TrainLoader`."""
     data = cfg.crossbatch.data
+    # What "auto" became before the weights said how many channels there are.
+    backend = "auto" if data.backend == "dali" and augmentations[0].channels != 3 else data.backend
     return TrainLoader(
         source,
         sampler=sampler,
@@ -121,7 +123,7 @@ def train_loader(
         seed=cfg.crossbatch.seed,
         workers=cfg.workers,
         max_skipped_fraction=data.max_skipped_fraction,
-        backend=data.backend,
+        backend=backend,
         scaled_decode=data.scaled_decode,
         device=device,
         **more,

@@ -63,8 +63,9 @@ def build_backbone(
     stem: str = "imagenet",
     stop_grad_conv1: bool = False,
     backbone_args: Mapping[str, float] | None = None,
+    in_channels: int = 3,
 ) -> Backbone:
-    """Build a randomly initialised backbone: [n, 3, H, W] -> [n, backbone.num_features].
+    """Build a randomly initialised backbone: [n, in_channels, H, W] -> [n, backbone.num_features].
 
     Args:
         arch: one of ARCHS.
@@ -73,6 +74,7 @@ def build_backbone(
         stop_grad_conv1: freeze the patch projection, for ViTs that have one.
         backbone_args: sizes that differ from the published ones: `width` of a ResNet; `embed_dim`, `depth`, `num_heads`,
             `mlp_ratio` and `patch_size` (not with a conv stem) of a ViT.
+        in_channels: channels of the images.
 
     Raises:
         ValueError: for arguments that would be ignored or that make no network; the message begins with the argument.
@@ -84,7 +86,7 @@ def build_backbone(
         if stop_grad_conv1:
             raise ValueError(f"stop_grad_conv1 is true, but {arch} has no patch projection to freeze; set it to false")
         _check_args(arch, args, integers=("width",))
-        return resnet.ResNet(*resnet.BLOCKS[arch], width=int(args.get("width", 64)), stem=stem)
+        return resnet.ResNet(*resnet.BLOCKS[arch], int(args.get("width", 64)), stem, in_channels)
     from crossbatch.models import vit
 
     layout = LAYOUTS[arch]
@@ -94,7 +96,7 @@ def build_backbone(
     _check_args(arch, args, integers=sizes if layout.conv_stem else (*sizes, "patch_size"), reals=("mlp_ratio",))
     layout = replace(layout, **args)
     _check_layout(arch, layout, image_size)
-    return vit.ViT(layout, image_size, stop_grad_conv1)  # pyright: ignore[reportArgumentType] (Layout by its two paths)
+    return vit.ViT(layout, image_size, stop_grad_conv1, in_channels)  # pyright: ignore[reportArgumentType] (Layout by its two paths)
 
 
 def _check_args(arch: str, args: dict[str, float], integers: tuple[str, ...], reals: tuple[str, ...] = ()) -> None:

@@ -17,7 +17,7 @@ values; order of application: crop, jitter, grayscale, blur, solarize, flip, nor
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,35 @@ ImageSize: TypeAlias = int | tuple[int, int]  # of views, in pixels: their side,
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Channels(NamedTuple):
+    """Says which channels images have, by the mean and standard deviation of each, for values from 0 to 1."""
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+RGB = Channels()
+
+
+def channels_of(
+    channels: int = 3, mean: Sequence[float] | str = "auto", std: Sequence[float] | str = "auto"
+) -> Channels:
+    """Return so many channels with these statistics; "auto" is ImageNet's, and of another number than 3, their average in each.
+
+    Raises ValueError if there are not as many means and deviations as channels.
+    """
+    found = []
+    for name, given, colours in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        values = (colours if channels == 3 else (sum(colours) / 3,) * channels) if isinstance(given, str) else (*given,)
+        if len(values) != channels:
+            raise ValueError(
+                f"{name} has {len(values)} numbers, but images have {channels} channels; give one for each"
+            )
+        found.append(values)
+    return Channels(*found)
+
 
 # Rows of the table of uniforms, one row per decision. Append; renumbering changes every run.
 _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = range(12)
@@ -63,12 +92,18 @@ class ViewAugmentation:
     solarize_threshold: int = 128  # pixel values from here on are inverted
     flip_probability: float = 0.5
     interpolation: str = "bilinear"  # of the resized crop; or "bicubic"
+    channels: int = 3  # of images; with another number than 3, hue, saturation and grayscale change nothing
     auto_augment: str | None = None  # timm's automatic augmentation after the flip, such as "rand-m9-mstd0.5-inc1"
 
     @property
     def needs_pil(self) -> bool:
         """Return whether DALI cannot apply it."""
-        return self.interpolation != "bilinear" or self.auto_augment is not None
+        return self.interpolation != "bilinear" or self.auto_augment is not None or self.channels != 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return height, width and channels of a view."""
+        return *height_width(self.image_size), self.channels
 
 
 def check_auto_augment(policy: str) -> None:
@@ -85,7 +120,7 @@ def check_auto_augment(policy: str) -> None:
 
 
 def moco_v3_augmentations(
-    image_size: ImageSize = 224, crop_min: float = 0.08
+    image_size: ImageSize = 224, crop_min: float = 0.08, channels: int = 3
 ) -> tuple[ViewAugmentation, ViewAugmentation]:
     """Return the asymmetric pair of MoCo v3 and BYOL: view 1 is always blurred, view 2 seldom blurred and sometimes solarized.
 
@@ -94,8 +129,8 @@ def moco_v3_augmentations(
     """
     scale = (crop_min, 1.0)
     return (
-        ViewAugmentation(image_size, scale, blur_probability=1.0, solarize_probability=0.0),
-        ViewAugmentation(image_size, scale, blur_probability=0.1, solarize_probability=0.2),
+        ViewAugmentation(image_size, scale, blur_probability=1.0, solarize_probability=0.0, channels=channels),
+        ViewAugmentation(image_size, scale, blur_probability=0.1, solarize_probability=0.2, channels=channels),
     )
 
 
@@ -257,19 +292,19 @@ def _crop(
     return top, left, height, width
 
 
-def normalize(views_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normalise uint8 [..., 3, H, W] as ToTensor and Normalize(IMAGENET_MEAN, IMAGENET_STD) do, by one multiply-add per pixel.
+def normalize(views_uint8: torch.Tensor, dtype: torch.dtype = torch.float32, channels: Channels = RGB) -> torch.Tensor:
+    """Normalise uint8 [..., C, H, W] as ToTensor and Normalize(mean, std) do, by one multiply-add per pixel.
 
     Call it on the training device: a uint8 view travels from worker to GPU in a quarter of the bytes of fp32. The
     arithmetic is fp32 whatever `dtype` is.
     """
-    scale, bias = _scale_and_bias(views_uint8.device)
+    scale, bias = _scale_and_bias(views_uint8.device, channels)
     return torch.addcmul(bias, views_uint8, scale).to(dtype)
 
 
 @lru_cache(maxsize=8)
-def _scale_and_bias(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_and_bias(device: torch.device, channels: Channels) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and bias of (x / 255 - mean) / std = x * scale + bias. Cached: they cost a GPU two synchronous copies."""
-    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(3, 1, 1)
+    mean = torch.tensor(channels.mean, dtype=torch.float64).view(-1, 1, 1)
+    std = torch.tensor(channels.std, dtype=torch.float64).view(-1, 1, 1)
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)

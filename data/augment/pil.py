@@ -36,7 +36,7 @@ def augment(
     view = Image.fromarray(np.ascontiguousarray(crop(image, p, row))).resize((width, height), resample)
     for operation, factor in p.jitters(row):
         view = getattr(functional, _JITTERS[operation])(view, factor)
-    if p.grayscale[row]:
+    if p.grayscale[row] and view.mode == "RGB":
         view = view.convert("L").convert("RGB")
     if p.blur_sigma[row] > 0:
         view = view.filter(ImageFilter.GaussianBlur(float(p.blur_sigma[row])))  # torchvision has no PIL blur
@@ -44,6 +44,15 @@ def augment(
     if p.solarize[row]:
         pixels = np.where(pixels < solarize_threshold, pixels, 255 - pixels)
     return pixels[:, ::-1] if p.flip[row] else pixels
+
+
+def augment_channels(image: np.ndarray, *arguments: Any) -> np.ndarray:
+    """Make one view of `image`, uint8 [h, w, C], a channel at a time, as of a gray image: uint8 [H, W, C]; see `augment`.
+
+    Its contrast changes around the mean of each channel; hue, saturation and grayscale change nothing.
+    """
+    planes = (np.ascontiguousarray(image[..., channel]) for channel in range(image.shape[2]))
+    return np.stack([augment(plane, *arguments) for plane in planes], axis=2)
 
 
 def crop(image: np.ndarray, p: ViewParameters, row: int) -> np.ndarray:

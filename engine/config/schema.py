@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import ValidationInfo, field_validator
 
 from crossbatch.engine.config.keys import Auto, Section, key
@@ -124,6 +124,16 @@ class ImageConfig(Section):
 
 class DataConfig(ImageConfig):
     image_size: ImageSize = key(224, "side of a view in pixels, or [height, width]")
+    channels: Count = key(
+        3,
+        "channels of the images; other than 3: bands of a file or pages of a TIFF, without hue, saturation and grayscale",
+    )
+    mean: Annotated[tuple[float, ...], MinLen(1)] | Auto = key(
+        "auto", "mean of each channel, of values from 0 to 1; auto: ImageNet's"
+    )
+    std: Annotated[tuple[Positive, ...], MinLen(1)] | Auto = key(
+        "auto", "standard deviation of each channel, of values from 0 to 1; auto: ImageNet's"
+    )
     shuffle_window: CountOrZero = key(
         0, "size of the shuffle window in images, at least a batch; for tar shards on a network disk; 0: shuffle all"
     )

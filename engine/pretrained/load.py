@@ -15,6 +15,7 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
 from crossbatch import InputError
+from crossbatch.data.augment.parameters import Channels, channels_of
 from crossbatch.engine.config import user_input
 from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.pretrained.weights import Weights, mismatch, read_weights
@@ -22,6 +23,7 @@ from crossbatch.models import build_backbone
 from crossbatch.models.backbones import ARCHS, Backbone, family
 from crossbatch.models.vit import ViT
 
+_FIRST = ("conv1.weight", "patch_embed.proj.weight", "patch_embed.proj.0.weight")  # layers that see the channels
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,11 +37,18 @@ class Pretrained:
     backbone_args: dict[str, Any]
     num_heads: int | None  # of a ViT
     image_size: int | tuple[int, int]
+    mean: tuple[float, ...]  # of each channel of the images, for values from 0 to 1
+    std: tuple[float, ...]
     description: str  # where the weights come from
     loaded: int
     missing: list[str]
     ignored: dict[str, int]  # part of the file -> tensors
     notes: list[str]  # what a user should know besides
+
+    @property
+    def channels(self) -> Channels:
+        """Return which channels the images have, and how they are normalised."""
+        return Channels(self.mean, self.std)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {part}" for part, count in self.ignored.items())
@@ -96,8 +105,10 @@ def load_pretrained(
     patch = int(args.get("patch_size", 16))
     grid = _grid(weights, patch)
     size = image_size or (_size_of(grid, patch) if grid else weights.image_size or 224)
+    in_channels = next((weights.tensors[name].shape[1] for name in _FIRST if name in weights.tensors), 3)
+    channels = channels_of(in_channels, weights.mean or "auto", weights.std or "auto")
     with user_input(f"{where}: crossbatch.model.", image_size=f"{where}: crossbatch.data.image_size"):
-        backbone = build_backbone(arch, size, stem, backbone_args=args)
+        backbone = build_backbone(arch, size, stem, backbone_args=args, in_channels=in_channels)
     heads = int(backbone.blocks[0].attn.num_heads) if isinstance(backbone, ViT) else None  # pyright: ignore
     _check_heads(weights, heads, arch, args, where)
     notes = _fit_positions(weights, grid, backbone, where)
@@ -109,6 +120,8 @@ def load_pretrained(
         backbone_args=args,
         num_heads=heads,
         image_size=size,
+        mean=channels.mean,
+        std=channels.std,
         description=weights.origin,
         loaded=len(backbone.state_dict()) - len(missing),
         missing=missing,

@@ -127,7 +127,7 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
             if evaluates and settings.path is not None and has_evaluation_split(settings.path):
                 said += "; or set crossbatch.evaluate.knn_every_epochs=0 to train without evaluation"
         raise InputError(said) from None
-    views = moco_v3_augmentations(settings.image_size, settings.crop_min)
+    views = moco_v3_augmentations(settings.image_size, settings.crop_min, settings.channels)
     data = train_data(cfg, world, device, source, views, shuffle_window=settings.shuffle_window)
     knn, notes = None, found_images(settings.path, source, evaluation, evaluates)
     if evaluation is not None:
