@@ -40,6 +40,7 @@ setup(
         # cuda12: a V100 (sm_70), or a driver too old for CUDA 13. From 2.11 on, PyPI's torch is built for CUDA 13.
         "cuda12": ["torch==2.10.*", "torchvision==0.25.*", "nvidia-dali-cuda120>=2.0"],
         "cuda13": ["torch>=2.11", "torchvision>=0.26", "nvidia-dali-cuda130>=2.0"],
+        "hf": ["datasets>=3.0"],  # hf:// and lists in parquet, with its pyarrow
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.7",  # `make test` in two processes

@@ -58,7 +58,12 @@ def add_shards(commands) -> None:
         epilog="example: python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards",
     )
     add = parser.add_argument
-    add("--data", metavar="DIR", required=True, help="what to read: a folder or cifar10://DIR, ...")
+    add(
+        "--data",
+        metavar="DIR",
+        required=True,
+        help="what to read: a folder, list://FILE, hf://NAME, cifar10://DIR, ...",
+    )
     add("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
     what = "largest number of images in a shard; default %(default)s"
     add("--images-per-shard", metavar="N", type=positive, default=5000, help=what)

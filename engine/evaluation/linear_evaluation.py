@@ -218,7 +218,10 @@ class LinearEvaluation(Evaluation):
         """Return the command that fine-tunes this backbone, with what its defaults would get wrong for it."""
         size, section = self.pretrained.image_size, self.config.crossbatch
         resnet = ["--drop-path", "0"] if family(self.pretrained.arch) == "resnet" else []
-        small = ["--input-size", str(size)] if size != FinetuneDataConfig().image_size else []
+        given = (
+            ["--input-size", str(size)] if isinstance(size, int) else ["--set", f"crossbatch.data.image_size={[*size]}"]
+        )
+        small = given if size != FinetuneDataConfig().image_size else []
         return command("finetune", section.model, section.data.path, *small, *resnet)
 
 

@@ -65,6 +65,10 @@ def damaged_files(count: int = 300, seed: int = 0) -> Iterator[tuple[str, bytes]
         ("png", encoded(picture(), "PNG")),
         ("webp", encoded(picture(), "WEBP")),
         ("bmp", encoded(picture(), "BMP")),
+        ("tif", encoded(picture(), "TIFF", compression="tiff_lzw")),
+        ("gif", encoded(picture(), "GIF")),
+        ("jp2", encoded(picture(), "JPEG2000")),
+        ("avif", encoded(picture(), "AVIF")),
     ]
     for number in range(max(0, count - len(kinds))):
         extension, content = whole[number % len(whole)]
