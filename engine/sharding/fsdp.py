@@ -126,10 +126,7 @@ def _shards(tensor: torch.Tensor) -> LocalShards:
     placement = tensor.placements[-1]
     assert placement.is_shard(0), placement
     mesh_dim = tensor.device_mesh.ndim - 1
-    # Not get_local_rank: it asks for a group, and torch may give a mesh of a group before this one, which is gone.
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None
-    ranks, rank = tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim]
+    ranks, rank = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
     rows_each = -(-tensor.shape[0] // ranks)
     start = min(rank * rows_each, tensor.shape[0]) * (tensor.numel() // tensor.shape[0])
     return LocalShards(tensor.shape, [FlatSlice(start, local(tensor.detach()).view(-1))], ranks == 1)
