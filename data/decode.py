@@ -16,8 +16,10 @@ resolution. That halves the time for a photograph of 12 megapixels, and PIL and 
 Of an animation and of a TIFF with several pages, the first is the image. Pixels of 16 bits are divided by 256.
 """
 
+import contextlib
 import functools
 import io
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -65,11 +67,18 @@ class BrokenImage(OSError):
 
 def decode(encoded: bytes, reduction: int = 1) -> Image.Image:
     """Decode an image file with PIL, to mode RGB; `reduction` as in `decode_pixels`. Raises BrokenImage."""
-    try:
+    with _broken(encoded):
         try:
             return _decode(encoded, reduction)
         except ValueError:  # also of PIL's limits on what nobody reads here
             return _decode(_without_png_text(encoded), reduction)
+
+
+@contextlib.contextmanager
+def _broken(encoded: bytes) -> Iterator[None]:
+    """Raise whatever PIL does over an image file as BrokenImage."""
+    try:
+        yield
     except Exception as error:
         what = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"{error}"
         raise BrokenImage(f"{what} ({type(error).__name__}, {len(encoded)} bytes)") from error
@@ -104,22 +113,18 @@ def decode_channels(encoded: bytes, channels: int) -> np.ndarray:
     They are the bands of the file (1 to 4), or those of all pages of a TIFF, in their order. Pixels of 16 bits are divided by
     256. Colours become one channel by their luma, and alpha is dropped where that leaves the right number.
     """
-    try:
-        with _opened(encoded) as image:
-            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-            bands = []
-            for page in range(pages):
-                if page:
-                    image.seek(page)
-                bands.append(_bands(image))
-            if channels == 1 and pages == 1 and bands[0].shape[2] in (3, 4) and image.mode != "CMYK":
-                bands = [np.asarray(Image.fromarray(bands[0][..., :3]).convert("L"))[..., None]]
-            elif pages == 1 and image.mode in ("LA", "RGBA") and bands[0].shape[2] == channels + 1:
-                bands = [bands[0][..., :-1]]
-            pixels = np.concatenate(bands, axis=2)
-    except Exception as error:
-        what = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"{error}"
-        raise BrokenImage(f"{what} ({type(error).__name__}, {len(encoded)} bytes)") from error
+    with _broken(encoded), _opened(encoded) as image:
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        bands = []
+        for page in range(pages):
+            if page:
+                image.seek(page)
+            bands.append(_bands(image))
+        if channels == 1 and pages == 1 and bands[0].shape[2] in (3, 4) and image.mode != "CMYK":
+            bands = [np.asarray(Image.fromarray(bands[0][..., :3]).convert("L"))[..., None]]
+        elif pages == 1 and image.mode in ("LA", "RGBA") and bands[0].shape[2] == channels + 1:
+            bands = [bands[0][..., :-1]]
+        pixels = np.concatenate(bands, axis=2)
     if pixels.shape[2] != channels:
         raise BrokenImage(f"the image has {pixels.shape[2]} channels, not {channels}")
     return pixels
@@ -128,7 +133,7 @@ def decode_channels(encoded: bytes, channels: int) -> np.ndarray:
 def _bands(image: Image.Image) -> np.ndarray:
     """Return the bands of an opened image, uint8 [h, w, bands]."""
     if image.mode.startswith("I"):
-        return (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., None]
+        return _high_bytes(image)[..., None]
     if image.mode not in ("L", "LA", "RGBA", "CMYK"):
         image = image.convert("L") if image.mode == "1" else to_rgb(image)
     return np.atleast_3d(np.asarray(image))
@@ -187,8 +192,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_high_bytes(image)).convert("RGB")
     return image.convert("RGB")
+
+
+def _high_bytes(image: Image.Image) -> np.ndarray:
+    """Return gray pixels of 16 bits divided by 256, uint8 [h, w]."""
+    return (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

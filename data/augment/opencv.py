@@ -31,9 +31,8 @@ def augment(
 
 def resize(pixels: np.ndarray, image_size: ImageSize, interpolation: str = "bilinear") -> np.ndarray:
     """Resize a crop, uint8 [h, w, 3], to [H, W, 3] of `image_size`, with antialiasing."""
-    image = torch.from_numpy(pixels)[None].permute(
-        0, 3, 1, 2
-    )  # [1, 3, h, w], also to torch channels last: the fast way
+    # [1, 3, h, w], which torch, too, takes for channels last: the fast way.
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     view = F.interpolate(image, height_width(image_size), mode=interpolation, antialias=True)
     return view[0].permute(1, 2, 0).contiguous().numpy()
 

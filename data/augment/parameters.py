@@ -210,9 +210,8 @@ def reductions(
     It is the largest reduction that leaves every crop at least twice as large as its view, so that resizing it still averages.
     """
     height, width = height_width(image_size)
-    spare = np.min(
-        [side for p in views for side in (p.crop_height // (2 * height), p.crop_width // (2 * width))], axis=0
-    )
+    sides = [side for p in views for side in (p.crop_height / height, p.crop_width / width)]
+    spare = np.min(sides, axis=0) / 2
     largest = np.select([spare >= 8, spare >= 4, spare >= 2], [8, 4, 2], 1)
     return np.where(np.minimum(heights, widths) >= LARGE, largest, 1)
 
