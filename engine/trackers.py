@@ -1,9 +1,9 @@
 """Send the metrics of a run to experiment trackers: Weights & Biases, MLflow and Trackio, each an optional package.
 
-A tracker is a service that can be slow, full or gone, and training must not wait for it. So each has a thread of its own, with a
-queue: a tracker that raises is dropped with one warning, and what it does not take in time is left out. The names are those of
-metrics.jsonl. The file trackers.json in the run directory holds the tracker's own name of the run, so that a resumed run goes on
-in it. Server, project and experiment come from the trackers' own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...).
+A tracker is a service that can be slow, full or gone, and training must not wait for it. So each has a thread of its own, with
+a queue: a tracker that raises is dropped with one warning, and what it does not take in time is left out. The names are those
+of metrics.jsonl. The file trackers.json in the run directory holds the tracker's own name of the run, so that a resumed run
+goes on in it. Server, project and experiment come from the trackers' own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...).
 """
 
 import contextlib

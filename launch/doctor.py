@@ -120,7 +120,11 @@ def compare_ranks(world: World, device: Device, timeout_s: float) -> None:
         properties = torch.cuda.get_device_properties(world.local_rank)
         gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     facts = facts_of({})
-    mine = {"host": socket.gethostname(), "GPU": gpu, "interface": interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))}
+    mine = {
+        "host": socket.gethostname(),
+        "GPU": gpu,
+        "interface": interface(os.environ.get("MASTER_ADDR", "127.0.0.1")),
+    }
     mine |= {name: facts[name] for name in ("python", "torch", "deepspeed", "the code of crossbatch")}
     printer = console()
 
@@ -131,7 +135,9 @@ def compare_ranks(world: World, device: Device, timeout_s: float) -> None:
         finally:
             if world.is_main:
                 keys = [f"doctor/{rank}" for rank in range(world.size)]
-                table = Table("rank", *(name.removeprefix("the ") for name in mine), title="ranks", title_justify="left")
+                table = Table(
+                    "rank", *(name.removeprefix("the ") for name in mine), title="ranks", title_justify="left"
+                )
                 for rank, key in enumerate(keys):
                     came = store.check([key])
                     table.add_row(str(rank), *(json.loads(store.get(key)).values() if came else ["did not come"]))

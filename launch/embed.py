@@ -31,7 +31,13 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     add_config_flags(parser, ALIASES, "flags")
     add = parser.add_argument
-    add("--output", metavar="FILE", type=Path, required=True, help="features.npy (with features.csv) or features.parquet")
+    add(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="features.npy (with features.csv) or features.parquet",
+    )
     what = "images to embed: train (default), or eval, the evaluation images"
     add("--split", choices=("train", "eval"), default="train", help=what)
     arguments = parser.parse_args()

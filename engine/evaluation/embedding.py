@@ -28,7 +28,13 @@ from crossbatch.data import Source, describe_source, has_evaluation_split, open_
 from crossbatch.engine.config import user_input
 from crossbatch.engine.config.evaluation import EmbedConfig
 from crossbatch.engine.datasets import check_loaders, checksum
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FrozenBackbone, extract, gathered, log_skipped_images
+from crossbatch.engine.evaluation.features import (
+    EvalLoaderConfig,
+    FrozenBackbone,
+    extract,
+    gathered,
+    log_skipped_images,
+)
 from crossbatch.engine.pretrained.load import load_configured
 from crossbatch.engine.runtime.atomic_files import replace_atomically, write_atomically
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
@@ -89,7 +95,9 @@ def embed(
     starts = range(0, len(source), part)
     left: list[int] = on_main(lambda: _parts_left(folder, identity, starts))
     if world.is_main:
-        resumed = f"; {len(starts) - len(left)} of {len(starts)} parts are there already" if len(left) < len(starts) else ""
+        resumed = (
+            f"; {len(starts) - len(left)} of {len(starts)} parts are there already" if len(left) < len(starts) else ""
+        )
         print(f"loaded {pretrained}\nimages: {describe_source(source)}{resumed}", flush=True)
     named: set[str] = set()
     terminal = console(stderr=True)

@@ -1,7 +1,7 @@
 """Writes backbones in formats with other tensor names or files: Hugging Face's folder, ONNX, detectron2's pickle.
 
-    huggingface   config.json of a ResNetModel or ViTModel, which timm reads, too; model-00001-of-00001.safetensors with its index,
-                  in transformers' names; model.pth in timm's; README.md, the model card
+    huggingface   config.json of a ResNetModel or ViTModel, which timm reads, too; model-00001-of-00001.safetensors with its
+                  index, in transformers' names; model.pth in timm's; README.md, the model card
     onnx          opset 18, input "images" [n, 3, H, W] normalised, output "features" [n, C]; compared with onnxruntime
     detectron2    {"model", "matching_heuristics"} with the names of its ResNets
 
@@ -40,9 +40,7 @@ CARD = "README.md"
 def huggingface(pretrained: Pretrained, folder: Path) -> list[str]:
     """Write the folder, and return lines for the user. Raises InputError if timm or transformers cannot build the network."""
     try:
-        name, arguments = timm_name(
-            pretrained.arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args
-        )
+        name, arguments = timm_name(pretrained.arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args)
     except ValueError as error:
         raise InputError(f"--to huggingface: {error}; --to safetensors and --to onnx take any network") from None
     if folder.exists():
@@ -114,7 +112,10 @@ def _as_transformers_resnet(pretrained: Pretrained, state: dict[str, Any]) -> tu
         (r"downsample\.1\.", "shortcut.normalization."),
     ]
     for i in range(3):
-        renames += [(rf"\.conv{i + 1}\.", f".layer.{i}.convolution."), (rf"\.bn{i + 1}\.", f".layer.{i}.normalization.")]
+        renames += [
+            (rf"\.conv{i + 1}\.", f".layer.{i}.convolution."),
+            (rf"\.bn{i + 1}\.", f".layer.{i}.normalization."),
+        ]
     for i in range(4):
         renames.append((rf"^layer{i + 1}\.", f"encoder.stages.{i}.layers."))
     bottleneck = block is Bottleneck
@@ -194,7 +195,9 @@ def onnx(pretrained: Pretrained, file: Path) -> list[str]:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"--to onnx: needs {', '.join(missing)}; pip install {' '.join(missing)} (or 'crossbatch[onnx]')")
+        raise InputError(
+            f"--to onnx: needs {', '.join(missing)}; pip install {' '.join(missing)} (or 'crossbatch[onnx]')"
+        )
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     backbone, size = pretrained.backbone.eval(), pretrained.image_size
@@ -238,8 +241,12 @@ def onnx(pretrained: Pretrained, file: Path) -> list[str]:
 def detectron2(pretrained: Pretrained, file: Path) -> list[str]:
     """Write the pickle that detectron2 takes as MODEL.WEIGHTS, and return lines for the user. Raises InputError for a ViT."""
     if family(pretrained.arch) != "resnet" or pretrained.stem != "imagenet":
-        what = f"{pretrained.arch} with the stem {pretrained.stem}" if pretrained.stem != "imagenet" else pretrained.arch
-        raise InputError(f"--to detectron2: builds ResNets with the imagenet stem, and not {what}; --to timm takes a ViT")
+        what = (
+            f"{pretrained.arch} with the stem {pretrained.stem}" if pretrained.stem != "imagenet" else pretrained.arch
+        )
+        raise InputError(
+            f"--to detectron2: builds ResNets with the imagenet stem, and not {what}; --to timm takes a ViT"
+        )
     renames = [
         (r"^(conv1|bn1)\.", r"stem.\1."),
         (r"downsample\.0\.", "shortcut."),
@@ -274,8 +281,20 @@ def write_card(checkpoint: Path, to: str, output: Path, notes: list[str]) -> str
     """
     file = output / CARD if to == "huggingface" else output.with_name(f"{output.name}.md")
     has_recipe = (checkpoint / "config.json").is_file()  # a run, or one of its checkpoints
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-feature-extraction", "tags: [mocov3, crossbatch]", "---"]
-    lines = [*(lines if to == "huggingface" else []), f"# {output.name}", "", "A backbone pretrained with crossbatch.", ""]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-feature-extraction",
+        "tags: [mocov3, crossbatch]",
+        "---",
+    ]
+    lines = [
+        *(lines if to == "huggingface" else []),
+        f"# {output.name}",
+        "",
+        "A backbone pretrained with crossbatch.",
+        "",
+    ]
     lines += [f"- {note}" for note in notes]
     if has_recipe:
         recipe = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -284,7 +303,8 @@ def write_card(checkpoint: Path, to: str, output: Path, notes: list[str]) -> str
         lines += ["", "## Data", "", f"`{data.get('path')}`", *_metrics(run / "metrics.jsonl")]
         lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```"]
     versions = {"crossbatch": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
-    lines += ["", "## Versions", "", *(f"- {name} {of}" for name, of in {**versions, "python": platform.python_version()}.items())]
+    versions["python"] = platform.python_version()
+    lines += ["", "## Versions", "", *(f"- {name} {version}" for name, version in versions.items())]
     write_file(file, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     return f"{file}: the model card, with {'the recipe, data and metrics of the run' if has_recipe else 'versions'}"
 

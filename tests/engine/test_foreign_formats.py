@@ -124,10 +124,18 @@ def test_a_missing_package_is_named(networks, tmp_path, monkeypatch):
 def test_the_card_holds_recipe_data_metrics_and_versions(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"train_batch_size": 4096, "crossbatch": {"data": {"path": "/images"}}}))
+    (run / "config.json").write_text(
+        json.dumps({"train_batch_size": 4096, "crossbatch": {"data": {"path": "/images"}}})
+    )
     (run / "metrics.jsonl").write_text('{"step": 1, "knn_top1": 3.5}\n{"step": 2, "knn_top1": 71.25}\n')
     said = foreign.write_card(run, "onnx", tmp_path / "x.onnx", ["loaded something"])
     card = (tmp_path / "x.onnx.md").read_text()
     assert "x.onnx.md: the model card" in said
-    for text in ("loaded something", "| knn_top1 | 71.25 |", '"train_batch_size": 4096', "`/images`", torch.__version__):
+    for text in (
+        "loaded something",
+        "| knn_top1 | 71.25 |",
+        '"train_batch_size": 4096',
+        "`/images`",
+        torch.__version__,
+    ):
         assert text in card

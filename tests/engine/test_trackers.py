@@ -1,4 +1,4 @@
-"""Metrics reach the trackers of `crossbatch.log.to` under their names in metrics.jsonl; a tracker cannot stop or delay a run."""
+"""Metrics reach the trackers of `crossbatch.log.to` under their names in metrics.jsonl; none can stop or delay a run."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ import pytest
 
 from crossbatch import InputError
 from crossbatch.engine import trackers
+from crossbatch.engine.config import load_config
 from crossbatch.engine.run_log import RunLog
 
 FIRST = {"step": 1, "epoch": 0.5, "images_seen": 8, "loss": 2.5, "lr": 0.1, "loss_by_lr": {"0.1": 2.5}}
@@ -75,7 +76,9 @@ def test_a_tracker_that_fails_is_told_of_once(recorder, monkeypatch, tmp_path, b
 
     monkeypatch.setattr(recorder, broken, fail)
     warned = log_two_steps(tmp_path, "wandb")
-    assert len(warned) == 2 and all("wandb gets no more metrics: the service is gone; training goes on" in w for w in warned)
+    assert len(warned) == 2 and all(
+        "wandb gets no more metrics: the service is gone; training goes on" in w for w in warned
+    )
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -99,8 +102,15 @@ def test_a_missing_package_is_refused_with_the_line_that_installs_it(monkeypatch
     monkeypatch.setitem(sys.modules, "trackio", None)
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     trackers.check_installed(["tensorboard"])
-    with pytest.raises(InputError, match=r"crossbatch.log.to: given trackio, which is not installed; pip install trackio"):
+    with pytest.raises(
+        InputError, match=r"crossbatch.log.to: given trackio, which is not installed; pip install trackio"
+    ):
         trackers.check_installed(["tensorboard", "trackio"])
+
+
+def test_another_name_is_refused():
+    with pytest.raises(InputError, match='crossbatch.log.to.*wandbb.*a list of "tensorboard" or "wandb" or'):
+        load_config(None, ['crossbatch.log.to=["wandbb"]'])
 
 
 @pytest.fixture

@@ -98,7 +98,15 @@ def test_nodes_reports_every_rank(two_ranks, tmp_path):
     (printed, error), other = two_ranks.run(compare_here, str(tmp_path), "")
     assert error == "" and other == ("", "")
     words = " ".join(printed.split())
-    for text in ("rank", "interface", "code", "all-reduce of 1 MiB", "GB/s", "+0.000 s", torch.__version__.split("+")[0]):
+    for text in (
+        "rank",
+        "interface",
+        "code",
+        "all-reduce of 1 MiB",
+        "GB/s",
+        "+0.000 s",
+        torch.__version__.split("+")[0],
+    ):
         assert text in words, printed
     assert "all 2 ranks have the same versions and code" in words
 

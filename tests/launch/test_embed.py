@@ -86,7 +86,9 @@ def test_an_interrupted_command_goes_on_with_another_number_of_ranks(one_rank, t
     stopped = two_ranks.run(embed_here, *arguments, 2)
     assert all("No space left" in text and "repeat the command" in text for text in stopped)
     assert not (tmp_path / "features.npy").exists() and len(list((tmp_path / "parts").glob("part-*"))) == 2
-    assert one_rank.run(embed_here, *arguments, None) == [json.dumps([16, 24])]  # the first two parts are not done again
+    assert one_rank.run(embed_here, *arguments, None) == [
+        json.dumps([16, 24])
+    ]  # the first two parts are not done again
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), by_hand(tiny_runs("resnet"), shapes), atol=1e-5)
     assert not (tmp_path / "parts").exists()
 
