@@ -48,8 +48,10 @@ class _Wandb(Tracker):
     def open(self, out: Path, run: str | None, config: Mapping[str, Any]) -> str:
         wandb = importlib.import_module("wandb")
         run = run or uuid.uuid4().hex[:8]
-        # Without a terminal there is nobody to ask for a key: it raises instead.
-        self.run = wandb.init(id=run, name=out.name, dir=str(out), config=dict(config), resume="allow")
+        settings = wandb.Settings(console="off")  # it would put its own streams in place of stdout and stderr
+        self.run = wandb.init(
+            id=run, name=out.name, dir=str(out), config=dict(config), resume="allow", settings=settings
+        )
         return run
 
     def record(self, values: dict[str, float], step: int) -> None:

@@ -7,6 +7,7 @@ import time
 import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -22,13 +23,12 @@ SECOND = {"step": 2, "epoch": 1.0, "images_seen": 16, "loss": 2.25, "lr": 0.1}
 def log_two_steps(out: Path, *to: str, config: dict | None = None) -> list[str]:
     """Log a step, close, resume, and log the next one, as an interrupted run does; return the warnings."""
     warned = []
-    for first_step, line in ((0, FIRST), (1, SECOND)):
-        log = RunLog(out, first_step, 2, to, config or {"train_batch_size": 8})
-        log.warn = warned.append
-        log.trackers._warn = warned.append
-        log.record(line)
-        log.record({**line, "knn_top1": 12.5 * line["step"]})
-        log.close()
+    with mock.patch.object(RunLog, "warn", lambda log, text: warned.append(text)):
+        for first_step, line in ((0, FIRST), (1, SECOND)):
+            log = RunLog(out, first_step, 2, to, config or {"train_batch_size": 8})
+            log.record(line)
+            log.record({**line, "knn_top1": 12.5 * line["step"]})
+            log.close()
     return warned
 
 
@@ -87,8 +87,9 @@ def test_a_tracker_that_hangs_is_not_waited_for(recorder, monkeypatch, tmp_path)
     monkeypatch.setattr(recorder, "record", lambda *arguments: free.wait(60))
     monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
     monkeypatch.setattr(trackers, "QUEUED", 3)
-    warned, log = [], RunLog(tmp_path, 0, 2, ["wandb"], {})
-    log.trackers._warn = warned.append
+    warned = []
+    monkeypatch.setattr(RunLog, "warn", lambda log, text: warned.append(text))
+    log = RunLog(tmp_path, 0, 2, ["wandb"], {})
     for step in range(1, 9):
         log.record({**FIRST, "step": step})
     start = time.monotonic()
@@ -109,7 +110,7 @@ def test_a_missing_package_is_refused_with_the_line_that_installs_it(monkeypatch
 
 
 def test_another_name_is_refused():
-    with pytest.raises(InputError, match='crossbatch.log.to.*wandbb.*a list of "tensorboard" or "wandb" or'):
+    with pytest.raises(InputError, match=r'crossbatch.log.to.*wandbb.*a list of "tensorboard" or "wandb" or'):
         load_config(None, ['crossbatch.log.to=["wandbb"]'])
 
 
