@@ -1,5 +1,6 @@
 """Exports for transformers, onnxruntime and detectron2 compute our features; a package that is absent skips its test."""
 
+import dataclasses
 import json
 import pickle
 import warnings
@@ -34,7 +35,10 @@ def networks(tmp_path_factory) -> dict[str, Pretrained]:
                 module.get_buffer("running_var").uniform_(0.5, 2.0)
         state = {f"module.base_encoder.{name}": tensor for name, tensor in backbone.state_dict().items()}
         torch.save({"epoch": 1, "arch": arch, "state_dict": state}, folder / arch)
-    return {arch: load_pretrained(folder / arch, backbone_args=arguments) for arch, arguments in NETWORKS.items()}
+    return {
+        arch: load_pretrained(folder / arch, backbone_args=arguments, image_size=64)
+        for arch, arguments in NETWORKS.items()
+    }
 
 
 @torch.no_grad()
@@ -78,9 +82,10 @@ def test_onnxruntime_computes_the_features(networks, tmp_path, monkeypatch, arch
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         notes = export(networks[arch], "onnx", file)
-        monkeypatch.setattr(foreign, "ONNX_TOLERANCE", -1.0)
-        with pytest.raises(InputError, match="onnxruntime's features differ from torch's"):
-            export(networks[arch], "onnx", tmp_path / "other.onnx")
+        if arch == "vit_small":
+            monkeypatch.setattr(foreign, "ONNX_TOLERANCE", -1.0)
+            with pytest.raises(InputError, match="onnxruntime's features differ from torch's"):
+                export(networks[arch], "onnx", tmp_path / "other.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["network.onnx"] and "agree with torch's" in notes[1]
     size = networks[arch].image_size
     images = torch.rand(5, 3, size, size)  # another number than at the export
@@ -108,10 +113,10 @@ def test_detectron2_gets_its_names(networks, tmp_path):
         export(networks["vit_small"], "detectron2", tmp_path / "vit.pkl")
 
 
-def test_a_small_stem_is_refused(tiny_runs, tmp_path):
+def test_a_small_stem_is_refused(networks, tmp_path):
     for to in ("huggingface", "detectron2"):
         with pytest.raises(InputError, match=f"--to {to}: .*stem small"):
-            export(load_pretrained(tiny_runs("resnet")), to, tmp_path / "out")
+            export(dataclasses.replace(networks["resnet18"], stem="small"), to, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
