@@ -58,7 +58,7 @@ class _Wandb(Tracker):
         self.run.log(values, step=step)
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class _Mlflow(Tracker):
