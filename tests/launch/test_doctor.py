@@ -68,6 +68,7 @@ def compare_here(folder: str, differ: str) -> tuple[str, str]:
 
     from crossbatch import InputError
     from crossbatch.engine.config import Device
+    from crossbatch.engine.runtime import same_run
     from crossbatch.engine.runtime.distributed import world_from_environment
 
     world, facts = world_from_environment(), doctor.facts_of({})
@@ -86,6 +87,8 @@ def compare_here(folder: str, differ: str) -> tuple[str, str]:
         mock.patch.object(doctor, "facts_of", lambda config: facts),
         mock.patch.object(doctor, "process_group", joined),
         mock.patch.object(doctor, "REDUCED_MIB", {"cpu": 1}),
+        mock.patch.object(same_run._Start, "compared", False),
+        mock.patch.dict("os.environ", COLUMNS="200"),
     ):
         try:
             doctor.compare_ranks(world, Device("cpu"), 20.0)

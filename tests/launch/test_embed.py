@@ -115,14 +115,14 @@ def test_parquet(monkeypatch, tiny_runs, shapes, tmp_path):
         (["--output", "x.txt"], "--output: given x.txt; allowed: a name that ends with .npy or .parquet"),
         (["--output", "{tmp}/x.npy"], "crossbatch.data.path: not given; give it with --data DIR"),
         (["--output", "{tmp}/x.npy", "--data", "{tmp}/none"], "crossbatch.data.path"),
-        (["--output", "/proc/x/y.npy", "--data", "x"], "is not a writable folder|cannot be written"),
+        (["--output", f"{__file__}/x.npy", "--data", "x"], "is not a writable folder"),
     ],
 )
 def test_what_is_refused(monkeypatch, capsys, tiny_runs, tmp_path, given, message):
     arguments = [text.format(tmp=tmp_path) for text in given]
     assert call(monkeypatch, "--checkpoint", tiny_runs("resnet"), *arguments) == 2
     error = capsys.readouterr().err
-    assert any(text in error for text in message.split("|")) and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
