@@ -1,5 +1,6 @@
 """Metrics reach the trackers of `crossbatch.log.to` under their names in metrics.jsonl; none can stop or delay a run."""
 
+import importlib.util
 import json
 import sys
 import threading
@@ -112,6 +113,48 @@ def test_a_missing_package_is_refused_with_the_line_that_installs_it(monkeypatch
 def test_another_name_is_refused():
     with pytest.raises(InputError, match=r'crossbatch.log.to.*wandbb.*a list of "tensorboard" or "wandb" or'):
         load_config(None, ['crossbatch.log.to=["wandbb"]'])
+
+
+class Written(Recorder):
+    """Writes what it is sent into the run directory, for runs in another process."""
+
+    def open(self, out, run, config):
+        self.file = out / "sent"
+        return f"{run}, {config['train_batch_size']}"
+
+    def record(self, values, step):
+        with self.file.open("a") as file:
+            file.write(f"{step} {' '.join(sorted(values))}\n")
+
+    def close(self):
+        pass
+
+
+def train_here(out: str, is_installed: bool) -> str:
+    """Train two steps on this rank of a pool, with Trackio in place or absent; return why that stopped."""
+    from tests.small_runs import LARS, RESNET, run
+
+    find = importlib.util.find_spec
+
+    def found(name: str):
+        return (True if is_installed else None) if name == "trackio" else find(name)
+
+    with mock.patch("importlib.util.find_spec", found), mock.patch.dict(trackers.TRACKERS, trackio=Written):
+        return run([*RESNET, *LARS, 'crossbatch.log.to=["trackio"]'], out, 2)
+
+
+def test_a_run_is_tracked(one_rank, tmp_path):
+    assert one_rank.run(train_here, str(tmp_path / "run"), True) == [""]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    sent = (tmp_path / "run/sent").read_text().splitlines()
+    assert sent[-1].split()[0] == str(lines[-1]["step"]) and {"loss", "lr", "step_ms"} <= set(sent[-1].split())
+    assert json.loads((tmp_path / "run/trackers.json").read_text()) == {"trackio": "None, 12"}
+    assert not list((tmp_path / "run").glob("events*"))
+
+
+def test_a_run_without_the_package_stops_before_it_trains(one_rank, tmp_path):
+    (message,) = one_rank.run(train_here, str(tmp_path / "run"), False)
+    assert "pip install trackio" in message and not (tmp_path / "run/metrics.jsonl").exists()
 
 
 @pytest.fixture
