@@ -1,7 +1,8 @@
 """Send the metrics of a run to experiment trackers: Weights & Biases, MLflow and Trackio, each an optional package.
 
 A tracker is a service that can be slow, full or gone, and training must not wait for it. So each has a thread of its own, with
-a queue: a tracker that raises is dropped with one warning, and what it does not take in time is left out. The names are those
+a queue. What a service does not take is sent again, ever less often, with one warning; a service that is back gets what waited
+for it. What it has not taken when the run ends, or when the queue is full, is left out. The names are those
 of metrics.jsonl. The file trackers.json in the run directory holds the tracker's own name of the run, so that a resumed run
 goes on in it. Server, project and experiment come from the trackers' own settings (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...).
 """
@@ -26,6 +27,8 @@ from crossbatch.engine.runtime.atomic_files import write_atomically
 RUNS = "trackers.json"  # in the run directory: {tracker: its name of this run}
 QUEUED = 10_000  # lines of metrics that wait for a slow tracker, at most
 CLOSE_S = 30.0  # that the end of a run waits for them
+TRIES = 20  # of a line that a tracker does not take; then comes the next, in case that it never takes this one
+LONGEST_PAUSE_S = 60.0  # between two tries; the first is a second
 
 
 class Tracker(ABC):
@@ -55,7 +58,8 @@ class _Wandb(Tracker):
         return run
 
     def record(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+        if step >= self.run.step:  # of a resumed run, wandb has had some already, and warns of each
+            self.run.log(values, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -107,7 +111,8 @@ TRACKERS: dict[str, type[Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow, "track
 def check_installed(names: Iterable[str]) -> None:
     """Raise InputError with the command that installs what is missing, if a tracker's package is absent."""
     for name in names:
-        if name in TRACKERS and importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name) if name in TRACKERS else None
+        if name in TRACKERS and (spec is None or spec.origin is None):  # the latter is a folder of that name
             raise InputError(
                 f"crossbatch.log.to: given {name}, which is not installed; pip install {name} (or 'crossbatch[trackers]'), or "
                 f"leave it out"
@@ -133,7 +138,7 @@ class Trackers:
         if not new:
             with contextlib.suppress(OSError, ValueError):  # none, or damaged: new runs
                 self._runs = dict(json.loads(self._file.read_text(encoding="utf-8")))
-        self._out, self._config, self._warn = out, config, warn
+        self._out, self._config, self._warn, self._closing = out, config, warn, threading.Event()
         self._threads: dict[str, tuple[threading.Thread, queue.Queue[tuple[dict[str, float], int] | None]]] = {}
         for name in dict.fromkeys(names):
             if name in TRACKERS:
@@ -152,6 +157,7 @@ class Trackers:
     def close(self) -> None:
         """End the runs, after what waits was sent; may be called twice."""
         end = time.monotonic() + CLOSE_S
+        self._closing.set()
         for _, lines in self._threads.values():
             with contextlib.suppress(queue.Full):
                 lines.put_nowait(None)
@@ -168,9 +174,33 @@ class Trackers:
             with self._lock:
                 self._runs[name] = run
                 write_atomically(self._file, json.dumps(self._runs) + "\n")
+            tries = TRIES
             while (line := lines.get()) is not None:
-                tracker.record(*line)
+                tries = TRIES if self._deliver(name, tracker, line, tries) else 1
             tracker.close()
         except BaseException as error:  # wandb ends a process with SystemExit
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            self._warn(f"{name} gets no more metrics: {reason}; training goes on, and metrics.jsonl has them all")
+            self._warn(
+                f"{name} gets no more metrics: {_reason(error)}; training goes on, and metrics.jsonl has them all"
+            )
+
+    def _deliver(self, name: str, tracker: Tracker, line: tuple[dict[str, float], int], tries: int) -> bool:
+        """Send a line, and return whether the service has taken it; warn of the first of several tries that fails."""
+        for attempt in range(tries):
+            try:
+                tracker.record(*line)
+            except BaseException as error:
+                if attempt == 0 and tries > 1:
+                    self._warn(
+                        f"{name} does not take metrics: {_reason(error)}; they are sent again until it does, training goes on, "
+                        f"and metrics.jsonl has them all"
+                    )
+                if self._closing.wait(min(LONGEST_PAUSE_S, 2.0**attempt)):
+                    return False
+            else:
+                return True
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

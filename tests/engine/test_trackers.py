@@ -77,10 +77,31 @@ def test_a_tracker_that_fails_is_told_of_once(recorder, monkeypatch, tmp_path, b
 
     monkeypatch.setattr(recorder, broken, fail)
     warned = log_two_steps(tmp_path, "wandb")
-    assert len(warned) == 2 and all(
-        "wandb gets no more metrics: the service is gone; training goes on" in w for w in warned
-    )
+    what = "does not take metrics" if broken == "record" else "gets no more metrics"
+    assert len(warned) == 2 and all(f"wandb {what}: the service is gone; " in text for text in warned)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_tracker_that_comes_back_gets_what_waited_for_it(recorder, monkeypatch, tmp_path):
+    monkeypatch.setattr(trackers, "LONGEST_PAUSE_S", 0.01)
+    record, failures = recorder.record, iter(range(3))
+
+    def fail_at_first(*arguments):
+        if next(failures, None) is not None:
+            raise ConnectionError("the service is gone")
+        record(*arguments)
+
+    monkeypatch.setattr(recorder, "record", fail_at_first)
+    warned = []
+    monkeypatch.setattr(RunLog, "warn", lambda log, text: warned.append(text))
+    log = RunLog(tmp_path, 0, 2, ["wandb"], {})
+    log.record(FIRST)
+    log.record(SECOND)
+    while len(recorder.sent) < 2:
+        time.sleep(0.01)
+    log.close()
+    assert [step for step, _ in recorder.sent] == [1, 2, -1]
+    assert len(warned) == 1 and "wandb does not take metrics: the service is gone; they are sent again" in warned[0]
 
 
 def test_a_tracker_that_hangs_is_not_waited_for(recorder, monkeypatch, tmp_path):
@@ -137,7 +158,7 @@ def train_here(out: str, is_installed: bool) -> str:
     find = importlib.util.find_spec
 
     def found(name: str):
-        return (True if is_installed else None) if name == "trackio" else find(name)
+        return (find("json") if is_installed else None) if name == "trackio" else find(name)
 
     with mock.patch("importlib.util.find_spec", found), mock.patch.dict(trackers.TRACKERS, trackio=Written):
         return run([*RESNET, *LARS, 'crossbatch.log.to=["trackio"]'], out, 2)
