@@ -68,6 +68,19 @@ class KnnConfig(Section):
     crossbatch: KnnSection = KnnSection()
 
 
+class EmbedSection(Section):
+    model: FrozenModelConfig = FrozenModelConfig()
+    data: KnnImagesConfig = KnnImagesConfig()
+    precision: Precision = key("fp32", "autocast precision of the backbone")
+
+
+class EmbedConfig(Section):
+    """Declares the keys of `launch/embed.py`."""
+
+    train_micro_batch_size_per_gpu: Count = key(256, "images that the backbone sees at once")
+    crossbatch: EmbedSection = EmbedSection()
+
+
 class TrainImagesConfig(schema.ImageConfig):
     backend: schema.Backend = key("auto", schema.BACKEND, resumable=True)
     image_size: ImageSize | Auto = key("auto", IMAGE_SIZE)

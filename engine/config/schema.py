@@ -147,6 +147,9 @@ class EvaluateConfig(Section):
 
 class LogConfig(Section):
     every_steps: Count = key(10, "optimizer steps between two lines of metrics.jsonl")
+    to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = key(
+        ("tensorboard",), "where metrics go besides metrics.jsonl, each an optional package but TensorBoard"
+    )
 
 
 class CheckpointConfig(Section):

@@ -18,7 +18,30 @@ FORMATS = {
     "deit": 'for DeiT\'s main.py: {"model": ...}',
     "torchvision": "for torchvision.models",
     "safetensors": "any backbone, without pickle",
+    "huggingface": "a folder for transformers' AutoModel.from_pretrained and timm's local-dir:",
+    "onnx": "any backbone, for onnxruntime; images of any number, [n, 3, H, W]",
+    "detectron2": "a ResNet as MODEL.WEIGHTS, .pkl",
 }
+
+
+def timm_name(
+    arch: str,
+    image_size: int | tuple[int, int],
+    stem: str,
+    backbone_args: Mapping[str, Any],
+    in_channels: int = 3,
+) -> tuple[str, dict[str, Any]]:
+    """Return timm's name of `arch`, and the arguments in which it differs from what timm has there.
+
+    Raises ValueError if timm cannot build it.
+    """
+    constructor("timm", arch, image_size, stem, backbone_args, in_channels)
+    channels = {"in_chans": in_channels} if in_channels != 3 else {}
+    if family(arch) == "resnet":
+        return arch, channels
+    settings = {**vars(LAYOUTS[arch]), **backbone_args, "img_size": image_size}
+    differing = {name: settings[name] for name, value in _TIMM_VITS[arch].items() if settings[name] != value}
+    return f"vit_{arch.removeprefix('vit_')}_patch16_224", differing | channels
 
 
 def constructor(
