@@ -13,7 +13,15 @@ from crossbatch.data import Batch, has_evaluation_split, moco_v3_augmentations
 from crossbatch.engine.checkpoint import Resumed, create_run_directory
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.datasets import TrainData, check_loaders, found_images, train_data, training_images
+from crossbatch.engine.datasets import (
+    TrainData,
+    check_loaders,
+    found_images,
+    longest_wait_s,
+    remote_options,
+    train_data,
+    training_images,
+)
 from crossbatch.engine.evaluation.knn import KnnMonitor, too_few_neighbours
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
@@ -120,7 +128,8 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
     """
     settings, evaluates = cfg.crossbatch.data, cfg.crossbatch.evaluate.knn_every_epochs > 0
     try:
-        source, evaluation = training_images(settings.path, out / "data_index", evaluates)
+        remote = remote_options(settings, longest_wait_s(cfg))
+        source, evaluation = training_images(settings.path, out / "data_index", evaluates, remote)
     except InputError as error:
         said = str(error)
         with suppress(ValueError):  # of a path that cannot be opened at all, which the error says
