@@ -3,7 +3,7 @@
     python -m benchmarks.range_server FOLDER --latency-ms 50 --mb-per-s 200
 
 Prints its port. All connections share the bandwidth. `--password` lets only its user in, `--whole` ignores ranges, as simple
-servers do, and `--refuse FILE` answers 503 while that file exists. The tests of remote shards start it, too.
+servers do, and after `--requests N` it answers 503 for ever. The tests of remote shards start it, too.
 """
 
 import argparse
@@ -23,6 +23,7 @@ class Server:
 
     def __init__(self, given: argparse.Namespace):
         self.given = given
+        self.answered = 0
         self.free_at = 0.0  # when the line has sent what was asked for so far
 
     async def serve(self) -> None:
@@ -56,7 +57,8 @@ class Server:
             expected = "Basic " + base64.b64encode(self.given.password.encode()).decode()
             if fields.get("authorization") != expected:
                 return 401, ['WWW-Authenticate: Basic realm="shards"'], b"who are you?"
-        if self.given.refuse and self.given.refuse.exists():
+        self.answered += 1
+        if self.given.requests and self.answered > self.given.requests:
             return 503, [], b"later"
         file = self.given.folder / unquote(head.split()[1].partition("?")[0]).lstrip("/")
         if not file.is_file():
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("--mb-per-s", type=float, default=0.0)
     parser.add_argument("--password", metavar="USER:PASSWORD")
     parser.add_argument("--whole", action="store_true")
-    parser.add_argument("--refuse", type=Path, metavar="FILE")
+    parser.add_argument("--requests", type=int, default=0)
     asyncio.run(Server(parser.parse_args()).serve())
 
 

@@ -377,7 +377,8 @@ def open_remote(where: Location, split: str, names: Sequence[str], options: Remo
     url = f"{where.scheme}://{where.target}"
     given = where.options["eval"] if split == "eval" else ""
     if given:
-        url = given if "://" in given else f"{url.rpartition('/')[0]}/{given}"
+        folder = url.rpartition("/")[0] if is_pattern(url) else url
+        url = given if "://" in given else f"{folder}/{given}"
     if is_pattern(url):
         return _of_pattern(url, options) if given or split == "train" else None
     places = [url] if given else [f"{url}/{name}" for name in names] + [url] * (split == "train")
