@@ -5,8 +5,6 @@ import logging
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -25,39 +23,12 @@ from crossbatch.data.sources.shard_writer import write_shards
 from crossbatch.data.sources.subset import read_ahead
 from crossbatch.engine.config import load_config
 from crossbatch.engine.datasets import checksum
+from tests.served import Served
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed (the extra remote)")
 from crossbatch.data.sources import remote, remote_cache
 
 IMAGES = 60
-
-
-class Served:
-    """A server of a folder, which a test may kill and start again at the same port."""
-
-    def __init__(self, folder: Path, *flags: str):
-        self.folder, self.flags, self.port = folder, flags, 0
-        self.start()
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.range_server",
-            str(self.folder),
-            f"--port={self.port}",
-            *self.flags,
-        ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        assert self.process.stdout
-        self.port = int(self.process.stdout.readline())
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -319,21 +290,17 @@ def read_for_ever(url: str, folder: str, seed: int) -> None:
 
 def test_processes_share_a_cache_and_may_be_killed(shards, url, tmp_path):
     context, local = multiprocessing.get_context("forkserver"), open_source(shards)
-    for round in range(2):
-        readers = [
-            context.Process(target=read_for_ever, args=(url, str(tmp_path / "cache"), 2 * round + one))
-            for one in range(2)
-        ]
-        for reader in readers:
-            reader.start()
-        while not (tmp_path / "cache/shards/used").exists() or used(tmp_path / "cache") < 50_000 * (1 + round):
-            time.sleep(0.01)
-        for reader in readers:
-            assert reader.is_alive()
-            reader.kill()
-            reader.join()
-        assert used(tmp_path / "cache") <= 250 * 1024
-        assert_same(open_source(url, remote=cached(tmp_path / "cache", 250)), local)
+    readers = [context.Process(target=read_for_ever, args=(url, str(tmp_path), seed)) for seed in range(2)]
+    for reader in readers:
+        reader.start()
+    while not (tmp_path / "shards/used").exists() or used(tmp_path) < 100_000:
+        time.sleep(0.01)
+    for reader in readers:
+        assert reader.is_alive()
+        reader.kill()
+        reader.join()
+    assert used(tmp_path) <= 250 * 1024
+    assert_same(open_source(url, remote=cached(tmp_path, 250)), local)
 
 
 def test_a_damaged_cache_is_read_anew(shards, url, tmp_path):
