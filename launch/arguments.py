@@ -115,8 +115,8 @@ def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> 
     """
     if arguments.data and arguments.data_positional:
         raise InputError(
-            f"DATA: given {shown_path(arguments.data_positional)} beside --data {shown_path(arguments.data)}; allowed: one of the two; "
-            f"leave one out"
+            f"DATA: given {shown_path(arguments.data_positional)} beside --data {shown_path(arguments.data)}; allowed: one of "
+            f"the two; leave one out"
         )
     data = arguments.data or arguments.data_positional
     pairs = [f"crossbatch.data.path={json.dumps(data)}"] if data else []

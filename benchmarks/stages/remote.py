@@ -1,6 +1,6 @@
 """Measures the loader on shards of a web server that is 50 ms away and sends 200 MB/s, beside the same shards on the disk.
 
-Each sample is an epoch of a new loader (opencv, as many workers as cores), from its second batch to its last, in ms for a batch.
+Each sample is an epoch of a new loader (opencv, a worker for each core), from its second batch to its last, in ms for a batch.
 "first epoch" starts with an empty cache. The server (range_server.py) works on the same cores, and its CPU time counts.
 
 Then whether memory stays flat: of this process, its workers and the server, at three points of one long run without a cache.

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import fsspec
 import numpy as np
+from fsspec.config import conf
 from fsspec.spec import AbstractBufferedFile
 from torch.utils.data import get_worker_info
 
@@ -56,7 +57,7 @@ _QUIET_S = 2.0  # before a repeated request is worth a line in the log, of which
 _TOLD_S = 60.0
 _PIECE = 2**18  # bytes that a request gets at least while the cache has room
 _SCANNED = 2**21  # bytes at a time
-_AHEAD = 2048  # images that were asked for and not yet taken, at most
+_AHEAD = 1024  # images that were asked for and not yet taken, at most
 _OPEN_FILES = 64  # of the cache
 _random = Random()  # spreads the repeated requests; no result depends on it
 _log = logging.getLogger(__name__)
@@ -127,9 +128,17 @@ class RemoteFolder:
         with _opening():
             try:
                 content = self._ask_file(INDEX, lambda fs, url: fs._cat_file(url), _OPENING_S, _INDEX_S).result()
+                index = unpack(content)
             except FileNotFoundError:
                 return None
-        index = unpack(content)
+            except (_Denied, ValueError) as error:  # what some servers answer where there is no file: 403, or a page
+                if self._names:
+                    return None
+                if isinstance(error, ImagesLost):
+                    raise
+                raise ValueError(
+                    f"{self.url}/{INDEX}: not an index ({error}); write it again, or name the shards"
+                ) from error
         return index if self._names in ([], Names(index, "shards").unpack()) else None
 
     def beside(self) -> Counter[str]:
@@ -227,8 +236,8 @@ class RemoteImages:
                 piece = self._request(index)
                 pieces.update(dict.fromkeys(range(piece.first, piece.last), piece))
             self._coming[index] = pieces[index]
-        while len(self._coming) > _AHEAD:  # of an iteration that was left
-            self._coming.pop(next(iter(self._coming)), None)
+        for left in list(self._coming)[:-_AHEAD]:  # of an iteration that was given up
+            self._coming.pop(left, None)
 
     def _request(self, index: int) -> _Piece:
         shard, before, after = self._place(index)
@@ -271,6 +280,10 @@ class RemoteImages:
         return {name: value for name, value in vars(self).items() if name not in ("_open", "_process", "_pieces")}
 
 
+class _Denied(ImagesLost):
+    """Raised when the server wants other credentials."""
+
+
 class _Refused(Exception):
     """Raised when it is in vain to ask again."""
 
@@ -293,7 +306,7 @@ async def _persist(
             raise FileNotFoundError(f"{url}: no such file, folder or bucket")
         if isinstance(fault, PermissionError) or status in (401, 403) or "Credential" in type(fault).__name__:
             ways = _CREDENTIALS[url.partition("://")[0]]
-            raise ImagesLost(f"{url}: access denied ({what}); give credentials that may read it: {ways}")
+            raise _Denied(f"{url}: access denied ({what}); give credentials that may read it: {ways}")
         if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
             raise ImagesLost(f"{url}: the server refuses ({what}); give another address")
         passed_s = time.monotonic() - started
@@ -343,7 +356,7 @@ def _connection(scheme: str, process: int) -> tuple[Any, asyncio.Semaphore]:
     """Return the file system of `scheme` for this process, and what limits its requests. Raises ValueError."""
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme.startswith("http"):  # proxies from the environment, and ~/.netrc
-        given = fsspec.config.conf.get(scheme, {}).get("client_kwargs", {})
+        given = conf.get(scheme, {}).get("client_kwargs", {})
         options["client_kwargs"] = {"trust_env": True, **given}
     try:
         return fsspec.filesystem(scheme, **options), asyncio.Semaphore(_REQUESTS)

@@ -161,7 +161,7 @@ class Shards:
 
     def read_ahead(self, indices: Sequence[int]) -> None:
         """Begin to read images that will be asked for next, where that takes time."""
-        self._images.read_ahead(indices)
+        self._images.read_ahead([index for index in indices if self.labels[index] != _NO_LABEL])
 
     def _shard(self, index: int) -> str:
         return self._shards[int(np.searchsorted(self._ends, index, side="right"))]

@@ -350,3 +350,15 @@ def test_a_full_disk_or_a_folder_that_cannot_be_written(shards, url, tmp_path, m
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"the cache .* cannot be written .*; give a folder on a local disk"):
         open_source(url, remote=cached(tmp_path / "file"))
+
+
+def test_a_page_where_an_index_was_asked_for(shards, serve, tmp_path):
+    """Some servers answer any address with a page: beside a pattern that is no index, in a folder it is a damaged one."""
+    (tmp_path / "www").mkdir()
+    for file in (shards / "train").glob("*.tar"):
+        os.link(file, tmp_path / "www" / file.name)
+    (tmp_path / "www/index.npz").write_text("<html>nothing here</html>")
+    served = serve(tmp_path / "www")
+    assert len(open_source(f"{served.url}/train-{{000000..000001}}.tar")) == IMAGES
+    with pytest.raises(ValueError, match=r"index\.npz: not an index \(BadZipFile"):
+        open_source(served.url)
