@@ -9,6 +9,7 @@ servers do, and after `--requests N` it answers 503 for ever. The tests of remot
 import argparse
 import asyncio
 import base64
+import os
 import re
 import time
 from email.utils import formatdate
@@ -23,13 +24,15 @@ class Server:
 
     def __init__(self, given: argparse.Namespace):
         self.given = given
+        self.parent = os.getppid()
         self.answered = 0
         self.free_at = 0.0  # when the line has sent what was asked for so far
 
     async def serve(self) -> None:
         server = await asyncio.start_server(self.connection, "127.0.0.1", self.given.port, limit=2**16)
         print(server.sockets[0].getsockname()[1], flush=True)
-        await server.serve_forever()
+        while os.getppid() == self.parent:  # it ends with whoever started it, also when that is killed
+            await asyncio.sleep(1)
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
