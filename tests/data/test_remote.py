@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +86,11 @@ def used(folder: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in (folder / "shards").iterdir())
 
 
+def waiting(source: Any) -> dict[int, Any]:
+    """Return the pieces that were asked for and not taken."""
+    return source._images._coming
+
+
 def assert_same(source, other, order=None):
     assert len(source) == len(other) and np.array_equal(source.labels, other.labels)
     order = range(len(other)) if order is None else order
@@ -104,8 +110,8 @@ def test_remote_shards_are_those_of_the_disk(shards, url, path, tmp_path):
         assert checksum(source) == checksum(local) and source.class_names == local.class_names
         assert_same(source, local)
         assert_same(pickle.loads(pickle.dumps(source)), local, [3, 59, 3])
-    assert not source._images._coming  # nothing piles up
-    assert describe_source(source) == f"60 images, 10 classes in {url}/train"
+        assert not waiting(source)  # nothing piles up
+    assert describe_source(open_source(path)) == f"60 images, 10 classes in {url}/train"
     assert has_evaluation_split(path)
     assert_same(open_source(path, "eval"), open_source(shards, "eval"))
     part = open_source(f"{path}{'&' if '?' in path else '?'}per_class=2")
@@ -158,8 +164,8 @@ def test_a_server_that_comes_back_costs_time_and_no_images(shards, serve, worker
 def test_what_was_read_ahead_needs_no_server(shards, serve):
     served, local = serve(shards), open_source(shards)
     source = open_source(served.url)
-    source.read_ahead(range(8))
-    for piece in source._images._coming.values():
+    read_ahead(source, range(8))
+    for piece in waiting(source).values():
         piece.data.result()
     served.stop()
     assert_same(source, local, range(8))
@@ -318,7 +324,7 @@ def test_what_nobody_uses_makes_room(shards, url, tmp_path):
     source, folder = open_source(url, remote=cached(tmp_path, 300)), tmp_path / "shards"
     for name in ("old", "new"):
         (folder / name).write_bytes(bytes(2**17))
-    os.utime(folder / "old", (time.time() - 7200,) * 2)
+    os.utime(folder / "old", (time.time() - 7200, time.time() - 7200))
     (folder / "used").write_bytes((2**18).to_bytes(8, "little"))
     assert_same(source, open_source(shards))
     assert used(tmp_path) <= 300 * 1024
