@@ -220,8 +220,8 @@ class Trainer:
         """Log a line of metrics, and warn of what is odd about it."""
         epoch, images = self.num_steps / self.task.data.steps_per_epoch, self.num_steps * self.task.cfg.train_batch_size
         self.log.record({"step": self.num_steps, "epoch": epoch, "images_seen": images, **metrics})
-        watched = (metrics.get(name) for name in ("loss", "feature_std", "effective_rank"))
-        for warning in self.loss_monitor.check(*watched):
+        rank = metrics.get("effective_rank") if self.num_steps else None  # random weights may have a low one
+        for warning in self.loss_monitor.check(metrics.get("loss"), metrics.get("feature_std"), rank):
             self.log.warn(f"step {self.num_steps}: {warning}")
         self.clock.restart()
 

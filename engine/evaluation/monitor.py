@@ -8,7 +8,7 @@ import torch
 
 from crossbatch.data import Source, moco_v3_augmentations
 from crossbatch.data.augment.parameters import channels_of
-from crossbatch.engine.config import ResolvedConfig
+from crossbatch.engine.config import ResolvedConfig, user_input
 from crossbatch.engine.datasets import longest_wait_s
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered, log_skipped_images
 from crossbatch.engine.evaluation.knn import score
@@ -40,13 +40,15 @@ class FeatureMonitor:
         }
         self.every_epochs = {name: epochs for name, epochs in every_epochs.items() if epochs}
         data = cfg.crossbatch.data
+        with user_input("crossbatch.data."):
+            channels = channels_of(data.channels, data.mean, data.std)
         self.reading = EvalLoaderConfig(
             data.image_size,
             min(256, max(cfg.chunk, 32)),
             cfg.workers,
             device,
             wait_s=longest_wait_s(cfg),
-            channels=channels_of(data.channels, data.mean, data.std),
+            channels=channels,
             augmentations=moco_v3_augmentations(data.image_size, data.crop_min, data.channels),
             seed=cfg.crossbatch.seed,
         )

@@ -60,5 +60,5 @@ def alignment_and_uniformity(views_MC: torch.Tensor, others_MC: torch.Tensor) ->
     uniformity = [torch.pdist(some).square().mul(-2).exp().mean().log() for some in (views, others)]
     return {
         "alignment": (views - others).square().sum(1).mean().item(),
-        "uniformity": (sum(uniformity) / 2).item(),  # pyright: ignore[reportAttributeAccessIssue]
+        "uniformity": torch.stack(uniformity).mean().item(),
     }

@@ -192,6 +192,12 @@ def test_knn_and_quality_have_schedules_of_their_own(one_rank, tmp_path):
     assert [event.step for event in board.Scalars("run/effective_rank")] == [0, 8, 9]
 
 
+def test_a_wrong_mean_is_refused_before_the_features_are_read(one_rank, tmp_path):
+    settings = [*VIT, *LARS, "crossbatch.evaluate.every_epochs=1", "crossbatch.data.mean=[0.5]"]
+    (message,) = one_rank.run(run, settings, str(tmp_path / "run"), 1)
+    assert message.startswith("InputError: crossbatch.data.mean has 1 numbers, but images have 3 channels")
+
+
 def on_a_line():
     """For `extract` of the monitor: features that differ along one line, which feature_std does not see."""
     import dataclasses
@@ -215,5 +221,5 @@ def test_a_collapse_to_a_line_is_warned_of(one_rank, tmp_path):
     )
     assert len(warned) == 1 and quiet == []
     assert warned[0].startswith(
-        "warning: step 0: effective_rank fell to 1: the features of different images differ along"
+        "warning: step 4: effective_rank fell to 1: the features of different images differ along"
     )

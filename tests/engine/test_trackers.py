@@ -199,7 +199,7 @@ def stop_here(out: str, how: str) -> str:
 
     with (
         mock.patch.object(Trainer, "_train_on", interrupted),
-        mock.patch.object(trackers, "check_trackers"),
+        mock.patch("crossbatch.engine.start.check_trackers"),
         mock.patch.dict(trackers.TRACKERS, trackio=Written),
     ):
         return run([*RESNET, *LARS, 'crossbatch.log.to=["trackio"]'], out, 4)
