@@ -267,3 +267,36 @@ def test_wandb_offline(quiet, monkeypatch, tmp_path):
     assert runs and all(run.name.endswith(number) for run in runs)
     content = b"".join(file.read_bytes() for run in runs for file in run.glob("*.wandb"))
     assert b"knn_top1" in content and b"loss_by_lr/0.1" in content
+    with mock.patch.object(RunLog, "warn") as warned:  # what wandb's service does with it shows online only
+        log = RunLog(tmp_path, 2, 4, ["wandb"], {})
+        log.stopped("SIGTERM", 3)
+        log.close()
+    warned.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "calls"),
+    [
+        ("finished", [mock.call.finish(exit_code=0)]),
+        ("stopped", [mock.call.mark_preempting(), mock.call.finish(exit_code=1)]),  # "preempted" on the server
+        ("failed", [mock.call.finish(exit_code=1)]),
+    ],
+)
+def test_wandb_is_told_how_a_run_ended(outcome, calls):
+    tracker = trackers._Wandb()
+    tracker.run = mock.Mock()
+    tracker.close(outcome)
+    assert tracker.run.mock_calls == calls
+
+
+def test_trackio_on_disk(quiet, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    storage = pytest.importorskip("trackio.sqlite_storage", exc_type=ImportError).SQLiteStorage
+    out = tmp_path / "run"
+    out.mkdir()
+    assert log_two_steps(out, "trackio") == []
+    name = json.loads((out / "trackers.json").read_text())["trackio"]
+    assert storage.get_runs("crossbatch") == [name] and name.startswith("run-")
+    rows = storage.get_logs("crossbatch", name)
+    assert [row["step"] for row in rows] == [1, 1, 2, 2]
+    assert rows[-1]["knn_top1"] == 25.0 and rows[-1]["loss"] == 2.25 and rows[0]["loss_by_lr/0.1"] == 2.5
