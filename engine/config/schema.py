@@ -140,6 +140,13 @@ class DataConfig(ImageConfig):
 
 
 class EvaluateConfig(Section):
+    every_epochs: CountOrZero = key(
+        1,
+        "epochs between two measurements without labels (rank, alignment, uniformity), also at step 0 and the end; 0: never",
+    )
+    sample_size: Count = key(
+        10_000, "largest number of training images whose rank is measured, evenly spread among those of knn_bank_size"
+    )
     knn_every_epochs: CountOrZero = key(1, "epochs between two k-NN evaluations, also at step 0 and the end; 0: never")
     knn_k: Count = key(20, "neighbours that vote")
     knn_bank_size: Count = key(50_000, "largest number of training images to search for neighbours, evenly spread")
@@ -165,6 +172,7 @@ class WatchConfig(Section):
     max_nonfinite_steps: Count = key(30, "consecutive steps without finite gradients before the run stops")
     spike_sigmas: NotNegative = key(6.0, "warn of a loss this many standard deviations above its recent mean; 0: never")
     collapse_std: NotNegative = key(0.05, "warn when the metric feature_std falls below this; 0: never")
+    collapse_rank: NotNegative = key(1.5, "warn when the metric effective_rank falls below this; 0: never")
 
 
 class TrainingConfig(Section):

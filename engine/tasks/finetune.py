@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,15 @@ class FinetuneTask:
         result = step(batch.views.flatten(0, 1), batch.labels.repeat(len(batch.views)))
         return TrainResult({"loss": result.output}, result.rates, result.grad_norm, {"loss": result.output})
 
-    def evaluation_due(self, num_steps: int, is_last: bool) -> bool:
+    def evaluations_due(self, num_steps: int, is_last: bool) -> Collection[str]:
         """Return whether to evaluate: every some epochs, and at the end."""
         every_steps = self.cfg.crossbatch.evaluate.every_epochs * self.data.steps_per_epoch
-        return is_last or (num_steps > 0 and num_steps % every_steps == 0)
+        return ["accuracy"] if is_last or (num_steps > 0 and num_steps % every_steps == 0) else []
 
     @torch.no_grad()
-    def evaluate(self, step: FinetuneStep, between_batches: Callable[[int], object]) -> dict[str, float]:
+    def evaluate(
+        self, step: FinetuneStep, due: Collection[str], between_batches: Callable[[int], object]
+    ) -> dict[str, float]:
         """Return the top-1 accuracy over the evaluation images, in percent; of the moving average, too, if there is one."""
         networks = {"top1": "logits"}
         if self.cfg.crossbatch.finetune.ema_decay:

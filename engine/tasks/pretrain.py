@@ -1,7 +1,7 @@
-"""Pretrains with MoCo v3 + BatchFormer on two views of every image, and scores the features with k-NN along the way."""
+"""Pretrains with MoCo v3 + BatchFormer on two views of every image, and scores the features along the way."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from crossbatch.engine.checkpoint import Resumed, create_run_directory
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.datasets import TrainData, check_loaders, found_images, train_data, training_images
-from crossbatch.engine.evaluation.knn import KnnMonitor, too_few_neighbours
+from crossbatch.engine.evaluation.knn import too_few_neighbours
+from crossbatch.engine.evaluation.monitor import FeatureMonitor
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
 from crossbatch.engine.runtime.distributed import World, on_main
@@ -33,7 +34,7 @@ class PretrainTask:
     """Trains MoCo v3, as a `Task`; `pretrain_task` builds it.
 
     Attributes:
-        knn: scores the features; None if the configuration or the images allow no score.
+        monitor: scores the features; None if the configuration asks for no score, or the images allow none.
         has_labels: whether there are labelled images for the evaluation commands.
         notes: what the log says of the images and of an automatic chunk.
         timer: measures the parts of the steps, from the first `build_step` on.
@@ -43,7 +44,7 @@ class PretrainTask:
     device: torch.device
     out: Path
     data: TrainData
-    knn: KnnMonitor | None
+    monitor: FeatureMonitor | None
     has_labels: bool
     notes: list[str]
     timer: StepTimer | None = None
@@ -84,15 +85,17 @@ class PretrainTask:
         suspects |= {f"loss term {name}": term for name, term in terms}
         return TrainResult(metrics, result.rates, result.grad_norm, suspects)
 
-    def evaluation_due(self, num_steps: int, is_last: bool) -> bool:
-        """Return whether the features are scored: before the first step, every some epochs, and at the end."""
-        every_steps = self.cfg.crossbatch.evaluate.knn_every_epochs * self.data.steps_per_epoch
-        return self.knn is not None and (is_last or num_steps % every_steps == 0)
+    def evaluations_due(self, num_steps: int, is_last: bool) -> Collection[str]:
+        """Return which scores of the features are due: before the first step, every some epochs, and at the end."""
+        every_epochs, steps = self.monitor.every_epochs if self.monitor else {}, self.data.steps_per_epoch
+        return [name for name, every in every_epochs.items() if is_last or num_steps % (every * steps) == 0]
 
-    def evaluate(self, step: TrainStep, between_batches: Callable[[int], object]) -> dict[str, float]:
-        """Return the top-1 accuracy of k-NN on the features, in percent."""
-        assert self.knn is not None
-        return {"knn_top1": self.knn.top1(step.backend, between_batches)}
+    def evaluate(
+        self, step: TrainStep, due: Collection[str], between_batches: Callable[[int], object]
+    ) -> dict[str, float]:
+        """Return the scores of the features that are `due`."""
+        assert self.monitor is not None
+        return self.monitor.scores(step.backend, due, between_batches)
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
         """Return the command of a linear probe."""
@@ -102,8 +105,8 @@ class PretrainTask:
     def close(self) -> None:
         """End the processes that load images."""
         self.data.loader.close()
-        if self.knn is not None:
-            self.knn.close()
+        if self.monitor is not None:
+            self.monitor.close()
 
 
 def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: Path) -> PretrainTask:
@@ -125,16 +128,17 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
         said = str(error)
         with suppress(ValueError):  # of a path that cannot be opened at all, which the error says
             if evaluates and settings.path is not None and has_evaluation_split(settings.path):
-                said += "; or set crossbatch.evaluate.knn_every_epochs=0 to train without evaluation"
+                said += "; or set crossbatch.evaluate.knn_every_epochs=0 to train without k-NN"
         raise InputError(said) from None
     views = moco_v3_augmentations(settings.image_size, settings.crop_min, settings.channels)
     data = train_data(cfg, world, device, source, views, shuffle_window=settings.shuffle_window)
-    knn, notes = None, found_images(settings.path, source, evaluation, evaluates)
-    if evaluation is not None:
-        knn = KnnMonitor(cfg, source, evaluation, device)
-        bank, k = len(knn.bank_indices), cfg.crossbatch.evaluate.knn_k
+    monitor, notes = None, found_images(settings.path, source, evaluation, evaluates)
+    if evaluation is not None or cfg.crossbatch.evaluate.every_epochs:
+        monitor = FeatureMonitor(cfg, source, evaluation, device)
+    if monitor and evaluation is not None:
+        bank, k = len(monitor.bank_indices), cfg.crossbatch.evaluate.knn_k
         notes += too_few_neighbours([k], bank, "crossbatch.evaluate.knn_k")
-    check_loaders(world, data.loader, *([knn.loader] if knn else []))
+    check_loaders(world, data.loader, *([monitor.loader] if monitor else []))
     chunk = cfg.chunk
     if cfg.auto_chunk:
         on_main(lambda: create_run_directory(out))
@@ -143,4 +147,4 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
     cfg = replace(cfg, chunk=chunk, chunks=-(-cfg.local_batch // chunk))
     assert settings.path is not None
     has_labels = source.has_labels and has_evaluation_split(settings.path)
-    return PretrainTask(cfg, device, out, data, knn, has_labels, notes)
+    return PretrainTask(cfg, device, out, data, monitor, has_labels, notes)

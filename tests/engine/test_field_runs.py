@@ -17,7 +17,7 @@ from crossbatch import InputError, RunStopped
 from crossbatch.data.worker_batches import EvaluationDataset
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import load_config
-from crossbatch.engine.evaluation.knn import KnnMonitor
+from crossbatch.engine.evaluation.monitor import FeatureMonitor
 from crossbatch.engine.pretrained.load import load_pretrained
 from crossbatch.engine.runtime import run_lock
 from crossbatch.engine.runtime.distributed import World, process_group, world_from_environment
@@ -108,15 +108,15 @@ def test_field_a_signal_during_an_evaluation(monkeypatch, tmp_path, alone):
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
         return read(dataset, key)
 
-    top1 = KnnMonitor.top1
+    scores = FeatureMonitor.scores
 
-    def counted(self, backend, *between):
-        found = top1(self, backend, *between)
+    def counted(self, *arguments):
+        found = scores(self, *arguments)
         done.append(found)
         return found
 
     monkeypatch.setattr(EvaluationDataset, "__getitem__", interrupted)
-    monkeypatch.setattr(KnnMonitor, "top1", counted)
+    monkeypatch.setattr(FeatureMonitor, "scores", counted)
     out, knn = tmp_path / "run", ["crossbatch.evaluate.knn_every_epochs=1", "crossbatch.evaluate.knn_k=3"]
     # 4 steps an epoch
     settings = [*VIT, *LARS, *fsdp(1), *knn, "crossbatch.data.path=synthetic://48?size=20&classes=4"]

@@ -11,6 +11,7 @@ SHORTER = [
     "--set=crossbatch.batchformer.group_size=32",
     "--set=crossbatch.schedule.epochs=8",
     "--set=crossbatch.evaluate.knn_every_epochs=8",
+    "--set=crossbatch.evaluate.every_epochs=8",
     "--set=optimizer.params.base_lr=8e-3",
 ]
 # Points of k-NN accuracy over the untrained network. Seen: 14.9. With keys of the wrong images it is 6 after five epochs:
