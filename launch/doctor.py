@@ -11,8 +11,6 @@ if __name__ == "__main__":
     run("doctor")  # before the imports below, which take seconds
 
 import argparse
-import contextlib
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -20,9 +18,7 @@ import os
 import platform
 import socket
 import statistics
-import struct
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,7 +37,6 @@ from crossbatch.models.batchformer import dispatch
 REDUCED_MIB = {"cuda": 256, "cpu": 16}  # of one all-reduce; a ResNet-50 with BatchFormer has gradients of 240 MiB
 REDUCTIONS = 5  # after a first one, which connects
 CLOCK_S = 1.0  # that clocks may differ without a warning
-SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of a network interface
 
 
 def main() -> None:
@@ -198,18 +193,5 @@ def interface(host: str) -> str:
             mine = route.getsockname()[0]
     except OSError as error:
         return f"no route to {host}: {error.strerror}"
-    return f"{addresses().get(mine, 'unknown')} {mine}"
-
-
-def addresses() -> dict[str, str]:
-    """Return {address: network interface} of this machine, as Linux tells them; nothing elsewhere."""
-    found, listed = {}, Path("/proc/net/if_inet6")
-    for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ():
-        digits, *_, name = line.split()
-        found[socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))] = name
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an address
-                answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()))
-                found[socket.inet_ntoa(answer[20:24])] = name
-    return found
+    named = [nic for nic, addresses in psutil.net_if_addrs().items() if mine in {one.address for one in addresses}]
+    return f"{named[0] if named else 'unknown'} {mine}"
