@@ -16,15 +16,26 @@ if nothing is measured; either way the spans appear in a trace of torch.profiler
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
+import psutil
 import torch
 from torch.profiler import record_function
 
 SECOND_PASS, OTHER, WHOLE = "second pass", "other", "step"
 
 Span = Callable[[str], AbstractContextManager]
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time in seconds, user and system, of this process and of all that it has started, loader workers too."""
+    seconds, this = 0.0, psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            times = process.cpu_times()  # with those of the children that it has waited for
+            seconds += times.user + times.system + times.children_user + times.children_system
+    return seconds
 
 
 class StepTimer:
