@@ -39,7 +39,7 @@ RECIPES = {
 SHARED = ["train_batch_size=128", "crossbatch.batchformer.group_size=64", "optimizer.params.base_lr=2e-3"]
 BANK = "?fraction=0.2,seed=0"  # of the training images, for the k-NN
 K = 20
-SOONER = "minutes to the last side's k-NN"
+SOONER = "minutes to the best peer's k-NN"
 
 
 COLUMNS = ("minutes", "images", "images/s", "CPU ms an image", "busy cores", SOONER)
@@ -53,11 +53,21 @@ class Side:
     recipe: str
     overrides: list[str]
     images: Path
+    num_images: int
     rate: float = math.nan  # images/s of its own turns, start-up left out
     start_s: float = math.nan
 
-    def command(self, epochs: float, steps: int, out: Path, seed: int) -> list[str]:
-        """Return the command that trains `epochs` epochs, which are `steps` steps, and saves MARKS times."""
+    def __post_init__(self) -> None:
+        self.config = load_config(ROOT / "ds_configs" / f"{self.recipe}.json", self.overrides)
+        self.per_epoch = self.num_images // self.config.train_batch_size
+
+    def steps(self, minutes: float) -> int:
+        """Return the number of steps that fit into so many minutes of its turns."""
+        return max(1, int(self.rate * (60 * minutes - self.start_s) / self.config.train_batch_size))
+
+    def command(self, steps: int, out: Path, seed: int) -> list[str]:
+        """Return the command that trains `steps` steps and saves MARKS times."""
+        epochs = steps / self.per_epoch
         settings = [
             *self.overrides,
             f"crossbatch.seed={seed}",
@@ -79,12 +89,12 @@ class Side:
         launch = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--deepspeed_config", recipe]
         return [*launch, "--data", str(self.images), "--out", str(out), *_set(settings)]
 
-    def start(self, epochs: float, steps: int, out: Path, seed: int) -> Runner:
+    def start(self, steps: int, out: Path, seed: int) -> Runner:
         """Start its process, which waits for its turn."""
         out.mkdir(parents=True)
         folder, pattern = ("marks", "step-*.pth") if self.name in PEERS else ("checkpoints", "step-*")
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        command, log = self.command(epochs, steps, out, seed), out.with_suffix(".log")
+        command, log = self.command(steps, out, seed), out.with_suffix(".log")
         environment = {**os.environ, "PYTHONPATH": paths}
         return Runner(command, log, out / "metrics.jsonl", lambda: (out / folder).glob(pattern), environment)
 
@@ -94,14 +104,10 @@ class Side:
         command = [sys.executable, str(ROOT / "launch" / "knn.py"), "--checkpoint", str(checkpoint), "--out", str(out)]
         command += ["--data", f"{self.images}{BANK}", f"--set=crossbatch.knn.k=[{K}]"]
         if self.name in PEERS:  # whose files do not say which network it is
-            model = load_config(ROOT / "ds_configs" / f"{self.recipe}.json", self.overrides).crossbatch
-            sizes = {
-                "arch": model.model.arch,
-                "stem": model.model.stem,
-                "backbone_args": dict(model.model.backbone_args),
-            }
-            command += [f"--set=crossbatch.model.{name}={json.dumps(value)}" for name, value in sizes.items()]
-            command += [f"--set=crossbatch.data.image_size={model.data.image_size}"]
+            ours = self.config.crossbatch
+            model = {"arch": ours.model.arch, "stem": ours.model.stem, "backbone_args": dict(ours.model.backbone_args)}
+            command += [f"--set=crossbatch.model.{name}={json.dumps(value)}" for name, value in model.items()]
+            command += [f"--set=crossbatch.data.image_size={ours.data.image_size}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(
@@ -124,9 +130,13 @@ def main(arguments: list[str]) -> None:
     )
     add = parser.add_argument
     add("--images", metavar="DIR", type=Path, required=True, help="class folders in DIR/train and DIR/val or DIR/test")
-    add("--minutes", metavar="M", type=float, default=10, help="that each side trains (default 10)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", metavar="M", type=float, default=10, help="that each side trains (default 10)")
+    length.add_argument("--epochs", metavar="E", type=float, help="train each side on so many epochs instead")
     add("--seeds", metavar="N", type=int, nargs="+", default=[0], help="one run of each side for each (default 0)")
-    add("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
+    add("--sides", nargs="*", choices=SIDES, default=list(SIDES), help="default: all")
+    what = "one more side: crossbatch with other values of keys (path=value), for an ablation; may be repeated"
+    add("--variant", metavar=("NAME", "path=value"), nargs="+", action="append", default=[], help=what)
     add("--network", choices=list(RECIPES), default="resnet", help="a ResNet-18 of width 16 (default), or a small ViT")
     add("--set", metavar="path=value", action="append", default=[], help="change a key of the recipe, for all sides")
     add("--slice", metavar="S", type=float, default=10, help="seconds of a turn (default 10)")
@@ -136,24 +146,30 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--images: no such folder: {given.images}; name one that holds train/...")
     recipe, overrides = RECIPES[given.network]
     overrides = [*SHARED, *overrides, *given.set]
-    batch = load_config(ROOT / "ds_configs" / f"{recipe}.json", overrides).train_batch_size
-    per_epoch = len(open_source(given.images, "train")) // batch
-    sides = [Side(name, recipe, overrides, given.images) for name in given.sides]
+    common = recipe, overrides, given.images, len(open_source(given.images, "train"))
+    sides = [Side(name, *common) for name in given.sides]
+    sides += [Side(name, recipe, [*overrides, *changes], *common[2:]) for name, *changes in given.variant]
+    if not sides:
+        raise InputError("--sides: given none and no --variant; name at least one")
     with tempfile.TemporaryDirectory() as folder:
         found = []
-        _calibrate(sides, Path(folder), per_epoch, given.slice)
+        if given.epochs is None:
+            _calibrate(sides, Path(folder), given.slice)
+            steps, length = [side.steps(given.minutes) for side in sides], f"{given.minutes:g} minutes"
+        else:
+            steps, length = [round(given.epochs * side.per_epoch) for side in sides], f"{given.epochs:g} epochs"
         for seed in given.seeds:
-            rows = _train(sides, Path(folder) / str(seed), seed, given.minutes, per_epoch, batch, given.slice)
+            rows = _train(sides, steps, Path(folder) / str(seed), seed, length, given.slice)
             found += rows
             if given.out is not None:
                 append(given.out / "learning.jsonl", "learning", rows)
     lines = [[row.case, short(row.p50), *(_cell(row.settings, name) for name in COLUMNS)] for row in found]
-    show(f"k-NN after {given.minutes:g} minutes", ["case", "k-NN, %", *COLUMNS], lines)
+    show(f"k-NN after {length}", ["case", "k-NN, %", *COLUMNS], lines)
 
 
-def _calibrate(sides: list[Side], folder: Path, per_epoch: int, slice_s: float) -> None:
+def _calibrate(sides: list[Side], folder: Path, slice_s: float) -> None:
     """Find each side's images per second, and the seconds until it trains."""
-    runners = [side.start(1, per_epoch, folder / f"{side.name}-rate", 0) for side in sides]
+    runners = [side.start(side.per_epoch, folder / f"{side.name}-rate", 0) for side in sides]
 
     def enough(runner: Runner) -> bool:
         return len(runner.progress) > 2 and runner.active_s - runner.progress[0][0] > CALIBRATION_S
@@ -165,14 +181,10 @@ def _calibrate(sides: list[Side], folder: Path, per_epoch: int, slice_s: float) 
         side.start_s = first_s - first / side.rate
 
 
-def _train(
-    sides: list[Side], folder: Path, seed: int, minutes: float, per_epoch: int, batch: int, slice_s: float
-) -> list[Row]:
-    """Train all sides for `minutes` and return a row of each."""
-    runners, rows = [], []
-    for side in sides:
-        steps = int(side.rate * (60 * minutes - side.start_s) / batch)
-        runners.append(side.start(steps / per_epoch, steps, folder / side.name, seed))
+def _train(sides: list[Side], steps: list[int], folder: Path, seed: int, length: str, slice_s: float) -> list[Row]:
+    """Train all sides and return a row of each."""
+    runners = [side.start(count, folder / side.name, seed) for side, count in zip(sides, steps, strict=True)]
+    rows = []
     take_turns(runners, slice_s)
     for side, runner in zip(sides, runners, strict=True):
         curve = [(at_s / 60, side.score(path)) for path, at_s in sorted(runner.marks.items())]
@@ -189,10 +201,10 @@ def _train(
             "overrides": side.overrides,
             "slice_s": slice_s,
         }
-        case = f"{side.name}, seed {seed}, {minutes:g} minutes"
-        rows.append(Row.of_one(case, curve[-1][1], "% k-NN", settings))
-    for row in rows:
-        row.settings[SOONER] = _minutes_to(rows[-1].p50, row.settings["curve"])
+        rows.append(Row.of_one(f"{side.name}, seed {seed}, {length}", curve[-1][1], "% k-NN", settings))
+    peers = [row for side, row in zip(sides, rows, strict=True) if side.name in PEERS]
+    for row in rows if peers else []:
+        row.settings[SOONER] = _minutes_to(max(peer.p50 for peer in peers), row.settings["curve"])
     return rows
 
 
