@@ -34,7 +34,6 @@ setup(
         "matplotlib>=3.8",  # pictures of evaluations and benchmarks
         "tensorboard>=2.16",  # event files
         "rich>=13.7",  # progress bar and tables
-        "psutil>=5.9",  # CPU time of a run and its loader, network interfaces in doctor
     ],
     extras_require={
         # What PyPI's torch is built for, and NVIDIA's data loader for the same CUDA; both sets run without a GPU, too.

@@ -21,7 +21,7 @@ from crossbatch.engine.runtime.distributed import broadcast_object, mean_over_ra
 from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
 from crossbatch.engine.runtime.profiling import RunProfile
 from crossbatch.engine.runtime.signals import Interrupted, Signals, StepSync
-from crossbatch.engine.runtime.timing import cpu_seconds, mean_ms
+from crossbatch.engine.runtime.timing import cpu_s, descendants, mean_ms
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.tasks.task import Task, TrainResult
 from crossbatch.engine.train_state import CHUNK_KEY, TrainState
@@ -74,7 +74,7 @@ class Trainer:
             RunStopped: if training cannot go on: no more data, no memory, or too many steps in a row that are not finite;
                 or if the last state or the results cannot be written, after everything else is.
         """
-        start_s, start_cpu_s, first_step = time.perf_counter(), cpu_seconds(), self.num_steps
+        start_s, start_cpu_s, first_step = time.perf_counter(), cpu_s(descendants()), self.num_steps
         failure, commands = None, []
         try:
             with self.signals:
@@ -93,7 +93,7 @@ class Trainer:
                     f"{error.filename} cannot be written: {error.strerror}; make room, and repeat"
                 )
             seconds = time.perf_counter() - start_s
-            busy = (cpu_seconds() - start_cpu_s) / seconds
+            busy = (cpu_s(descendants()) - start_cpu_s) / seconds
             self._print_summary(seconds, busy, self.num_steps - first_step, received, commands)
             if failure is not None:
                 raise failure

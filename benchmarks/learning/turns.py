@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.measure import descendants
+from crossbatch.engine.runtime.timing import descendants
 
 POLL_S, COUNT_S = 0.1, 2.0  # looking for all descendants takes milliseconds
 
@@ -80,7 +80,7 @@ class Runner:
     def _count(self) -> None:
         for pid in (self.process.pid, *descendants(self.process.pid)):
             with suppress(OSError):  # it has ended
-                self._cpu_s[pid] = time.clock_gettime(~pid << 3 | 2)  # see `benchmarks.measure.cpu_s`
+                self._cpu_s[pid] = time.clock_gettime(~pid << 3 | 2)  # see `cpu_s`
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
