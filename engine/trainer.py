@@ -13,6 +13,7 @@ import torch
 from crossbatch import InputError, RunStopped
 from crossbatch.data import Batch, WaitInterrupted
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
+from crossbatch.engine.config import usable_cores
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import Log, StepClock, finite_or_none, score_rows
@@ -20,7 +21,7 @@ from crossbatch.engine.runtime.distributed import broadcast_object, mean_over_ra
 from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
 from crossbatch.engine.runtime.profiling import RunProfile
 from crossbatch.engine.runtime.signals import Interrupted, Signals, StepSync
-from crossbatch.engine.runtime.timing import mean_ms
+from crossbatch.engine.runtime.timing import cpu_s, descendants, mean_ms
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.tasks.task import Task, TrainResult
 from crossbatch.engine.train_state import CHUNK_KEY, TrainState
@@ -73,7 +74,7 @@ class Trainer:
             RunStopped: if training cannot go on: no more data, no memory, or too many steps in a row that are not finite;
                 or if the last state or the results cannot be written, after everything else is.
         """
-        start_s, first_step = time.perf_counter(), self.num_steps
+        start_s, start_cpu_s, first_step = time.perf_counter(), cpu_s(descendants()), self.num_steps
         failure, commands = None, []
         try:
             with self.signals:
@@ -93,7 +94,9 @@ class Trainer:
                 )
             if failure is not None:
                 self.log.failed()
-            self._print_summary(time.perf_counter() - start_s, self.num_steps - first_step, received, commands)
+            seconds = time.perf_counter() - start_s
+            busy = (cpu_s(descendants()) - start_cpu_s) / seconds
+            self._print_summary(seconds, busy, self.num_steps - first_step, received, commands)
             if failure is not None:
                 raise failure
             self.saves.writer.close()
@@ -273,11 +276,15 @@ class Trainer:
         remedy = f"set {CHUNK_KEY} to {chunk // 2}" if chunk > 1 else "use more ranks"
         raise RunStopped(f"out of memory in {where} with chunks of {chunk} images{saved}; {remedy}")
 
-    def _print_summary(self, seconds: float, steps: int, received: signal.Signals | None, commands: list[str]) -> None:
+    def _print_summary(
+        self, seconds: float, busy: float, steps: int, received: signal.Signals | None, commands: list[str]
+    ) -> None:
         images, total_steps = steps * self.task.cfg.train_batch_size, self.state.total_steps
+        whose = "this run" if self.task.cfg.world_size == 1 else "rank 0 and its loader"
         rows = [
             ("steps", f"{self.num_steps} of {total_steps}"),
             ("images", f"{images:,} in {seconds:.0f} s ({images / seconds:.0f} images/s, evaluation included)"),
+            ("CPU cores", f"{busy:.1f} of {usable_cores()} busy with {whose}"),
         ]
         for step, found in self.scores[:1] + self.scores[1:][-1:]:
             rows += score_rows(step, found)

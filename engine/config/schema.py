@@ -101,7 +101,7 @@ class MomentumConfig(Section):
 
 
 class ScheduleConfig(Section):
-    epochs: Count = key(100, "epochs to train")
+    epochs: Count | Positive = key(100, "epochs to train; 0.5 is half an epoch")
     warmup_epochs: NotNegative = key(10.0, "epochs over which the learning rate rises linearly from 0")
 
 

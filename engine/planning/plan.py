@@ -94,7 +94,7 @@ class Plan:
     @property
     def hours(self) -> tuple[float, float, float]:
         """Return the hours of the recipe's epochs: at the high rate, expected, at the low one."""
-        steps = self.asked.images // self.estimate.images * self.cfg.crossbatch.schedule.epochs
+        steps = round(self.asked.images // self.estimate.images * self.cfg.crossbatch.schedule.epochs)
         images = steps * self.estimate.images
         low, rate, high = self.images_per_s
         return images / high / 3600, images / rate / 3600, images / low / 3600
