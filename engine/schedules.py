@@ -13,6 +13,35 @@ def learning_rate(epoch: float, peak: float, epochs: float, warmup_epochs: float
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
+MIN_STEPS = 300  # the quickstart, a small network on drawings of 64 px, needs as many
+
+
+def too_short(epochs: float, warmup_epochs: float, images: int, batch: int, momentum: float, steps: int) -> list[str]:
+    """Return warnings about a run of pretraining that will hardly learn anything.
+
+    Args:
+        images: of an epoch.
+        batch: images of an optimizer step.
+        momentum: of the momentum encoder at the start.
+        steps: optimizer steps until the run ends; fewer than those of all epochs if it is told to stop before.
+    """
+    steps_per_epoch = max(1, images // batch)
+    all_steps, warmup_steps, found = round(epochs * steps_per_epoch), warmup_epochs * steps_per_epoch, []
+    memory = round(10 / (1 - momentum)) if momentum < 1 else 0  # steps: ten times the horizon of the moving average
+    if all_steps < max(MIN_STEPS, memory):
+        found.append(
+            f"too short to learn much: {epochs:g} epochs x {images:,} images / {batch} images a step = {all_steps} steps; "
+            f"allow at least {max(MIN_STEPS, memory)}: raise crossbatch.schedule.epochs, or lower train_batch_size"
+            + (", or crossbatch.momentum.base" if memory > MIN_STEPS else "")
+        )
+    if steps <= warmup_steps:
+        found.append(
+            f"the warm-up of {warmup_epochs:g} epochs is {warmup_steps:.0f} steps, and the run ends at step {steps}, before "
+            f"the learning rate is reached; lower crossbatch.schedule.warmup_epochs"
+        )
+    return found
+
+
 def finetuning_rate(epoch: float, peak: float, epochs: float, warmup_epochs: float, deit_compat: bool) -> float:
     """Return the learning rate of fine-tuning: linear from 1e-6 to `peak`, then half a cosine to 1e-5.
 

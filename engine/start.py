@@ -68,6 +68,8 @@ def build_trainer(
         log = RunLog(out, first_step, last_step)
     for note in notes:
         log.note(note)
+    for doubt in task.doubts(last_step):
+        log.warn(doubt)
     if resumed:
         for reason in resumed.passed_over:
             log.warn(reason)

@@ -118,7 +118,8 @@ class TrainStep:
             output = self._in_one_chunk(views) if self.chunks == 1 else self._in_chunks(views)
             output.loss = output.loss.detach()
             lr, momentum = self.learning_rate(progress.updates), None
-            set_learning_rate(self.backend.optimizer, lr)
+            frozen_epochs = self.cfg.crossbatch.schedule.freeze_backbone_epochs
+            set_learning_rate(self.backend.optimizer, lr, progress.updates < frozen_epochs * self.steps_per_epoch)
             with self.span("optimizer"):
                 grad_norm = self.backend.step(progress.loss_scale)
             if progress.finished(grad_norm, self.cfg.precision):

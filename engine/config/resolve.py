@@ -101,6 +101,12 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
         InputError: if the configuration cannot run on `world_size` ranks of `device`.
     """
     check_training(config, world_size)
+    schedule = config.crossbatch.schedule
+    if schedule.freeze_backbone_epochs >= schedule.epochs:
+        raise InputError(
+            f"crossbatch.schedule.freeze_backbone_epochs: given {schedule.freeze_backbone_epochs:g} of {schedule.epochs} "
+            f"epochs; allowed: less than crossbatch.schedule.epochs; lower it"
+        )
     _check_lars(config)
     _check_cuda_graph(config, world_size, device)
     model = config.crossbatch.model.model_copy(update={"norm_ranks": _norm_ranks(config, world_size, local_world_size)})

@@ -64,6 +64,10 @@ class ModelConfig(Section):
         "torch.compile the blocks of a ViT, the heads' linear layers and BatchFormer; not a ResNet",
         resumable=True,
     )
+    init: str | None = key(
+        None,
+        "weights that the backbone starts from: a run, or a file that launch/knn.py reads; a resumed run ignores them",
+    )
     backbone_args: Mapping[str, Any] = key(
         {}, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
     )
@@ -99,6 +103,9 @@ class MomentumConfig(Section):
 class ScheduleConfig(Section):
     epochs: Count = key(100, "epochs to train")
     warmup_epochs: NotNegative = key(10.0, "epochs over which the learning rate rises linearly from 0")
+    freeze_backbone_epochs: NotNegative = key(
+        0.0, "epochs at the start that train BatchFormer and heads only; running statistics of norms still move"
+    )
 
 
 class ImageConfig(Section):

@@ -72,7 +72,7 @@ def _longest_prefix(name: str, prefixes: Iterable[str]) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Set the learning rate of every group to `lr` times the group's `lr_scale`."""
+def set_learning_rate(optimizer: Any, lr: float, is_frozen: bool = False) -> None:
+    """Set the learning rate of every group to `lr` times its `lr_scale`; with `is_frozen`, to 0 where it `starts_frozen`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = 0.0 if is_frozen and group["starts_frozen"] else lr * group["lr_scale"]

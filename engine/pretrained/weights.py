@@ -3,6 +3,7 @@
 a run directory or one of its checkpoints     of any sharding; its configuration describes the network
 checkpoint_*.pth.tar                          of moco-v3 or BatchFormer: base_encoder and momentum_encoder
 checkpoint_*.pth.tar of MoCo v2               encoder_q and encoder_k
+a full checkpoint of DINO                     student and teacher
 {"model": ...}, {"state_dict": ...}, tensors  as DeiT, timm, Lightning and torchvision write them, .pth or .safetensors; the
                                               backbone may have a prefix, such as "backbone." or "_orig_mod."
 """
@@ -28,6 +29,7 @@ NETWORK = ("arch", "stem", "backbone_args", "image_size", "num_heads")  # of tha
 PROBE, PROBE_FILE = "linear probe", "probe.pt"  # "kind" of the file that the linear probe saves, and its name
 MOMENTUM = ("momentum", "teacher", "ema", "target", "encoder_k")  # in the prefix of a momentum encoder, anywhere
 MARKS = ("layer4.0.conv1.weight", "blocks.0.norm1.weight")  # of a ResNet, of a ViT
+DECODER = ("decoder_", "mask_token")  # of MAE, beside its backbone
 CLASSIFIERS = ("fc", "head", "head_dist")  # in torchvision, timm and DeiT; the projector in a file of moco-v3
 
 
@@ -45,12 +47,13 @@ class Weights:
     num_heads: int | None = None
 
 
-def read_weights(path: Path, encoder: str, where: str) -> Weights:
+def read_weights(path: Path, encoder: str, where: str, flag: str = "--checkpoint") -> Weights:
     """Read the tensors of a backbone, without checking that they fit any network.
 
     Args:
         encoder: "online" or "momentum", for checkpoints of pretraining, which hold both.
         where: flag and path, for messages.
+        flag: the flag alone.
 
     Raises:
         InputError: if `path` cannot be read, or holds no backbone.
@@ -59,26 +62,24 @@ def read_weights(path: Path, encoder: str, where: str) -> Weights:
         raise InputError(
             f"{where}: no such file or folder; allowed: a run directory, one of its checkpoints, or a file"
         )
-    return (_read_run if path.is_dir() else _read_file)(path, encoder, where)
+    return _read_run(path, encoder, where, flag) if path.is_dir() else _read_file(path, encoder, where)
 
 
-def _read_run(path: Path, encoder: str, where: str) -> Weights:
+def _read_run(path: Path, encoder: str, where: str, flag: str) -> Weights:
     """Read the backbone of a run directory or of one of its checkpoints."""
     if (path / PROBE_FILE).is_file():
         raise InputError(f"{where}: is the folder of a linear probe; give the checkpoint that the probe was trained on")
-    found = checkpoint.find(path, "--checkpoint")
+    found = checkpoint.find(path, flag)
     prefix = f"{encoder}.backbone."
     try:
         manifest, config = checkpoint.read_manifest(found)
         tensors = checkpoint.read(found, f"parameters.{prefix}") | checkpoint.read(found, f"buffers.{prefix}")
     except Unreadable as error:
-        raise InputError(f"--checkpoint {found}: {error}; name another checkpoint of the run") from None
+        raise InputError(f"{flag} {found}: {error}; name another checkpoint of the run") from None
     section = config.get("crossbatch", {})
     model = section.get("model", {})
     if not tensors or "arch" not in model:
-        raise InputError(
-            f"--checkpoint {found}: holds no {encoder} backbone; allowed: a checkpoint of launch/pretrain.py"
-        )
+        raise InputError(f"{flag} {found}: holds no {encoder} backbone; allowed: a checkpoint of launch/pretrain.py")
     rest = [name for name in manifest.shapes if name.partition(".")[2].removeprefix(prefix) not in tensors]
     return Weights(
         tensors,
@@ -118,6 +119,7 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
         for name, value in tensors.items()
         if isinstance(value, Tensor)
         and name.startswith(prefix)
+        and not name.removeprefix(prefix).startswith(DECODER)
         and name.removeprefix(prefix).split(".")[0] not in CLASSIFIERS
     }
     if not chosen:
@@ -164,6 +166,13 @@ def _open(path: Path, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]
     entries = read_torch(path)
     if not isinstance(entries, dict):
         raise InputError(f"{where}: holds a {type(entries).__name__}, not the tensors of a network")
+    if isinstance(entries.get("teacher"), dict) and isinstance(
+        entries.get("student"), dict
+    ):  # a full checkpoint of DINO
+        both = ((part, entries[part]) for part in ("student", "teacher"))
+        return entries, {
+            f"{part}.{name.removeprefix('module.')}": value for part, of in both for name, value in of.items()
+        }
     tensors = next((entries[name] for name in ("state_dict", "model") if isinstance(entries.get(name), dict)), entries)
     return entries, {str(name).removeprefix("module."): value for name, value in tensors.items()}
 

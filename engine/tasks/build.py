@@ -39,7 +39,7 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
     with user_input("crossbatch.model.", **KEYS_ELSEWHERE):
         return MoCo(
             model.arch,
-            **model.model_dump(exclude={"arch", "norm_ranks", "compile"}),
+            **model.model_dump(exclude={"arch", "norm_ranks", "compile", "init"}),
             image_size=cfg.crossbatch.data.image_size,
             batchformer_loss=batchformer.loss,
             group_size=cfg.group_size or 1,
@@ -59,7 +59,8 @@ def connect(model: MoCo, cfg: ResolvedConfig) -> None:
 def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[dict[str, Any]]:
     """Return the trainable parameters in up to four groups: decayed or not, at BatchFormer's rate or at that of the rest.
 
-    Each group carries `adapts` (for LARS), `weight_decay`, and `lr_scale` (relative to the schedule). DeepSpeed steps group by
+    With `schedule.freeze_backbone_epochs`, the backbone has groups of its own. Each group carries `adapts` (for LARS),
+    `weight_decay`, `lr_scale` (relative to the schedule), and `starts_frozen` (for `set_learning_rate`). DeepSpeed steps group by
     group, so a BatchFormer with a rate of its own costs LARS one more all-reduce.
     """
     params = config.optimizer.params
@@ -67,14 +68,21 @@ def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[
     positions = POSITIONS if isinstance(params, AdamWConfig) else ()
     lr_scales = {"batchformer.": config.crossbatch.batchformer.lr_scale} if isinstance(config, Config) else {}
     split = split_parameters(model, lr_scales, positions)
+    frozen: set[nn.Parameter] = set()
+    if isinstance(config, Config) and config.crossbatch.schedule.freeze_backbone_epochs:
+        assert isinstance(model, MoCo)
+        frozen = set(model.online.backbone.parameters())
     return [
         {
-            "params": parameters,
+            "params": members,
             "adapts": is_matrix,
             "weight_decay": params.weight_decay if is_matrix or decays_1d else 0.0,
             "lr_scale": lr_scale,
+            "starts_frozen": starts_frozen,
         }
         for (lr_scale, is_matrix), parameters in split.items()
+        for starts_frozen in (True, False)
+        if (members := [parameter for parameter in parameters if (parameter in frozen) == starts_frozen])
     ]
 
 

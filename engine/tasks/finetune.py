@@ -64,7 +64,7 @@ class FinetuneTask:
     named: set[str] = field(default_factory=set)
     timer: None = None
 
-    def build_step(self, chunk: int) -> FinetuneStep:
+    def build_step(self, chunk: int, resumes: bool = False) -> FinetuneStep:
         """Build the classifier from the pretrained weights and a random head."""
         settings, pretrained = self.cfg.crossbatch.finetune, self.pretrained
         backbone = build_backbone(
@@ -91,6 +91,10 @@ class FinetuneTask:
         if self.world.is_main:
             write_atomically(self.out / STARTED_FROM, json.dumps(self.origin, indent=2) + "\n")
         return [*found_images(self.cfg.crossbatch.data.path, self.source, self.evaluation), str(self.pretrained)]
+
+    def doubts(self, last_step: int) -> list[str]:
+        """Return nothing: a few steps from good weights can be what is wanted."""
+        return []
 
     def train_on(self, step: FinetuneStep, batch: Batch) -> TrainResult:
         """Train on the images with their labels; several views of an image are several images."""

@@ -1,5 +1,6 @@
 """Pretrains with MoCo v3 + BatchFormer on two views of every image, and scores the features with k-NN along the way."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,10 +15,13 @@ from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.datasets import TrainData, check_loaders, found_images, train_data, training_images
 from crossbatch.engine.evaluation.knn import KnnMonitor, too_few_neighbours
+from crossbatch.engine.pretrained.load import Pretrained, load_pretrained
+from crossbatch.engine.pretrained.weights import mismatch
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
-from crossbatch.engine.runtime.distributed import World, on_main
+from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 from crossbatch.engine.runtime.timing import StepTimer
+from crossbatch.engine.schedules import too_short
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model, connect
 from crossbatch.engine.tasks.task import TrainResult
@@ -36,6 +40,7 @@ class PretrainTask:
         has_labels: whether there are labelled images for the evaluation commands.
         notes: what the log says of the images and of an automatic chunk.
         timer: measures the parts of the steps, from the first `build_step` on.
+        origin: what the backbone of a new run started from; None for random weights and in a resumed run.
     """
 
     cfg: ResolvedConfig
@@ -46,10 +51,18 @@ class PretrainTask:
     has_labels: bool
     notes: list[str]
     timer: StepTimer | None = None
+    origin: Pretrained | None = None
 
-    def build_step(self, chunk: int) -> TrainStep:
-        """Build the network with random weights; a chunk smaller than configured is remembered for the run's continuation."""
-        model = build_model(self.cfg).to(self.device)
+    def build_step(self, chunk: int, resumes: bool = False) -> TrainStep:
+        """Build the network with random weights, in a new run with the backbone of `crossbatch.model.init`.
+
+        A chunk smaller than configured is remembered for the run's continuation.
+        """
+        model = build_model(self.cfg)
+        self.origin = None
+        if self.cfg.crossbatch.model.init is not None and not resumes:
+            self.origin = start_from(model, self.cfg)
+        model.to(self.device)
         connect(model, self.cfg)
         if chunk < self.cfg.chunk:
             remember(self.out / CHUNK, self.cfg, chunk)
@@ -62,12 +75,26 @@ class PretrainTask:
         model = step.backend.model
         assert isinstance(model, MoCo)
         notes = [*self.notes]
+        if self.origin is not None:
+            heads = ["projector", "predictor", *(["BatchFormer"] if model.batchformer is not None else [])]
+            notes.append(f"both backbones start from {self.origin}; {', '.join(heads)}: new")
         if model.batchformer is not None:
             notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
         if compiled := Counter(type(module).__name__.removeprefix("FSDP") for module in compiled_modules(model)):
             parts = ", ".join(f"{count} x {kind}" for kind, count in compiled.items())
             notes.append(f"torch.compile: {parts}, each when it is first called")
         return notes
+
+    def doubts(self, last_step: int) -> list[str]:
+        """Return warnings about a run that is too short to learn, or that freezes a backbone of random weights."""
+        section, batch = self.cfg.crossbatch, self.cfg.train_batch_size
+        schedule, images = section.schedule, self.data.sampler.num_images
+        found = too_short(schedule.epochs, schedule.warmup_epochs, images, batch, section.momentum.base, last_step)
+        if schedule.freeze_backbone_epochs and section.model.init is None:
+            found.append(
+                "crossbatch.schedule.freeze_backbone_epochs freezes random weights, as crossbatch.model.init is not given"
+            )
+        return found
 
     def train_on(self, step: TrainStep, batch: Batch) -> TrainResult:
         """Train on two views of every image."""
@@ -103,6 +130,34 @@ class PretrainTask:
         self.data.loader.close()
         if self.knn is not None:
             self.knn.close()
+
+
+def start_from(model: MoCo, cfg: ResolvedConfig) -> Pretrained:
+    """Load the backbone that `crossbatch.model.init` names into both encoders of `model`; every rank calls it.
+
+    Raises InputError, on all ranks, if a rank cannot read it, or if it is another network than the configured one.
+    """
+    wanted, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
+    assert wanted.init is not None
+
+    def load() -> Pretrained:
+        found = load_pretrained(wanted.init, wanted.arch, wanted.stem, wanted.backbone_args, size, flag="--init")
+        wrong = mismatch(model.online.backbone.state_dict(), found.backbone.state_dict())
+        ours = model.online.backbone.blocks[0].attn.num_heads if found.num_heads else None  # pyright: ignore
+        if wrong or found.num_heads != ours:
+            args = json.dumps(found.backbone_args)
+            raise InputError(
+                f"--init {wanted.init}: its {found.arch} has crossbatch.model.backbone_args {args}, and the configured one "
+                f"{json.dumps(dict(wanted.backbone_args))}; give --set crossbatch.model.backbone_args='{args}'"
+            )
+        return found
+
+    pretrained, errors = on_every_rank(load, InputError)
+    if pretrained is None or errors:
+        raise InputError(errors[0])
+    for encoder in (model.online, model.momentum):
+        encoder.backbone.load_state_dict(pretrained.backbone.state_dict())
+    return pretrained
 
 
 def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: Path) -> PretrainTask:

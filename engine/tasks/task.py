@@ -68,8 +68,11 @@ class Task(Protocol[StepT]):
         """Return what measures the parts of each step, or None if nothing does."""
         ...
 
-    def build_step(self, chunk: int) -> StepT:
-        """Build model, sharding backend and step from torch's current random state; the model sees `chunk` images at most."""
+    def build_step(self, chunk: int, resumes: bool = False) -> StepT:
+        """Build model, sharding backend and step from torch's current random state; the model sees `chunk` images at most.
+
+        `resumes` says that a checkpoint will fill it, so weights that a new run starts from need not be there any more.
+        """
         ...
 
     def on_start(self, step: StepT, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
@@ -77,6 +80,10 @@ class Task(Protocol[StepT]):
 
         Raises InputError if it may not continue from there. `allow_change` names the configuration keys that may differ.
         """
+        ...
+
+    def doubts(self, last_step: int) -> list[str]:
+        """Return warnings about a run that ends at `last_step`."""
         ...
 
     def train_on(self, step: StepT, batch: Batch) -> TrainResult:
