@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 Variant = Literal["moco-v3", "larc", "mlperf"]
 GROUP_KEYS = (
+    "starts_frozen",
     "params",
     "param_names",
     "name",

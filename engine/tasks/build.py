@@ -60,7 +60,7 @@ def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[
     """Return the trainable parameters in up to four groups: decayed or not, at BatchFormer's rate or at that of the rest.
 
     With `schedule.freeze_backbone_epochs`, the backbone has groups of its own. Each group carries `adapts` (for LARS),
-    `weight_decay`, `lr_scale` (relative to the schedule), and `starts_frozen` (for `set_learning_rate`). DeepSpeed steps group by
+    `weight_decay`, `lr_scale` (relative to the schedule), and `starts_frozen`. DeepSpeed steps group by
     group, so a BatchFormer with a rate of its own costs LARS one more all-reduce.
     """
     params = config.optimizer.params

@@ -1,4 +1,4 @@
-"""--init: a new run starts from weights, says so, refuses those of another network, and a resumed one does not read them again."""
+"""--init: a run starts from weights, says so, refuses those of another network, and does not read them when resumed."""
 
 import json
 import shutil
