@@ -12,14 +12,14 @@ pretrain: install  ## the quickstart: generates small images, pretrains on them,
 	$(BIN)/python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
 
 test: install  ## the tests, Triton kernels interpreted; where there is a GPU, then those that need one, with compiled kernels
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	test ! -e /dev/nvidiactl || $(BIN)/python -m pytest -m gpu
 
 test-all: install  ## with every combination of ranks, backend, optimizer and model, and runs killed twenty times (more than an hour on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
 coverage: install  ## the tests, with a floor under the share of lines in engine/ and models/ that they run
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 check: install  ## lint, format, types, import directions, and the documentation
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks.measure import block_ms, call_ms, events_ms
 from benchmarks.rows import Row
+from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.bytes_moved import BytesMoved
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.sketch import shapes_only, without_memory
@@ -57,7 +58,7 @@ class Products(NamedTuple):
 
 def products(cfg: ResolvedConfig, images: int) -> Products:
     """Measure them for a chunk of `images` with both views, in the precision of `cfg`."""
-    model, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
+    model, size = cfg.crossbatch.model, height_width(cfg.crossbatch.data.image_size)
     arguments = (repr(model), size, cfg.precision, NUM_VIEWS * images, cfg.device.type)
     if arguments not in _measured:
         backbone = without_memory(lambda: build_model(cfg)).online.backbone
@@ -68,7 +69,7 @@ def products(cfg: ResolvedConfig, images: int) -> Products:
             if isinstance(layer, (nn.Conv2d, nn.Linear))
         ]
         with shapes_only(cfg.precision), torch.no_grad():
-            backbone(torch.empty(2 * NUM_VIEWS, 3, size, size))  # norms need more than one value a view
+            backbone(torch.empty(2 * NUM_VIEWS, 3, *size))  # norms need more than one value a view
         for hook in hooks:
             hook.remove()
         # The first layer has no gradient of its input. Equal layers are measured once.

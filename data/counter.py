@@ -25,6 +25,7 @@ RUN_ORDER = 1001  # the permutation of an epoch's runs, with a shuffle window
 SYNTHETIC_DRAWS = 2000  # pixels of synthetic:// images
 SHAPES_DRAWS = 3000  # drawings of shapes://
 SHARD_ORDER = 4000  # the order of images in tar shards
+SUBSET = 5000  # which images of a class are in a subset
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: k * GAMMA visits every state once
 _ONE = np.uint64(1)

@@ -12,16 +12,24 @@ on batches with several damaged headers, and OpenCV makes images of files that a
 
 A JPEG holds the frequencies of blocks of 8 x 8 pixels, so a decoder can stop at a half, a quarter or an eighth of the
 resolution. That halves the time for a photograph of 12 megapixels, and PIL and OpenCV give the same pixels then, too.
+
+Of an animation and of a TIFF with several pages, the first is the image. Pixels of 16 bits are divided by 256.
 """
 
+import contextlib
+import functools
 import io
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 # Not all that PIL knows: EPS, for one, is handed to an interpreter.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2")  # of files that are images
+# Formats that not every PIL reads: its name for them, and what reads them.
+_OPTIONAL = {".avif": ("AVIF", "pillow>=11.3"), ".heic": ("HEIF", "pillow-heif"), ".heif": ("HEIF", "pillow-heif")}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PADDING = 1024  # bytes after the end of a JPEG that some writers leave
@@ -33,17 +41,44 @@ _SEGMENTS = (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)  # tables, restart inte
 _REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}  # cv2.IMREAD_REDUCED_GRAYSCALE_2, _4 and _8: bits that go with IMREAD_COLOR_RGB
 
 
+@functools.cache
+def missing_plugins() -> dict[str, str]:
+    """Return {extension of files that cannot be read here: what to install for them}, after registering what is installed."""
+    readable = {"AVIF"} & {name.upper() for name in features.get_supported()}
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+
+        register_heif_opener()
+        readable.add("HEIF")
+    except ImportError:
+        pass
+    return {extension: package for extension, (name, package) in _OPTIONAL.items() if name not in readable}
+
+
+@functools.cache
+def readable_extensions() -> tuple[str, ...]:
+    """Return the extensions, in lower case, of files that are images which can be read here."""
+    return (*_EXTENSIONS, *(extension for extension in _OPTIONAL if extension not in missing_plugins()))
+
+
 class BrokenImage(OSError):
     """Raised when an image file is damaged or is not an image."""
 
 
 def decode(encoded: bytes, reduction: int = 1) -> Image.Image:
     """Decode an image file with PIL, to mode RGB; `reduction` as in `decode_pixels`. Raises BrokenImage."""
-    try:
+    with _broken(encoded):
         try:
             return _decode(encoded, reduction)
         except ValueError:  # also of PIL's limits on what nobody reads here
             return _decode(_without_png_text(encoded), reduction)
+
+
+@contextlib.contextmanager
+def _broken(encoded: bytes) -> Iterator[None]:
+    """Raise whatever PIL does over an image file as BrokenImage."""
+    try:
+        yield
     except Exception as error:
         what = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"{error}"
         raise BrokenImage(f"{what} ({type(error).__name__}, {len(encoded)} bytes)") from error
@@ -72,11 +107,54 @@ def decode_pixels(encoded: bytes, reduction: int = 1, by_pil: bool = False) -> n
     return np.array(decode(encoded, reduction))
 
 
+def decode_channels(encoded: bytes, channels: int) -> np.ndarray:
+    """Decode an image file with PIL to so many channels as it stores: uint8 [h, w, channels]. Raises BrokenImage.
+
+    They are the bands of the file (1 to 4), or those of all pages of a TIFF, in their order. Pixels of 16 bits are divided by
+    256. Colours become one channel by their luma, and alpha is dropped where that leaves the right number.
+    """
+    with _broken(encoded), _opened(encoded) as image:
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        bands = []
+        for page in range(pages):
+            if page:
+                image.seek(page)
+            bands.append(_bands(image))
+        if channels == 1 and pages == 1 and bands[0].shape[2] in (3, 4) and image.mode != "CMYK":
+            bands = [np.asarray(Image.fromarray(bands[0][..., :3]).convert("L"))[..., None]]
+        elif pages == 1 and image.mode in ("LA", "RGBA") and bands[0].shape[2] == channels + 1:
+            bands = [bands[0][..., :-1]]
+        pixels = np.concatenate(bands, axis=2)
+    if pixels.shape[2] != channels:
+        raise BrokenImage(f"the image has {pixels.shape[2]} channels, not {channels}")
+    return pixels
+
+
+def _bands(image: Image.Image) -> np.ndarray:
+    """Return the bands of an opened image, uint8 [h, w, bands]."""
+    if image.mode.startswith("I"):
+        return _high_bytes(image)[..., None]
+    if image.mode not in ("L", "LA", "RGBA", "CMYK"):
+        image = image.convert("L") if image.mode == "1" else to_rgb(image)
+    return np.atleast_3d(np.asarray(image))
+
+
 def _decode(encoded: bytes, reduction: int) -> Image.Image:
-    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+    with _opened(encoded) as image:
         if reduction > 1:
             image.draft("RGB", (image.width // reduction, image.height // reduction))
         return to_rgb(image)
+
+
+def _opened(encoded: bytes) -> Image.Image:
+    """Return an image file opened by PIL, of the formats that are read here. Raises whatever PIL does."""
+    formats = _FORMATS
+    if encoded[4:8] == b"ftyp":  # the box that AVIF and HEIC files begin with, and what it is
+        extension = ".avif" if encoded[8:12] in (b"avif", b"avis") else ".heic"
+        if extension in missing_plugins():
+            raise OSError(f"to read {extension}: pip install '{missing_plugins()[extension]}'")
+        formats = (_OPTIONAL[extension][0],)
+    return Image.open(io.BytesIO(encoded), formats=formats)
 
 
 def _without_png_text(encoded: bytes) -> bytes:
@@ -102,17 +180,25 @@ def encode_bmp(image: Image.Image) -> bytes:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image fully and convert it to RGB.
 
-    Two modes need special care. PIL warns about palettes with several transparent entries unless they pass through RGBA; and it
-    clips 16-bit gray at 255 (a white rectangle) where it should be divided by 256.
+    Three modes need special care. PIL warns about palettes with several transparent entries unless they pass through RGBA. It
+    clips 16-bit gray at 255 (a white rectangle) where it should be divided by 256. Floats, which it would clip, too, have no
+    agreed range: a ValueError.
     """
     if image.mode == "RGB":
         image.load()
         return image
+    if image.mode == "F":
+        raise ValueError("pixels are floats, which have no agreed range; write them with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_high_bytes(image)).convert("RGB")
     return image.convert("RGB")
+
+
+def _high_bytes(image: Image.Image) -> np.ndarray:
+    """Return gray pixels of 16 bits divided by 256, uint8 [h, w]."""
+    return (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -23,7 +23,7 @@ import torch
 
 from crossbatch.data import worker_batches
 from crossbatch.data.augment.backends import choose_backend
-from crossbatch.data.augment.parameters import ViewAugmentation, moco_v3_augmentations
+from crossbatch.data.augment.parameters import ImageSize, ViewAugmentation, height_width, moco_v3_augmentations
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import Source
 from crossbatch.data.worker_batches import BrokenFile, EvaluationDataset, TrainDataset, WorkerBatch, split_for_workers
@@ -55,7 +55,7 @@ class TrainLoader:
             for batch in loader.epoch(0):
                 batch.views, batch.labels
 
-    A `Batch` holds the rank's n = batch_size / world_size images. `views` is uint8 [v, n, 3, image_size, image_size], view v by
+    A `Batch` holds the rank's n = batch_size / world_size images. `views` is uint8 [v, n, 3, H, W], view v by
     `augmentations[v]`: two views for contrastive learning, one for classification; `crossbatch.data.normalize` turns them into
     normalised floats. `labels` is int64 [n] on the CPU, or None if the source has none. A broken image is replaced by the next
     one that can be read.
@@ -64,7 +64,8 @@ class TrainLoader:
         source: the images, as `open_source` returns them; it must be picklable if `workers` > 0.
         batch_size: images of one step over all ranks; each rank gets an equal part, and the batch does not depend on the
             number of ranks. Ranks are those of torch.distributed if it is initialised at the first batch, else there is one.
-        image_size: side of a view in pixels, for the two views of MoCo v3; 224 if neither it nor `augmentations` is given.
+        image_size: side of a view in pixels, or (height, width), for the two views of MoCo v3; 224 if neither it nor
+            `augmentations` is given.
         sampler: says which images this rank reads, and when; instead of `batch_size`.
         augmentations: one per view, with one image size; instead of `image_size`.
         seed: the seed of the order (without a `sampler`) and of the augmentation, the same on all ranks.
@@ -92,7 +93,7 @@ class TrainLoader:
         self,
         source: Source,
         batch_size: int | None = None,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         *,
         sampler: GlobalBatchSampler | None = None,
         augmentations: Sequence[ViewAugmentation] | None = None,
@@ -117,15 +118,15 @@ class TrainLoader:
             raise ValueError(
                 "give `image_size` or `augmentations`, not both: each augmentation has an image_size of its own"
             )
-        if image_size is not None and image_size < 1:
+        if image_size is not None and min(height_width(image_size)) < 1:
             raise ValueError(f"`image_size` (={image_size}) must be at least 1 pixel")
         if augmentations is None:
             augmentations = moco_v3_augmentations(224 if image_size is None else image_size)
-        sizes = [augmentation.image_size for augmentation in augmentations]
+        sizes = [(augmentation.image_size, augmentation.channels) for augmentation in augmentations]
         if not sizes:
             raise ValueError("`augmentations` is empty; give one for each view")
         if len(set(sizes)) > 1:
-            raise ValueError(f"`augmentations` must share one image_size, got {sizes}")
+            raise ValueError(f"`augmentations` must share one image_size and number of channels, got {sizes}")
         if workers < 0:
             raise ValueError(f"`workers` (={workers}) must be at least 0; 0 loads in this process")
         if not 0 <= max_skipped_fraction <= 1:
@@ -139,7 +140,7 @@ class TrainLoader:
         self._augmentations = tuple(augmentations)
         self._device = torch.device(device or "cpu")
         needs_pil = any(augmentation.needs_pil for augmentation in augmentations)
-        self._backend, _ = choose_backend(backend, "cpu" if needs_pil else self._device.type)
+        self._backend, _ = choose_backend(backend, "cpu" if needs_pil else self._device.type, augmentations[0].channels)
         if needs_pil and self._backend == "dali":
             raise ValueError(
                 f"`backend` (={backend!r}) has neither bicubic interpolation nor automatic augmentation; use opencv"
@@ -172,8 +173,8 @@ class TrainLoader:
         if not self._workers or self._backend == "dali":
             return 0
         images = len(split_for_workers(np.arange(self.sampler.local_batch), self._workers)[0])
-        size = self._augmentations[0].image_size
-        return self._workers * (self._ahead + 1) * images * len(self._augmentations) * 3 * size**2
+        view = math.prod(self._augmentations[0].shape)
+        return self._workers * (self._ahead + 1) * images * len(self._augmentations) * view
 
     @property
     def _ahead(self) -> int:
@@ -254,11 +255,11 @@ class TrainLoader:
 
     def _collate(self, stream: Iterator[WorkerBatch]) -> Generator[tuple[Batch, list[BrokenFile]], None, None]:
         """Join worker batches into batches of n images, each in one tensor, pinned so that its transfer can overlap."""
-        n, size = self.sampler.local_batch, self._augmentations[0].image_size
+        n = self.sampler.local_batch
         on_gpu = self._backend == "dali" and self._device.type == "cuda"
         where: dict = {"device": self._device} if on_gpu else {"pin_memory": torch.cuda.is_available()}
         while True:
-            shape = len(self._augmentations), n, size, size, 3
+            shape = len(self._augmentations), n, *self._augmentations[0].shape
             views = torch.empty(shape, dtype=torch.uint8, **where).permute(0, 1, 4, 2, 3)
             read, broken, filled = [], [], 0
             while filled < n:
@@ -305,22 +306,25 @@ class EvaluationLoader:
     def __init__(
         self,
         sources: Sequence[Source],
-        image_size: int,
+        image_size: ImageSize,
         batch_size: int,
         workers: int,
         interpolation: str = "bilinear",
         wait_s: float = WAIT_S,
+        channels: int = 3,
     ):
         self.skipped: list[str] = []  # in the last `read`: name and reason
         self._sources, self._batch_size, self._workers, self._wait_s = sources, batch_size, workers, wait_s
-        self._dataset = EvaluationDataset(sources, image_size, interpolation)
+        self._dataset = EvaluationDataset(sources, image_size, interpolation, channels)
         self._pool: WorkerPool | None = None
 
     @property
     def shared_bytes(self) -> int:
         """Return how many bytes of images the workers hold in shared memory, at most."""
         images = min(self._workers * AHEAD * self._batch_size, max(len(source) for source in self._sources))
-        return images * 3 * self._dataset.image_size**2 if self._workers else 0
+        return (
+            images * self._dataset.channels * math.prod(height_width(self._dataset.image_size)) if self._workers else 0
+        )
 
     def read(self, source: Source, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield the images `indices` of one of the sources, in order: (uint8 [m, 3, H, W], int64 [m]).

@@ -13,12 +13,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from crossbatch.data.augment.backends import augment_function, make_views
-from crossbatch.data.augment.parameters import ViewAugmentation
+from crossbatch.data.augment.parameters import ImageSize, ViewAugmentation
 from crossbatch.data.augment.pil import evaluation_image
-from crossbatch.data.decode import BrokenImage, Encoded, decode_pixels, jpeg_size
+from crossbatch.data.decode import BrokenImage, Encoded, decode_channels, decode_pixels, jpeg_size
 from crossbatch.data.sources import Source
 
 Opened = TypeVar("Opened")  # an image in the form that a backend takes
@@ -64,7 +65,7 @@ class TrainDataset:
         turns: int = 1,
     ):
         self.source, self.augmentations, self.seed, self.scaled_decode = source, augmentations, seed, scaled_decode
-        self.augment = augment_function(backend)
+        self.augment = augment_function(backend, augmentations[0].channels)
         self._memories: deque[torch.UntypedStorage] = deque(maxlen=turns)  # of this worker process
         self.decode = functools.partial(decode_pixels, by_pil=backend == "torchvision")
 
@@ -75,14 +76,15 @@ class TrainDataset:
     def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
         """Return the worker batch; if a JPEG breaks while its views are made, decode all of them once more beforehand."""
         memory = None if get_worker_info() is None else self._memory(len(key[1]))
+        opener = functools.partial(open_encoded, channels=self.augmentations[0].channels)
         try:
-            return self._batch(*key, memory, open_encoded)
+            return self._batch(*key, memory, opener)
         except BrokenImage:
-            return self._batch(*key, memory, functools.partial(open_encoded, check=True))
+            return self._batch(*key, memory, functools.partial(opener, check=True))
 
     def _memory(self, images: int) -> torch.Tensor:
         """Return shared memory for the views of so many images."""
-        num_bytes = images * len(self.augmentations) * self.augmentations[0].image_size ** 2 * 3
+        num_bytes = images * len(self.augmentations) * math.prod(self.augmentations[0].shape)
         full = len(self._memories) == self._memories.maxlen
         memory = self._memories.popleft() if full else torch.UntypedStorage(0)
         if memory.nbytes() < num_bytes:
@@ -113,11 +115,21 @@ class TrainDataset:
         return WorkerBatch(views, np.array(read, dtype=np.int64), broken)
 
 
-def open_encoded(source: Source, index: int, check: bool = False) -> Encoded | np.ndarray:
+def _planes(source: Source, index: int, channels: int) -> list[Image.Image]:
+    """Return an image in RGB, or as one gray image of each channel where there are not three. Raises OSError."""
+    if channels == 3:
+        return [source.open(index)]
+    pixels = decode_channels(source.read(index), channels)
+    return [Image.fromarray(np.ascontiguousarray(pixels[..., channel])) for channel in range(channels)]
+
+
+def open_encoded(source: Source, index: int, check: bool = False, channels: int = 3) -> Encoded | np.ndarray:
     """Return image `index` as a file if that is an ordinary JPEG, else decoded, in RGB. Raises OSError.
 
     With `check`, a JPEG that cannot be decoded raises here, not later. A source without `has_files` opens its images itself.
     """
+    if channels != 3:
+        return decode_channels(source.read(index), channels)
     if not getattr(source, "has_files", False):
         return np.array(source.open(index))
     data = source.read(index)
@@ -132,8 +144,10 @@ def open_encoded(source: Source, index: int, check: bool = False) -> Encoded | n
 class EvaluationDataset:
     """Makes central views, as a map-style dataset: its "index" is (number of a source, indices). Broken images are left out."""
 
-    def __init__(self, sources: Sequence[Source], image_size: int, interpolation: str = "bilinear"):
-        self.sources, self.image_size, self.interpolation = sources, image_size, interpolation
+    def __init__(
+        self, sources: Sequence[Source], image_size: ImageSize, interpolation: str = "bilinear", channels: int = 3
+    ):
+        self.sources, self.image_size, self.interpolation, self.channels = sources, image_size, interpolation, channels
 
     def describe(self, key: tuple[int, np.ndarray]) -> str:
         """Return the name of the first image of a key."""
@@ -144,11 +158,12 @@ class EvaluationDataset:
         views, kept, broken = [], [], []
         for index in indices:
             try:
-                image = source.open(int(index))
+                images = _planes(source, int(index), self.channels)
             except OSError as error:
                 broken.append(_describe(source, int(index), error))
                 continue
-            views.append(evaluation_image(image, self.image_size, self.interpolation))
+            planes = [evaluation_image(image, self.image_size, self.interpolation) for image in images]
+            views.append(torch.cat(planes))
             kept.append(index)
         return WorkerBatch(torch.stack(views) if views else None, np.array(kept, dtype=np.int64), broken)
 

@@ -199,9 +199,7 @@ class WorkerPool:
         Deleting DataLoader's iterator stops workers too, but while an exception is handled its traceback keeps the iterator
         alive, and that is just when a run is closed.
         """
-        with (
-            self._asking
-        ):  # another thread may ask; DataLoader would let it wait for ever for workers that were stopped
+        with self._asking:  # a thread that asks later would wait for ever for workers that were stopped
             self._thread.shutdown(wait=False, cancel_futures=True)
         workers = getattr(self._iterator, "_workers", [])  # none with workers=0
         if self._is_waiting(0.0 if self._next in _given_up else _CLOSE_S):

@@ -114,6 +114,8 @@ def train_loader(
 ) -> TrainLoader:
     """Return a loader of `source` with the settings of `crossbatch.data`; `more` are further arguments of `TrainLoader`."""
     data = cfg.crossbatch.data
+    # What "auto" became before the weights said how many channels there are.
+    backend = "auto" if data.backend == "dali" and augmentations[0].channels != 3 else data.backend
     return TrainLoader(
         source,
         sampler=sampler,
@@ -121,7 +123,7 @@ def train_loader(
         seed=cfg.crossbatch.seed,
         workers=cfg.workers,
         max_skipped_fraction=data.max_skipped_fraction,
-        backend=data.backend,
+        backend=backend,
         scaled_decode=data.scaled_decode,
         device=device,
         **more,
@@ -168,9 +170,20 @@ def found_images(path: str | None, train: Source, evaluation: Source | None, eva
     lines = [f"training: {describe_source(train)}"]
     if evaluation is not None:
         lines.append(f"evaluation: {describe_source(evaluation)}")
+    elif evaluates and not train.has_labels:
+        lines.append(f"evaluation: none, as the images of {path} have no labels; k-NN is off")
     elif evaluates:
-        lines.append(f"evaluation: none, as {path} has none of {_EVALUATION} beside train/")
+        lines.append(f"evaluation: none, as {_lacking(path)}")
     return lines
+
+
+def _lacking(path: str | None) -> str:
+    """Say in which place there are no images to evaluate on."""
+    if path is not None and path.startswith("list://"):
+        return f"{path} has no option eval=FILE, a list of images to evaluate on"
+    if path is not None and path.startswith("hf://"):
+        return f"{path} has no split {', '.join(SPLITS['eval'])}, and no option eval=NAME"
+    return f"{path} has none of {_EVALUATION} beside train/"
 
 
 def labelled_images(path: str | None, cache: Path) -> tuple[Source, Source]:
@@ -184,8 +197,12 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
     Raises InputError if one is missing or empty, or if a label has no class.
     """
     train, evaluation = _open(path, cache)
+    if evaluation is None and not train.has_labels:
+        raise InputError(
+            f"{_KEY}: the images of {path} have no labels, which evaluation and fine-tuning need; add labels"
+        )
     if evaluation is None:
-        raise InputError(f"{_KEY}: {path} has none of {_EVALUATION} with images to evaluate on; add one")
+        raise InputError(f"{_KEY}: {_lacking(path)}; add it")
     for split, source in (("training", train), ("evaluation", evaluation)):
         _check_labels(source, len(train.class_names), f"{_KEY}: {path}: the {split} images")
     return train, evaluation
@@ -196,7 +213,8 @@ def _open(path: str | None, cache: Path | None, evaluate: bool = True) -> tuple[
         raise InputError(f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR")
     with user_input(_KEY):
         train = open_source(path, "train", cache=cache)
-        return train, open_source(path, "eval", cache=cache) if evaluate and has_evaluation_split(path) else None
+        evaluate = evaluate and train.has_labels and has_evaluation_split(path)
+        return train, open_source(path, "eval", cache=cache) if evaluate else None
 
 
 def _check_labels(source: Source, num_classes: int, where: str) -> None:

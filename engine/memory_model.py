@@ -17,10 +17,12 @@ What autograd keeps is not modelled: `engine.sketch` asks autograd itself. The r
 The peak is where the momentum encoder's first layers run, all activations being kept, or where the backward pass begins.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
+from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
 from crossbatch.engine.sketch import sketch
 from crossbatch.engine.tasks.build import count
@@ -74,7 +76,8 @@ class StepMemory:
     def at(self, chunk: int) -> Memory:
         """Return the parts at the peak of a step whose backbone sees `chunk` images at once."""
         cfg, kept, model = self.cfg, self.sketch.backbone, self.sketch.model
-        local, size = cfg.local_batch, NUM_VIEWS * 3 * cfg.crossbatch.data.image_size**2
+        local, data = cfg.local_batch, cfg.crossbatch.data
+        size = NUM_VIEWS * data.channels * math.prod(height_width(data.image_size))
         batches = 0 if cfg.device.type != "cuda" else 3 if cfg.crossbatch.data.backend == "dali" else 2
         cached = 3 * NUM_VIEWS * local * model.online.backbone.num_features * _FP32 if chunk < local else 0
         keys = NUM_VIEWS * key_streams(model) * cfg.train_batch_size * cfg.crossbatch.model.projection_dim * _FP32

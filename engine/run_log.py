@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.nested import flatten
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.output import console
+from crossbatch.engine.trackers import Trackers
 
 METRICS = "metrics.jsonl"  # in the run directory
 STOPPED = "stopped.json"  # there, too, if a signal ended the run before its last step: {"signal": ..., "step": ...}
@@ -80,9 +81,18 @@ class RunLog(Log):
         out: the run directory.
         first_step: optimizer steps already done; lines of later steps are dropped, because these steps are repeated.
         last_step: the step at which the progress bar is full.
+        to: where metrics go besides metrics.jsonl: "tensorboard", and trackers of `engine.trackers`.
+        config: the resolved configuration, for the trackers.
     """
 
-    def __init__(self, out: Path, first_step: int, last_step: int):
+    def __init__(
+        self,
+        out: Path,
+        first_step: int,
+        last_step: int,
+        to: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.console = console()
         (out / STOPPED).unlink(missing_ok=True)
         # The last line, and where it begins in the file; None where that is unknown.
@@ -91,7 +101,9 @@ class RunLog(Log):
         self.waiting = b""  # lines of metrics that could not be written yet
         self.out, self.last_step = out, last_step
         self.board, self.purge_step = None, first_step + 1 if first_step else None
+        self.has_board = "tensorboard" in to
         self.failing: set[str] = set()  # of metrics.jsonl, TensorBoard
+        self.trackers = Trackers(to, out, config or {}, not first_step, self.warn)
         self.bar = Progress(
             TextColumn("{task.fields[epoch]}", markup=False),
             BarColumn(bar_width=None),
@@ -134,6 +146,7 @@ class RunLog(Log):
                 self.waiting = self.waiting[self.metrics.write(self.waiting) :]
             self.begin = begin
         numbers = {name: value for name, value in flatten(values, "/").items() if isinstance(value, (int, float))}
+        self.trackers.record(numbers, values["step"])
         for name in ("step", "epoch", "images_seen"):
             numbers.pop(name)
         self.scalars({name if "/" in name else f"run/{name}": value for name, value in numbers.items()}, values["step"])
@@ -152,7 +165,7 @@ class RunLog(Log):
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Show numbers in TensorBoard only, by name."""
         with self._warning_if_full(BOARD):
-            for name, value in values.items():
+            for name, value in values.items() if self.has_board else ():
                 self._open_board().add_scalar(name, value, step)
 
     def advance(self, step: int) -> None:
@@ -163,6 +176,8 @@ class RunLog(Log):
         """Show 16 images of the uint8 views [v, n, 3, H, W] of the first batch in TensorBoard, an image's views in a column."""
         from torchvision.utils import make_grid
 
+        if not self.has_board:
+            return
         rows = [row for some in zip(*(view[:16].split(8) for view in views), strict=True) for row in some]
         with self._warning_if_full(BOARD):
             self._open_board().add_image("views", make_grid(torch.cat(rows), nrow=8, pad_value=255), 0)
@@ -181,6 +196,7 @@ class RunLog(Log):
     def close(self) -> None:
         """End the progress bar and close the files; may be called twice."""
         self.bar.live.stop()
+        self.trackers.close()
         if self.metrics is not None:
             self.metrics.close()
         if self.board is not None:

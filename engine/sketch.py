@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from crossbatch.data.augment.parameters import ImageSize, height_width
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import NUM_VIEWS, Collective, MoCo, autocast
@@ -50,7 +51,7 @@ def sketch(cfg: ResolvedConfig) -> Sketch:
     """Return the sketch of `cfg`; it is the same for any sharding, number of chunks and sharing of statistics."""
     ours, batch = cfg.crossbatch, (cfg.group_size, cfg.local_batch, cfg.world_size)
     model = ours.model.model_copy(update={"norm_ranks": "world"})
-    key = repr((model, ours.batchformer, ours.data.image_size, cfg.precision, batch))
+    key = repr((model, ours.batchformer, ours.data.image_size, ours.data.channels, cfg.precision, batch))
     if key not in _sketches:
         _sketches[key] = _sketch(cfg)
     return _sketches[key]
@@ -70,11 +71,11 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
     return Sketch(model, kept, working, behind, float(counter.get_total_flops()))
 
 
-def kept_by_backbone(backbone: nn.Module, image_size: int, precision: str, checkpointed: bool = False) -> Kept:
+def kept_by_backbone(backbone: nn.Module, image_size: ImageSize, precision: str, checkpointed: bool = False) -> Kept:
     """Trace what a backbone keeps of both views; with `checkpointed` blocks, also one of them while it is repeated."""
     with shapes_only(precision):
         # Not one image: a norm has no statistics where a view is a single pixel.
-        two, three = (_kept_of(backbone, _images(count, image_size), checkpointed) for count in (2, 3))
+        two, three = (_kept_of(backbone, _images(backbone, count, image_size), checkpointed) for count in (2, 3))
     return Kept(three - two, 3 * two - 2 * three)
 
 
@@ -106,7 +107,7 @@ def _saved(call: Callable[[], Any], module: nn.Module) -> float:
     return float(sum(size for storage, size in found.items() if storage not in own))
 
 
-def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
+def _working(backbone: nn.Module, image_size: ImageSize, precision: str) -> float:
     """Count bytes per image that live at once without gradients: a layer's input and output, and its block's input."""
     layers, inputs = [0], [0]
 
@@ -117,7 +118,7 @@ def _working(backbone: nn.Module, image_size: int, precision: str) -> float:
     hooks = [layer.register_forward_hook(note) for layer in backbone.modules() if not list(layer.children())]
     hooks += [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes)) for b in _blocks(backbone)]
     with shapes_only(precision), torch.no_grad():
-        backbone(_images(2, image_size))
+        backbone(_images(backbone, 2, image_size))
     for hook in hooks:
         hook.remove()
     return (max(layers) + max(inputs)) / 2
@@ -128,8 +129,9 @@ def _blocks(backbone: nn.Module) -> list[nn.Module]:
     return [b for stage in blocks(backbone) for b in (stage if isinstance(stage, nn.Sequential) else [stage])]
 
 
-def _images(count: int, size: int) -> torch.Tensor:
-    return torch.empty(NUM_VIEWS * count, 3, size, size).to(memory_format=torch.channels_last)
+def _images(backbone: nn.Module, count: int, size: ImageSize) -> torch.Tensor:
+    channels = getattr(backbone, "in_channels", 3)
+    return torch.empty(NUM_VIEWS * count, channels, *height_width(size)).to(memory_format=torch.channels_last)
 
 
 def without_memory(build: Callable[[], Network]) -> Network:

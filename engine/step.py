@@ -13,6 +13,7 @@ import torch
 from torch.profiler import record_function
 
 from crossbatch.data import normalize
+from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.chunked import backward_in_chunks
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.optimizers import set_learning_rate
@@ -97,7 +98,8 @@ class TrainStep:
         timer: StepTimer | None = None,
     ):
         self.backend, self.cfg, self.device, self.steps_per_epoch = backend, cfg, device, steps_per_epoch
-        self.seed = cfg.config.crossbatch.seed
+        self.seed, data = cfg.config.crossbatch.seed, cfg.config.crossbatch.data
+        self.channels = channels_of(data.channels, data.mean, data.std)
         self.chunks = -(-cfg.local_batch // chunk)
         assert isinstance(backend.model, MoCo)
         backend.model.autocast_dtype = autocast_dtype(cfg.precision)
@@ -185,4 +187,4 @@ class TrainStep:
         with self.span("host to device"):
             # View by view: of a chunk, only each view is one piece of (pinned) memory that can be copied as it is.
             images = torch.cat([view.to(self.device, non_blocking=True) for view in views])
-            return normalize(images).to(memory_format=torch.channels_last)
+            return normalize(images, channels=self.channels).to(memory_format=torch.channels_last)

@@ -22,6 +22,7 @@ COMMANDS = {
     "knn": "classify by the nearest neighbours of a frozen backbone's features",
     "linear": "train a linear classifier on a frozen backbone",
     "finetune": "train a backbone and a new classifier on labelled images",
+    "embed": "write the features of images to a .npy or .parquet file",
     "convert": "import, export, and pack images into tar shards",
     "plan": "predict whether a recipe fits, how long it takes, and what limits it",
     "preview": "draw the augmented views of a data set",

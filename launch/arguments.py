@@ -64,7 +64,11 @@ def add_config_flags(
     add("--deepspeed_config", metavar="F", help="recipe, e.g. ds_configs/bs4096.json")
     what = "override any key; repeatable, applied last"
     add("--set", metavar="path=value", action="append", default=[], help=what)
-    add("--data", metavar="DIR", help="the images: a folder, cifar10://DIR, ...; sets crossbatch.data.path")
+    add(
+        "--data",
+        metavar="DIR",
+        help="the images: a folder, list://FILE, hf://NAME, cifar10://DIR, ...; sets crossbatch.data.path",
+    )
     add("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
     # DeepSpeed's own help shows this switch before --deepspeed_config; its launcher adds the next one.
     add("--deepspeed", action="store_true", help=argparse.SUPPRESS)

@@ -58,7 +58,12 @@ def add_shards(commands) -> None:
         epilog="example: python launch/convert.py shards --data /data/imagenet --output /data/imagenet-shards",
     )
     add = parser.add_argument
-    add("--data", metavar="DIR", required=True, help="what to read: a folder or cifar10://DIR, ...")
+    add(
+        "--data",
+        metavar="DIR",
+        required=True,
+        help="what to read: a folder, list://FILE, hf://NAME, cifar10://DIR, ...",
+    )
     add("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
     what = "largest number of images in a shard; default %(default)s"
     add("--images-per-shard", metavar="N", type=positive, default=5000, help=what)
@@ -147,7 +152,7 @@ def add_export(commands) -> None:
     add = parser.add_argument
     add("--checkpoint", metavar="DIR|FILE", type=Path, required=True, help="what to export")
     add("--to", choices=formats, required=True, help="; ".join(f"{name}: {what}" for name, what in formats.items()))
-    add("--output", metavar="FILE", type=Path, required=True, help="what to write")
+    add("--output", metavar="FILE", type=Path, required=True, help="what to write; huggingface: a folder")
     add("-a", "--arch", metavar="X", help="backbone, where the checkpoint does not say")
     add("--encoder", choices=("online", "momentum"), help="encoder of pretraining; default online")
     what = "set a key of crossbatch.model; repeatable"
@@ -167,9 +172,12 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
         notes = export_file(arguments.checkpoint, arguments.output)
     else:
         from crossbatch.engine.pretrained.export import export
+        from crossbatch.engine.pretrained.foreign import FOREIGN, write_card
         from crossbatch.engine.pretrained.load import load_configured
 
         checkpoint = f"crossbatch.model.checkpoint={json.dumps(str(arguments.checkpoint))}"
         config = load_config(None, [checkpoint, *pairs], ExportConfig)
         notes = export(load_configured(config.crossbatch.model, "auto"), arguments.to, arguments.output)
+        if arguments.to in FOREIGN:
+            notes.append(write_card(arguments.checkpoint, arguments.to, arguments.output, notes))
     print("\n".join(notes))

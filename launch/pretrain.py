@@ -83,6 +83,6 @@ def steps_per_epoch(config: Config) -> int | None:
         with user_input("crossbatch.data.path"):
             return len(open_source(path)) // config.train_batch_size
     except InputError:
-        if path.startswith(("shapes://", "cifar10://", "cifar100://", "flowers://", "pets://")):
+        if path.startswith(("hf://", "shapes://", "cifar10://", "cifar100://", "flowers://", "pets://")):
             return None
         raise

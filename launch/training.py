@@ -1,9 +1,10 @@
 """Train a task from the command line, as `pretrain.py` and `finetune.py` do once their configuration is resolved."""
 
 import argparse
+import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def train(
     group = distributed.process_group(world, device_type, cfg.threads, timeout_s, partial(check_same_run, facts))
     with group as device, Watchdog(world, timeout_s) as watchdog:
         out = distributed.broadcast_object(out)
-        with locked_on_main(out):
+        with _leaving_nothing_empty(out), locked_on_main(out):
             distributed.on_main(lambda: create_run_directory(out))
             check_visible(out)
             task = build_task(cfg, world, device, out)
@@ -76,3 +77,16 @@ def train(
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
             trainer.train()
+
+
+@contextlib.contextmanager
+def _leaving_nothing_empty(out: Path) -> Iterator[None]:
+    """Remove the run directory again if wrong input ends the run while nothing is in it, and if it was not there before."""
+    existed = out.exists()
+    try:
+        yield
+    except InputError:
+        for folder in () if existed else (out / "checkpoints", out):
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise

@@ -59,20 +59,22 @@ def blocks(backbone: nn.Module) -> list[nn.Module]:
 
 def build_backbone(
     arch: str,
-    image_size: int = 224,
+    image_size: int | tuple[int, int] = 224,
     stem: str = "imagenet",
     stop_grad_conv1: bool = False,
     backbone_args: Mapping[str, float] | None = None,
+    in_channels: int = 3,
 ) -> Backbone:
-    """Build a randomly initialised backbone: [n, 3, image_size, image_size] -> [n, backbone.num_features].
+    """Build a randomly initialised backbone: [n, in_channels, H, W] -> [n, backbone.num_features].
 
     Args:
         arch: one of ARCHS.
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, or (height, width).
         stem: "imagenet" or "small", for ResNets only.
         stop_grad_conv1: freeze the patch projection, for ViTs that have one.
         backbone_args: sizes that differ from the published ones: `width` of a ResNet; `embed_dim`, `depth`, `num_heads`,
             `mlp_ratio` and `patch_size` (not with a conv stem) of a ViT.
+        in_channels: channels of the images.
 
     Raises:
         ValueError: for arguments that would be ignored or that make no network; the message begins with the argument.
@@ -84,7 +86,7 @@ def build_backbone(
         if stop_grad_conv1:
             raise ValueError(f"stop_grad_conv1 is true, but {arch} has no patch projection to freeze; set it to false")
         _check_args(arch, args, integers=("width",))
-        return resnet.ResNet(*resnet.BLOCKS[arch], width=int(args.get("width", 64)), stem=stem)
+        return resnet.ResNet(*resnet.BLOCKS[arch], int(args.get("width", 64)), stem, in_channels)
     from crossbatch.models import vit
 
     layout = LAYOUTS[arch]
@@ -94,7 +96,7 @@ def build_backbone(
     _check_args(arch, args, integers=sizes if layout.conv_stem else (*sizes, "patch_size"), reals=("mlp_ratio",))
     layout = replace(layout, **args)
     _check_layout(arch, layout, image_size)
-    return vit.ViT(layout, image_size, stop_grad_conv1)  # pyright: ignore[reportArgumentType] (Layout by its two paths)
+    return vit.ViT(layout, image_size, stop_grad_conv1, in_channels)  # pyright: ignore[reportArgumentType] (Layout by its two paths)
 
 
 def _check_args(arch: str, args: dict[str, float], integers: tuple[str, ...], reals: tuple[str, ...] = ()) -> None:
@@ -109,9 +111,10 @@ def _check_args(arch: str, args: dict[str, float], integers: tuple[str, ...], re
             raise ValueError(f"backbone_args.{key} is {value!r}; it must be a positive {kind}")
 
 
-def _check_layout(arch: str, layout: Layout, image_size: int) -> None:
+def _check_layout(arch: str, layout: Layout, image_size: int | tuple[int, int]) -> None:
     dim = layout.embed_dim
-    if image_size <= 0 or image_size % layout.patch_size:
+    sides = (image_size,) if isinstance(image_size, int) else image_size
+    if any(side <= 0 or side % layout.patch_size for side in sides):
         what = "the stride of its conv stem" if layout.conv_stem else "backbone_args.patch_size"
         raise ValueError(f"image_size is {image_size}, but {arch} needs a multiple of {what} (={layout.patch_size})")
     if dim % layout.num_heads:

@@ -118,7 +118,8 @@ class MoCo(ShardableModel):
             pass a step, with `zero_grad()` after it, and no other thread that allocates on the GPU during the first step.
         process_group: the ranks that hold the global batch; None means all ranks, or this process alone without
             torch.distributed.
-        backbone_options: image_size, stem, stop_grad_conv1 and backbone_args, passed on to `build_backbone`; only for a name.
+        backbone_options: image_size, stem, stop_grad_conv1, backbone_args and in_channels, passed on to `build_backbone`; only
+            for a name.
 
     Raises:
         TypeError: for an unknown keyword argument, or if `num_features` is not an integer.

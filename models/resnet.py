@@ -76,21 +76,26 @@ def norms_of_shortcuts(network: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 class ResNet(torchvision.models.ResNet):
-    """Turn [n, 3, H, W] into [n, num_features]: 8 * width features with basic blocks, 32 * width with bottlenecks."""
+    """Turn [n, in_channels, H, W] into [n, num_features]: 8 * width features with basic blocks, 32 * width with bottlenecks."""
 
     def __init__(
-        self, block: type[BasicBlock] | type[Bottleneck], num_blocks: list[int], width: int = 64, stem: str = "imagenet"
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        num_blocks: list[int],
+        width: int = 64,
+        stem: str = "imagenet",
+        in_channels: int = 3,
     ):
         # Not torchvision's constructor, which fixes the widths; its block builder serves any width.
         nn.Module.__init__(self)
         self._norm_layer = ViewBatchNorm
         self.dilation, self.groups, self.base_width = 1, 1, 64
-        self.inplanes = width
+        self.inplanes, self.in_channels = width, in_channels
         if stem == "imagenet":
-            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, width, kernel_size=7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         elif stem == "small":
-            self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False)
             self.maxpool = nn.Identity()
         else:
             raise ValueError(f"stem is {stem!r}; allowed: {', '.join(STEMS)}")

@@ -30,15 +30,14 @@ CHECKPOINTS = ("none", "blocks")  # a ViT's blocks have no batch norms
 
 
 class ConvStem(nn.Module):
-    """Turn [n, 3, H, W] into [n, H/16 * W/16, C]: four 3x3 convolutions of stride 2, each with norm and ReLU, then a 1x1.
+    """Turn [n, in_channels, H, W] into [n, H/16 * W/16, C]: four 3x3 convolutions of stride 2 with norm and ReLU, then a 1x1.
 
     Convolutions keep torch's default initialisation, as in MoCo v3's release.
     """
 
-    def __init__(self, embed_dim: int):
+    def __init__(self, embed_dim: int, in_channels: int = 3):
         super().__init__()
         layers: list[nn.Module] = []
-        in_channels = 3
         for channels in (embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim):
             layers += [
                 nn.Conv2d(in_channels, channels, kernel_size=3, stride=2, padding=1, bias=False),
@@ -60,18 +59,25 @@ class ConvStem(nn.Module):
 
 
 class ViT(VisionTransformer):
-    """Turn [n, 3, H, W] into [n, C], the class token after the final norm. State-dict keys are timm's, without the head.
+    """Turn [n, in_channels, H, W] into [n, C], the class token after the final norm. State-dict keys are timm's, without head.
 
     Args:
         layout: sizes; `backbones.LAYOUTS` has the published ones.
         image_size: side in pixels, or (height, width); multiples of the patch size.
         stop_grad_conv1: freeze the patch projection at its random start.
+        in_channels: channels of the images.
 
     Raises:
         ValueError: if `stop_grad_conv1` is true for a conv stem.
     """
 
-    def __init__(self, layout: Layout, image_size: int | tuple[int, int] = 224, stop_grad_conv1: bool = False):
+    def __init__(
+        self,
+        layout: Layout,
+        image_size: int | tuple[int, int] = 224,
+        stop_grad_conv1: bool = False,
+        in_channels: int = 3,
+    ):
         if layout.conv_stem and stop_grad_conv1:
             raise ValueError(
                 "stop_grad_conv1 is true, but a conv stem is never frozen: it trains stably as it is; set it to false, or "
@@ -79,6 +85,7 @@ class ViT(VisionTransformer):
             )
         super().__init__(
             img_size=image_size,
+            in_chans=in_channels,
             patch_size=layout.patch_size,
             embed_dim=layout.embed_dim,
             depth=layout.depth,
@@ -89,10 +96,11 @@ class ViT(VisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             weight_init="skip",
         )
+        self.in_channels = in_channels
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.grid = height // layout.patch_size, width // layout.patch_size
         if layout.conv_stem:
-            self.patch_embed = ConvStem(layout.embed_dim)
+            self.patch_embed = ConvStem(layout.embed_dim, in_channels)
         self._initialise()
         if stop_grad_conv1:
             self.patch_embed.requires_grad_(False)

@@ -61,8 +61,16 @@ def pytest_report_header():
     return f"Triton kernels: {'interpreted on the CPU; `pytest -m gpu` compiles them' if interpreted else 'compiled'}"
 
 
+# Long files: whichever process got one of them last would go on alone for a minute or two.
+FIRST = ("test_learning.py", "test_wheel.py", "test_kernels.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none, or where kernels are interpreted, which would show nothing."""
+    """Let long files come first, and skip what needs a GPU where there is none, or where kernels are interpreted.
+
+    Interpreted, such a test would show nothing.
+    """
+    items.sort(key=lambda item: item.path.name not in FIRST)
     reason = None
     if not torch.cuda.is_available():
         reason = "needs an NVIDIA GPU"

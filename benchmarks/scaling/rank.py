@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.measure import append, clocks
 from benchmarks.rows import Row
 from benchmarks.stages import recipe
+from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
 from crossbatch.engine.planning.catalogue import CARDS, machines
 from crossbatch.engine.planning.prediction import estimate
@@ -103,8 +104,8 @@ def resolved(given: argparse.Namespace, ranks: int, device: Device, local_ranks:
 def measure(cfg: ResolvedConfig, device: torch.device, steps: int) -> tuple[list[float], Traffic]:
     """Time `steps` steps, in seconds, and count the collectives of one."""
     step = TrainStep(recipe.build(cfg, device), cfg, device, steps_per_epoch=1000, chunk=cfg.chunk)
-    size = cfg.config.crossbatch.data.image_size
-    views = torch.randint(0, 256, (2, cfg.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    size = height_width(cfg.config.crossbatch.data.image_size)
+    views = torch.randint(0, 256, (2, cfg.local_batch, *size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
     views = views.pin_memory() if device.type == "cuda" else views  # as the loader hands them over
     for _ in range(WARM_UP):
         step(views)

@@ -16,6 +16,7 @@ from benchmarks.measure import compare
 from benchmarks.rows import Row
 from benchmarks.stages import Effort, recipe
 from benchmarks.stages.plain_step import plain_backbone
+from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.models import autocast
@@ -54,10 +55,10 @@ def run(effort: Effort) -> Iterator[Row]:
 def _cases(cfg: ResolvedConfig, images: int) -> list[Callable[[], None]]:
     """Return forward and backward of the library's network, of the same in channels last, and of ours."""
     torch.manual_seed(0)
-    size = cfg.config.crossbatch.data.image_size
+    size = height_width(cfg.config.crossbatch.data.image_size)
     with torch.device(cfg.device.type):
         ours, plain, tuned = build_model(cfg).online.backbone, plain_backbone(cfg.config), plain_backbone(cfg.config)
-        views = torch.randn(2 * images, 3, size, size)
+        views = torch.randn(2 * images, 3, *size)
     in_training = views.to(memory_format=torch.channels_last)
     tuned.to(memory_format=torch.channels_last)
 

@@ -11,6 +11,7 @@ resident size of this process and its workers, at three points of one long run.
 import importlib.util
 import itertools
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +50,7 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
         yield from _parts(root, effort, "given" if images else "generated")
     with image_folder(None, effort.pick(2, 4, 8), PHOTO) as root:
         yield from _photographs(root, effort)
-    if importlib.util.find_spec("psutil") is not None:  # comes with DeepSpeed
+    if Path("/proc/self/smaps_rollup").exists():
         yield from _memory(effort.pick(backends[:1], backends, backends), effort)
 
 
@@ -195,7 +196,8 @@ def _endless(loader: TrainLoader) -> Iterator:
 
 def _resident_mib() -> float:
     """Sum the proportional set sizes, where shared pages count once, of this process and all that descend from it."""
-    import psutil
-
-    this = psutil.Process()
-    return sum(process.memory_full_info().pss for process in [this, *this.children(recursive=True)]) / 2**20
+    kib = 0
+    for pid in (os.getpid(), *descendants()):
+        with suppress(OSError):  # it has ended
+            kib += int(re.findall(r"^Pss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)[0])
+    return kib / 1024

@@ -33,6 +33,7 @@ from benchmarks.measure import call_ms, clocks, compare, compare_peaks, peak_mib
 from benchmarks.rows import Row
 from benchmarks.stages import Effort, recipe
 from benchmarks.stages.plain_step import FOUND_SCALE, PlainStep
+from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.config import Device, ResolvedConfig
 from crossbatch.engine.memory_model import StepMemory
 from crossbatch.engine.planning.catalogue import CARDS, machines
@@ -309,6 +310,6 @@ def _peak(setup: Setup) -> float:
 
 def _views(cfg: ResolvedConfig) -> torch.Tensor:
     """Return uint8 views [2, n, 3, H, W] as the loader hands them over."""
-    size = cfg.config.crossbatch.data.image_size
-    views = torch.randint(0, 256, (2, cfg.local_batch, size, size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    size = height_width(cfg.config.crossbatch.data.image_size)
+    views = torch.randint(0, 256, (2, cfg.local_batch, *size, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
     return views.pin_memory() if cfg.device.type == "cuda" else views

@@ -27,7 +27,14 @@ from nvidia import dali as _dali
 from PIL import Image
 
 from crossbatch.data.augment.opencv import colour
-from crossbatch.data.augment.parameters import ViewAugmentation, ViewParameters, draw_parameters, reduced, reductions
+from crossbatch.data.augment.parameters import (
+    ViewAugmentation,
+    ViewParameters,
+    draw_parameters,
+    height_width,
+    reduced,
+    reductions,
+)
 from crossbatch.data.decode import BrokenImage, Encoded, decode, decode_pixels, encode_bmp, jpeg_size
 from crossbatch.data.sources import Source
 from crossbatch.data.worker_batches import BrokenFile, WorkerBatch, open_or_replace
@@ -182,8 +189,7 @@ class DaliPipeline:
             return self._pipeline.share_outputs() if self._jobs[0].images else None
 
     def _coloured(self, crops: Any, job: _Job) -> torch.Tensor:
-        size = self.augmentations[0].image_size
-        shape = len(self.augmentations), len(job.images), size, size, 3
+        shape = len(self.augmentations), len(job.images), *height_width(self.augmentations[0].image_size), 3
         views = torch.empty(shape, dtype=torch.uint8, device=self.device)
         for view, (out, p, augmentation) in enumerate(zip(views, job.parameters, self.augmentations, strict=True)):
             crop = crops[view].as_tensor()
@@ -205,7 +211,7 @@ class DaliPipeline:
             number = torch.cuda.current_device()
         pipeline = _graph(
             len(self.augmentations),
-            self.augmentations[0].image_size,
+            height_width(self.augmentations[0].image_size),
             "mixed" if gpu else "cpu",
             batch_size=MAX_IMAGES,
             num_threads=self._threads,
@@ -217,7 +223,7 @@ class DaliPipeline:
 
 
 @dali.pipeline_def
-def _graph(num_views: int, image_size: int, device: str):
+def _graph(num_views: int, size: tuple[int, int], device: str):
     """Take encoded files, what to decode of them, and crops in that (pixels, rows first); return each view's resized crops."""
     image = dali.fn.decoders.image_slice(
         dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1),
@@ -235,7 +241,7 @@ def _graph(num_views: int, image_size: int, device: str):
             image,
             roi_start=dali.fn.external_source(name=f"start{view}", dtype=dali.types.FLOAT, ndim=1),
             roi_end=dali.fn.external_source(name=f"end{view}", dtype=dali.types.FLOAT, ndim=1),
-            size=(image_size, image_size),
+            size=size,
             interp_type=dali.types.INTERP_LINEAR,
             antialias=True,
         )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from crossbatch.data.augment.parameters import ViewParameters
+from crossbatch.data.augment.parameters import ImageSize, ViewParameters, height_width
 from crossbatch.data.augment.pil import crop
 
 
@@ -21,25 +21,24 @@ def augment(
     image: np.ndarray,
     p: ViewParameters,
     row: int,
-    image_size: int,
+    image_size: ImageSize,
     solarize_threshold: int = 128,
     interpolation: str = "bilinear",
 ) -> np.ndarray:
-    """Make one view of `image`, uint8 [h, w, 3], by row `row` of the parameters `p`: uint8 [image_size, image_size, 3]."""
+    """Make one view of `image`, uint8 [h, w, 3], by row `row` of the parameters `p`: uint8 [H, W, 3] of `image_size`."""
     return colour(resize(crop(image, p, row), image_size, interpolation), p, row, solarize_threshold)
 
 
-def resize(pixels: np.ndarray, size: int, interpolation: str = "bilinear") -> np.ndarray:
-    """Resize a crop, uint8 [h, w, 3], to [size, size, 3], with antialiasing."""
-    image = torch.from_numpy(pixels)[None].permute(
-        0, 3, 1, 2
-    )  # [1, 3, h, w], also to torch channels last: the fast way
-    view = F.interpolate(image, (size, size), mode=interpolation, antialias=True)
+def resize(pixels: np.ndarray, image_size: ImageSize, interpolation: str = "bilinear") -> np.ndarray:
+    """Resize a crop, uint8 [h, w, 3], to [H, W, 3] of `image_size`, with antialiasing."""
+    # [1, 3, h, w], which torch, too, takes for channels last: the fast way.
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    view = F.interpolate(image, height_width(image_size), mode=interpolation, antialias=True)
     return view[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def opencv_colour(pixels: np.ndarray, p: ViewParameters, row: int, solarize_threshold: int = 128) -> np.ndarray:
-    """Apply colours, blur, solarize and flip to a resized crop, in MoCo v3's order: uint8 [S, S, 3] -> [S, S, 3]."""
+    """Apply colours, blur, solarize and flip to a resized crop, in MoCo v3's order: uint8 [H, W, 3] -> [H, W, 3]."""
     for operation, factor in p.jitters(row):
         pixels = _JITTERS[operation](pixels, factor)
     if p.grayscale[row]:

@@ -17,14 +17,46 @@ values; order of application: crop, jitter, grayscale, blur, solarize, flip, nor
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from crossbatch.data import counter
 
+ImageSize: TypeAlias = int | tuple[int, int]  # of views, in pixels: their side, or (height, width)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Channels(NamedTuple):
+    """Says which channels images have, by the mean and standard deviation of each, for values from 0 to 1."""
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+RGB = Channels()
+
+
+def channels_of(
+    channels: int = 3, mean: Sequence[float] | str = "auto", std: Sequence[float] | str = "auto"
+) -> Channels:
+    """Return so many channels with these statistics; "auto" is ImageNet's, and of another number than 3, their average in each.
+
+    Raises ValueError if there are not as many means and deviations as channels.
+    """
+    found = []
+    for name, given, colours in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        values = (colours if channels == 3 else (sum(colours) / 3,) * channels) if isinstance(given, str) else (*given,)
+        if len(values) != channels:
+            raise ValueError(
+                f"{name} has {len(values)} numbers, but images have {channels} channels; give one for each"
+            )
+        found.append(values)
+    return Channels(*found)
+
 
 # Rows of the table of uniforms, one row per decision. Append; renumbering changes every run.
 _TOP, _LEFT, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = range(12)
@@ -35,15 +67,21 @@ _CROP_RATIO = slice(26, 26 + _TRIES)
 _DRAWS = counter.AUGMENTATION_DRAWS + np.arange(36)[:, None]
 
 
+def height_width(image_size: ImageSize) -> tuple[int, int]:
+    """Return the height and width of views in pixels."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
 @dataclass(frozen=True)
 class ViewAugmentation:
     """Defines the distribution of one view's augmentation. The defaults are what MoCo v3's two views share."""
 
-    image_size: int  # side of the square view, pixels
+    image_size: ImageSize
     crop_scale: tuple[float, float]  # (min, max) area of the crop / area of the image
     blur_probability: float
     solarize_probability: float
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # (min, max) width / height of the crop, log-uniform
+    # (min, max) width / height of the crop, log-uniform, as a multiple of that of the view: a wide view gets wide crops
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     jitter_probability: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -54,12 +92,18 @@ class ViewAugmentation:
     solarize_threshold: int = 128  # pixel values from here on are inverted
     flip_probability: float = 0.5
     interpolation: str = "bilinear"  # of the resized crop; or "bicubic"
+    channels: int = 3  # of images; with another number than 3, hue, saturation and grayscale change nothing
     auto_augment: str | None = None  # timm's automatic augmentation after the flip, such as "rand-m9-mstd0.5-inc1"
 
     @property
     def needs_pil(self) -> bool:
         """Return whether DALI cannot apply it."""
-        return self.interpolation != "bilinear" or self.auto_augment is not None
+        return self.interpolation != "bilinear" or self.auto_augment is not None or self.channels != 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return height, width and channels of a view."""
+        return *height_width(self.image_size), self.channels
 
 
 def check_auto_augment(policy: str) -> None:
@@ -75,20 +119,23 @@ def check_auto_augment(policy: str) -> None:
         ) from error
 
 
-def moco_v3_augmentations(image_size: int = 224, crop_min: float = 0.08) -> tuple[ViewAugmentation, ViewAugmentation]:
+def moco_v3_augmentations(
+    image_size: ImageSize = 224, crop_min: float = 0.08, channels: int = 3
+) -> tuple[ViewAugmentation, ViewAugmentation]:
     """Return the asymmetric pair of MoCo v3 and BYOL: view 1 is always blurred, view 2 seldom blurred and sometimes solarized.
 
-    `image_size` is the side of a view in pixels, `crop_min` the smallest area of a crop as a fraction of the image's area.
+    `image_size` is the side of a view in pixels or (height, width), `crop_min` the smallest area of a crop as a fraction of
+    the image's area.
     """
     scale = (crop_min, 1.0)
     return (
-        ViewAugmentation(image_size, scale, blur_probability=1.0, solarize_probability=0.0),
-        ViewAugmentation(image_size, scale, blur_probability=0.1, solarize_probability=0.2),
+        ViewAugmentation(image_size, scale, blur_probability=1.0, solarize_probability=0.0, channels=channels),
+        ViewAugmentation(image_size, scale, blur_probability=0.1, solarize_probability=0.2, channels=channels),
     )
 
 
 def crop_and_flip(
-    image_size: int,
+    image_size: ImageSize,
     crop_min: float,
     interpolation: str = "bilinear",
     color_jitter: float = 0.0,
@@ -97,7 +144,7 @@ def crop_and_flip(
     """Return the augmentation of supervised training: RandomResizedCrop and a horizontal flip.
 
     Args:
-        image_size: side of a view, pixels.
+        image_size: side of a view in pixels, or (height, width).
         crop_min: smallest crop, as a fraction of the image's area.
         interpolation: of the resized crop, "bilinear" or "bicubic".
         color_jitter: largest relative change of brightness, contrast and saturation, as in timm; 0 for none.
@@ -155,13 +202,16 @@ class ViewParameters:
 LARGE = 900
 
 
-def reductions(views: Sequence[ViewParameters], heights: np.ndarray, widths: np.ndarray, image_size: int) -> np.ndarray:
+def reductions(
+    views: Sequence[ViewParameters], heights: np.ndarray, widths: np.ndarray, image_size: ImageSize
+) -> np.ndarray:
     """Return at which part of the resolution each of n images can be decoded: int64 [n], 8, 4, 2 or 1 (all of it).
 
     It is the largest reduction that leaves every crop at least twice as large as its view, so that resizing it still averages.
     """
-    crops = [side for p in views for side in (p.crop_height, p.crop_width)]
-    spare = np.min(crops, axis=0) // (2 * image_size)
+    height, width = height_width(image_size)
+    sides = [side for p in views for side in (p.crop_height / height, p.crop_width / width)]
+    spare = np.min(sides, axis=0) / 2
     largest = np.select([spare >= 8, spare >= 4, spare >= 2], [8, 4, 2], 1)
     return np.where(np.minimum(heights, widths) >= LARGE, largest, 1)
 
@@ -222,12 +272,14 @@ def _crop(
     All ten tries are computed for every image: cheaper than a loop, and the number of draws does not depend on the image.
     """
     area = _between(u[_CROP_AREA], *augmentation.crop_scale) * heights * widths  # [tries, n]
-    ratio = np.exp(_between(u[_CROP_RATIO], *np.log(augmentation.crop_ratio)))
+    view_height, view_width = height_width(augmentation.image_size)
+    low, high = (limit * (view_width / view_height) for limit in augmentation.crop_ratio)
+    ratio = np.exp(_between(u[_CROP_RATIO], *np.log((low, high))))
     tried_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     tried_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (tried_widths > 0) & (tried_widths <= widths) & (tried_heights > 0) & (tried_heights <= heights)
     any_fits, first, image = fits.any(axis=0), np.argmax(fits, axis=0), np.arange(len(widths))
-    low, high = augmentation.crop_ratio  # of the central crop, the largest that they allow
+    # The central crop is the largest that the limits allow.
     central_height = np.where(widths < low * heights, np.rint(widths / low), heights).astype(np.int64)
     central_width = np.where(widths > high * heights, np.rint(heights * high), widths).astype(np.int64)
     height = np.where(any_fits, tried_heights[first, image], central_height)
@@ -239,19 +291,19 @@ def _crop(
     return top, left, height, width
 
 
-def normalize(views_uint8: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normalise uint8 [..., 3, H, W] as ToTensor and Normalize(IMAGENET_MEAN, IMAGENET_STD) do, by one multiply-add per pixel.
+def normalize(views_uint8: torch.Tensor, dtype: torch.dtype = torch.float32, channels: Channels = RGB) -> torch.Tensor:
+    """Normalise uint8 [..., C, H, W] as ToTensor and Normalize(mean, std) do, by one multiply-add per pixel.
 
     Call it on the training device: a uint8 view travels from worker to GPU in a quarter of the bytes of fp32. The
     arithmetic is fp32 whatever `dtype` is.
     """
-    scale, bias = _scale_and_bias(views_uint8.device)
+    scale, bias = _scale_and_bias(views_uint8.device, channels)
     return torch.addcmul(bias, views_uint8, scale).to(dtype)
 
 
 @lru_cache(maxsize=8)
-def _scale_and_bias(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_and_bias(device: torch.device, channels: Channels) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and bias of (x / 255 - mean) / std = x * scale + bias. Cached: they cost a GPU two synchronous copies."""
-    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(3, 1, 1)
+    mean = torch.tensor(channels.mean, dtype=torch.float64).view(-1, 1, 1)
+    std = torch.tensor(channels.std, dtype=torch.float64).view(-1, 1, 1)
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)

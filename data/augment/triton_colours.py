@@ -20,18 +20,18 @@ _BLOCK: Any = 1024  # pixels of a program
 
 
 def colour_view(pixels: torch.Tensor, p: ViewParameters, augmentation: ViewAugmentation, out: torch.Tensor) -> None:
-    """Fill `out` with one view of the crops `pixels` by their parameters `p`: both uint8 [m, S, S, 3], dense, on the GPU."""
-    count, size = pixels.shape[:2]
+    """Fill `out` with one view of the crops `pixels` by their parameters `p`: both uint8 [m, H, W, 3], dense, on the GPU."""
+    count, height, width = pixels.shape[:3]
     table = torch.from_numpy(_table(p, augmentation)).to(pixels.device, non_blocking=True)
-    blocks = triton.cdiv(size * size, _BLOCK)
+    blocks = triton.cdiv(height * width, _BLOCK)
     means = torch.empty(count, device=pixels.device)
     jittered, blurred = torch.empty_like(out), torch.empty_like(out)
-    _mean_gray[(count,)](pixels, table, means, size * size, _COLUMNS, _BLOCK)
-    _jitter[(count, blocks)](pixels, table, means, jittered, size * size, _COLUMNS, _BLOCK)
+    _mean_gray[(count,)](pixels, table, means, height * width, _COLUMNS, _BLOCK)
+    _jitter[(count, blocks)](pixels, table, means, jittered, height * width, _COLUMNS, _BLOCK)
     reach: Any = int(np.ceil(3 * augmentation.blur_sigma[1]))
     rows: Any
     for source, target, rows in ((jittered, blurred, True), (blurred, out, False)):
-        _blur[(count, blocks)](source, table, target, size, _COLUMNS, reach, rows, _BLOCK)
+        _blur[(count, blocks)](source, table, target, height, width, _COLUMNS, reach, rows, _BLOCK)
 
 
 # The columns of the table of parameters, fp32 [m, 13]; the kernels name them by number.
@@ -94,15 +94,23 @@ def _jitter(pixels, table, means, out, num_pixels, COLUMNS: tl.constexpr, BLOCK:
 
 @triton.jit
 def _blur(
-    pixels, table, out, size, COLUMNS: tl.constexpr, REACH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    pixels,
+    table,
+    out,
+    height,
+    width,
+    COLUMNS: tl.constexpr,
+    REACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Blur by a Gaussian along rows (ROWS) or columns, edges repeated; the second pass also solarizes and flips."""
     image = tl.program_id(0)
     row = table + image * COLUMNS
-    num_pixels = size * size
+    num_pixels = height * width
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < num_pixels
-    y, x = offsets // size, offsets % size
+    y, x = offsets // width, offsets % width
     sigma = tl.load(row + 9)
     if sigma > 0:
         r = tl.zeros([BLOCK], tl.float32)
@@ -112,9 +120,9 @@ def _blur(
         for step in range(-REACH, REACH + 1):
             weight = tl.exp(-step * step / (2 * sigma * sigma))
             if ROWS:
-                there = y * size + tl.minimum(tl.maximum(x + step, 0), size - 1)
+                there = y * width + tl.minimum(tl.maximum(x + step, 0), width - 1)
             else:
-                there = tl.minimum(tl.maximum(y + step, 0), size - 1) * size + x
+                there = tl.minimum(tl.maximum(y + step, 0), height - 1) * width + x
             r_there, g_there, b_there = _load(pixels, image, there, inside, num_pixels)
             r += weight * r_there
             g += weight * g_there
@@ -131,7 +139,7 @@ def _blur(
         g = tl.where(g < threshold, g, 255 - g)
         b = tl.where(b < threshold, b, 255 - b)
         if tl.load(row + 11) != 0:
-            offsets = y * size + (size - 1 - x)
+            offsets = y * width + (width - 1 - x)
     _store(out, image, offsets, inside, num_pixels, r, g, b)
 
 

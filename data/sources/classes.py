@@ -8,20 +8,22 @@ names and numbers cannot be matched: their order is a convention that each tool 
 Labels of an opened source are positions in `class_names`, always those of the training images.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+MAX_LABEL = 10**6 - 1
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Holds the classes of the images in a folder: their names by label, and which labels occur."""
+    """Holds the classes of the images in a folder or file: their names by label, and which labels occur."""
 
-    folder: Path
+    folder: Path | str
     names: list[str]
     are_numbers: bool  # the names are only the labels, written out
     present: np.ndarray  # int64, sorted
@@ -37,6 +39,28 @@ class Classes:
 
     def __str__(self) -> str:
         return f"{self.folder} has {'the numbers' if self.are_numbers else 'the names'} {_shown(self.keys(False))}"
+
+
+def number_classes(given: Sequence[str] | None, count: int, where: str) -> tuple[np.ndarray, list[str], bool]:
+    """Return labels (int64), class names, and whether these are names, of images with the labels `given` as text.
+
+    Whole numbers are labels as they are; other texts are names, and their sorted positions are the labels. With None, all
+    `count` images get the label 0 of a class "unlabelled". Raises ValueError, which begins with `where`, if a number is out
+    of range.
+    """
+    if given is None:
+        return np.zeros(count, dtype=np.int64), ["unlabelled"], True
+    classes = {*given}
+    if not all(re.fullmatch(r"-?\d+", name, re.ASCII) for name in classes):
+        position = {name: label for label, name in enumerate(sorted(classes))}
+        return np.array([position[name] for name in given], dtype=np.int64), [*position], True
+    wrong = [name for name in given if not 0 <= int(name) <= MAX_LABEL]
+    if wrong:
+        raise ValueError(
+            f"{where}: {len(wrong)} labels out of range, the first {wrong[0]}; allowed: names, or numbers from 0 to {MAX_LABEL}"
+        )
+    labels = np.array([int(name) for name in given], dtype=np.int64)
+    return labels, [str(label) for label in range(int(labels.max()) + 1)], False
 
 
 def training_labels(training: Classes, evaluation: Classes) -> np.ndarray:

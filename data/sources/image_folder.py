@@ -5,9 +5,10 @@
     root/class_b/...
 
 Labels are the positions of the class folders in sorted order, images are sorted by path within their class, so that
-index i is the same image on every machine. Names that begin with a dot are ignored (`.ipynb_checkpoints`, macOS's
-`._x.jpg`); other files that are no images are counted, by kind. So are links to the folder of another class, or to one around
-the root: their images would get a second label.
+index i is the same image on every machine. A folder without classes has its images directly in it or in folders of any depth.
+
+Names that begin with a dot are ignored (`.ipynb_checkpoints`, macOS's `._x.jpg`); other files that are no images are counted,
+by kind. So are links to the folder of another class, or to one around the root: their images would get a second label.
 
 The listing takes 16 bytes an image plus its name: 47 MB for ImageNet's 1.28 million. It is current as long as the time of
 change of every folder below the root is the same; a file system sets it when an entry comes, goes or is renamed. So the check
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crossbatch.data.decode import decode
+from crossbatch.data.decode import decode, readable_extensions
 from crossbatch.data.sources.listing import (
     Arrays,
     Names,
@@ -36,24 +37,30 @@ from crossbatch.data.sources.listing import (
     unpack_counts,
 )
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # compared in lower case
 _VERSION = 1  # of the listing
+_NO_CLASS = "."  # stands for the one folder of images without classes
 
 
 class ImageFolder:
     """Reads the images under `root`, one class per folder; a `Source`.
 
-    `cache` is the folder where the listing is kept. Raises ValueError if there are no images, or a class has none, and
-    OSError if a folder cannot be read. `passed_over` counts the files that are not among the images, by kind.
+    With `classless`, the folders are no classes and the images have no labels. `cache` is the folder where the listing is
+    kept. Raises ValueError if there are no images, or a class has none, and OSError if a folder cannot be read. `passed_over`
+    counts the files that are not among the images, by kind.
     """
 
-    has_labels = True
     has_files = True
 
-    def __init__(self, root: str | Path, cache: Path | None = None):
-        self.folder, self._root = Path(root), str(root)
-        listing = cached(root, cache, lambda arrays: _is_current(self._root, arrays), lambda: _list(self._root))
-        self._folders = self.class_names = Names(listing, "classes").unpack()
+    def __init__(self, root: str | Path, cache: Path | None = None, classless: bool = False):
+        self.folder, self._root, self.has_labels = Path(root), str(root), not classless
+        listing = cached(
+            root,
+            cache,
+            lambda arrays: _is_current(self._root, arrays, classless),
+            lambda: _list(self._root, classless),
+        )
+        self._folders = Names(listing, "classes").unpack()
+        self.class_names = ["unlabelled"] if classless else self._folders
         self._folder_of = self.labels = listing["labels"]  # two names: evaluation images get the labels of training
         self._names = Names(listing, "names")
         self.passed_over = unpack_counts(listing, "passed_over")
@@ -65,7 +72,7 @@ class ImageFolder:
 
     def name(self, index: int) -> str:
         """Return the path of image `index` relative to the root, as `class/file`."""
-        return f"{self._folders[self._folder_of[index]]}/{self._names[index]}"
+        return f"{self._folders[self._folder_of[index]]}/{self._names[index]}".removeprefix(f"{_NO_CLASS}/")
 
     def read(self, index: int) -> bytes:
         """Return the file of image `index`. Raises OSError."""
@@ -82,23 +89,27 @@ def list_classes(root: str | Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _list(root: str) -> tuple[Arrays, int]:
+def _list(root: str, classless: bool) -> tuple[Arrays, int]:
     """Return the listing, and the latest change of any folder in it (ns)."""
     changes = {"": os.stat(root).st_mtime_ns}  # noqa: PTH116
-    beside = files_beside(root).items()
-    passed_over = Counter({f"{kind} outside class folders" if kind in EXTENSIONS else kind: n for kind, n in beside})
-    images = {name: _relative_names(root, name, changes, passed_over) for name in list_classes(root)}
-    if not images:
+    readable = readable_extensions()
+    beside = {} if classless else files_beside(root)
+    passed_over = Counter(
+        {f"{kind} outside class folders" if kind in readable else kind: n for kind, n in beside.items()}
+    )
+    folders = [_NO_CLASS] if classless else list_classes(root)
+    images = {name: _relative_names(root, name, changes, passed_over) for name in folders}
+    if not any(images.values()) and (classless or not images):
         held = f" (it holds {counted(passed_over)})" if passed_over else ""
         raise ValueError(
-            f"{root} has no class folders{held}; allowed: images as {root}/<class>/<file>; if there are no classes, "
-            f"move all images into one folder of any name"
+            f"{root} has no class folders{' and no images' if classless else ''}{held}; allowed: images as "
+            f"{root}/<class>/<file>, or, to train without labels, in folders of any depth; read are {', '.join(readable)}"
         )
     empty = [name for name, names in images.items() if not names]
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         raise ValueError(
-            f"{root}: {len(empty)} of {len(images)} class folders hold no images ({', '.join(EXTENSIONS)}): {shown}; "
+            f"{root}: {len(empty)} of {len(images)} class folders hold no images ({', '.join(readable)}): {shown}; "
             f"fill or remove them{f' (passed over: {counted(passed_over)})' if passed_over else ''}"
         )
     arrays = {
@@ -107,6 +118,7 @@ def _list(root: str) -> tuple[Arrays, int]:
         **pack_names("names", chain.from_iterable(images.values())),
         **pack_names("classes", images),
         **pack_counts("passed_over", passed_over),
+        **pack_names("extensions", readable),
         **pack_names("folders", changes),
         "changes_ns": np.array(list(changes.values()), dtype=np.int64),
     }
@@ -119,7 +131,7 @@ def _relative_names(root: str, class_name: str, changes: dict[str, int], passed_
     `changes` gets the time of the last change of each folder (ns), `passed_over` the other files by kind. scandir saves a
     stat per file. A folder that is reached twice (by a link to one above it) counts once.
     """
-    names, folders, seen = [], [""], set()
+    names, folders, seen, readable = [], [""], set(), readable_extensions()
     while folders:
         prefix = folders.pop()
         folder = f"{class_name}/{prefix}"
@@ -132,7 +144,7 @@ def _relative_names(root: str, class_name: str, changes: dict[str, int], passed_
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.name.lower().endswith(EXTENSIONS):
+                if entry.name.lower().endswith(readable):
                     names.append(prefix + entry.name)
                 elif not entry.is_dir():
                     passed_over[kind_of(entry.name)] += 1
@@ -149,7 +161,11 @@ def _is_foreign(root: str, class_name: str, link: str) -> bool:
     return top.startswith(target) or (target.startswith(top) and not target.startswith(own))
 
 
-def _is_current(root: str, arrays: Arrays) -> bool:
+def _is_current(root: str, arrays: Arrays, classless: bool) -> bool:
+    if (Names(arrays, "classes").unpack() == [_NO_CLASS]) != classless:
+        return False
+    if (*Names(arrays, "extensions").unpack(),) != readable_extensions():  # KeyError: of an earlier version
+        return False
     folders = Names(arrays, "folders").unpack()
     changes_ns = [os.stat(f"{root}/{folder}").st_mtime_ns for folder in folders]  # noqa: PTH116
     unpack_counts(arrays, "passed_over")  # KeyError: an earlier version did not count

@@ -23,6 +23,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from crossbatch.data.decode import missing_plugins
+
 Arrays: TypeAlias = dict[str, np.ndarray]
 
 _SETTLED_NS = 2 * 10**9  # the coarsest timestamps of common file systems
@@ -55,9 +57,13 @@ def pack_names(field: str, names: Iterable[str]) -> Arrays:
 
 
 def kind_of(name: str) -> str:
-    """Return the extension of a file, the kind under which it is counted: ".tif", ".tar.gz", "no extension"."""
+    """Return the extension of a file, the kind under which it is counted: ".txt", ".tar.gz", "no extension".
+
+    That of an image for which a plugin is missing says what to install.
+    """
     suffixes = PurePosixPath(name.lower()).suffixes
-    return "".join(suffixes[-2:] if ".tar" in suffixes[-2:] else suffixes[-1:]) or "no extension"
+    kind = "".join(suffixes[-2:] if ".tar" in suffixes[-2:] else suffixes[-1:]) or "no extension"
+    return f"{kind} (pip install '{missing_plugins()[kind]}')" if kind in missing_plugins() else kind
 
 
 def files_beside(folder: str | Path) -> Counter[str]:

@@ -1,27 +1,53 @@
-"""Parses a data path strictly: a folder, or scheme://target?option=number,option=number.
+"""Parses a data path strictly: a folder or scheme://target, with options behind it as in DIR?fraction=0.1,seed=3.
 
 `&` separates options, too, as in URLs. But a shell ends the command there, and `deepspeed --hostfile` hands the command to one
-without quotes.
+without quotes. A comma in a value is written as %2C.
 """
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import parse_qsl
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
-_OPTIONS: dict[str, dict[str, int]] = {  # of each scheme, with their defaults
+_OPTIONS: dict[str, dict[str, int | str]] = {  # of each scheme, with their defaults; "" means not given
+    "": {},
     "synthetic": {"size": 64, "classes": 10, "eval": 0},  # eval: number of evaluation images; 0: a tenth of train
     "shapes": {"train": 4000, "val": 800, "size": 64, "seed": 0},
     "cifar10": {},
     "cifar100": {},
     "flowers": {},
     "pets": {},
+    "list": {"image": "", "label": "", "eval": ""},  # two columns, and a second list to evaluate on
+    "hf": {"split": "", "eval": "", "image": "", "label": "", "config": ""},
 }
+_SUBSET = {"fraction": 0.0, "per_class": 0, "seed": 0}  # of any scheme
+_EXAMPLES = {
+    "list": ("a file", "list://train.csv"),
+    "hf": ("a folder or name", "hf://uoft-cs/cifar10"),
+}  # others: a folder
 
 
-def parse(path: str | Path) -> tuple[str, str, dict[str, int]]:
-    """Split a data path into its scheme ("" for a folder), its folder or (synthetic) number of images, and its options.
+class Location(NamedTuple):
+    """Holds the parts of a data path.
+
+    Attributes:
+        scheme: "" for a folder.
+        target: a folder or file, or the number of images (synthetic).
+        options: those of the scheme, all of them.
+        subset: arguments of `subset.Subset`; {} for all images.
+    """
+
+    scheme: str
+    target: str
+    options: dict[str, Any]
+    subset: dict[str, Any]
+
+
+def parse(path: str | Path) -> Location:
+    """Split a data path into its parts.
 
     Raises TypeError if `path` is neither a str nor a Path, and ValueError with what is allowed if it is malformed.
     """
@@ -34,34 +60,57 @@ def parse(path: str | Path) -> tuple[str, str, dict[str, int]]:
     if not text:
         raise ValueError("the path is empty; give a folder, or synthetic://1000 to try without images")
     if not separator:
-        return "", str(Path(text).expanduser()), {}
-    if scheme not in _OPTIONS:
-        allowed = "a folder, " + ", ".join(f"{name}://..." for name in _OPTIONS)
+        scheme, rest = "", text
+    elif not scheme or scheme not in _OPTIONS:
+        allowed = "a folder, " + ", ".join(f"{name}://..." for name in _OPTIONS if name)
         raise ValueError(f"unknown scheme in {text!r}{_nearest(scheme, _OPTIONS)}; allowed: {allowed}")
-    target, _, query = rest.partition("?")
-    options = {**_OPTIONS[scheme], **_parse_query(query, list(_OPTIONS[scheme]), text)}
+    # A folder may have a question mark in its name.
+    target, _, query = (rest, "", "") if Path(rest).expanduser().exists() else rest.partition("?")
+    given = _parse_query(query, {**_OPTIONS[scheme], **_SUBSET}, text)
+    options = {name: given.get(name, default) for name, default in _OPTIONS[scheme].items()}
+    subset = {name: given[name] for name in _SUBSET if name in given}
+    if "fraction" not in subset and "per_class" not in subset:
+        if "seed" in given and "seed" not in options:
+            raise ValueError(
+                f"option 'seed' in {text!r} needs fraction or per_class beside it; add one, or leave it out"
+            )
+        subset = {}
+    if "fraction" in subset and "per_class" in subset:
+        raise ValueError(f"{text!r} has both fraction and per_class; give one of them")
     if scheme == "synthetic":
         if not (target.isdecimal() and int(target) > 0):
             raise ValueError(f"{text!r} needs a number of images, as in synthetic://1000?size=64,classes=10")
-        return scheme, target, options
+        return Location(scheme, target, options, subset)
     if not target:
-        raise ValueError(f"{text!r} needs a folder, as in {scheme}://datasets")
-    return scheme, str(Path(target).expanduser()), options
+        what, example = _EXAMPLES.get(scheme, ("a folder", f"{scheme}://datasets"))
+        raise ValueError(f"{text!r} needs {what}, as in {example}")
+    return Location(scheme, str(Path(target).expanduser()), options, subset)
 
 
-def _parse_query(query: str, allowed: list[str], text: str) -> dict[str, int]:
-    """Return the options in `query`; `text` is the whole path, for the messages."""
-    given: dict[str, int] = {}
-    for name, value in parse_qsl(query.replace(",", "&"), keep_blank_values=True):
-        if name not in allowed:
-            names = ", ".join(allowed) or "none"
-            raise ValueError(f"unknown option {name!r} in {text!r}{_nearest(name, allowed)}; allowed: {names}")
+def _parse_query(query: str, defaults: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return the options in `query`, each of the type of its default; `text` is the whole path, for the messages."""
+    given: dict[str, Any] = {}
+    for name, _, value in (option.partition("=") for option in re.split("[,&]", query) if option):
+        value = unquote(value)
+        if name not in defaults:
+            names = ", ".join(defaults)
+            raise ValueError(f"unknown option {name!r} in {text!r}{_nearest(name, defaults)}; allowed: {names}")
         if name in given:
             raise ValueError(f"option {name!r} is given twice in {text!r}; give it once")
-        least = 0 if name == "seed" else 1
-        if not value.isdecimal() or int(value) < least:
-            raise ValueError(f"option {name!r} in {text!r} is {value!r}; it must be an integer >= {least}")
-        given[name] = int(value)
+        where = f"option {name!r} in {text!r} is {value!r}"
+        if isinstance(defaults[name], str):
+            if not value:
+                raise ValueError(f"{where}; it must not be empty")
+            given[name] = value
+        elif isinstance(defaults[name], float):
+            if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value) or not 0 < float(value) <= 1:
+                raise ValueError(f"{where}; it must be a number above 0 and at most 1")
+            given[name] = float(value)
+        else:
+            least = 0 if name == "seed" else 1
+            if not value.isdecimal() or int(value) < least:
+                raise ValueError(f"{where}; it must be an integer >= {least}")
+            given[name] = int(value)
     return given
 
 

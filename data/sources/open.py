@@ -6,32 +6,39 @@ A new kind of source is a class with the members of `Source` in a module of its 
 import contextlib
 from collections import Counter
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-from crossbatch.data.sources import torchvision_sets
+from crossbatch.data.sources import hugging_face, torchvision_sets
 from crossbatch.data.sources.classes import Classes, training_labels
+from crossbatch.data.sources.file_list import FileList
 from crossbatch.data.sources.image_folder import ImageFolder, list_classes
 from crossbatch.data.sources.listing import counted
-from crossbatch.data.sources.location import parse
+from crossbatch.data.sources.location import Location, parse
 from crossbatch.data.sources.shapes import write_shapes
 from crossbatch.data.sources.shards import Shards, list_shards
+from crossbatch.data.sources.subset import Subset
 from crossbatch.data.sources.synthetic import Synthetic
 
 SPLITS = {
     "train": ("train",),
     "eval": ("val", "validation", "test"),
 }  # the folders a split may lie in, the first that exists
+_FOLDERS = ("", "shapes")  # schemes of a folder with its splits
 _TREE = (
     "expected\n"
-    "  {root}/train/<class>/<image>.jpg   (jpg, jpeg, png, webp, bmp)\n"
+    "  {root}/train/<class>/<image>.jpg   (jpg, png, webp, bmp, tif, gif, jp2, avif, heic)\n"
     "  {root}/val/<class>/<image>.jpg     (or validation/, test/; only to evaluate, classes of train/)\n"
     "or tar shards with members <key>.jpg and <key>.cls\n"
     "  {root}/train/<name>.tar\n"
-    "  {root}/val/<name>.tar              (or validation/, test/)"
+    "  {root}/val/<name>.tar              (or validation/, test/)\n"
+    "or, to train without labels, images or shards in {root} itself, images in folders of any depth"
 )
+
+
+_Labelled: TypeAlias = "ImageFolder | Shards | FileList | hugging_face.HuggingFaceImages"
 
 
 @runtime_checkable
@@ -62,7 +69,7 @@ class Source(Protocol):
 
 
 def prepare(path: str | Path, cache: Path | None = None) -> None:
-    """Download (cifar10, cifar100, flowers, pets) or generate (shapes) the images of `path` if they are not there.
+    """Download (cifar10, cifar100, flowers, pets, hf) or generate (shapes) the images of `path` if they are not there.
 
     One process calls it before all of them open `path`. If `cache` is given, the listing of a folder is kept there, so that
     the other processes need not list it again.
@@ -71,36 +78,50 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
         ValueError: `path` is malformed, or its images cannot be downloaded or written.
         OSError: a folder cannot be read.
     """
-    scheme, target, options = parse(path)
-    if scheme in torchvision_sets.SCHEMES:
-        torchvision_sets.download_set(scheme, target)
-    if scheme == "shapes":
+    where = parse(path)
+    if where.scheme in torchvision_sets.SCHEMES:
+        torchvision_sets.download_set(where.scheme, where.target)
+    if where.scheme == "hf":
+        hugging_face.open_splits(where.target, where.options["config"], download=True)
+    if where.scheme == "shapes":
         try:
-            write_shapes(target, **options)
+            write_shapes(where.target, **where.options)
         except OSError as error:
-            raise ValueError(f"cannot write {target} ({error}); choose a writable folder") from error
-    if cache is not None and scheme in ("", "shapes"):
-        _open_folder(_split_folder(Path(target), "train"), cache)
+            raise ValueError(f"cannot write {where.target} ({error}); choose a writable folder") from error
+    if cache is not None and where.scheme in _FOLDERS:
+        _open(where, "train", cache)
         with contextlib.suppress(ValueError, OSError):  # raised again when somebody evaluates
-            _open_folder(_split_folder(Path(target), "eval"), cache)
+            _open_folder(_split_folder(Path(where.target), "eval"), cache)
 
 
 def has_evaluation_split(path: str | Path) -> bool:
-    """Return whether `open_source(path, "eval")` has something to open. Raises ValueError if `path` is malformed."""
-    scheme, target, _ = parse(path)
-    both = scheme == "synthetic" or scheme in torchvision_sets.SCHEMES
-    return both or any(Path(target, name).is_dir() for name in SPLITS["eval"])
+    """Return whether `open_source(path, "eval")` has something to open.
+
+    Raises ValueError if `path` is malformed, or (hf) cannot be opened.
+    """
+    scheme, target, options, _ = parse(path)
+    if scheme == "hf":
+        found = [*hugging_face.open_splits(target, options["config"])]
+        return hugging_face.split_name(target, found, options["eval"], SPLITS["eval"]) is not None
+    if scheme in _FOLDERS:
+        return any(Path(target, name).is_dir() for name in SPLITS["eval"])
+    return scheme != "list" or bool(options["eval"])
 
 
 def open_source(path: str | Path, split: str = "train", cache: Path | None = None, download: bool = False) -> Source:
     """Open the training images (`split` "train") or the evaluation images ("eval") of `path`.
 
         /data/imagenet                            a folder with train/ and, to evaluate, val/, validation/ or test/, with
-                                                  <class>/<image> or tar shards in webdataset's conventions
+                                                  <class>/<image> or tar shards in webdataset's conventions; without
+                                                  train/, all images below it, which then have no labels
+        list://train.csv?eval=val.csv             the images that a text, CSV or parquet file lists, with or without labels
+        hf://PATH?split=train,eval=test           a data set of Hugging Face's `datasets`: a folder, or a name on the Hub
         cifar10://DIR, cifar100://DIR,            the files of torchvision.datasets in the folder DIR
         flowers://DIR, pets://DIR
         synthetic://1000?size=64,classes=10       1000 images computed from their index, without a disk
         shapes://DIR?train=4000,val=800&size=64   small labelled drawings, generated into DIR
+        ...?fraction=0.1,seed=0                   of any of these, a tenth of the training images of each class
+        ...?per_class=13,seed=0                   of any of these, 13 training images of each class
 
     Args:
         path: a folder, or one of the above.
@@ -121,20 +142,51 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
         raise ValueError(f"`split` (={split!r}) must be one of {', '.join(SPLITS)}")
     if download:
         prepare(path, cache)
-    scheme, target, options = parse(path)
+    where = parse(path)
+    source = _open(where, split, cache)
+    return Subset(source, **where.subset) if where.subset and split == "train" else source
+
+
+def _open(where: Location, split: str, cache: Path | None) -> Source:
+    scheme, target, options, _ = where
     if scheme == "synthetic":
         count = int(target) if split == "train" else options["eval"] or max(int(target) // 10, 1)
         return Synthetic(count, options["size"], options["classes"], split=int(split == "eval"))
     if scheme in torchvision_sets.SCHEMES:
         return torchvision_sets.open_set(scheme, target, split)
+    if scheme == "list":
+        training = FileList(Path(target), options["image"], options["label"])
+        if split == "train":
+            return training
+        if not options["eval"]:
+            raise ValueError(f"{target} lists images to train on; name those to evaluate on: list://{target}?eval=FILE")
+        source = FileList(Path(target).parent / options["eval"], options["image"], options["label"])
+        return _with_labels_of(source, _classes(training))
+    if scheme == "hf":
+        return _open_hugging_face(target, options, split)
     root = Path(target)
     if scheme == "shapes" and not root.exists():
         raise ValueError(f"{root} does not exist; write it with open_source(path, download=True) or prepare(path)")
-    folder = _split_folder(root, split)
-    source = _open_folder(folder, cache)
-    if split == "eval":
-        _take_training_labels(source, folder, _split_folder(root, "train"), cache)
-    return source
+    train = _split_folder(root, "train")
+    if split == "train":
+        return _open_folder(train, cache, classless=train == root or not list_classes(train))
+    source = _open_folder(_split_folder(root, "eval"), cache)
+    return _with_labels_of(source, _classes(Shards(train, cache)) if list_shards(train) else _folder_classes(train))
+
+
+def _open_hugging_face(target: str, options: dict[str, str], split: str) -> Source:
+    found = hugging_face.open_splits(target, options["config"])
+    sources = []
+    for kind, option in (("train", "split"), ("eval", "eval"))[: 1 if split == "train" else 2]:
+        only = [*found] if len(found) == 1 and kind == "train" else []
+        name = hugging_face.split_name(target, [*found], options[option], [*SPLITS[kind], *only])
+        if name is None:
+            raise ValueError(
+                f"hf://{target} has no split {' or '.join(SPLITS[kind])}; it has: {', '.join(found)}; name one: ?{option}=NAME"
+            )
+        where = f"hf://{target}, split {name}"
+        sources.append(hugging_face.HuggingFaceImages(found[name], where, options["image"], options["label"]))
+    return sources[0] if split == "train" else _with_labels_of(sources[1], _classes(sources[0]))
 
 
 def describe_source(source: Source) -> str:
@@ -151,8 +203,12 @@ def describe_source(source: Source) -> str:
     passed_over = Counter(getattr(source, "passed_over", {}))
     if passed_over:
         words += f" ({passed_over.total():,} files passed over: {counted(passed_over)})"
-    folder: Path | None = getattr(source, "folder", None)
-    return f"{words} in {folder.name}/" if folder else words
+    folder: Path | str | None = getattr(source, "folder", None)
+    if isinstance(source, Subset):
+        words += f", chosen of {len(source.source):,} by {source.chosen_by}"
+    if isinstance(folder, Path):
+        folder = f"{folder.name}/" if folder.is_dir() else folder.name
+    return f"{words} in {folder}" if folder else words
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -167,15 +223,20 @@ def _split_folder(root: Path, split: str) -> Path:
     for marker, scheme in torchvision_sets.MARKERS.items():
         if (root / marker).exists():
             raise ValueError(f"{root} holds {marker} but no folder 'train'; give {scheme}://{root}")
+    if split == "train" and not any((root / name).is_dir() for name in SPLITS["eval"]):
+        for name in list_classes(root):
+            if (root / name / "train").is_dir():
+                raise ValueError(f"{root} has no folder 'train', but {root / name} has; give {root / name}")
+        return root
     found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5]) or "nothing"
     wanted = " or ".join(f"'{name}'" for name in SPLITS[split])
     raise ValueError(f"{root} has no folder {wanted} (it holds: {found}); {tree}")
 
 
-def _open_folder(folder: Path, cache: Path | None) -> ImageFolder | Shards:
+def _open_folder(folder: Path, cache: Path | None, classless: bool = False) -> ImageFolder | Shards:
     shards = list_shards(folder)
     if not shards:
-        return ImageFolder(folder, cache)
+        return ImageFolder(folder, cache, classless)
     if list_classes(folder):
         raise ValueError(
             f"{folder} holds tar files ({shards[0]}, ...) and folders ({list_classes(folder)[0]}, ...), but must hold "
@@ -184,31 +245,32 @@ def _open_folder(folder: Path, cache: Path | None) -> ImageFolder | Shards:
     return Shards(folder, cache)
 
 
-def _take_training_labels(source: ImageFolder | Shards, folder: Path, train: Path, cache: Path | None) -> None:
-    """Give `source`, the evaluation images in `folder`, the class names and labels of the images in `train`.
+def _with_labels_of(source: _Labelled, training: Classes) -> Source:
+    """Return `source`, evaluation images, with the class names and labels of the training images.
 
     Raises ValueError if their classes cannot be matched; see `classes`.
     """
-    training = Shards(train, cache) if list_shards(train) else None
-    for shards in (training, source):
-        if isinstance(shards, Shards) and not shards.has_labels:
-            raise ValueError(
-                f"the shards in {shards.folder} have no labels (members <key>.cls), which evaluation needs; add them, or "
-                f"move {folder} away"
-            )
-    trained = _classes(train, training) if training else _folder_classes(train)
-    of_training = training_labels(trained, _classes(folder, source))
-    if of_training.tolist() != list(range(len(of_training))):
-        source.labels = np.where(source.labels < 0, source.labels, of_training[source.labels])
-    source.class_names = trained.names
+    evaluation = _classes(source)
+    labels = training_labels(training, evaluation)
+    if labels.tolist() != list(range(len(labels))):
+        source.labels = np.where(source.labels < 0, source.labels, labels[source.labels])
+    source.class_names = training.names
+    return source
 
 
-def _classes(folder: Path, source: ImageFolder | Shards) -> Classes:
-    are_numbers = isinstance(source, Shards) and not source.has_class_names
-    return Classes(folder, source.class_names, are_numbers, np.unique(source.labels[source.labels >= 0]))
+def _classes(source: _Labelled) -> Classes:
+    if not source.has_labels:
+        raise ValueError(
+            f"the images in {source.folder} have no labels (of shards: members <key>.cls), which evaluation needs; add them, "
+            f"or move the images to evaluate on away"
+        )
+    are_numbers = not getattr(source, "has_class_names", True)
+    return Classes(source.folder, source.class_names, are_numbers, np.unique(source.labels[source.labels >= 0]))
 
 
 def _folder_classes(folder: Path) -> Classes:
     """Return the classes of class folders without listing their files: each holds images, or training cannot open them."""
     names = list_classes(folder)
+    if not names:
+        raise ValueError(f"{folder} has no class folders, which evaluation needs; move the images to evaluate on away")
     return Classes(folder, names, False, np.arange(len(names)))

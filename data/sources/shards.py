@@ -1,9 +1,10 @@
 """Reads tar shards, a folder of `*.tar` files in webdataset's conventions, with random access.
 
 A network disk that is slow with a million small files is quick with a hundred large ones. Members that follow each other and
-share a key (the path up to the first dot of the file name) are one sample. Its image ends with `.jpg`, `.jpeg`, `.png` or
-`.webp`, its label, a whole number as text, with `.cls`. Where several members of a key do, those that are equal up to the last
-dot belong together, so that a dot in a file's name does no harm. All other members are passed over, and counted by kind:
+share a key (the path up to the first dot of the file name) are one sample. Its image ends with `.jpg` or another of
+`decode.readable_extensions`, its label, a whole number as text, with `.cls`. Where several members of a key do, those that are
+equal up to the last dot belong together, so that a dot in a file's name does no harm. All other members are passed over, and
+counted by kind:
 
     train/index.npz
     train/train-000000.tar    [0000.cls][0000.jpg] [0001.cls][0001.jpg] ... [blocks of zeros]
@@ -31,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crossbatch.data.decode import BrokenImage, decode
+from crossbatch.data.decode import BrokenImage, decode, readable_extensions
 from crossbatch.data.sources.listing import (
     Arrays,
     Names,
@@ -48,7 +49,6 @@ from crossbatch.data.sources.listing import (
 
 INDEX = "index.npz"
 _VERSION = 1  # of the index
-_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = tarfile.BLOCKSIZE  # a member is a header of 512 bytes, then its data, padded to 512
 _NO_LABEL = -1
 _MEMBER = re.compile(r"(((?:.*/)?[^./]+)(?:\.[^/]+)?)\.([^/.]+)", re.DOTALL)  # stem, key, last extension
@@ -194,6 +194,8 @@ def _read_index(folder: Path, cache: Path | None) -> Arrays:
 def _is_current(folder: Path, index: Arrays) -> bool:
     _require_consistent(index)
     unpack_counts(index, "passed_over")  # KeyError: an earlier version did not count
+    if (*Names(index, "extensions").unpack(),) != readable_extensions():
+        return False
     found = _facts(folder, list_shards(folder))
     return all(np.array_equal(index[field], values) for field, values in found.items())
 
@@ -230,8 +232,8 @@ def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
     if not len(images):
         held = f" (they hold {counted(passed_over)})" if passed_over else ""
         raise ValueError(
-            f"the {len(shards)} tar files in {folder} hold no images{held}; allowed: members such as 0000.jpg (or jpeg, png, "
-            f"webp) and 0000.cls, its label as a number"
+            f"the {len(shards)} tar files in {folder} hold no images{held}; allowed: members such as 0000.jpg (or "
+            f"{', '.join(readable_extensions()[1:])}) and 0000.cls, its label as a number"
         )
     index = {
         "version": np.array(_VERSION),
@@ -241,6 +243,7 @@ def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
         **{column: images[column].copy() for column in _COLUMNS},
         **pack_names("classes", class_names),
         **pack_counts("passed_over", passed_over),
+        **pack_names("extensions", readable_extensions()),
     }
     return index, int(facts["changes_ns"].max())
 
@@ -278,10 +281,10 @@ def _samples(
     for key, stem, extension, member in members:
         if extension == "cls" and stem not in labels:
             labels[stem] = member
-        elif extension in _EXTENSIONS:
+        elif f".{extension}" in readable_extensions():
             images.append((key, stem, member))
         else:
-            passed_over["second .cls of a key" if extension == "cls" else f".{extension}"] += 1
+            passed_over["second .cls of a key" if extension == "cls" else kind_of(f"x.{extension}")] += 1
     taken, used = set(), set()
     for key, stem, image in sorted(images, key=lambda image: image[1] != image[0]):
         if stem in taken or (taken and stem not in labels):

@@ -10,7 +10,7 @@ from annotated_types import Gt, Le, MinLen
 
 from crossbatch.engine.config import schema
 from crossbatch.engine.config.keys import Auto, Section, key
-from crossbatch.engine.config.schema import Count, CountOrZero, LogConfig, Pixels
+from crossbatch.engine.config.schema import Count, CountOrZero, ImageSize, LogConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LearningRate = Annotated[float, Gt(0), Le(1e6)]
@@ -41,7 +41,7 @@ class ExportConfig(Section):
 
 class KnnImagesConfig(Section):
     path: str | None = key(None, schema.PATH)
-    image_size: Pixels | Auto = key("auto", IMAGE_SIZE)
+    image_size: ImageSize | Auto = key("auto", IMAGE_SIZE)
     workers: CountOrZero | Auto = key("auto", "loader processes per rank; 0 loads in the evaluating process")
 
 
@@ -68,9 +68,22 @@ class KnnConfig(Section):
     crossbatch: KnnSection = KnnSection()
 
 
+class EmbedSection(Section):
+    model: FrozenModelConfig = FrozenModelConfig()
+    data: KnnImagesConfig = KnnImagesConfig()
+    precision: Precision = key("fp32", "autocast precision of the backbone")
+
+
+class EmbedConfig(Section):
+    """Declares the keys of `launch/embed.py`."""
+
+    train_micro_batch_size_per_gpu: Count = key(256, "images that the backbone sees at once")
+    crossbatch: EmbedSection = EmbedSection()
+
+
 class TrainImagesConfig(schema.ImageConfig):
     backend: schema.Backend = key("auto", schema.BACKEND, resumable=True)
-    image_size: Pixels | Auto = key("auto", IMAGE_SIZE)
+    image_size: ImageSize | Auto = key("auto", IMAGE_SIZE)
 
 
 class SgdConfig(Section):

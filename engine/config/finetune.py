@@ -39,7 +39,9 @@ class FinetuneScheduleConfig(Section):
 
 class FinetuneDataConfig(schema.ImageConfig):
     crop_min: schema.PositiveFraction = key(0.05, "smallest crop, as a fraction of the image's area")
-    image_size: schema.Pixels = key(224, "side of an image in pixels; the positions of a ViT are resampled to it")
+    image_size: schema.ImageSize = key(
+        224, "side of an image in pixels, or [height, width]; the positions of a ViT are resampled to it"
+    )
     interpolation: Literal["bilinear", "bicubic"] = key("bilinear", "of resized crops, in training and evaluation")
     color_jitter: Fraction = key(0.0, "largest change of brightness, contrast and saturation, as in timm; 0: none")
     auto_augment: str | None = key(

@@ -96,6 +96,8 @@ def _describe(hint: Any, bounds: typing.Sequence[Any]) -> str:
     words = _WORDS.get(hint, "a JSON object")
     if get_origin(hint) is tuple:
         item, *rest = get_args(hint)
+        if get_origin(item) is Literal:
+            return f"a list of {_describe(item, ())}"
         words = "a list of numbers" if rest == [...] else f"a list of {1 + len(rest)} numbers"
         bounds = getattr(item, "__metadata__", ())
     found = [

@@ -122,7 +122,9 @@ def resolve_training(config: Any, world_size: int, device: Device, local_world_s
     workers, threads = share_cores(config.crossbatch.data.workers, device, local_world_size)
     precision, why_precision = choose_precision(config.crossbatch.precision, device)
     with user_input("crossbatch.data.backend"):
-        backend, why_backend = choose_backend(config.crossbatch.data.backend, device.type)
+        backend, why_backend = choose_backend(
+            config.crossbatch.data.backend, device.type, getattr(config.crossbatch.data, "channels", 3)
+        )
     data = config.crossbatch.data.model_copy(update={"workers": workers, "backend": backend})
     crossbatch = config.crossbatch.model_copy(update={"precision": precision, "data": data})
     return Resolved(

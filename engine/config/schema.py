@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import ValidationInfo, field_validator
 
 from crossbatch.engine.config.keys import Auto, Section, key
@@ -19,6 +19,7 @@ Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
 AtLeastTwo = Annotated[int, Ge(2)]
 Pixels = Annotated[int, Ge(8)]
+ImageSize = Pixels | tuple[Pixels, Pixels]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Seconds = Annotated[float, Gt(0), Le(1e7)]  # four months
@@ -35,7 +36,10 @@ PRINTED_BY_DEEPSPEED = ("steps_per_print", "memory_breakdown", "dump_state", "co
 OVERLAPPED_BUCKET = 25_000_000  # elements: the 60 million of ResNet-50 with BatchFormer are three messages
 
 # Meanings of keys that several commands have.
-PATH = "folder with train/ and val/, validation/ or test/; or cifar10://, cifar100://, flowers://, pets://, synthetic://, shapes://"
+PATH = (
+    "folder with train/ and val/, validation/ or test/, or of images without classes; or list://, hf://, cifar10://, "
+    "cifar100://, flowers://, pets://, synthetic://, shapes://; with ?fraction= or ?per_class=, a part of it"
+)
 BACKEND = "library that decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
 BASE_LR = "learning rate after warm-up: base_lr * train_batch_size / reference_batch"
 REFERENCE_BATCH = "number of images that base_lr is given for"
@@ -126,7 +130,17 @@ class ImageConfig(Section):
 
 
 class DataConfig(ImageConfig):
-    image_size: Pixels = key(224, "side of a view in pixels")
+    image_size: ImageSize = key(224, "side of a view in pixels, or [height, width]")
+    channels: Count = key(
+        3,
+        "channels of the images; other than 3: bands of a file or pages of a TIFF, without hue, saturation and grayscale",
+    )
+    mean: Annotated[tuple[float, ...], MinLen(1)] | Auto = key(
+        "auto", "mean of each channel, of values from 0 to 1; auto: ImageNet's"
+    )
+    std: Annotated[tuple[Positive, ...], MinLen(1)] | Auto = key(
+        "auto", "standard deviation of each channel, of values from 0 to 1; auto: ImageNet's"
+    )
     shuffle_window: CountOrZero = key(
         0, "size of the shuffle window in images, at least a batch; for tar shards on a network disk; 0: shuffle all"
     )
@@ -140,6 +154,9 @@ class EvaluateConfig(Section):
 
 class LogConfig(Section):
     every_steps: Count = key(10, "optimizer steps between two lines of metrics.jsonl")
+    to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = key(
+        ("tensorboard",), "where metrics go besides metrics.jsonl, each an optional package but TensorBoard"
+    )
 
 
 class CheckpointConfig(Section):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ class AugmentedFeatures:
     ):
         self.frozen, self.reading, self.clock = frozen, reading, clock
         self.broken: set[str] = set()
-        views = [crop_and_flip(reading.image_size, cfg.crossbatch.data.crop_min)]
+        view = crop_and_flip(reading.image_size, cfg.crossbatch.data.crop_min)
+        views = [replace(view, channels=len(reading.channels.mean))]
         self.loader = train_loader(cfg, reading.device, source, order, views)
 
     @property
@@ -51,7 +53,7 @@ class AugmentedFeatures:
             self.clock.waited(before)
             self.broken.update(str(self.loader.broken[name]) for name in batch.skipped)
             images = batch.views[0].split(self.reading.batch_size)
-            features = torch.cat([self.frozen(prepared(some, self.reading.device)).float() for some in images])
+            features = torch.cat([self.frozen(prepared(some, self.reading)).float() for some in images])
             assert batch.labels is not None
             yield features, batch.labels.to(self.reading.device)
             before = time.perf_counter()

@@ -60,7 +60,8 @@ class Evaluation(ABC):
         self.class_names = self.train.class_names
         self.frozen = FrozenBackbone(self.pretrained.backbone, device, section.precision)
         batch_size = config.train_micro_batch_size_per_gpu
-        self.reading = EvalLoaderConfig(self.pretrained.image_size, batch_size, workers, device)
+        channels = self.pretrained.channels
+        self.reading = EvalLoaderConfig(self.pretrained.image_size, batch_size, workers, device, channels=channels)
         check_loaders(world, self.reading.open(self.train, self.evaluation))
 
     def run(self) -> dict[str, Any]:

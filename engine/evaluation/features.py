@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from crossbatch.data import EvaluationLoader, Source, WaitInterrupted, evaluation_share, normalize
+from crossbatch.data.augment.parameters import RGB, Channels, ImageSize, height_width
 from crossbatch.data.workers import WAIT_S
 from crossbatch.engine.config import autocast_dtype
 from crossbatch.engine.datasets import stop_on_lost_images
@@ -75,17 +76,24 @@ class FeatureSet:
 class EvalLoaderConfig:
     """Says how evaluation images are loaded and passed to the network."""
 
-    image_size: int  # pixels
+    image_size: ImageSize
     batch_size: int  # images that the network of a rank sees at once
     workers: int
     device: torch.device
     interpolation: str = "bilinear"
     wait_s: float = WAIT_S  # for images, at most
+    channels: Channels = RGB
 
     def open(self, *sources: Source) -> EvaluationLoader:
         """Return a loader of images of `sources`, to be closed."""
         return EvaluationLoader(
-            sources, self.image_size, self.batch_size, self.workers, self.interpolation, self.wait_s
+            sources,
+            self.image_size,
+            self.batch_size,
+            self.workers,
+            self.interpolation,
+            self.wait_s,
+            len(self.channels.mean),
         )
 
 
@@ -117,13 +125,13 @@ def extract(
     features, read = [], []
     with contextlib.nullcontext(loader) if loader else reading.open(source) as ours:
         batches = ours.read(source, mine)
-        images = torch.zeros(1, 3, reading.image_size, reading.image_size, dtype=torch.uint8)
+        images = torch.zeros(1, len(reading.channels.mean), *height_width(reading.image_size), dtype=torch.uint8)
         for _ in range(-(-largest_share // reading.batch_size)):
             numbers = mine[:0]
             with stop_on_lost_images(), contextlib.suppress(WaitInterrupted):  # of which the ranks learn next
                 images, numbers = next(batches, (images, numbers))
             between_batches(len(numbers))
-            features.append(embed(prepared(images, reading.device)).float()[: len(numbers)])
+            features.append(embed(prepared(images, reading)).float()[: len(numbers)])
             read.append(numbers)
         with stop_on_lost_images(), contextlib.suppress(WaitInterrupted):
             next(batches, None)  # the end, where it raises if not one image could be read
@@ -141,9 +149,10 @@ def log_skipped_images(images: Iterable[str], named: set[str] | None = None) -> 
             print(f"skipped a broken image: {image}", flush=True)
 
 
-def prepared(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return uint8 images [m, 3, H, W] as a backbone takes them: normalised, on `device`, channels last."""
-    return normalize(images.to(device, non_blocking=True)).to(memory_format=torch.channels_last)
+def prepared(images: torch.Tensor, reading: EvalLoaderConfig) -> torch.Tensor:
+    """Return uint8 images [m, C, H, W] as a backbone takes them: normalised, on the device of `reading`, channels last."""
+    images = images.to(reading.device, non_blocking=True)
+    return normalize(images, channels=reading.channels).to(memory_format=torch.channels_last)
 
 
 def gathered(rows: FeatureSet, collective: Collective) -> FeatureSet:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from crossbatch.data import Source
+from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.datasets import longest_wait_s
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered, log_skipped_images
@@ -122,9 +123,14 @@ class KnnMonitor:
 
     def __init__(self, cfg: ResolvedConfig, train: Source, evaluation: Source, device: torch.device):
         self.settings = cfg.crossbatch.evaluate
-        size = cfg.crossbatch.data.image_size
+        data = cfg.crossbatch.data
         self.reading = EvalLoaderConfig(
-            size, min(256, max(cfg.chunk, 32)), cfg.workers, device, wait_s=longest_wait_s(cfg)
+            data.image_size,
+            min(256, max(cfg.chunk, 32)),
+            cfg.workers,
+            device,
+            wait_s=longest_wait_s(cfg),
+            channels=channels_of(data.channels, data.mean, data.std),
         )
         self.train, self.evaluation = train, evaluation
         self.loader = self.reading.open(train, evaluation)

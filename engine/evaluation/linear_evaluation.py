@@ -13,7 +13,7 @@ import torch
 
 from crossbatch import InputError, RunStopped
 from crossbatch.data import GlobalBatchSampler
-from crossbatch.engine.config import Resolved, user_input
+from crossbatch.engine.config import Resolved, to_dict, user_input
 from crossbatch.engine.config.evaluation import LinearConfig, TrainImagesConfig
 from crossbatch.engine.config.finetune import FinetuneDataConfig
 from crossbatch.engine.evaluation.batches import AugmentedFeatures, Batches, CachedFeatures
@@ -23,7 +23,8 @@ from crossbatch.engine.evaluation.linear_probe import LinearProbe
 from crossbatch.engine.evaluation.probe_file import identity, read_probe, save_probe
 from crossbatch.engine.evaluation.results import confusion_matrix, curves
 from crossbatch.engine.run_log import Log, RunLog, StepClock, command, finite_or_none
-from crossbatch.engine.runtime.distributed import World, mean_over_ranks
+from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main
+from crossbatch.engine.trackers import check_installed
 from crossbatch.models.backbones import family
 
 AUTO_LR = {"resnet": 0.1, "vit": 3.0}  # of MoCo v3's linear evaluation
@@ -51,6 +52,7 @@ class LinearEvaluation(Evaluation):
                 f"crossbatch.data.crop_min: given {section.data.crop_min:g} with crossbatch.linear.cache, which does not "
                 f"augment; leave one of the two out"
             )
+        on_main(lambda: check_installed(section.log.to))
         super().__init__(cfg.config, world, device, cfg.workers, out)
         self.cfg = cfg
         with user_input("train_batch_size"):
@@ -106,7 +108,9 @@ class LinearEvaluation(Evaluation):
     def _train(self, batches: Batches, queries: FeatureSet) -> None:
         """Train the epochs that are left, and save the probe after each."""
         done, epochs, steps = len(self.history), self.cfg.crossbatch.schedule.epochs, self.order.steps_per_epoch
-        log: Log = RunLog(self.out, done * steps, epochs * steps) if self.world.is_main else Log()
+        log: Log = Log()
+        if self.world.is_main:
+            log = RunLog(self.out, done * steps, epochs * steps, self.cfg.crossbatch.log.to, to_dict(self.config))
         try:
             if isinstance(batches, AugmentedFeatures):
                 log.note(self.cfg.choices[0])
@@ -218,7 +222,10 @@ class LinearEvaluation(Evaluation):
         """Return the command that fine-tunes this backbone, with what its defaults would get wrong for it."""
         size, section = self.pretrained.image_size, self.config.crossbatch
         resnet = ["--drop-path", "0"] if family(self.pretrained.arch) == "resnet" else []
-        small = ["--input-size", str(size)] if size != FinetuneDataConfig().image_size else []
+        given = (
+            ["--input-size", str(size)] if isinstance(size, int) else ["--set", f"crossbatch.data.image_size={[*size]}"]
+        )
+        small = given if size != FinetuneDataConfig().image_size else []
         return command("finetune", section.model, section.data.path, *small, *resnet)
 
 

@@ -33,6 +33,7 @@ import torchvision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from crossbatch.data.augment.parameters import ImageSize, height_width
 from crossbatch.engine.bytes_moved import of_backbone
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.planning.catalogue import GPUS, Gpu, Machines
@@ -130,14 +131,14 @@ class Work:
 
 
 @functools.cache
-def work_of(precision: str, arch: str, image_size: int, *options: Any, backbone_args: tuple = ()) -> Work:
+def work_of(precision: str, arch: str, image_size: ImageSize, *options: Any, backbone_args: tuple = ()) -> Work:
     """Count what one crop through a backbone takes; arguments as of `build_backbone`, with the items of `backbone_args`."""
     backbone = without_memory(lambda: build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args)))
     kept = kept_by_backbone(backbone, image_size, precision).per_image / NUM_VIEWS
     counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
     with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        backbone(torch.empty(2 * NUM_VIEWS, 3, image_size, image_size))
+        backbone(torch.empty(2 * NUM_VIEWS, 3, *height_width(image_size)))
     return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept)
 
 

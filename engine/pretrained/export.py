@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from crossbatch import InputError, __version__
 from crossbatch.engine.pretrained.files import write_file
+from crossbatch.engine.pretrained.foreign import FOREIGN
 from crossbatch.engine.pretrained.formats import constructor
 from crossbatch.engine.pretrained.load import Pretrained
 from crossbatch.engine.pretrained.weights import NETWORK, NOTE
@@ -28,6 +29,8 @@ def export(pretrained: Pretrained, to: str, file: Path) -> list[str]:
     Raises:
         InputError: if the programs of that format cannot build the network, or `file` cannot be written.
     """
+    if to in FOREIGN:
+        return [f"loaded {pretrained}", *FOREIGN[to](pretrained, file)]
     advice = _advice(pretrained, to, file)
     tensors = {name: tensor.contiguous() for name, tensor in pretrained.backbone.state_dict().items()}
     note = {name: getattr(pretrained, name) for name in NETWORK}
@@ -47,7 +50,8 @@ def _advice(pretrained: Pretrained, to: str, file: Path) -> list[str]:
     """Return how to build the network elsewhere, and what goes wrong silently; InputError if the format is not for it."""
     arch = pretrained.arch
     try:
-        built = constructor(to, arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args)
+        network = pretrained.image_size, pretrained.stem, pretrained.backbone_args, len(pretrained.mean)
+        built = constructor(to, arch, *network)
     except ValueError as error:
         if to != "safetensors":
             raise InputError(f"--to {to}: {error}; --to safetensors takes any network") from None

@@ -60,7 +60,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         raise InputError(f"{file}: cannot be read, it is cut off, damaged or of another kind: {error}") from None
 
 
-def write_file(file: Path, save: Callable[[Path], None], key: str = "--output") -> None:
+def write_file(file: Path, save: Callable[[Path], object], key: str = "--output") -> None:
     """Call `save` with a temporary path, so that `file` is written completely or not at all.
 
     Raises InputError, naming the flag `key`, if that fails.

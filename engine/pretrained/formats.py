@@ -18,14 +18,47 @@ FORMATS = {
     "deit": 'for DeiT\'s main.py: {"model": ...}',
     "torchvision": "for torchvision.models",
     "safetensors": "any backbone, without pickle",
+    "huggingface": "a folder for transformers' AutoModel.from_pretrained and timm's local-dir:",
+    "onnx": "any backbone, for onnxruntime; images of any number, [n, 3, H, W]",
+    "detectron2": "a ResNet as MODEL.WEIGHTS, .pkl",
 }
 
 
-def constructor(to: str, arch: str, image_size: int, stem: str, backbone_args: Mapping[str, Any]) -> str:
+def timm_name(
+    arch: str,
+    image_size: int | tuple[int, int],
+    stem: str,
+    backbone_args: Mapping[str, Any],
+    in_channels: int = 3,
+) -> tuple[str, dict[str, Any]]:
+    """Return timm's name of `arch`, and the arguments in which it differs from what timm has there.
+
+    Raises ValueError if timm cannot build it.
+    """
+    constructor("timm", arch, image_size, stem, backbone_args, in_channels)
+    channels = {"in_chans": in_channels} if in_channels != 3 else {}
+    if family(arch) == "resnet":
+        return arch, channels
+    settings = {**vars(LAYOUTS[arch]), **backbone_args, "img_size": image_size}
+    differing = {name: settings[name] for name, value in _TIMM_VITS[arch].items() if settings[name] != value}
+    return f"vit_{arch.removeprefix('vit_')}_patch16_224", differing | channels
+
+
+def constructor(
+    to: str,
+    arch: str,
+    image_size: int | tuple[int, int],
+    stem: str,
+    backbone_args: Mapping[str, Any],
+    in_channels: int = 3,
+) -> str:
     """Return the call that builds `arch` in the library of format `to`, which is timm for safetensors.
 
     Raises ValueError if that library cannot build it.
     """
+    if in_channels != 3 and to in ("torchvision", "deit"):
+        raise ValueError(f"{to} builds networks for three channels, and this one has {in_channels}; allowed: timm")
+    channels = f", in_chans={in_channels}" if in_channels != 3 else ""
     if family(arch) == "resnet":
         if to == "deit":
             raise ValueError(f"DeiT trains only ViTs, and {arch} is not one; allowed: vit_small, vit_base")
@@ -34,7 +67,7 @@ def constructor(to: str, arch: str, image_size: int, stem: str, backbone_args: M
             raise ValueError(
                 f"{to} builds {arch} with the imagenet stem and width 64; this one has stem {stem}, width {width}"
             )
-        return f"torchvision.models.{arch}()" if to == "torchvision" else f'timm.create_model("{arch}")'
+        return f"torchvision.models.{arch}()" if to == "torchvision" else f'timm.create_model("{arch}"{channels})'
     if to == "torchvision":
         raise ValueError(f"torchvision's ViTs differ from timm's, and {arch} is one of timm's; allowed: a ResNet")
     if arch not in _TIMM_VITS:
@@ -44,4 +77,4 @@ def constructor(to: str, arch: str, image_size: int, stem: str, backbone_args: M
     settings = {**vars(LAYOUTS[arch]), **backbone_args, "img_size": image_size}
     arguments = [f", {name}={settings[name]}" for name, value in _TIMM_VITS[arch].items() if settings[name] != value]
     name = f"{'deit' if to == 'deit' else 'vit'}_{arch.removeprefix('vit_')}_patch16_224"
-    return f'timm.create_model("{name}"{"".join(arguments)})'
+    return f'timm.create_model("{name}"{"".join(arguments)}{channels})'

@@ -15,6 +15,7 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
 from crossbatch import InputError
+from crossbatch.data.augment.parameters import Channels, channels_of
 from crossbatch.engine.config import user_input
 from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.pretrained.weights import Weights, mismatch, read_weights
@@ -22,6 +23,7 @@ from crossbatch.models import build_backbone
 from crossbatch.models.backbones import ARCHS, Backbone, family
 from crossbatch.models.vit import ViT
 
+_FIRST = ("conv1.weight", "patch_embed.proj.weight", "patch_embed.proj.0.weight")  # layers that see the channels
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,12 +36,19 @@ class Pretrained:
     stem: str
     backbone_args: dict[str, Any]
     num_heads: int | None  # of a ViT
-    image_size: int
+    image_size: int | tuple[int, int]
+    mean: tuple[float, ...]  # of each channel of the images, for values from 0 to 1
+    std: tuple[float, ...]
     description: str  # where the weights come from
     loaded: int
     missing: list[str]
     ignored: dict[str, int]  # part of the file -> tensors
     notes: list[str]  # what a user should know besides
+
+    @property
+    def channels(self) -> Channels:
+        """Return which channels the images have, and how they are normalised."""
+        return Channels(self.mean, self.std)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} {part}" for part, count in self.ignored.items())
@@ -55,17 +64,17 @@ class Pretrained:
         return {"from": fields.pop("description"), "tensors": fields.pop("loaded"), **fields}
 
 
-def load_configured(model: FrozenModelConfig, image_size: int | str) -> Pretrained:
+def load_configured(model: FrozenModelConfig, image_size: int | tuple[int, int] | str) -> Pretrained:
     """Load the backbone that the section `crossbatch.model` names. Raises InputError.
 
-    `image_size` is the side of the images in pixels, or "auto" for that of pretraining.
+    `image_size` is the side of the images in pixels, (height, width), or "auto" for that of pretraining.
     """
     if model.checkpoint is None:
         raise InputError(
             "crossbatch.model.checkpoint: not given; allowed: a run directory, one of its checkpoints, or a file of weights; "
             "give it with --checkpoint"
         )
-    size = image_size if isinstance(image_size, int) else None
+    size = None if isinstance(image_size, str) else image_size
     return load_pretrained(model.checkpoint, model.arch, model.stem, model.backbone_args, size, model.encoder)
 
 
@@ -74,7 +83,7 @@ def load_pretrained(
     arch: str | None = None,
     stem: str | None = None,
     backbone_args: Mapping[str, Any] | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     encoder: str = "online",
     flag: str = "--checkpoint",
 ) -> Pretrained:
@@ -83,8 +92,8 @@ def load_pretrained(
     Args:
         arch, stem, backbone_args: as of `build_backbone`, needed where `path` does not say them; they may repeat, but not
             contradict, what it says.
-        image_size: side in pixels of the images that the network will see; None means that of pretraining. The positions of a
-            ViT are resampled if the two differ.
+        image_size: side in pixels, or (height, width), of the images that the network will see; None means that of
+            pretraining. The positions of a ViT are resampled if the two differ.
         encoder: "online" or "momentum", for checkpoints of pretraining, which hold both.
         flag: where the user gave `path`, for messages.
 
@@ -95,13 +104,16 @@ def load_pretrained(
     weights = read_weights(Path(path), encoder, where, flag)
     _check_kinds(weights, where)
     arch, stem, args = _network(weights, arch, stem, backbone_args, where)
-    side = _grid_side(weights)
-    size = image_size or (side * int(args.get("patch_size", 16)) if side else weights.image_size or 224)
+    patch = int(args.get("patch_size", 16))
+    grid = _grid(weights, patch)
+    size = image_size or (_size_of(grid, patch) if grid else weights.image_size or 224)
+    in_channels = next((weights.tensors[name].shape[1] for name in _FIRST if name in weights.tensors), 3)
+    channels = channels_of(in_channels, weights.mean or "auto", weights.std or "auto")
     with user_input(f"{where}: crossbatch.model.", image_size=f"{where}: crossbatch.data.image_size"):
-        backbone = build_backbone(arch, size, stem, backbone_args=args)
+        backbone = build_backbone(arch, size, stem, backbone_args=args, in_channels=in_channels)
     heads = int(backbone.blocks[0].attn.num_heads) if isinstance(backbone, ViT) else None  # pyright: ignore
     _check_heads(weights, heads, arch, args, where)
-    notes = _fit_positions(weights, backbone, where)
+    notes = _fit_positions(weights, grid, backbone, where)
     missing = _load(backbone, weights, arch, where)
     return Pretrained(
         backbone=backbone,
@@ -110,6 +122,8 @@ def load_pretrained(
         backbone_args=args,
         num_heads=heads,
         image_size=size,
+        mean=channels.mean,
+        std=channels.std,
         description=weights.origin,
         loaded=len(backbone.state_dict()) - len(missing),
         missing=missing,
@@ -143,12 +157,24 @@ def _network(
     return found, stem or weights.stem or "imagenet", args
 
 
-def _grid_side(weights: Weights) -> int | None:
-    """Return how many patches wide the positions of a ViT are, or None if there are none."""
+def _grid(weights: Weights, patch: int) -> tuple[int, int] | None:
+    """Return the rows and columns of patches that the positions of a ViT are for, or None if there are none.
+
+    They are a square unless the file says otherwise, as a run with images of [height, width] does.
+    """
     positions = weights.tensors.get("pos_embed")
     if positions is None or positions.dim() != 3:
         return None
-    return math.isqrt(max(positions.shape[1] - 1, 1))
+    if isinstance(weights.image_size, tuple):
+        height, width = weights.image_size
+        return height // patch, width // patch
+    side = math.isqrt(max(positions.shape[1] - 1, 1))
+    return side, side
+
+
+def _size_of(grid: tuple[int, int], patch: int) -> int | tuple[int, int]:
+    height, width = grid[0] * patch, grid[1] * patch
+    return height if height == width else (height, width)
 
 
 def _check_heads(weights: Weights, heads: int | None, arch: str, args: Mapping[str, Any], where: str) -> None:
@@ -180,23 +206,23 @@ def _check_kinds(weights: Weights, where: str) -> None:
         )
 
 
-def _fit_positions(weights: Weights, backbone: Backbone, where: str) -> list[str]:
+def _fit_positions(weights: Weights, grid: tuple[int, int] | None, backbone: Backbone, where: str) -> list[str]:
     """Resample the positions of a ViT for images of another size; return what to tell the user about it."""
-    side = _grid_side(weights)
-    if not isinstance(backbone, ViT) or side is None:
+    if not isinstance(backbone, ViT) or grid is None:
         return []
     count = weights.tensors["pos_embed"].shape[1]
-    if count != side**2 + 1:
+    if count != grid[0] * grid[1] + 1:
         what = "register tokens" if "reg_token" in weights.tensors else "no square of patches and one class token"
         raise InputError(
             f"{where}: has {count} positions ({what}); allowed: those of a class token and of a square of patches, as in MoCo "
             f"v3, DeiT and timm's vit_*_patch16_224; give such a file"
         )
-    if (side, side) == backbone.grid:
+    if grid == backbone.grid:
         return []
     rows, columns = backbone.grid
-    weights.tensors["pos_embed"] = resample_abs_pos_embed(weights.tensors["pos_embed"], [rows, columns])
-    return [f"positions resampled from {side} x {side} to {rows} x {columns} patches"]
+    positions = weights.tensors["pos_embed"]
+    weights.tensors["pos_embed"] = resample_abs_pos_embed(positions, [rows, columns], old_size=[*grid])
+    return [f"positions resampled from {grid[0]} x {grid[1]} to {rows} x {columns} patches"]
 
 
 def _load(backbone: Backbone, weights: Weights, arch: str, where: str) -> list[str]:

@@ -25,7 +25,7 @@ from crossbatch.models.backbones import ARCHS, family
 
 ENCODERS = {"online": "base_encoder", "momentum": "momentum_encoder"}  # in the files of moco-v3 and BatchFormer
 NOTE = "crossbatch"  # entry of an exported file that describes its network
-NETWORK = ("arch", "stem", "backbone_args", "image_size", "num_heads")  # of that entry
+NETWORK = ("arch", "stem", "backbone_args", "image_size", "num_heads", "mean", "std")  # of that entry
 PROBE, PROBE_FILE = "linear probe", "probe.pt"  # "kind" of the file that the linear probe saves, and its name
 MOMENTUM = ("momentum", "teacher", "ema", "target", "encoder_k")  # in the prefix of a momentum encoder, anywhere
 MARKS = ("layer4.0.conv1.weight", "blocks.0.norm1.weight")  # of a ResNet, of a ViT
@@ -43,8 +43,10 @@ class Weights:
     arch: str | None = None
     stem: str | None = None
     backbone_args: dict[str, Any] | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     num_heads: int | None = None
+    mean: tuple[float, ...] | None = None  # of each channel; None, as `std`: ImageNet's
+    std: tuple[float, ...] | None = None
 
 
 def read_weights(path: Path, encoder: str, where: str, flag: str = "--checkpoint") -> Weights:
@@ -80,6 +82,7 @@ def _read_run(path: Path, encoder: str, where: str, flag: str) -> Weights:
     model = section.get("model", {})
     if not tensors or "arch" not in model:
         raise InputError(f"{flag} {found}: holds no {encoder} backbone; allowed: a checkpoint of launch/pretrain.py")
+    data = section.get("data", {})
     rest = [name for name in manifest.shapes if name.partition(".")[2].removeprefix(prefix) not in tensors]
     return Weights(
         tensors,
@@ -88,8 +91,13 @@ def _read_run(path: Path, encoder: str, where: str, flag: str) -> Weights:
         arch=model["arch"],
         stem=model.get("stem", "imagenet"),
         backbone_args=dict(model.get("backbone_args", {})),
-        image_size=section.get("data", {}).get("image_size"),
+        **{name: _tuple(data.get(name)) for name in ("image_size", "mean", "std") if data.get(name) != "auto"},
     )
+
+
+def _tuple(stored: Any) -> Any:
+    """Return a list of JSON as a tuple, anything else as it is."""
+    return tuple(stored) if isinstance(stored, list) else stored
 
 
 def _part_of_checkpoint(name: str) -> str:
@@ -129,7 +137,7 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
     ignored = Counter(".".join(name.split(".")[: 2 if has_both and name.startswith(prefix) else 1]) for name in rest)
     note = entries.get(NOTE)
     note = note if isinstance(note, Mapping) else {}
-    known = {name: note.get(name) for name in NETWORK}
+    known = {name: _tuple(note.get(name)) for name in NETWORK}
     arch = entries.get("arch")
     # Elsewhere the name of a ViT would not say which of two it is, see `load`.
     if isinstance(arch, str) and (has_both or (arch in ARCHS and family(arch) == "resnet")):

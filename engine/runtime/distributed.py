@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import socket
+import sys
 import time
 import uuid
 import zlib
@@ -190,9 +191,23 @@ def process_group(
         yield device
     except BaseException as error:
         if world.size == 1 or isinstance(error, InputError):
-            dist.destroy_process_group()
+            _leave()
         raise  # else not: the others may be gone, and leaving the group would wait for them
+    _leave()
+
+
+def _leave() -> None:
+    """Leave the process group, and make torch forget what it knows of DTensors.
+
+    It keeps the results of its operators by the shape of the mesh, with that mesh: parameters in another process group, in the
+    same process, would get the mesh of this one, whose groups are gone.
+    """
     dist.destroy_process_group()
+    if "torch.distributed.tensor" in sys.modules:  # a second to import
+        from torch.distributed.tensor import debug
+
+        debug._clear_python_sharding_prop_cache()
+        debug._clear_fast_path_sharding_prop_cache()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.config import (
     AdamWConfig,
     Config,
@@ -35,12 +36,15 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
     Raises:
         InputError: for an unknown architecture or arguments that it does not take.
     """
-    model, batchformer = cfg.crossbatch.model, cfg.crossbatch.batchformer
+    model, batchformer, data = cfg.crossbatch.model, cfg.crossbatch.batchformer, cfg.crossbatch.data
+    with user_input("crossbatch.data."):
+        channels_of(data.channels, data.mean, data.std)
     with user_input("crossbatch.model.", **KEYS_ELSEWHERE):
         return MoCo(
             model.arch,
             **model.model_dump(exclude={"arch", "norm_ranks", "compile", "init"}),
-            image_size=cfg.crossbatch.data.image_size,
+            image_size=data.image_size,
+            in_channels=data.channels,
             batchformer_loss=batchformer.loss,
             group_size=cfg.group_size or 1,
             dropout=batchformer.dropout,

@@ -68,14 +68,19 @@ class FinetuneTask:
         """Build the classifier from the pretrained weights and a random head."""
         settings, pretrained = self.cfg.crossbatch.finetune, self.pretrained
         backbone = build_backbone(
-            pretrained.arch, pretrained.image_size, pretrained.stem, backbone_args=pretrained.backbone_args
+            pretrained.arch,
+            pretrained.image_size,
+            pretrained.stem,
+            backbone_args=pretrained.backbone_args,
+            in_channels=len(pretrained.mean),
         )
         backbone.load_state_dict(pretrained.backbone.state_dict())
         with user_input("crossbatch.finetune."):
             model = Classifier(backbone, len(self.source.class_names), settings.drop_path, settings.ema_decay > 0)
         model.to(self.device).set_collective(GroupCollective())
         backend = build_backend(model, self.cfg)
-        return FinetuneStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.world.rank)
+        channels = pretrained.channels
+        return FinetuneStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.world.rank, channels)
 
     def on_start(self, step: FinetuneStep, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
         """Return what was loaded, and keep it in the run directory: a run may not go on from other weights."""
@@ -137,7 +142,13 @@ class FinetuneTask:
         """Say how evaluation images are loaded; `chunk` is what the network sees at once."""
         cfg, data, batch_size = self.cfg, self.cfg.crossbatch.data, max(32, min(256, chunk))
         return EvalLoaderConfig(
-            data.image_size, batch_size, cfg.workers, self.device, data.interpolation, longest_wait_s(cfg)
+            data.image_size,
+            batch_size,
+            cfg.workers,
+            self.device,
+            data.interpolation,
+            longest_wait_s(cfg),
+            self.pretrained.channels,
         )
 
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
@@ -188,6 +199,7 @@ def finetune_task(cfg: ResolvedFinetune, world: World, device: torch.device, out
     with user_input("crossbatch.data.auto_augment"):
         colours = settings.color_jitter, settings.auto_augment
         view = crop_and_flip(settings.image_size, settings.crop_min, settings.interpolation, *colours)
+    view = replace(view, channels=len(pretrained.mean))
     data = train_data(cfg, world, device, source, [view] * settings.repeats, repeats=settings.repeats)
     task = FinetuneTask(cfg, world, device, out, data, source, evaluation, pretrained, origin)
     check_loaders(world, data.loader, task._reading(cfg.chunk).open(evaluation))

@@ -13,6 +13,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.nn import functional as F
 
 from crossbatch.data import normalize
+from crossbatch.data.augment.parameters import RGB, Channels
 from crossbatch.engine.config import ResolvedFinetune, autocast_dtype
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.schedules import finetuning_rate
@@ -32,13 +33,21 @@ class FinetuneStep:
         steps_per_epoch: optimizer steps in one epoch of the schedule.
         chunk: images that the network sees at once, at most.
         rank: this rank, for the random numbers of mixup and erasing.
+        channels: how images are normalised.
     """
 
     def __init__(
-        self, backend: Backend, cfg: ResolvedFinetune, device: torch.device, steps_per_epoch: int, chunk: int, rank: int
+        self,
+        backend: Backend,
+        cfg: ResolvedFinetune,
+        device: torch.device,
+        steps_per_epoch: int,
+        chunk: int,
+        rank: int,
+        channels: Channels = RGB,
     ):
         self.backend, self.cfg, self.device, self.steps_per_epoch = backend, cfg, device, steps_per_epoch
-        self.rank, self.chunk = rank, chunk
+        self.rank, self.chunk, self.channels = rank, chunk, channels
         self.chunks = -(-cfg.local_batch // chunk)
         assert isinstance(backend.model, Classifier)
         self.model = backend.model
@@ -57,7 +66,7 @@ class FinetuneStep:
         """Train on uint8 images [n, 3, H, W] and int64 labels [n]; the result's output is the mean loss of this rank."""
         progress = self.progress
         _seed_everything(self.cfg.crossbatch.seed, progress.step, self.rank)
-        inputs = self.erase(normalize(images.to(self.device, non_blocking=True)))
+        inputs = self.erase(normalize(images.to(self.device, non_blocking=True), channels=self.channels))
         targets = labels.to(self.device)
         if self.mix is not None:
             inputs, targets = self.mix(inputs, targets)  # targets: class probabilities [n, num_classes]

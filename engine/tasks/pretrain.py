@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -176,12 +177,12 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
     try:
         source, evaluation = training_images(settings.path, out / "data_index", evaluates)
     except InputError as error:
-        if not evaluates or settings.path is None or not has_evaluation_split(settings.path):
-            raise
-        raise InputError(
-            f"{error}; or set crossbatch.evaluate.knn_every_epochs=0 to train without evaluation"
-        ) from None
-    views = moco_v3_augmentations(settings.image_size, settings.crop_min)
+        said = str(error)
+        with suppress(ValueError):  # of a path that cannot be opened at all, which the error says
+            if evaluates and settings.path is not None and has_evaluation_split(settings.path):
+                said += "; or set crossbatch.evaluate.knn_every_epochs=0 to train without evaluation"
+        raise InputError(said) from None
+    views = moco_v3_augmentations(settings.image_size, settings.crop_min, settings.channels)
     data = train_data(cfg, world, device, source, views, shuffle_window=settings.shuffle_window)
     knn, notes = None, found_images(settings.path, source, evaluation, evaluates)
     if evaluation is not None:
@@ -196,4 +197,5 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
         notes += [why] if chunk < cfg.local_batch else []
     cfg = replace(cfg, chunk=chunk, chunks=-(-cfg.local_batch // chunk))
     assert settings.path is not None
-    return PretrainTask(cfg, device, out, data, knn, has_evaluation_split(settings.path), notes)
+    has_labels = source.has_labels and has_evaluation_split(settings.path)
+    return PretrainTask(cfg, device, out, data, knn, has_labels, notes)

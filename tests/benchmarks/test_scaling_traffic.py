@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.scaling.rank import Counting
+from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
 from crossbatch.engine.planning.traffic import OURS, Message, of_parts, step_traffic, totals
 from crossbatch.engine.runtime.distributed import world_from_environment
@@ -40,8 +41,8 @@ def counted(cases: list[list[str]]) -> list[Counter]:
         model = build_model(run)
         connect(model, run)
         step = TrainStep(build_backend(model, run), run, device, steps_per_epoch=100, chunk=run.chunk)
-        size = run.config.crossbatch.data.image_size
-        views = torch.randint(0, 256, (2, run.local_batch, 3, size, size), dtype=torch.uint8)
+        size = height_width(run.config.crossbatch.data.image_size)
+        views = torch.randint(0, 256, (2, run.local_batch, 3, *size), dtype=torch.uint8)
         for _ in range(3):
             step(views)
         with Counting() as counting:

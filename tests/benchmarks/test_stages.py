@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import gpu
 from benchmarks.stages import STAGES, Effort, checkpoint, heads, recipe, step
 from benchmarks.stages.plain_step import PlainLars, PlainStep, plain_backbone
+from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.config import Device
 from crossbatch.engine.planning.plan import Question, plan
 from crossbatch.engine.tasks.build import build_model
@@ -75,8 +76,8 @@ def test_the_plain_step_starts_at_chance_and_moves_everything(name, overrides, t
     cfg = recipe.load(name, [*overrides, *sizes, "crossbatch.model.dim=64"])
     plain = PlainStep(cfg, torch.device("cpu"), tuned)
     before = [p.detach().clone() for p in plain.parameters]
-    size = cfg.config.crossbatch.data.image_size
-    loss = plain(torch.randint(0, 256, (2, 16, 3, size, size), dtype=torch.uint8))
+    size = height_width(cfg.config.crossbatch.data.image_size)
+    loss = plain(torch.randint(0, 256, (2, 16, 3, *size), dtype=torch.uint8))
     assert loss.item() == pytest.approx(cfg.chance_loss, rel=0.15)
     moved = [not p.detach().equal(old) for p, old in zip(plain.parameters, before, strict=True)]
     assert sum(moved) > 0.9 * len(moved)

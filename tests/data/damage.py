@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from crossbatch.data.decode import missing_plugins
+
 WHOLE = {  # of damaged_files: what is no damage
     "png.jpg": (40, 30),
     "webp.jpg": (40, 30),
@@ -65,7 +67,12 @@ def damaged_files(count: int = 300, seed: int = 0) -> Iterator[tuple[str, bytes]
         ("png", encoded(picture(), "PNG")),
         ("webp", encoded(picture(), "WEBP")),
         ("bmp", encoded(picture(), "BMP")),
+        ("tif", encoded(picture(), "TIFF", compression="tiff_lzw")),
+        ("gif", encoded(picture(), "GIF")),
+        ("jp2", encoded(picture(), "JPEG2000")),
     ]
+    if ".avif" not in missing_plugins():
+        whole.append(("avif", encoded(picture(), "AVIF")))
     for number in range(max(0, count - len(kinds))):
         extension, content = whole[number % len(whole)]
         how = _DAMAGES[number // len(whole) % len(_DAMAGES)]

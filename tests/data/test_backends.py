@@ -84,10 +84,11 @@ def difference(found: list, want: list) -> torch.Tensor:
     return torch.stack([(a.views.cpu().float() - b.views.float()).abs().mean((2, 3, 4)) / 255 for a, b in pairs])
 
 
+@pytest.mark.parametrize("size", [SIZE, (48, 80)])
 @pytest.mark.parametrize("backend", FAST)
-def test_views_agree_with_the_reference(photos, backend):
-    want = read(photos, "torchvision")
-    found = read(photos, backend)
+def test_views_agree_with_the_reference(photos, backend, size):
+    views = moco_v3_augmentations(size)
+    want, found = (read(photos, name, views) for name in ("torchvision", backend))
     assert all(np.array_equal(a.indices, b.indices) for a, b in zip(found, want, strict=True))
     assert found[0].views.is_contiguous() is False and found[0].views[0].is_contiguous(
         memory_format=torch.channels_last
@@ -254,6 +255,7 @@ def test_batches_from_the_middle_and_on_other_ranks_are_the_same(photos, backend
         assert torch.equal(torch.cat([ranks[rank][step].views for rank in range(3)], dim=1), batch.views)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # PIL's, of an image that the others do not complain about
 @pytest.mark.parametrize("backend", FAST)
 def test_the_same_images_are_broken_and_replaced_alike(tmp_path, backend):
     """320 damaged files go through the whole loader; nothing crashes and nothing hangs."""
@@ -325,19 +327,20 @@ def test_dali_works_on_the_gpu_of_this_rank(monkeypatch):
 
 @pytest.mark.gpu
 def test_compiled_colour_kernels():
-    test_colour_kernels(0.0)
-    test_colour_kernels(1.0)
+    test_colour_kernels(0.0, (19, 19))
+    test_colour_kernels(1.0, (13, 27))
 
 
+@pytest.mark.parametrize("size", [(19, 19), (13, 27)])
 @pytest.mark.parametrize("blur", [0.0, 1.0])
-def test_colour_kernels(blur):
+def test_colour_kernels(blur, size):
     """All but the blur equals PIL's bits, save for a float on the edge between two bytes."""
     pytest.importorskip("triton")
     from crossbatch.data.augment import triton_colours as colour_cuda
 
     augmentation = replace(
         VIEWS[1],
-        image_size=19,
+        image_size=size,
         solarize_probability=0.4,
         grayscale_probability=0.3,
         saturation=0.9,
@@ -350,11 +353,11 @@ def test_colour_kernels(blur):
     plain = replace(p, jitter=0 * p.jitter, grayscale=0 * p.grayscale, blur_sigma=0 * p.blur_sigma)
     plain = replace(plain, solarize=0 * p.solarize, flip=0 * p.flip)
     crops = np.stack(
-        [torchvision_backend.augment(np.asarray(image), plain, row, 19) for row, image in enumerate(images)]
+        [torchvision_backend.augment(np.asarray(image), plain, row, size) for row, image in enumerate(images)]
     )
-    want = np.stack([torchvision_backend.augment(np.asarray(image), p, row, 19) for row, image in enumerate(images)])
+    want = np.stack([torchvision_backend.augment(np.asarray(image), p, row, size) for row, image in enumerate(images)])
     device = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-    out = torch.zeros(count, 19, 19, 3, dtype=torch.uint8, device=device)
+    out = torch.zeros(count, *size, 3, dtype=torch.uint8, device=device)
     colour_cuda.colour_view(torch.from_numpy(crops).to(device), p, augmentation, out)
     apart = np.abs(out.cpu().numpy().astype(int) - want)
     assert p.solarize.any() and p.grayscale.any() and p.flip.any()

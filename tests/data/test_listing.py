@@ -45,7 +45,7 @@ def names(source: ImageFolder) -> list[str]:
 def listings(monkeypatch) -> list[str]:
     """Return a list that grows with every real listing."""
     calls, original = [], image_folder._list
-    monkeypatch.setattr(image_folder, "_list", lambda root: calls.append(root) or original(root))
+    monkeypatch.setattr(image_folder, "_list", lambda root, *more: calls.append(root) or original(root, *more))
     return calls
 
 

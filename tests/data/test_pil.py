@@ -14,7 +14,14 @@ from torchvision.transforms import functional as TF
 
 from crossbatch.data import counter
 from crossbatch.data.augment.backends import augment_function, make_views
-from crossbatch.data.augment.parameters import ViewParameters, crop_and_flip, draw_parameters, moco_v3_augmentations
+from crossbatch.data.augment.parameters import (
+    ImageSize,
+    ViewParameters,
+    crop_and_flip,
+    draw_parameters,
+    height_width,
+    moco_v3_augmentations,
+)
 from crossbatch.data.augment.pil import augment, evaluation_image
 
 AUGMENTATIONS = moco_v3_augmentations(32, 0.2)
@@ -25,10 +32,10 @@ def photo(seed: int, size=(45, 37)) -> Image.Image:
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
-def with_torchvision(image: Any, p: ViewParameters, row: int, image_size: int) -> np.ndarray:
+def with_torchvision(image: Any, p: ViewParameters, row: int, image_size: ImageSize) -> np.ndarray:
     """Apply MoCo v3's pipeline, operation by operation, with the drawn parameters."""
     box = [int(a[row]) for a in (p.crop_top, p.crop_left, p.crop_height, p.crop_width)]
-    image = TF.resized_crop(image, *box, size=[image_size, image_size])
+    image = TF.resized_crop(image, *box, size=list(height_width(image_size)))
     if p.jitter[row]:
         for number in p.jitter_order[row]:
             if number == 0:
@@ -154,3 +161,35 @@ def test_field_colour_jitter_is_timms_range():
         ValueError, match=r"`auto_augment` \(='rnd'\) is no name that timm knows; give RandAugment as rand-m9"
     ):
         crop_and_flip(24, 0.3, auto_augment="rnd")
+
+
+def test_rectangular_views():
+    """Crops have the shape of the view, times 3/4 to 4/3; the bits are torchvision's."""
+    augmentation = replace(AUGMENTATIONS[1], image_size=(16, 40), blur_probability=0.5)
+    n = 400
+    p = draw_parameters(augmentation, 0, 0, np.arange(n), 1, np.full(n, 300), np.full(n, 500))
+    shape = p.crop_width / p.crop_height / 2.5
+    assert 0.74 < shape.min() < 0.8 and 1.25 < shape.max() < 1.35
+    for row in range(40):
+        image = photo(row, (500, 300))
+        got, want = augment(np.asarray(image), p, row, (16, 40)), with_torchvision(image, p, row, (16, 40))
+        assert got.shape == (16, 40, 3) and np.array_equal(got, want), row
+    image = np.asarray(photo(0, (30, 30)))  # no wide crop fits but the largest
+    wide = draw_parameters(augmentation, 0, 0, np.arange(9), 1, np.full(9, 30), np.full(9, 30))
+    assert (wide.crop_width <= 30).all() and (wide.crop_width / wide.crop_height >= 2.5 * 0.74).all()
+    assert make_views(augment, [image] * 9, [augmentation], 0, 0, np.arange(9)).shape == (1, 9, 3, 16, 40)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "of_image", "resized"),
+    [
+        ((32, 64), (300, 200), (64, 42)),  # small views: no zoom; the image is as wide as the view, and higher
+        ((32, 64), (300, 100), (96, 32)),  # wider than the view
+        ((112, 224), (300, 200), (256, 170)),
+        ((224, 112), (300, 200), (384, 256)),
+    ],
+)
+def test_rectangular_evaluation_images(image_size, of_image, resized):
+    image = photo(0, of_image)
+    want = CenterCrop(image_size)(image.resize(resized, Image.Resampling.BILINEAR))
+    assert np.array_equal(evaluation_image(image, image_size).permute(1, 2, 0).numpy(), np.asarray(want))

@@ -386,7 +386,7 @@ def test_field_members_are_read_by_their_last_extension_or_counted(tmp_path):
         ("b.cls", b"2"), ("b.depth.png", b"depth"), ("b.jpg", content(2)), ("b.json", b"{}"),  # the image called like it
         ("v.1.cls", b"0"), ("v.1.jpg", content(0)), ("v.2.cls", b"1"), ("v.2.jpg", content(4)),  # a dot in names
         ("c.cls", b"2"), ("c.jpg", content(5)), ("c.cls", b"0"), ("c.jpg", content(3)),  # a repeated key
-        ("d.cls", b"0"), ("d.tif", b"II"), ("e.txt", b"3"), ("README", b""), ("._f.jpg", b""), ("x/._g.jpg", b""),
+        ("d.cls", b"0"), ("d.psd", b"8BPS"), ("e.txt", b"3"), ("README", b""), ("._f.jpg", b""), ("x/._g.jpg", b""),
         ("w.1.jpg", content(7)), ("w.2.cls", b"1"),  # not the label of this image
     ]  # fmt: skip
     path = write_tar(tmp_path / "train/a.tar", members)
@@ -405,7 +405,7 @@ def test_field_members_are_read_by_their_last_extension_or_counted(tmp_path):
         assert source.labels.tolist() == [1, 2, 0, 1, 2, -1]
         assert [source.read(i) for i in range(5)] == [content(number) for number in (1, 2, 0, 4, 5)]
         assert dict(source.passed_over) == {
-            "second image of a key": 2, "second .cls of a key": 1, ".json": 1, ".txt": 1, ".tif": 1, "no extension": 1,
+            "second image of a key": 2, "second .cls of a key": 1, ".json": 1, ".txt": 1, ".psd": 1, "no extension": 1,
             ".cls without an image": 2, "hard link": 1, "link": 1, ".tar.gz": 1
         }  # fmt: skip
     source = Shards(tmp_path / "train", tmp_path / "cache")

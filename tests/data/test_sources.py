@@ -151,8 +151,17 @@ def test_prepare_leaves_other_paths_alone(tmp_path):
         ("shape://x", r"unknown scheme.*did you mean 'shapes'"),
         ("s3://bucket", r"unknown scheme.*allowed: a folder, synthetic://..., shapes://..., cifar10://..."),
         ("cifar10://", r"needs a folder, as in cifar10://datasets"),
-        ("cifar10://x?size=3", r"unknown option 'size'.*allowed: none"),
+        ("cifar10://x?size=3", r"unknown option 'size'.*allowed: fraction, per_class, seed"),
         ("cifar://x", r"did you mean 'cifar10'"),
+        ("list://", r"needs a file, as in list://train.csv"),
+        ("list://x?eval=", r"'eval'.*is ''; it must not be empty"),
+        ("synthetic://10?fraction=0", r"'fraction'.*is '0'; it must be a number above 0 and at most 1"),
+        ("synthetic://10?fraction=1.5", r"'fraction'.*is '1.5'; it must be a number above 0 and at most 1"),
+        ("synthetic://10?fraction=nan", r"'fraction'.*is 'nan'; it must be a number"),
+        ("synthetic://10?per_class=0", r"'per_class'.*is '0'; it must be an integer >= 1"),
+        ("synthetic://10?per_class=1,fraction=0.5", r"both fraction and per_class; give one"),
+        ("synthetic://10?seed=1", r"'seed'.*needs fraction or per_class"),
+        ("somewhere?fractoin=0.1", r"unknown option 'fractoin'.*did you mean 'fraction'"),
     ],
 )
 def test_malformed_paths(path, message):
@@ -187,9 +196,12 @@ def test_path_is_a_file(tmp_path):
 
 
 def test_no_train_folder(tmp_path):
-    write(tmp_path / "cats/1.png")
-    message = rejected(tmp_path)
-    assert "no folder 'train' (it holds: cats)" in message and "/train/<class>/" in message
+    root = tmp_path / "x"
+    write(root / "val/cats/1.png")
+    message = rejected(root)
+    assert "no folder 'train' (it holds: val)" in message and "/train/<class>/" in message
+    (root / "val").rename(root / "train")
+    assert f"no folder 'train', but {root} has; give {root}" in rejected(tmp_path)
 
 
 def test_empty_train_folder(tmp_path):
@@ -327,7 +339,7 @@ def test_shards_without_labels_train_but_do_not_evaluate(tree):
     with tarfile.open(tree / "train/x.tar", "w") as tar:
         tar.add(tree / "val/a/v.png", "0.png")
     assert open_source(tree, "train").open(0).mode == "RGB"
-    with pytest.raises(ValueError, match=r"the shards in .*train have no labels .*move .*val away"):
+    with pytest.raises(ValueError, match=r"the images in .*train have no labels .*move the images to evaluate on away"):
         open_source(tree, "eval")
 
 
@@ -356,7 +368,7 @@ def test_a_split_that_is_none():
 
 def test_field_what_is_passed_over_is_counted(tree, tmp_path):
     """Of a folder: other formats, files outside of classes, links to other classes; from the kept listing, too."""
-    for name in ("1.tif", "2.TIF", "3.gif", "4.ppm", "5.avif", "6.jfif", "7.jpe", "8.jp2", "none"):
+    for name in ("1.psd", "2.PSD", "3.svg", "4.ppm", "5.exr", "6.jfif", "7.jpe", "8.dng", "none"):
         (tree / "train/a" / name).touch()
     (tree / "train/flat.jpg").touch()
     (tree / "train/old.tar.gz").touch()
@@ -365,8 +377,8 @@ def test_field_what_is_passed_over_is_counted(tree, tmp_path):
     for name, target in (("part2", "elsewhere"), ("b", "train/b"), ("up", "train"), ("far up", ".")):
         (tree / "train/a" / name).symlink_to(tree / target)
     words = (
-        "5 images, 2 classes (16 files passed over: 3 links out of a class folder, 2 .tif, 1 .avif, 1 .gif, 1 .jfif, 1 .jp2, "
-        "1 .jpe, 1 .jpg outside class folders, 1 .md, 1 .ppm, 1 .tar.gz, 1 .txt, 1 no extension) in train/"
+        "5 images, 2 classes (16 files passed over: 3 links out of a class folder, 2 .psd, 1 .dng, 1 .exr, 1 .jfif, 1 .jpe, "
+        "1 .jpg outside class folders, 1 .md, 1 .ppm, 1 .svg, 1 .tar.gz, 1 .txt, 1 no extension) in train/"
     )
     hour_ago = time.time() - 3600
     for folder in [*tree.glob("**/"), tree / "elsewhere/more"]:
@@ -389,12 +401,14 @@ def test_field_a_folder_named_validation(tree):
 def test_field_what_a_folder_without_images_holds(tree):
     shutil.rmtree(tree / "train")
     (tree / "train").mkdir()
-    for name in ("1.tar.gz", "2.tar.gz", "x.jpg"):
+    for name in ("1.tar.gz", "2.tar.gz"):
         (tree / "train" / name).touch()
-    assert "has no class folders (it holds 2 .tar.gz, 1 .jpg outside class folders); allowed" in rejected(tree)
+    assert "has no class folders and no images (it holds 2 .tar.gz); allowed" in rejected(tree)
     (tree / "train/a").mkdir()
-    (tree / "train/a/1.tif").touch()
-    assert "hold no images (.jpg, .jpeg, .png, .webp, .bmp): a; fill or remove them (passed over: " in rejected(tree)
+    (tree / "train/a/1.psd").touch()
+    said = rejected(tree)
+    assert "hold no images (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif, .jp2, .avif" in said
+    assert "): a; fill or remove them (passed over: 2 .tar.gz, 1 .psd)" in said
 
 
 def test_field_other_files_have_another_checksum(tree):

@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from crossbatch import InputError, RunStopped
 from crossbatch.engine.runtime.distributed import World, process_group, unused, world_from_environment
@@ -231,6 +233,17 @@ def test_a_rank_of_another_node_ends_when_nobody_reads_its_output(nodes):
             assert bool(select.select([rank.stderr], [], [], 3)[0]) == (nodes == "2")
         finally:
             rank.kill()
+
+
+def test_parameters_in_a_second_process_group_are_of_its_mesh():
+    """Also where its groups have other names than those of the first, which torch numbers."""
+    for number in (7, 0):
+        dist.distributed_c10d._world.group_count = number
+        with process_group(World(0, 1, 0, 1), "cpu"):
+            mesh, layer = init_device_mesh("cpu", (1,)), torch.nn.Linear(4, 4)
+            fully_shard(layer, mesh=mesh)
+            meshes = [getattr(parameter, "device_mesh", None) for parameter in layer.parameters()]
+            assert len(meshes) == 2 and all(found is mesh for found in meshes)
 
 
 def test_one_rank_waits_for_nobody():

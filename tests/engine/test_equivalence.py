@@ -37,13 +37,22 @@ def one_process(tmp_path_factory, one_rank):
         key = (*model, *optimizer)
         if key not in known:
             start, out = tmp_path_factory.mktemp("start"), tmp_path_factory.mktemp("one")
-            run = [*model, *optimizer, *zero(0)]
+            run = [*model, *optimizer, *zero(0), *seed(model, optimizer)]
             one_rank.run(train, [*run, "crossbatch.schedule.warmup_epochs=4"], str(start), 1)
             one_rank.run(train, run, str(out), 10)
             known[key] = losses(out), parameters(start), parameters(out)
         return known[key]
 
     return get
+
+
+def seed(model, optimizer) -> list[str]:
+    """Return a seed with which no ReLU is at zero but for rounding.
+
+    With seed 0, on three ranks, AdamW and a ResNet meet 1.5e-7 in the sixth step, where one process has a gradient and three
+    ranks have none. It shows in one channel of a bias, by 2e-4 of the 3e-6 that the bias moves.
+    """
+    return ["crossbatch.seed=1"] if (model, optimizer) == (RESNET, ADAMW) else []
 
 
 BACKENDS = [zero(0), zero(1), zero(2), zero(3), zero(1, "cpu"), zero(3, "cpu"), fsdp(0), fsdp(1), fsdp(3)]
@@ -71,7 +80,7 @@ def cases():
 @pytest.mark.parametrize(("ranks", "optimizer", "model", "backend"), list(cases()))
 def test_many_ranks_do_what_one_process_does(tmp_path, one_process, pools, ranks, optimizer, model, backend):
     want, start, end = one_process(model, optimizer)
-    pools(ranks).run(train, [*model, *optimizer, *backend], str(tmp_path), 10)
+    pools(ranks).run(train, [*model, *optimizer, *backend, *seed(model, optimizer)], str(tmp_path), 10)
     assert len(want) == 10
     assert losses(tmp_path) == pytest.approx(want, rel=1e-5)
     assert abs(want[0] - want[-1]) > 0.1  # something was trained

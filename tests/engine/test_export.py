@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
+import safetensors.torch
 import timm
 import torch
 import torchvision
+from PIL import Image
 from timm.models import VisionTransformer
 
 from crossbatch import InputError
@@ -16,6 +19,7 @@ from crossbatch.engine.pretrained.load import Pretrained, load_pretrained
 from crossbatch.engine.pretrained.weights import NOTE
 from crossbatch.models import build_backbone
 from crossbatch.models.norm import ViewBatchNorm
+from tests.small_runs import RESNET, VIT, losses, train
 
 
 def original(arch: str) -> dict:
@@ -128,3 +132,59 @@ def test_an_existing_file_is_replaced_whole_or_not_at_all(tiny_runs, tmp_path):
     with pytest.raises(InputError, match=r"--output .*taken: cannot be written"):
         export(load_pretrained(tiny_runs("vit")), "deit", tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_rectangular_images(one_rank, tmp_path):
+    """A run on images of [height, width] goes on, and its ViT has the same features when loaded, exported and in timm."""
+    settings = [*VIT, "crossbatch.data.image_size=[8,24]", "crossbatch.evaluate.knn_every_epochs=1"]
+    for steps in (1, 2):
+        one_rank.run(train, settings, str(tmp_path / "run"), steps)
+    assert len(losses(tmp_path / "run")) == 2
+    before = load_pretrained(tmp_path / "run")
+    assert before.image_size == (8, 24) and before.backbone.grid == (2, 6) and not before.notes
+    images = torch.rand(2, 3, 8, 24)
+    ours = features(before.backbone, images)
+    for name in ("v.pth", "v.safetensors"):
+        advice = " ".join(export(before, "timm", tmp_path / name))
+        after = load_pretrained(tmp_path / name)
+        assert after.image_size == (8, 24) and features(after.backbone, images).equal(ours)
+    assert "img_size=(8, 24)" in advice
+    call = advice[advice.index('timm.create_model("') :].partition(")) ")[0].removeprefix("timm.create_model(")
+    theirs = timm.create_model("vit_small_patch16_224", **eval(f"dict({call.partition(', ')[2]}))"), num_classes=0)
+    theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "v.safetensors"), strict=False)
+    torch.testing.assert_close(features(theirs, images), ours, atol=1e-5, rtol=0)
+    square = load_pretrained(tmp_path / "run", image_size=16)
+    assert square.notes == ["positions resampled from 2 x 6 to 4 x 4 patches"]
+
+
+@pytest.mark.parametrize("network", [RESNET, VIT])
+def test_images_of_two_channels(one_rank, tmp_path, network):
+    """The run says how its images are normalised, and exports keep it; other programs are told of the channels."""
+    rng = np.random.default_rng(0)
+    for number in range(48):
+        label, split = number % 4, "val" if number < 16 else "train"
+        file = tmp_path / f"images/{split}/{label}/{number}.tif"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        first, second = rng.integers(0, 50 + 50 * label, (2, 20, 20), dtype=np.uint8)
+        Image.fromarray(first).save(file, save_all=True, append_images=[Image.fromarray(second)])
+    channels = [
+        "crossbatch.data.channels=2",
+        "crossbatch.data.mean=[0.2,0.4]",
+        f"crossbatch.data.path={tmp_path}/images",
+    ]
+    settings = [*network, *channels, "crossbatch.evaluate.knn_every_epochs=1", "crossbatch.evaluate.knn_k=5"]
+    one_rank.run(train, settings, str(tmp_path / "run"), 2)
+    before = load_pretrained(tmp_path / "run")
+    assert (
+        before.backbone.in_channels == 2 and before.mean == (0.2, 0.4) and before.std == pytest.approx((0.226, 0.226))
+    )
+    images = torch.rand(2, 2, 16, 16)
+    export(before, "safetensors", tmp_path / "file.safetensors")
+    after = load_pretrained(tmp_path / "file.safetensors")
+    assert after.channels == before.channels and features(after.backbone, images).equal(
+        features(before.backbone, images)
+    )
+    with pytest.raises(InputError, match="three channels, and this one has 2; allowed: timm"):
+        export(before, "deit", tmp_path / "file")
+    if network is VIT:
+        assert "img_size=16, in_chans=2)" in " ".join(export(before, "timm", tmp_path / "file"))

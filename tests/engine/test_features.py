@@ -65,6 +65,7 @@ def test_every_readable_image_once(damaged, two_ranks):
 
 def source_with(labels: list[int], classes: int = 3) -> Source:
     fake = SimpleNamespace(labels=np.array(labels), class_names=["x"] * classes, name=lambda index: f"image {index}")
+    fake.has_labels = True
     return fake  # pyright: ignore[reportReturnType]
 
 
@@ -125,7 +126,8 @@ def test_all_ranks_must_find_the_same_images(tmp_path, two_ranks):
 
 def test_a_path_that_is_not_given():
     with pytest.raises(
-        InputError, match=r"path: not given; allowed: a folder with train/.* or cifar10://.*shapes://; give"
+        InputError,
+        match=r"path: not given; allowed: a folder with train/.* or list://.*cifar10://.*shapes://; .*; give",
     ):
         labelled_sources(None)
 

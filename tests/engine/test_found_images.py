@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from crossbatch import InputError
+from crossbatch.engine.datasets import labelled_sources
 from crossbatch.engine.evaluation.features import log_skipped_images
 from crossbatch.engine.evaluation.probe_file import read_probe
 from crossbatch.engine.pretrained.weights import PROBE, PROBE_FILE
 from tests.small_runs import RESNET, run
 
 
-def settings(data: Path, *more: str) -> list[str]:
+def settings(data: Path | str, *more: str) -> list[str]:
     return [*RESNET, f"crossbatch.data.path={data}", "crossbatch.data.max_skipped_fraction=0.1", *more]
 
 
@@ -31,7 +32,7 @@ def images(tmp_path) -> Path:
             for number in range(count):
                 Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{number:02d}.png")
         (folder / "01.png").write_bytes(b"no image")
-        (folder / "x.tif").touch()
+        (folder / "x.txt").touch()
     return tmp_path / "images"
 
 
@@ -51,8 +52,8 @@ def test_field_a_run_says_what_it_found(images, tmp_path, one_rank):
     overrides = settings(images, monitored, "crossbatch.evaluate.knn_k=30")
     assert one_rank.run(run, overrides, str(out), 6, "auto", (), patches) == [""]
     told = Path(f"{out}.told").read_text().splitlines()
-    assert "training: 24 images, 2 classes (1 files passed over: 1 .tif) in train/" in told
-    assert "evaluation: 8 images, 2 classes (1 files passed over: 1 .tif) in val/" in told
+    assert "training: 24 images, 2 classes (1 files passed over: 1 .txt) in train/" in told
+    assert "evaluation: 8 images, 2 classes (1 files passed over: 1 .txt) in val/" in told
     assert "crossbatch.evaluate.knn_k: 30, but there are 24 training images; all of them vote" in told
     skipped = [line for line in told if line.startswith("skipped")]
     assert skipped == ["skipped a broken image: b/01.png (BrokenImage: not an image (UnidentifiedImageError, 8 bytes))"]
@@ -91,6 +92,53 @@ def test_field_a_folder_that_is_not_needed_stops_no_run(images, tmp_path, one_ra
     assert one_rank.run(run, settings(images, *on), str(tmp_path / "none"), 1) == [""]
     told = Path(f"{tmp_path / 'none'}.told").read_text()
     assert f"evaluation: none, as {images} has none of val/, validation/, test/ beside train/" in told
+
+
+def test_field_images_without_labels_train_without_knn(images, tmp_path, one_rank):
+    """In nested folders without train/, directly in train/ beside a val/ with classes, and from a list."""
+    monitored = "crossbatch.evaluate.knn_every_epochs=1"
+    nested = images.rename(tmp_path / "nested") / "train"
+    files = [file for file in sorted(nested.rglob("*.png")) if file.name != "01.png"]
+    (tmp_path / "flat/train").mkdir(parents=True)
+    for number, file in enumerate(files):
+        shutil.copy(file, tmp_path / f"flat/train/{number}.png")
+    (nested.parent / "val").rename(tmp_path / "flat/val")
+    (tmp_path / "list.txt").write_text("".join(f"{file}\n" for file in files))
+    for number, path in enumerate((nested, tmp_path / "flat", f"list://{tmp_path}/list.txt")):
+        out = tmp_path / f"run{number}"
+        assert one_rank.run(run, settings(path, monitored), str(out), 2) == [""]
+        told = Path(f"{out}.told").read_text()
+        assert (
+            " images, no labels" in told
+            and f"evaluation: none, as the images of {path} have no labels; k-NN is off" in told
+        )
+        assert "knn_top1" not in (out / "metrics.jsonl").read_text()
+        with pytest.raises(
+            InputError, match=r"crossbatch.data.path: .* have no labels, which evaluation and fine-tuning"
+        ):
+            labelled_sources(str(path))
+
+
+def test_field_a_list_without_images_to_evaluate_on(images, tmp_path, one_rank):
+    lines = {
+        split: [f"{file}\t{file.parent.name}\n" for file in sorted((images / split).rglob("*.png"))]
+        for split in ("train", "val")
+    }
+    for split, listed in lines.items():
+        (tmp_path / f"{split}.txt").write_text("".join(listed))
+    path, out = f"list://{tmp_path}/train.txt", str(tmp_path / "run")
+    monitored = "crossbatch.evaluate.knn_every_epochs=1"
+    assert one_rank.run(run, settings(path, monitored), out, 2) == [""]
+    assert f"evaluation: none, as {path} has no option eval=FILE" in Path(f"{out}.told").read_text()
+    with pytest.raises(InputError, match=r"crossbatch.data.path: .* has no option eval=FILE, .*; add it"):
+        labelled_sources(path)
+    assert one_rank.run(run, settings(f"{path}?eval=val.txt", monitored), out, 4) == [""]
+    assert "evaluation: 8 images, 2 classes in val.txt" in Path(f"{out}.told").read_text()
+    assert "knn_top1" in Path(out, "metrics.jsonl").read_text()
+    with (tmp_path / "train.txt").open("a") as file:
+        file.write("\n")  # the same images, but another list
+    (refused,) = one_rank.run(run, settings(path), out, 6)
+    assert "crossbatch.data.path: holds as many images, 24, but others" in refused
 
 
 def test_field_a_run_does_not_go_on_with_other_images(images, tmp_path, one_rank):

@@ -18,23 +18,22 @@ PUBLIC_CALLS = {"InputError", "RunStopped"}  # exceptions need no example of the
 
 def run(script: Path, folder: Path) -> str:
     """Run a script in a process that has the large packages imported already, and return what it printed."""
-    output = folder / "output"
+    output, errors = folder / "output", folder / "errors"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED_ONCE])
-    process = context.Process(target=_run, args=(str(script), str(folder), str(output)))
+    process = context.Process(target=_run, args=(str(script), str(folder), str(output), str(errors)))
     process.start()
     process.join(240)
     alive = process.is_alive()
     process.kill()
-    text = output.read_text()
-    assert not alive and process.exitcode == 0, text
-    return text
+    printed = output.read_text()
+    assert not alive and process.exitcode == 0, printed + errors.read_text()
+    return printed
 
 
-def _run(script: str, folder: str, output: str) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _run(script: str, folder: str, *streams: str) -> None:
+    for number, stream in enumerate(streams, 1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(folder)
     sys.argv = [script]
     runpy.run_path(script, run_name="__main__")

@@ -8,7 +8,7 @@ import pytest
 
 from crossbatch.engine.config import load_config
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch import __main__, convert, doctor, finetune, knn, linear, plan, pretrain, preview
+from crossbatch.launch import __main__, convert, doctor, embed, finetune, knn, linear, plan, pretrain, preview
 from crossbatch.launch.__main__ import COMMANDS
 from crossbatch.launch.arguments import ALIASES, ArgumentParser, add_config_flags, overrides
 
@@ -20,6 +20,7 @@ SHORTENED = [
     (finetune, ["--drop-p", "0"]),
     (linear, ["--cach"]),
     (knn, ["--enc", "online"]),
+    (embed, ["--output", "x.npy", "--enc", "online"]),
     (plan, ["--gpus", "1", "--gpu", "v100-32g", "--js"]),
     (preview, ["--data", "x", "--coun", "1"]),
     (doctor, ["--hel"]),

@@ -1,5 +1,6 @@
 """doctor.py shows what is wrong with a GPU, and every command that trains or evaluates refuses it before it writes anything."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -55,3 +56,81 @@ def test_doctor_shows_an_unusable_gpu_without_failing(old_driver, monkeypatch, c
 def test_doctor_names_the_architectures_that_torch_was_built_for(monkeypatch):
     monkeypatch.setattr(doctor, "built_for", lambda: ["sm_75", "sm_90"])
     assert dict(doctor.found())["CUDA of torch"] == f"{torch.version.cuda}, with code for sm_75 sm_90"
+
+
+def compare_here(folder: str, differ: str) -> tuple[str, str]:
+    """Run `doctor --nodes` on this rank of a pool as a new command, and return what it printed and raised."""
+    import io
+    from contextlib import redirect_stdout
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from crossbatch import InputError
+    from crossbatch.engine.config import Device
+    from crossbatch.engine.runtime import same_run
+    from crossbatch.engine.runtime.distributed import world_from_environment
+
+    world, facts = world_from_environment(), doctor.facts_of({})
+    if differ and world.rank == 1:
+        facts[differ] = "another"
+    store = dist.FileStore(str(Path(folder) / "store"), world.size)
+    printed, error = io.StringIO(), ""
+
+    @contextlib.contextmanager
+    def joined(world, device_type, threads, timeout_s, check):
+        check(store, world, timeout_s)
+        yield torch.device("cpu")  # the pool has its process group
+
+    with (
+        redirect_stdout(printed),
+        mock.patch.object(doctor, "facts_of", lambda config: facts),
+        mock.patch.object(doctor, "process_group", joined),
+        mock.patch.object(doctor, "REDUCED_MIB", {"cpu": 1}),
+        mock.patch.object(same_run._Start, "compared", False),
+        mock.patch.dict("os.environ", COLUMNS="200"),
+    ):
+        try:
+            doctor.compare_ranks(world, Device("cpu"), 20.0)
+        except InputError as raised:
+            error = str(raised)
+    return printed.getvalue(), error
+
+
+def test_nodes_reports_every_rank(two_ranks, tmp_path):
+    (printed, error), other = two_ranks.run(compare_here, str(tmp_path), "")
+    assert error == "" and other == ("", "")
+    words = " ".join(printed.split())
+    for text in (
+        "rank",
+        "interface",
+        "code",
+        "all-reduce of 1 MiB",
+        "GB/s",
+        "+0.000 s",
+        torch.__version__.split("+")[0],
+    ):
+        assert text in words, printed
+    assert "all 2 ranks have the same versions and code" in words
+
+
+@pytest.mark.parametrize("differ", ["torch", "the code of crossbatch"])
+def test_nodes_names_what_differs_before_the_ranks_join(two_ranks, tmp_path, differ):
+    results = two_ranks.run(compare_here, str(tmp_path), differ)
+    assert all(error.startswith(f"{differ}: another on rank 1") for _, error in results), results
+    assert "all-reduce" not in results[0][0] and "host" in results[0][0]  # the table of ranks is there all the same
+
+
+def test_nodes_with_one_rank(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--nodes"])
+    monkeypatch.setattr(doctor, "REDUCED_MIB", {"cpu": 1, "cuda": 1})
+    doctor.main()
+    assert "one rank" in capsys.readouterr().out
+
+
+def test_the_interface_is_that_of_the_route(monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert doctor.interface("127.0.0.1") == "lo 127.0.0.1"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    assert doctor.interface("127.0.0.1") == "ib0 (NCCL_SOCKET_IFNAME)"

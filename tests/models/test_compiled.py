@@ -131,6 +131,8 @@ def test_with_a_cuda_graph_only_blocks_are_compiled(counter):
         build("resnet18", cuda_graph=True).compile_regions()
 
 
+# Inductor of torch 2.10 calls what torch deprecates.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_missing_compiler_is_named():
     """Inductor itself says so, of a compiler that is not there."""
     torch.compiler.reset()
