@@ -5,6 +5,8 @@ They depend on the step alone, so a resumed run needs no scheduler state.
 
 import math
 
+from crossbatch.engine.config import Config
+
 
 def learning_rate(epoch: float, peak: float, epochs: float, warmup_epochs: float) -> float:
     """Return the learning rate: linear from exactly 0 to `peak` over the warm-up, then half a cosine to 0 at `epochs`."""
@@ -13,31 +15,25 @@ def learning_rate(epoch: float, peak: float, epochs: float, warmup_epochs: float
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
-MIN_STEPS = 300  # the quickstart, a small network on drawings of 64 px, needs as many
+def too_short(config: Config, images: int, last_step: float = math.inf) -> list[str]:
+    """Return warnings about a run of pretraining that will hardly learn anything from `images` images an epoch.
 
-
-def too_short(epochs: float, warmup_epochs: float, images: int, batch: int, momentum: float, steps: int) -> list[str]:
-    """Return warnings about a run of pretraining that will hardly learn anything.
-
-    Args:
-        images: of an epoch.
-        batch: images of an optimizer step.
-        momentum: of the momentum encoder at the start.
-        steps: optimizer steps until the run ends; fewer than those of all epochs if it is told to stop before.
+    `last_step` is where it is told to stop, if that is before the end of its epochs.
     """
-    steps_per_epoch = max(1, images // batch)
-    all_steps, warmup_steps, found = round(epochs * steps_per_epoch), warmup_epochs * steps_per_epoch, []
-    memory = round(10 / (1 - momentum)) if momentum < 1 else 0  # steps: ten times the horizon of the moving average
-    if all_steps < max(MIN_STEPS, memory):
+    schedule, momentum, batch = config.crossbatch.schedule, config.crossbatch.momentum.base, config.train_batch_size
+    steps_per_epoch, found = max(1, images // batch), []
+    steps, warmup_steps = schedule.epochs * steps_per_epoch, schedule.warmup_epochs * steps_per_epoch
+    # The quickstart, a small network on drawings of 64 px, needs 300. The moving average spans 1 / (1 - momentum) steps.
+    enough = max(300, math.ceil(5 / (1 - momentum)) if momentum < 1 else 0)
+    if steps < enough:
         found.append(
-            f"too short to learn much: {epochs:g} epochs x {images:,} images / {batch} images a step = {all_steps} steps; "
-            f"allow at least {max(MIN_STEPS, memory)}: raise crossbatch.schedule.epochs, or lower train_batch_size"
-            + (", or crossbatch.momentum.base" if memory > MIN_STEPS else "")
+            f"too short to learn much: {schedule.epochs} epochs x {images} images / {batch} images a step = {steps} steps; "
+            f"allow {enough} at least: raise crossbatch.schedule.epochs, or lower train_batch_size"
         )
-    if steps <= warmup_steps:
+    if min(steps, last_step) <= warmup_steps:
         found.append(
-            f"the warm-up of {warmup_epochs:g} epochs is {warmup_steps:.0f} steps, and the run ends at step {steps}, before "
-            f"the learning rate is reached; lower crossbatch.schedule.warmup_epochs"
+            f"the warm-up takes {warmup_steps:g} steps, and the run ends at step {min(steps, last_step)}, before the learning "
+            f"rate is reached; lower crossbatch.schedule.warmup_epochs"
         )
     return found
 

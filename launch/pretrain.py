@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Pretrain on this rank, or print what would run. Raises InputError or RunStopped."""
     arguments = parse_arguments()
-    init = [] if arguments.init is None else [f"crossbatch.model.init={arguments.init}"]
+    init = [] if arguments.init is None else [f"crossbatch.model.init={json.dumps(arguments.init)}"]
     config = load_config(arguments.deepspeed_config, [*init, *overrides(arguments)])
     if arguments.dry_run:
         ranks = arguments.world_size_hint or asked_world_size(arguments) or world_from_environment().size

@@ -35,7 +35,6 @@ from torch.distributed.tensor import DTensor
 
 Variant = Literal["moco-v3", "larc", "mlperf"]
 GROUP_KEYS = (
-    "starts_frozen",
     "params",
     "param_names",
     "name",

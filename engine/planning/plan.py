@@ -193,9 +193,7 @@ def _rows_in(path: Path) -> list[dict[str, Any]]:
 
 def warnings(found: Plan) -> list[str]:
     """Return what is doubtful about the recipe itself, wherever it runs."""
-    section, images, batch = found.cfg.crossbatch, found.asked.images, found.cfg.train_batch_size
-    schedule, steps = section.schedule, section.schedule.epochs * max(1, images // batch)
-    return too_short(schedule.epochs, schedule.warmup_epochs, images, batch, section.momentum.base, steps)
+    return too_short(found.cfg.config, found.asked.images)
 
 
 def notes(found: Plan) -> Iterator[str]:

@@ -39,6 +39,7 @@ class Pretrained:
     image_size: int | tuple[int, int]
     mean: tuple[float, ...]  # of each channel of the images, for values from 0 to 1
     std: tuple[float, ...]
+    knows_channels: bool  # whether mean and std are those of pretraining; else they are ImageNet's
     description: str  # where the weights come from
     loaded: int
     missing: list[str]
@@ -60,7 +61,7 @@ class Pretrained:
 
     def summary(self) -> dict[str, Any]:
         """Return what was loaded, for results.json."""
-        fields = {name: value for name, value in vars(self).items() if name != "backbone"}
+        fields = {name: value for name, value in vars(self).items() if name not in ("backbone", "knows_channels")}
         return {"from": fields.pop("description"), "tensors": fields.pop("loaded"), **fields}
 
 
@@ -124,6 +125,7 @@ def load_pretrained(
         image_size=size,
         mean=channels.mean,
         std=channels.std,
+        knows_channels=weights.mean is not None,
         description=weights.origin,
         loaded=len(backbone.state_dict()) - len(missing),
         missing=missing,
@@ -151,7 +153,7 @@ def _network(
     for name, value in (backbone_args or {}).items():
         if weights.backbone_args is not None and args.get(name, value) != value:
             raise InputError(
-                f"{where}: has {name} {args[name]}; crossbatch.model.backbone_args.{name}: given {value}; set it to {args[name]}"
+                f"{where}: has {name} {args[name]}; crossbatch.model.backbone_args.{name}: given {value}; set it to that"
             )
         args[name] = value
     return found, stem or weights.stem or "imagenet", args

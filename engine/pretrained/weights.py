@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from crossbatch import InputError
+from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Unreadable
 from crossbatch.engine.pretrained.files import read_safetensors, read_torch
@@ -83,6 +84,7 @@ def _read_run(path: Path, encoder: str, where: str, flag: str) -> Weights:
     if not tensors or "arch" not in model:
         raise InputError(f"{flag} {found}: holds no {encoder} backbone; allowed: a checkpoint of launch/pretrain.py")
     data = section.get("data", {})
+    mean, std = channels_of(data.get("channels", 3), data.get("mean", "auto"), data.get("std", "auto"))
     rest = [name for name in manifest.shapes if name.partition(".")[2].removeprefix(prefix) not in tensors]
     return Weights(
         tensors,
@@ -91,7 +93,9 @@ def _read_run(path: Path, encoder: str, where: str, flag: str) -> Weights:
         arch=model["arch"],
         stem=model.get("stem", "imagenet"),
         backbone_args=dict(model.get("backbone_args", {})),
-        **{name: _tuple(data.get(name)) for name in ("image_size", "mean", "std") if data.get(name) != "auto"},
+        image_size=_tuple(data.get("image_size")),
+        mean=mean,
+        std=std,
     )
 
 
@@ -174,12 +178,12 @@ def _open(path: Path, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]
     entries = read_torch(path)
     if not isinstance(entries, dict):
         raise InputError(f"{where}: holds a {type(entries).__name__}, not the tensors of a network")
-    if isinstance(entries.get("teacher"), dict) and isinstance(
-        entries.get("student"), dict
-    ):  # a full checkpoint of DINO
-        both = ((part, entries[part]) for part in ("student", "teacher"))
+    networks = {part: entries[part] for part in ("student", "teacher") if isinstance(entries.get(part), dict)}
+    if len(networks) == 2:  # a full checkpoint of DINO
         return entries, {
-            f"{part}.{name.removeprefix('module.')}": value for part, of in both for name, value in of.items()
+            f"{part}.{str(name).removeprefix('module.')}": value
+            for part, network in networks.items()
+            for name, value in network.items()
         }
     tensors = next((entries[name] for name in ("state_dict", "model") if isinstance(entries.get(name), dict)), entries)
     return entries, {str(name).removeprefix("module."): value for name, value in tensors.items()}

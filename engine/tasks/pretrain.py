@@ -11,6 +11,7 @@ import torch
 
 from crossbatch import InputError
 from crossbatch.data import Batch, has_evaluation_split, moco_v3_augmentations
+from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.checkpoint import Resumed, create_run_directory
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
@@ -19,15 +20,17 @@ from crossbatch.engine.evaluation.knn import KnnMonitor, too_few_neighbours
 from crossbatch.engine.pretrained.load import Pretrained, load_pretrained
 from crossbatch.engine.pretrained.weights import mismatch
 from crossbatch.engine.run_log import command
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.schedules import too_short
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model, connect
-from crossbatch.engine.tasks.task import TrainResult
+from crossbatch.engine.tasks.task import STARTED_FROM, TrainResult
 from crossbatch.models import MoCo
 from crossbatch.models.compiled import compiled_modules
+from crossbatch.models.vit import ViT
 
 CHUNK = "chunk.json"  # in the run directory: what `train_micro_batch_size_per_gpu: "auto"` came to
 
@@ -77,8 +80,9 @@ class PretrainTask:
         assert isinstance(model, MoCo)
         notes = [*self.notes]
         if self.origin is not None:
-            heads = ["projector", "predictor", *(["BatchFormer"] if model.batchformer is not None else [])]
-            notes.append(f"both backbones start from {self.origin}; {', '.join(heads)}: new")
+            loaded = {"loaded": self.origin.summary()}
+            on_main(lambda: write_atomically(self.out / STARTED_FROM, json.dumps(loaded, indent=2) + "\n"))
+            notes.append(f"both backbones start from {self.origin}; the rest is new")
         if model.batchformer is not None:
             notes.append("BatchFormer: {} ({})".format(*model.batchformer.kernel_on(self.device)))
         if compiled := Counter(type(module).__name__.removeprefix("FSDP") for module in compiled_modules(model)):
@@ -87,13 +91,15 @@ class PretrainTask:
         return notes
 
     def doubts(self, last_step: int) -> list[str]:
-        """Return warnings about a run that is too short to learn, or that freezes a backbone of random weights."""
-        section, batch = self.cfg.crossbatch, self.cfg.train_batch_size
-        schedule, images = section.schedule, self.data.sampler.num_images
-        found = too_short(schedule.epochs, schedule.warmup_epochs, images, batch, section.momentum.base, last_step)
-        if schedule.freeze_backbone_epochs and section.model.init is None:
+        """Return warnings about a run that is too short to learn, or that does not fit to the weights that it starts from."""
+        section, found = self.cfg.crossbatch, too_short(self.cfg.config, self.data.sampler.num_images, last_step)
+        if section.schedule.freeze_backbone_epochs and section.model.init is None:
+            found.append("crossbatch.schedule.freeze_backbone_epochs freezes random weights; give others with --init")
+        data, origin = section.data, self.origin
+        if origin and origin.knows_channels and origin.channels != channels_of(data.channels, data.mean, data.std):
             found.append(
-                "crossbatch.schedule.freeze_backbone_epochs freezes random weights, as crossbatch.model.init is not given"
+                f"--init {section.model.init}: trained on images with crossbatch.data.mean {[*origin.mean]} and std "
+                f"{[*origin.std]}; this run has others; set both to these"
             )
         return found
 
@@ -138,17 +144,23 @@ def start_from(model: MoCo, cfg: ResolvedConfig) -> Pretrained:
 
     Raises InputError, on all ranks, if a rank cannot read it, or if it is another network than the configured one.
     """
-    wanted, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
-    assert wanted.init is not None
+    wanted, data = cfg.crossbatch.model, cfg.crossbatch.data
+    path = wanted.init
+    assert path is not None
 
     def load() -> Pretrained:
-        found = load_pretrained(wanted.init, wanted.arch, wanted.stem, wanted.backbone_args, size, flag="--init")
-        wrong = mismatch(model.online.backbone.state_dict(), found.backbone.state_dict())
-        ours = model.online.backbone.blocks[0].attn.num_heads if found.num_heads else None  # pyright: ignore
-        if wrong or found.num_heads != ours:
+        found = load_pretrained(path, wanted.arch, wanted.stem, wanted.backbone_args, data.image_size, flag="--init")
+        if len(found.mean) != data.channels:
+            raise InputError(
+                f"--init {path}: is for images with {len(found.mean)} channels; crossbatch.data.channels: given "
+                f"{data.channels}; set it to {len(found.mean)}, or leave out --init"
+            )
+        ours = model.online.backbone
+        heads = int(ours.blocks[0].attn.num_heads) if isinstance(ours, ViT) else None  # pyright: ignore
+        if mismatch(ours.state_dict(), found.backbone.state_dict()) or found.num_heads != heads:
             args = json.dumps(found.backbone_args)
             raise InputError(
-                f"--init {wanted.init}: its {found.arch} has crossbatch.model.backbone_args {args}, and the configured one "
+                f"--init {path}: its {found.arch} has crossbatch.model.backbone_args {args}, and the configured one "
                 f"{json.dumps(dict(wanted.backbone_args))}; give --set crossbatch.model.backbone_args='{args}'"
             )
         return found

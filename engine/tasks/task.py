@@ -29,6 +29,9 @@ class Step(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+STARTED_FROM = "started_from.json"  # in the run directory: the weights that a run started from
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """Holds what one training step gave on this rank.
