@@ -24,7 +24,7 @@ def too_short(config: Config, images: int, last_step: float = math.inf) -> list[
     steps_per_epoch, found = max(1, images // batch), []
     steps, warmup_steps = schedule.epochs * steps_per_epoch, schedule.warmup_epochs * steps_per_epoch
     # The quickstart, a small network on drawings of 64 px, needs 300. The moving average spans 1 / (1 - momentum) steps.
-    enough = max(300, math.ceil(5 / (1 - momentum)) if momentum < 1 else 0)
+    enough = max(300, round(5 / (1 - momentum)) if momentum < 1 else 0)
     if steps < enough:
         found.append(
             f"too short to learn much: {schedule.epochs} epochs x {images} images / {batch} images a step = {steps} steps; "

@@ -70,7 +70,7 @@ class ModelConfig(Section):
     )
     init: str | None = key(
         None,
-        "weights that the backbone starts from: a run, or a file that launch/knn.py reads; a resumed run ignores them",
+        "weights that both backbones start from: a run, one of its checkpoints, or a file; resuming does not load them again",
     )
     backbone_args: Mapping[str, Any] = key(
         {}, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
@@ -108,7 +108,8 @@ class ScheduleConfig(Section):
     epochs: Count = key(100, "epochs to train")
     warmup_epochs: NotNegative = key(10.0, "epochs over which the learning rate rises linearly from 0")
     freeze_backbone_epochs: NotNegative = key(
-        0.0, "epochs at the start that train BatchFormer and heads only; running statistics of norms still move"
+        0.0,
+        "epochs at the start in which only BatchFormer and heads are trained; running statistics of norms still move",
     )
 
 
