@@ -9,16 +9,17 @@ import torch
 
 from crossbatch.engine import checkpoint
 from crossbatch.models import MoCo
-from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, name_of, slow_unless, train, zero
+from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, name_of, run, slow_unless, train, zero
 
 FROZEN = [
     "crossbatch.schedule.freeze_backbone_epochs=0.75",  # 3 steps of an epoch's 4
     "crossbatch.schedule.warmup_epochs=0",
     "crossbatch.checkpoint.every_steps=1",
+    "crossbatch.checkpoint.asynchronous=false",  # on a slow disk, a save could be left out
     "crossbatch.checkpoint.keep=9",
     "gradient_clipping=0.5",
 ]
-OFTEN = [(zero(0), LARS), (zero(1), ADAMW), (zero(2), LARS), (zero(3), ADAMW), (fsdp(0), ADAMW), (fsdp(3), LARS)]
+OFTEN = [(zero(0), LARS), (zero(1), ADAMW), (zero(3), ADAMW), (fsdp(3), LARS)]
 
 
 def cases():
@@ -31,8 +32,8 @@ def cases():
             )
 
 
-def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    found = checkpoint.read(run / f"checkpoints/step-{step:08}", "")
+def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    found = checkpoint.read(out / f"checkpoints/step-{step:08}", "")
     return {name: tensor for name, tensor in found.items() if not name.startswith("random.")}
 
 
@@ -69,10 +70,12 @@ def test_a_frozen_backbone_moves_from_its_own_first_step(two_ranks, tmp_path, ba
         torch.testing.assert_close(thawed[key], want)
         moved += not w.equal(thawed[key])
     assert moved > 5
-    for steps in (2, 4, 5):  # each goes on from the last one
-        two_ranks.run(train, overrides, str(tmp_path / "resumed"), steps)
-    resumed = tensors(tmp_path / "resumed", 5)
-    assert not [name for name, tensor in tensors(tmp_path / "run", 5).items() if not tensor.equal(resumed[name])]
+    end = tensors(tmp_path / "run", 5)
+    for step in (2, 4):
+        out, start = tmp_path / f"from {step}", tmp_path / f"run/checkpoints/step-{step:08}"
+        assert two_ranks.run(run, overrides, str(out), 5, str(start)) == ["", ""]
+        resumed = tensors(out, 5)
+        assert not [name for name, tensor in end.items() if not tensor.equal(resumed[name])]
 
 
 def passes_with_gradient(out: str) -> list[bool]:

@@ -17,7 +17,8 @@ from crossbatch.engine.tasks.pretrain import start_from
 from tests.launch.test_pretrain import TINY, call
 from tests.small_runs import BASE
 
-RUN = [*TINY, "-a", "resnet18", "--set=crossbatch.evaluate.knn_every_epochs=0"]
+# FSDP2, because DeepSpeed can be started only once in a process.
+RUN = [*TINY, "-a", "resnet18", "--set=crossbatch.evaluate.knn_every_epochs=0", "--set=crossbatch.sharding=fsdp"]
 FREEZE = "--set=crossbatch.schedule.freeze_backbone_epochs=1"
 
 
@@ -114,7 +115,7 @@ def empty_run(file: Path) -> None:
 WRONG = {
     "another network": (lambda file: torch.save(torchvision.models.resnet34().state_dict(), file), [], "is not a resnet18"),
     "no file": (lambda _: None, [], "no such file or folder"),
-    "no backbone": (lambda file: torch.save(torch.nn.Linear(2, 2).state_dict(), file), [], "holds no backbone"),
+    "no backbone": (lambda file: torch.save(torch.nn.Linear(2, 2).state_dict(), file), [], "is not a resnet18"),
     "no weights": (lambda file: file.write_text("hello"), [], "cannot be read"),
     "no checkpoint": (empty_run, [], "no checkpoint"),
     "heads": (
