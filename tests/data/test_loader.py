@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import open_source
 from crossbatch.data.sources.shard_writer import write_shards
 from crossbatch.data.sources.synthetic import Synthetic
-from crossbatch.data.worker_batches import split_for_workers
+from crossbatch.data.worker_batches import WorkerBatch, split_for_workers
 from tests.fake_cuda import FakeCuda, OnGpu
 
 AUGMENTATIONS = moco_v3_augmentations(8, 0.2)
@@ -217,6 +219,26 @@ def test_a_dying_worker_is_an_error_not_a_hang():
         assert not children()
     else:
         pytest.fail("the death of a worker went unnoticed")
+
+
+class Hungry:
+    """Tells how many pages a worker is given by the kernel while it uses 40 MB, a photograph, four times."""
+
+    def __getitem__(self, key: int) -> WorkerBatch:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            np.ones(40 * 2**20, dtype=np.uint8)
+        return WorkerBatch(None, np.array([resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]), [])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+def test_a_worker_keeps_the_memory_of_an_image_for_the_next():
+    pool = stream.WorkerPool(Hungry(), iter(range(2)), 1, 1)
+    try:
+        first, second = (int(batch.indices[0]) for batch in pool)
+    finally:
+        pool.close()
+    assert second < first / 4
 
 
 def send_as_another_process(signals: list[int]):
