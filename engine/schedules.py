@@ -15,14 +15,10 @@ def learning_rate(epoch: float, peak: float, epochs: float, warmup_epochs: float
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
-def too_short(config: Config, images: int, last_step: float = math.inf) -> list[str]:
-    """Return warnings about a run of pretraining that will hardly learn anything from `images` images an epoch.
-
-    `last_step` is where it is told to stop, if that is before the end of its epochs.
-    """
+def too_short(config: Config, images: int) -> list[str]:
+    """Return warnings about a run of pretraining that will hardly learn anything from `images` images an epoch."""
     schedule, momentum, batch = config.crossbatch.schedule, config.crossbatch.momentum.base, config.train_batch_size
-    steps_per_epoch, found = max(1, images // batch), []
-    steps, warmup_steps = schedule.epochs * steps_per_epoch, schedule.warmup_epochs * steps_per_epoch
+    steps, found = schedule.epochs * max(1, images // batch), []
     # The quickstart, a small network on drawings of 64 px, needs 300. The moving average spans 1 / (1 - momentum) steps.
     enough = max(300, round(5 / (1 - momentum)) if momentum < 1 else 0)
     if steps < enough:
@@ -30,10 +26,10 @@ def too_short(config: Config, images: int, last_step: float = math.inf) -> list[
             f"too short to learn much: {schedule.epochs} epochs x {images} images / {batch} images a step = {steps} steps; "
             f"allow {enough} at least: raise crossbatch.schedule.epochs, or lower train_batch_size"
         )
-    if min(steps, last_step) <= warmup_steps:
+    if schedule.warmup_epochs >= schedule.epochs:
         found.append(
-            f"the warm-up takes {warmup_steps:g} steps, and the run ends at step {min(steps, last_step)}, before the learning "
-            f"rate is reached; lower crossbatch.schedule.warmup_epochs"
+            f"the warm-up of {schedule.warmup_epochs:g} epochs is not over when the run ends, after {schedule.epochs}: the "
+            f"learning rate is never reached; lower crossbatch.schedule.warmup_epochs"
         )
     return found
 

@@ -70,8 +70,6 @@ def build_trainer(
         log = RunLog(out, first_step, last_step, cfg.crossbatch.log.to, state.config())
     for note in notes:
         log.note(note)
-    for doubt in task.doubts(last_step):
-        log.warn(doubt)
     if resumed:
         for reason in resumed.passed_over:
             log.warn(reason)

@@ -95,10 +95,6 @@ class FinetuneTask:
             write_atomically(self.out / STARTED_FROM, json.dumps(self.origin, indent=2) + "\n")
         return [*found_images(self.cfg.crossbatch.data.path, self.source, self.evaluation), str(self.pretrained)]
 
-    def doubts(self, last_step: int) -> list[str]:
-        """Return nothing: a few steps from good weights can be what is wanted."""
-        return []
-
     def train_on(self, step: FinetuneStep, batch: Batch) -> TrainResult:
         """Train on the images with their labels; several views of an image are several images."""
         assert batch.labels is not None

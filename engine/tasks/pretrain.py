@@ -75,10 +75,10 @@ class PretrainTask:
         return TrainStep(backend, self.cfg, self.device, self.data.steps_per_epoch, chunk, self.timer)
 
     def on_start(self, step: TrainStep, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
-        """Return what was found and chosen automatically: images, the chunk, the kernel of BatchFormer, what is compiled."""
+        """Return what was found, loaded and chosen: images, weights, the chunk, the kernels; and warnings about the recipe."""
         model = step.backend.model
         assert isinstance(model, MoCo)
-        notes = [*self.notes]
+        notes = [*self.notes, *(f"warning: {doubt}" for doubt in self._doubts())]
         if self.origin is not None:
             loaded = {"loaded": self.origin.summary()}
             on_main(lambda: write_atomically(self.out / STARTED_FROM, json.dumps(loaded, indent=2) + "\n"))
@@ -90,9 +90,9 @@ class PretrainTask:
             notes.append(f"torch.compile: {parts}, each when it is first called")
         return notes
 
-    def doubts(self, last_step: int) -> list[str]:
-        """Return warnings about a run that is too short to learn, or that does not fit to the weights that it starts from."""
-        section, found = self.cfg.crossbatch, too_short(self.cfg.config, self.data.sampler.num_images, last_step)
+    def _doubts(self) -> list[str]:
+        """Return what speaks against a run: it is too short to learn, or does not fit to the weights that it starts from."""
+        section, found = self.cfg.crossbatch, too_short(self.cfg.config, self.data.sampler.num_images)
         if section.schedule.freeze_backbone_epochs and section.model.init is None:
             found.append("crossbatch.schedule.freeze_backbone_epochs freezes random weights; give others with --init")
         data, origin = section.data, self.origin

@@ -85,10 +85,6 @@ class Task(Protocol[StepT]):
         """
         ...
 
-    def doubts(self, last_step: int) -> list[str]:
-        """Return warnings about a run that ends at `last_step`."""
-        ...
-
     def train_on(self, step: StepT, batch: Batch) -> TrainResult:
         """Train on a batch of this rank."""
         ...
