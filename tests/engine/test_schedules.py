@@ -32,5 +32,3 @@ def test_runs_that_are_too_short_to_learn():
     assert "7 epochs x 5000 images / 128 images a step = 273 steps; allow 300 at least" in said(5000)
     assert "322 steps; allow 500 at least" in said(6000, "crossbatch.momentum.base=0.99")
     assert said(6000, "crossbatch.momentum.base=1.0") == ""
-    assert said(6000, "crossbatch.schedule.warmup_epochs=6.5") == ""
-    assert said(6000, "crossbatch.schedule.warmup_epochs=7").startswith("the warm-up of 7 epochs is not over")

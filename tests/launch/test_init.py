@@ -156,6 +156,7 @@ def test_runs_that_do_not_fit(monkeypatch, capsys, tmp_path):
     assert "freezes random weights" in " ".join(capsys.readouterr().out.split())
 
 
-def test_freezing_the_whole_run_is_refused(monkeypatch, capsys):
-    assert call(monkeypatch, "--dry-run", *TINY, "--set=crossbatch.schedule.freeze_backbone_epochs=2") == 2
-    assert "crossbatch.schedule.freeze_backbone_epochs: given 2 of 2 epochs" in capsys.readouterr().err
+@pytest.mark.parametrize("key", ["freeze_backbone_epochs", "warmup_epochs"])
+def test_what_takes_the_whole_run_is_refused(monkeypatch, capsys, key):
+    assert call(monkeypatch, "--dry-run", *TINY, f"--set=crossbatch.schedule.{key}=2") == 2
+    assert f"crossbatch.schedule.{key}: given 2 of 2 epochs" in capsys.readouterr().err
