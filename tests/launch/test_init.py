@@ -58,7 +58,8 @@ def test_a_run_continues_from_the_weights_of_another(monkeypatch, capsys, tmp_pa
     # A run from before the keys goes on.
     now = json.loads((tmp_path / "elsewhere/config.json").read_text())
     before = json.loads((tmp_path / "elsewhere/config.json").read_text())
-    del before["crossbatch"]["model"]["init"], before["crossbatch"]["schedule"]["freeze_backbone_epochs"]
+    assert "init" not in before["crossbatch"]["model"]
+    del before["crossbatch"]["schedule"]["freeze_backbone_epochs"]
     assert differences(before, now) == []
     assert call(monkeypatch, *RUN, "--out", tmp_path / "elsewhere", "--init", second) == 2
     assert f"crossbatch.model.init: was None, is '{second}'" in capsys.readouterr().err
