@@ -32,3 +32,5 @@ def test_runs_that_are_too_short_to_learn():
     assert "7 epochs x 5000 images / 128 images a step = 273 steps; allow 300 at least" in said(5000)
     assert "322 steps; allow 500 at least" in said(6000, "crossbatch.momentum.base=0.99")
     assert said(6000, "crossbatch.momentum.base=1.0") == ""
+    for recipe, of_its_data in (("r50_1gpu", 1_281_167), ("imagenet100", 126_689), ("cifar10", 50_000)):
+        assert too_short(load_config(f"ds_configs/{recipe}.json"), of_its_data) == []

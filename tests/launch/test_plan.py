@@ -100,13 +100,10 @@ def test_a_slow_feed_limits():
 
 
 def test_a_run_that_is_too_short_is_warned_of(monkeypatch, capsys):
-    """The recipes for small machines fit into their card and are long enough, with the images that they are for."""
-    for recipe, images, short in (("r50_1gpu", 1_281_167, 20_000), ("imagenet100", 126_689, 100)):
-        given = ("--deepspeed_config", f"ds_configs/{recipe}.json", "--gpus", "1", "--gpu", "rtx3090", "--images")
-        _, said, _ = ask(monkeypatch, capsys, *given, str(images), "--json")
-        assert json.loads(said)["fits"] and not json.loads(said)["warnings"]
-        _, said, _ = ask(monkeypatch, capsys, *given, str(short))
-        assert "warning: too short to learn much" in said
+    """The recipe for one card fits into it, but few images make a short run."""
+    given = ("--deepspeed_config", "ds_configs/r50_1gpu.json", "--gpus", "1", "--gpu", "rtx3090", "--images", "20000")
+    code, said, _ = ask(monkeypatch, capsys, *given)
+    assert code == 0 and "yes: " in said and "warning: too short to learn much: 100 epochs x 20000 images" in said
 
 
 def test_what_does_not_fit_says_so(monkeypatch, capsys):
