@@ -56,7 +56,7 @@ class TrainState:
         """
         cfg = self.task.cfg
         torch.manual_seed(cfg.crossbatch.seed)
-        self.step: Step = self.task.build_step(chunk)
+        self.step: Step = self.task.build_step(chunk, resumes=bool(self.candidates))
         self._statistics = Backup(self.step.backend.model.buffers())
         self.chunk, self.has_trained = chunk, False
         resumed = checkpoint.resume(

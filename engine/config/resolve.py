@@ -162,11 +162,12 @@ def check_training(config: Any, world_size: int) -> None:
             f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple of the number of ranks; "
             f"set it to {near}"
         )
-    if schedule.warmup_epochs >= schedule.epochs:
-        raise InputError(
-            f"crossbatch.schedule.warmup_epochs: given {schedule.warmup_epochs:g} of {schedule.epochs} epochs; "
-            f"allowed: less than crossbatch.schedule.epochs; lower it"
-        )
+    for name in ("warmup_epochs", "freeze_backbone_epochs"):  # the second one is of pretraining
+        if (value := getattr(schedule, name, 0)) >= schedule.epochs:
+            raise InputError(
+                f"crossbatch.schedule.{name}: given {value:g} of {schedule.epochs} epochs; "
+                f"allowed: less than crossbatch.schedule.epochs; lower it"
+            )
     offload, sharding = zero.offload_optimizer.device, config.crossbatch.sharding
     if offload != "none" and (sharding == "fsdp" or zero.stage == 0):
         raise InputError(

@@ -68,6 +68,10 @@ class ModelConfig(Section):
         "torch.compile the blocks of a ViT, the heads' linear layers and BatchFormer; not a ResNet",
         resumable=True,
     )
+    init: str | None = key(
+        None,
+        "weights that both backbones start from: a run, one of its checkpoints, or a file; resuming does not load them again",
+    )
     backbone_args: Mapping[str, Any] = key(
         {}, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
     )
@@ -103,6 +107,10 @@ class MomentumConfig(Section):
 class ScheduleConfig(Section):
     epochs: Count | Positive = key(100, "epochs to train; 0.5 is half an epoch")
     warmup_epochs: NotNegative = key(10.0, "epochs over which the learning rate rises linearly from 0")
+    freeze_backbone_epochs: NotNegative = key(
+        0.0,
+        "epochs at the start in which only BatchFormer and heads are trained; running statistics of norms still move",
+    )
 
 
 class ImageConfig(Section):

@@ -31,11 +31,9 @@ from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import GroupCollective, World
 from crossbatch.engine.tasks.build import build_backend
 from crossbatch.engine.tasks.finetune_step import FinetuneStep
-from crossbatch.engine.tasks.task import TrainResult
+from crossbatch.engine.tasks.task import STARTED_FROM, TrainResult
 from crossbatch.models import build_backbone
 from crossbatch.models.classifier import Classifier
-
-STARTED_FROM = "started_from.json"  # in the run directory: the weights that the run started from, and their fingerprint
 
 
 @dataclass
@@ -64,7 +62,7 @@ class FinetuneTask:
     named: set[str] = field(default_factory=set)
     timer: None = None
 
-    def build_step(self, chunk: int) -> FinetuneStep:
+    def build_step(self, chunk: int, resumes: bool = False) -> FinetuneStep:
         """Build the classifier from the pretrained weights and a random head."""
         settings, pretrained = self.cfg.crossbatch.finetune, self.pretrained
         backbone = build_backbone(

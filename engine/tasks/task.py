@@ -29,6 +29,9 @@ class Step(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+STARTED_FROM = "started_from.json"  # in the run directory: the weights that a run started from
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """Holds what one training step gave on this rank.
@@ -68,8 +71,11 @@ class Task(Protocol[StepT]):
         """Return what measures the parts of each step, or None if nothing does."""
         ...
 
-    def build_step(self, chunk: int) -> StepT:
-        """Build model, sharding backend and step from torch's current random state; the model sees `chunk` images at most."""
+    def build_step(self, chunk: int, resumes: bool = False) -> StepT:
+        """Build model, sharding backend and step from torch's current random state; the model sees `chunk` images at most.
+
+        `resumes` says that a checkpoint will fill it, so weights that a new run starts from need not be there any more.
+        """
         ...
 
     def on_start(self, step: StepT, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
