@@ -82,7 +82,7 @@ class Nursery:
         """`arguments` of launch/pretrain.py, or of that of COMMAND, those of the `last` rank besides; logs go to `folder`.
 
         NETWORKS: names of network namespaces, by rank. STDOUT: a file that takes the place of the log, but for stderr.
-        PRIVATE: a folder that the last rank does not share with the others. RIGHTS=none: even root reads only what it may.
+        PRIVATE: a folder that the last rank does not share with the others.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
@@ -165,8 +165,6 @@ def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> N
             _enter_network(environment["NETWORKS"].split(",")[int(environment["RANK"])])
         if "PRIVATE" in environment and int(environment["RANK"]) == int(environment["WORLD_SIZE"]) - 1:
             _hide_under_another(environment["PRIVATE"])
-        if environment.get("RIGHTS") == "none":
-            _give_up_rights()
         code = 0
         run_main(importlib.import_module(f"crossbatch.launch.{command}").main)
     except SystemExit as stop:
@@ -194,12 +192,6 @@ def _hide_under_another(folder: str) -> None:
     assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
     assert libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None) == 0  # MS_REC | MS_PRIVATE
     assert libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, None) == 0
-
-
-def _give_up_rights() -> None:
-    """Let this process, if it is root's, obey the permissions of files, as any other user's does."""
-    header, no_capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert ctypes.CDLL(None).capset(header, no_capabilities) == 0
 
 
 def metrics(out: Path) -> list[dict]:
