@@ -230,7 +230,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("command", READING)
+@pytest.mark.parametrize("command", [*READING, "convert"])
 def test_field_a_folder_that_another_process_writes_into(monkeypatch, capsys, tmp_path, resnet, command):
     folder = tmp_path / "out" / ".features.npy.parts" if command == "embed" else tmp_path / "out"
     folder.mkdir(parents=True)
@@ -238,7 +238,9 @@ def test_field_a_folder_that_another_process_writes_into(monkeypatch, capsys, tm
     try:
         assert holder.stdout is not None
         holder.stdout.readline()
-        said = refused(monkeypatch, capsys, command, *flags_of(command, resnet, tmp_path / "out"), DATA)
+        importing = ["import", str(resnet), f"--out={folder}", *RUN]
+        flags = importing if command == "convert" else flags_of(command, resnet, tmp_path / "out")
+        said = refused(monkeypatch, capsys, command, *flags, DATA)
     finally:
         holder.kill()
         holder.communicate()
