@@ -88,9 +88,11 @@ def test_field_a_folder_that_is_not_needed_stops_no_run(images, tmp_path, one_ra
         file.rename(images / "val" / file.name)
     (images / "val/foreign").rmdir()
     assert one_rank.run(run, settings(images, *off), str(tmp_path / "flat"), 1) == [""]
+    (images / "val").rename(images / "test")
+    assert one_rank.run(run, settings(images, *off), str(tmp_path / "flat test"), 1) == [""]
     (refused,) = one_rank.run(run, settings(images, *on), str(tmp_path / "flat2"), 1)
     assert "has no class folders (it holds 4 .png outside class folders)" in refused
-    (images / "val").rename(images / "evaluate")
+    (images / "test").rename(images / "evaluate")
     assert one_rank.run(run, settings(images, *on), str(tmp_path / "none"), 1) == [""]
     told = Path(f"{tmp_path / 'none'}.told").read_text()
     assert f"evaluation: none, as {images} has none of val/, validation/, test/ beside train/" in told
