@@ -9,7 +9,8 @@ Three questions, kept apart:
   `augment/opencv` is the fast one on CPUs, `augment/dali` decodes with DALI and leaves the colours to `augment/triton_colours`
   on a GPU. `loader`, `workers` and `worker_batches` run them ahead of the training.
 
-`sources/` opens images: `open_source` reads a folder of images or tar shards, torchvision's data sets, or generated images.
+`sources/` opens images: `open_source` reads a folder of images or tar shards, remote shards, torchvision's data sets, or
+generated images.
 `decode` says what an image file means, and is the only place that decodes one with PIL.
 
 docs/extending.md says how to add a source or an augmentation. Importing this package loads torch, numpy and PIL; OpenCV,
@@ -26,7 +27,7 @@ from crossbatch.data.augment.parameters import (
 )
 from crossbatch.data.loader import Batch, EvaluationLoader, SkipLimitExceeded, TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler, evaluation_share
-from crossbatch.data.sources import Source, describe_source, has_evaluation_split, open_source, prepare
+from crossbatch.data.sources import RemoteOptions, Source, describe_source, has_evaluation_split, open_source, prepare
 from crossbatch.data.sources.shapes import write_shapes
 from crossbatch.data.workers import ImagesLost, WaitInterrupted, asked_to_stop, check_workers
 
@@ -36,6 +37,7 @@ __all__ = [
     "EvaluationLoader",
     "GlobalBatchSampler",
     "ImagesLost",
+    "RemoteOptions",
     "SkipLimitExceeded",
     "Source",
     "TrainLoader",

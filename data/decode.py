@@ -65,6 +65,10 @@ class BrokenImage(OSError):
     """Raised when an image file is damaged or is not an image."""
 
 
+class ImagesLost(RuntimeError):
+    """Raised when no images come: a worker died, there is no memory to pass them on, or disk or server do not answer."""
+
+
 def decode(encoded: bytes, reduction: int = 1) -> Image.Image:
     """Decode an image file with PIL, to mode RGB; `reduction` as in `decode_pixels`. Raises BrokenImage."""
     with _broken(encoded):

@@ -13,9 +13,11 @@ Nothing in a batch depends on the number of workers, on timing or on what was re
 """
 
 import math
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,14 @@ from crossbatch.data.augment.backends import choose_backend
 from crossbatch.data.augment.parameters import ImageSize, ViewAugmentation, height_width, moco_v3_augmentations
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import Source
-from crossbatch.data.worker_batches import BrokenFile, EvaluationDataset, TrainDataset, WorkerBatch, split_for_workers
+from crossbatch.data.worker_batches import (
+    BrokenFile,
+    EvaluationDataset,
+    TrainDataset,
+    TrainKey,
+    WorkerBatch,
+    split_for_workers,
+)
 from crossbatch.data.workers import AHEAD, WAIT_S, ImagesLost, WorkerPool, prefetched
 
 _BATCHES_AHEAD = 2  # prefetched over all workers, as worker batches
@@ -228,7 +237,7 @@ class TrainLoader:
             arguments = self._source, self._augmentations, self._seed, keys, self._workers, self._device
             self._worker_batches = DaliPipeline(*arguments, self._scaled_decode)
         else:
-            keys = self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES)
+            keys = _with_following(self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES), self._workers)
             turns = self._ahead + 1  # those ahead, and the one that `_collate` copies
             dataset = TrainDataset(
                 self._source, self._augmentations, self._seed, self._backend, self._scaled_decode, turns
@@ -380,6 +389,14 @@ class EvaluationLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _with_following(keys: Iterator[tuple[int, np.ndarray]], workers: int) -> Iterator[TrainKey]:
+    """Add to each key the indices of the key that the same worker gets next: DataLoader deals keys out in turns."""
+    ahead = deque(islice(keys, max(workers, 1)))
+    for key in keys:
+        ahead.append(key)
+        yield *ahead.popleft(), key[1]
 
 
 def _world_size_and_rank() -> tuple[int, int]:

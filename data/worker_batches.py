@@ -19,9 +19,11 @@ from torch.utils.data import get_worker_info
 from crossbatch.data.augment.backends import augment_function, make_views
 from crossbatch.data.augment.parameters import ImageSize, ViewAugmentation
 from crossbatch.data.augment.pil import evaluation_image
-from crossbatch.data.decode import BrokenImage, Encoded, decode_channels, decode_pixels, jpeg_size
+from crossbatch.data.decode import BrokenImage, Encoded, ImagesLost, decode_channels, decode_pixels, jpeg_size
 from crossbatch.data.sources import Source
+from crossbatch.data.sources.subset import read_ahead
 
+TrainKey = tuple[int, np.ndarray] | tuple[int, np.ndarray, np.ndarray]  # epoch, image indices, those of the next call
 Opened = TypeVar("Opened")  # an image in the form that a backend takes
 
 MAX_IMAGES = 64  # of a worker batch
@@ -49,7 +51,7 @@ class WorkerBatch:
 
 
 class TrainDataset:
-    """Makes the views of images, as a map-style dataset: its "index" is (epoch, image indices).
+    """Makes the views of images, as a map-style dataset: its "index" is a `TrainKey`.
 
     In a worker process the views are in shared memory, which the `turns`-th worker batch after them overwrites: the kernel
     takes as long to provide new memory, page by page, as a sixth of a decode.
@@ -69,18 +71,27 @@ class TrainDataset:
         self._memories: deque[torch.UntypedStorage] = deque(maxlen=turns)  # of this worker process
         self.decode = functools.partial(decode_pixels, by_pil=backend == "torchvision")
 
-    def describe(self, key: tuple[int, np.ndarray]) -> str:
+    def describe(self, key: TrainKey) -> str:
         """Return the name of the first image of a key."""
         return self.source.name(int(key[1][0]))
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch:
-        """Return the worker batch; if a JPEG breaks while its views are made, decode all of them once more beforehand."""
+    def __getitem__(self, key: TrainKey) -> WorkerBatch | ImagesLost:
+        """Return the worker batch, or what is to be raised in the trainer.
+
+        If a JPEG breaks while its views are made, all of them are decoded once more beforehand.
+        """
+        epoch, indices, *following = key
         memory = None if get_worker_info() is None else self._memory(len(key[1]))
         opener = functools.partial(open_encoded, channels=self.augmentations[0].channels)
+        for coming in (indices, *following):
+            read_ahead(self.source, coming)
         try:
-            return self._batch(*key, memory, opener)
-        except BrokenImage:
-            return self._batch(*key, memory, functools.partial(opener, check=True))
+            try:
+                return self._batch(epoch, indices, memory, opener)
+            except BrokenImage:
+                return self._batch(epoch, indices, memory, functools.partial(opener, check=True))
+        except ImagesLost as error:
+            return error
 
     def _memory(self, images: int) -> torch.Tensor:
         """Return shared memory for the views of so many images."""
@@ -163,12 +174,15 @@ class EvaluationDataset:
         """Return the name of the first image of a key."""
         return self.sources[key[0]].name(int(key[1][0]))
 
-    def __getitem__(self, key: tuple[int, np.ndarray, bool]) -> WorkerBatch:
+    def __getitem__(self, key: tuple[int, np.ndarray, bool]) -> WorkerBatch | ImagesLost:
         number, indices, augmented = key
         source, views, kept, broken = self.sources[number], [], [], []
+        read_ahead(source, indices)
         for index in indices:
             try:
                 planes = _planes(source, int(index), self.channels)
+            except ImagesLost as error:
+                return error
             except OSError as error:
                 broken.append(_describe(source, int(index), error))
                 continue

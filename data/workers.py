@@ -30,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from crossbatch.data.decode import ImagesLost
 from crossbatch.data.worker_batches import WorkerBatch
 
 Item = TypeVar("Item")
@@ -51,10 +52,6 @@ asked_to_stop: list[Callable[[], bool]] = []
 
 class WaitInterrupted(BaseException):
     """Raised by a loader that waits for images when one of `asked_to_stop` says so."""
-
-
-class ImagesLost(RuntimeError):
-    """Raised when no images come: a worker died, there is no memory to pass them on, or the disk does not answer."""
 
 
 def is_stuck() -> bool:
@@ -85,8 +82,8 @@ def await_images(
                 raise WaitInterrupted
             if time.monotonic() >= end:
                 raise ImagesLost(
-                    f"no images{describe()} came for {wait_s:g} s; look whether the disk answers, and whether there is a named "
-                    f"pipe among the files"
+                    f"no images{describe()} came for {wait_s:g} s; look whether the disk answers, or the server, and whether "
+                    f"there is a named pipe among the files"
                 )
     except BaseException:  # a signal, too
         _given_up.append(future)
@@ -351,10 +348,11 @@ def start_method() -> str:
 
     A forked child has the locks of all its parent's threads but none of the threads. CUDA's, NCCL's and gloo's can be
     held at that moment (torch's DistributedDataParallel page warns of the deadlock), and from Python 3.12 on forking
-    any process with threads warns.
+    any process with threads warns. fsspec's thread reads remote shards.
     """
     communicating = torch.distributed.is_available() and torch.distributed.is_initialized()
     threads = torch.cuda.is_initialized() or communicating or "nvidia.dali" in sys.modules
+    threads |= any(thread.name == "fsspecIO" for thread in threading.enumerate())
     if threads or sys.version_info >= (3, 12):
         # Preloaded, these are imported and held once, by the server, and not by every worker again.
         modules = ["crossbatch.data.worker_batches", "crossbatch.data.augment.opencv", "torchvision.transforms"]

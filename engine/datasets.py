@@ -25,6 +25,7 @@ from crossbatch.data import (
     EvaluationLoader,
     GlobalBatchSampler,
     ImagesLost,
+    RemoteOptions,
     Source,
     TrainLoader,
     ViewAugmentation,
@@ -34,10 +35,11 @@ from crossbatch.data import (
     open_source,
     prepare,
 )
+from crossbatch.data.sources.location import REMOTE
 from crossbatch.data.sources.open import SPLITS
-from crossbatch.data.workers import await_images
+from crossbatch.data.workers import WAIT_S, await_images
 from crossbatch.engine.config import Resolved, user_input
-from crossbatch.engine.config.schema import PATH
+from crossbatch.engine.config.schema import PATH, PathConfig
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 
 _KEY = "crossbatch.data.path"
@@ -154,7 +156,18 @@ def stop_on_lost_images() -> Iterator[None]:
         raise RunStopped(f"crossbatch.data: {error}, and resume") from error
 
 
-def training_images(path: str | None, cache: Path, evaluate: bool = True) -> tuple[Source, Source | None]:
+def remote_options(data: PathConfig, wait_s: float = WAIT_S) -> RemoteOptions:
+    """Return how remote shards are read, as the section `crossbatch.data` says.
+
+    A request is repeated for less than `wait_s`, after which a loader gives up, so that the message says what was wrong.
+    """
+    folder = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    return RemoteOptions(folder, data.cache_gib, 0.8 * wait_s)
+
+
+def training_images(
+    path: str | None, cache: Path, evaluate: bool = True, remote: RemoteOptions | None = None
+) -> tuple[Source, Source | None]:
     """Open the training images of `crossbatch.data.path`; every rank calls it.
 
     With `evaluate`, open those to evaluate on, too, if there are any. Without, nothing is wrong with a folder that a run does
@@ -162,7 +175,7 @@ def training_images(path: str | None, cache: Path, evaluate: bool = True) -> tup
 
     Raises InputError if there are no images, or if the ranks find different ones.
     """
-    return _open_on_all_ranks(path, cache, partial(_open, evaluate=evaluate))
+    return _open_on_all_ranks(path, cache, partial(_open, evaluate=evaluate, remote=remote), remote)
 
 
 def found_images(path: str | None, train: Source, evaluation: Source | None, evaluates: bool = True) -> list[str]:
@@ -183,20 +196,24 @@ def _lacking(path: str | None) -> str:
         return f"{path} has no option eval=FILE, a list of images to evaluate on"
     if path is not None and path.startswith("hf://"):
         return f"{path} has no split {', '.join(SPLITS['eval'])}, and no option eval=NAME"
+    if path is not None and path.partition("://")[0] in REMOTE:
+        return f"{path} has none of {_EVALUATION} with shards, and no option eval=FOLDER"
     return f"{path} has none of {_EVALUATION} beside train/"
 
 
-def labelled_images(path: str | None, cache: Path) -> tuple[Source, Source]:
+def labelled_images(path: str | None, cache: Path, remote: RemoteOptions | None = None) -> tuple[Source, Source]:
     """Open training and evaluation images as `training_images` does; both are needed, with labels: see `labelled_sources`."""
-    return _open_on_all_ranks(path, cache, labelled_sources)
+    return _open_on_all_ranks(path, cache, partial(labelled_sources, remote=remote), remote)
 
 
-def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Source, Source]:
+def labelled_sources(
+    path: str | None, cache: Path | None = None, remote: RemoteOptions | None = None
+) -> tuple[Source, Source]:
     """Open the training and evaluation images of `crossbatch.data.path`, after `prepare`.
 
     Raises InputError if one is missing or empty, or if a label has no class.
     """
-    train, evaluation = _open(path, cache)
+    train, evaluation = _open(path, cache, remote=remote)
     if evaluation is None and not train.has_labels:
         raise InputError(
             f"{_KEY}: the images of {path} have no labels, which evaluation and fine-tuning need; add labels"
@@ -208,13 +225,15 @@ def labelled_sources(path: str | None, cache: Path | None = None) -> tuple[Sourc
     return train, evaluation
 
 
-def _open(path: str | None, cache: Path | None, evaluate: bool = True) -> tuple[Source, Source | None]:
+def _open(
+    path: str | None, cache: Path | None, evaluate: bool = True, remote: RemoteOptions | None = None
+) -> tuple[Source, Source | None]:
     if path is None:
         raise InputError(f"{_KEY}: not given; allowed: a {PATH}; give it with --data DIR")
     with user_input(_KEY):
-        train = open_source(path, "train", cache=cache)
+        train = open_source(path, "train", cache=cache, remote=remote)
         evaluate = evaluate and train.has_labels and has_evaluation_split(path)
-        return train, open_source(path, "eval", cache=cache) if evaluate else None
+        return train, open_source(path, "eval", cache=cache, remote=remote) if evaluate else None
 
 
 def _check_labels(source: Source, num_classes: int, where: str) -> None:
@@ -232,11 +251,14 @@ def _check_labels(source: Source, num_classes: int, where: str) -> None:
 
 
 def _open_on_all_ranks(
-    path: str | None, cache: Path, opened: Callable[[str | None, Path], tuple[Source, Evaluation]]
+    path: str | None,
+    cache: Path,
+    opened: Callable[[str | None, Path], tuple[Source, Evaluation]],
+    remote: RemoteOptions | None,
 ) -> tuple[Source, Evaluation]:
     """Open images with `opened` on every rank, after rank 0 has prepared them, and check that all ranks found the same."""
     if path is not None:
-        on_main(user_input(_KEY)(lambda: prepare(path, cache=cache)))
+        on_main(user_input(_KEY)(lambda: prepare(path, cache=cache, remote=remote)))
     sources, errors = on_every_rank(lambda: opened(path, cache), InputError)
     if sources is None or errors:
         raise InputError(errors[0])

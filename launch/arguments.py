@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def add_config_flags(
     add(
         "--data",
         metavar="DIR",
-        help="the images: a folder, list://FILE, hf://NAME, cifar10://DIR, ...; sets crossbatch.data.path",
+        help="the images: a folder, list://FILE, hf://NAME, s3://BUCKET/DIR, cifar10://DIR, ...; sets crossbatch.data.path",
     )
     add("data_positional", metavar="DATA", nargs="?", help=argparse.SUPPRESS)
     # DeepSpeed's own help shows this switch before --deepspeed_config; its launcher adds the next one.
@@ -120,7 +121,8 @@ def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> 
     """
     if arguments.data and arguments.data_positional:
         raise InputError(
-            f"DATA: given {arguments.data_positional} beside --data {arguments.data}; allowed: one of the two; leave one out"
+            f"DATA: given {shown_path(arguments.data_positional)} beside --data {shown_path(arguments.data)}; allowed: one of "
+            f"the two; leave one out"
         )
     data = arguments.data or arguments.data_positional
     pairs = [f"crossbatch.data.path={json.dumps(data)}"] if data else []
@@ -129,6 +131,11 @@ def overrides(arguments: argparse.Namespace, aliases: list[Alias] = ALIASES) -> 
         if value is not None:
             pairs.append(f"{path}={json.dumps(value) if kind is str else value}")
     return pairs + arguments.set
+
+
+def shown_path(path: str) -> str:
+    """Return a data path for a message, without the credentials that an address may hold."""
+    return re.sub(r"://[^/@]*@", "://", path.partition("?")[0]) if "://" in path else path
 
 
 def output_folder(arguments: argparse.Namespace, name: str) -> Path:

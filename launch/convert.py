@@ -62,7 +62,7 @@ def add_shards(commands) -> None:
         "--data",
         metavar="DIR",
         required=True,
-        help="what to read: a folder, list://FILE, hf://NAME, cifar10://DIR, ...",
+        help="what to read: a folder, list://FILE, hf://NAME, s3://BUCKET/DIR, cifar10://DIR, ...",
     )
     add("--output", metavar="DIR", type=Path, required=True, help="where train/ and val/ are written")
     what = "largest number of images in a shard; default %(default)s"

@@ -16,7 +16,15 @@ from pathlib import Path
 from crossbatch import InputError
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
 from crossbatch.engine.runtime.distributed import World, world_from_environment
-from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, add_run_flags, overrides, positive
+from crossbatch.launch.arguments import (
+    Alias,
+    ArgumentParser,
+    add_config_flags,
+    add_run_flags,
+    overrides,
+    positive,
+    shown_path,
+)
 
 ALIASES: list[Alias] = [
     (("-a", "--arch", "--model"), "crossbatch.model.arch", lambda name: DEIT_MODELS.get(name, name)),
@@ -101,7 +109,7 @@ def pairs_of(given: argparse.Namespace) -> list[str]:
     if given.data_path:
         if given.data or given.data_positional:
             raise InputError(
-                f"--data-path: given beside --data {given.data or given.data_positional}; leave one of them out"
+                f"--data-path: given beside --data {shown_path(given.data or given.data_positional)}; leave one of them out"
             )
         given.data = f"{DATA_SETS[given.data_set]}{given.data_path}"
     checkpoint = "crossbatch.model.checkpoint"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from crossbatch import InputError
 from crossbatch.data import open_source
+from crossbatch.data.sources.location import REMOTE
 from crossbatch.engine.config import Config, Device, load_config, resolve, user_input
 from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.output import check_printed
@@ -75,9 +76,9 @@ def main() -> None:
 
 
 def steps_per_epoch(config: Config) -> int | None:
-    """Return the steps of an epoch; None if no data is named, or if it would have to be generated or downloaded first."""
+    """Return the steps of an epoch; None if no data is named, or if it is remote or must be generated first."""
     path = config.crossbatch.data.path
-    if path is None:
+    if path is None or path.partition("://")[0] in REMOTE:
         return None
     try:
         with user_input("crossbatch.data.path"):

@@ -185,7 +185,7 @@ def _memory(backends: list[str], effort: Effort) -> Iterator[Row]:
         loader = TrainLoader(source, batch_size=8, image_size=16, workers=2, backend=backend)
         for step, _ in zip(range(1, marks[-1] + 1), _endless(loader), strict=False):
             if step in marks:
-                yield Row.of_one(f"memory, {backend}, after {step} steps", _resident_mib(), "MiB", {"batch": 8})
+                yield Row.of_one(f"memory, {backend}, after {step} steps", resident_mib(), "MiB", {"batch": 8})
 
 
 def _endless(loader: TrainLoader) -> Iterator:
@@ -195,7 +195,7 @@ def _endless(loader: TrainLoader) -> Iterator:
             yield from loader.epoch(epoch)
 
 
-def _resident_mib() -> float:
+def resident_mib() -> float:
     """Sum the proportional set sizes, where shared pages count once, of this process and all that descend from it."""
     kib = 0
     for pid in (os.getpid(), *descendants()):

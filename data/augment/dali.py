@@ -37,6 +37,7 @@ from crossbatch.data.augment.parameters import (
 )
 from crossbatch.data.decode import BrokenImage, Encoded, decode, decode_pixels, encode_bmp, jpeg_size
 from crossbatch.data.sources import Source
+from crossbatch.data.sources.subset import read_ahead
 from crossbatch.data.worker_batches import BrokenFile, WorkerBatch, open_or_replace
 
 dali: Any = _dali  # its type hints do not know its constants
@@ -110,6 +111,7 @@ class DaliPipeline:
         while len(self._reading) < _READ_AHEAD:
             epoch, indices = next(self._keys)
             opener = functools.partial(encoded, self.source)
+            read_ahead(self.source, indices)
             futures = [self._pool.submit(open_or_replace, self.source, int(index), opener) for index in indices]
             self._reading.append((epoch, indices, futures))
         epoch, indices, futures = self._reading.popleft()

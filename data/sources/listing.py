@@ -100,7 +100,12 @@ def save(file: Path, arrays: Arrays) -> None:
 
 def load(file: Path) -> Arrays:
     """Return what `save` wrote. Raises OSError if it cannot be read, ValueError if it is damaged or something else."""
-    content = io.BytesIO(file.read_bytes())
+    return unpack(file.read_bytes())
+
+
+def unpack(data: bytes) -> Arrays:
+    """Return the arrays in the bytes of a file that `save` wrote. Raises ValueError if they are damaged or something else."""
+    content = io.BytesIO(data)
     try:
         # All checksums first: numpy would allocate whatever a damaged header claims.
         if zipfile.ZipFile(content).testzip() is not None:
@@ -121,7 +126,7 @@ def cached(
     """Return the listing of `root` kept in the folder `cache` while it is current; otherwise make it and keep it.
 
     Args:
-        root: the folder that is listed.
+        root: the folder that is listed, or its address.
         cache: where the listing is kept; None makes it each time.
         is_current: returns whether nothing has changed since; KeyError, TypeError, ValueError and OSError mean no.
         make: returns the listing and the latest time of change (ns) of what it describes. A folder that has changed
@@ -129,7 +134,7 @@ def cached(
     """
     if cache is None:
         return make()[0]
-    absolute = os.path.abspath(root)  # noqa: PTH100  (unlike resolve, it asks no disk)
+    absolute = str(root) if "://" in str(root) else os.path.abspath(root)  # noqa: PTH100  (unlike resolve, it asks no disk)
     file = cache / f"{Path(absolute).name}-{sha256(os.fsencode(absolute)).hexdigest()[:16]}.npz"
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
         arrays = load(file)

@@ -8,9 +8,12 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
+
+REMOTE = ("s3", "gs", "https", "http")  # tar shards of a server
 
 _OPTIONS: dict[str, dict[str, int | str]] = {  # of each scheme, with their defaults; "" means not given
     "": {},
@@ -22,12 +25,32 @@ _OPTIONS: dict[str, dict[str, int | str]] = {  # of each scheme, with their defa
     "pets": {},
     "list": {"image": "", "label": "", "eval": ""},  # two columns, and a second list to evaluate on
     "hf": {"split": "", "eval": "", "image": "", "label": "", "config": ""},
+    **{scheme: {"eval": ""} for scheme in REMOTE},  # where the shards to evaluate on are
 }
 _SUBSET = {"fraction": 0.0, "per_class": 0, "seed": 0}  # of any scheme
 _EXAMPLES = {
     "list": ("a file", "list://train.csv"),
     "hf": ("a folder or name", "hf://uoft-cs/cifar10"),
+    "s3": ("a bucket", "s3://bucket/imagenet"),
+    "gs": ("a bucket", "gs://bucket/imagenet"),
+    "https": ("a host", "https://host/imagenet"),
+    "http": ("a host", "http://host/imagenet"),
 }  # others: a folder
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """Says how remote shards are read.
+
+    Attributes:
+        cache_dir: a folder on a local disk where images are kept; None reads them anew in every epoch.
+        cache_gib: largest size of that folder.
+        retry_s: for how long a request that fails is repeated.
+    """
+
+    cache_dir: Path | None = None
+    cache_gib: float = 32.0
+    retry_s: float = 240.0
 
 
 class Location(NamedTuple):
@@ -35,7 +58,7 @@ class Location(NamedTuple):
 
     Attributes:
         scheme: "" for a folder.
-        target: a folder or file, or the number of images (synthetic).
+        target: a folder or file, the number of images (synthetic), or what follows the scheme of an address.
         options: those of the scheme, all of them.
         subset: arguments of `subset.Subset`; {} for all images.
     """
@@ -64,8 +87,22 @@ def parse(path: str | Path) -> Location:
     elif not scheme or scheme not in _OPTIONS:
         allowed = "a folder, " + ", ".join(f"{name}://..." for name in _OPTIONS if name)
         raise ValueError(f"unknown scheme in {text!r}{_nearest(scheme, _OPTIONS)}; allowed: {allowed}")
-    # A folder may have a question mark in its name.
-    target, _, query = (rest, "", "") if Path(rest).expanduser().exists() else rest.partition("?")
+    if scheme in REMOTE:
+        target, _, query = rest.partition("?")
+        if "@" in target.partition("/")[0]:
+            raise ValueError(
+                f"{scheme}://...: the path holds credentials, which would be written to config.json; give them another way "
+                f"(docs/data.md, Remote shards)"
+            )
+        text = f"{scheme}://{target}"  # without the query, which may hold a token
+        unknown = [name for name in re.findall(r"([^=,&]+)[^,&]*", query) if name not in ("eval", *_SUBSET)]
+        if unknown:
+            raise ValueError(
+                f"unknown option in {text!r}; allowed: eval, {', '.join(_SUBSET)}; a token does not belong into a path, which "
+                f"is written to config.json (docs/data.md, Remote shards)"
+            )
+    else:  # a folder may have a question mark in its name
+        target, _, query = (rest, "", "") if Path(rest).expanduser().exists() else rest.partition("?")
     given = _parse_query(query, {**_OPTIONS[scheme], **_SUBSET}, text)
     options = {name: given.get(name, default) for name, default in _OPTIONS[scheme].items()}
     subset = {name: given[name] for name in _SUBSET if name in given}
@@ -84,6 +121,8 @@ def parse(path: str | Path) -> Location:
     if not target:
         what, example = _EXAMPLES.get(scheme, ("a folder", f"{scheme}://datasets"))
         raise ValueError(f"{text!r} needs {what}, as in {example}")
+    if scheme in REMOTE:
+        return Location(scheme, target.rstrip("/"), options, subset)
     return Location(scheme, str(Path(target).expanduser()), options, subset)
 
 

@@ -6,7 +6,7 @@ A new kind of source is a class with the members of `Source` in a module of its 
 import contextlib
 from collections import Counter
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from crossbatch.data.sources.classes import Classes, training_labels
 from crossbatch.data.sources.file_list import FileList
 from crossbatch.data.sources.image_folder import ImageFolder, list_classes
 from crossbatch.data.sources.listing import counted
-from crossbatch.data.sources.location import Location, parse
+from crossbatch.data.sources.location import REMOTE, Location, RemoteOptions, parse
 from crossbatch.data.sources.shapes import write_shapes
 from crossbatch.data.sources.shards import Shards, list_shards
 from crossbatch.data.sources.subset import Subset
@@ -46,7 +46,8 @@ class Source(Protocol):
     """Gives images by index. It must be picklable, as workers get copies; several threads may call `read` and `open`.
 
     If it has an attribute `has_files` that is True, `open` does nothing but decode what `read` returns, so that a backend may
-    decode the files in a faster way, to the same pixels.
+    decode the files in a faster way, to the same pixels. If it has a method `read_ahead(indices)`, loaders call it with images
+    that they will read next.
     """
 
     labels: np.ndarray  # int64 [len]; -1 of an image that cannot be read
@@ -68,11 +69,11 @@ class Source(Protocol):
         ...
 
 
-def prepare(path: str | Path, cache: Path | None = None) -> None:
+def prepare(path: str | Path, cache: Path | None = None, remote: RemoteOptions | None = None) -> None:
     """Download (cifar10, cifar100, flowers, pets, hf) or generate (shapes) the images of `path` if they are not there.
 
     One process calls it before all of them open `path`. If `cache` is given, the listing of a folder is kept there, so that
-    the other processes need not list it again.
+    the other processes need not list it again. `remote` says how remote shards are read.
 
     Raises:
         ValueError: `path` is malformed, or its images cannot be downloaded or written.
@@ -88,8 +89,9 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
             write_shapes(where.target, **where.options)
         except OSError as error:
             raise ValueError(f"cannot write {where.target} ({error}); choose a writable folder") from error
+    if cache is not None and where.scheme in (*_FOLDERS, *REMOTE):
+        _open(where, "train", cache, remote)
     if cache is not None and where.scheme in _FOLDERS:
-        _open(where, "train", cache)
         with contextlib.suppress(ValueError, OSError):  # raised again when somebody evaluates
             _open_folder(_split_folder(Path(where.target), "eval"), cache)
 
@@ -97,7 +99,7 @@ def prepare(path: str | Path, cache: Path | None = None) -> None:
 def has_evaluation_split(path: str | Path) -> bool:
     """Return whether `open_source(path, "eval")` has something to open.
 
-    Raises ValueError if `path` is malformed, or (hf) cannot be opened.
+    Raises ValueError if `path` is malformed, or (hf, remote shards) cannot be opened.
     """
     scheme, target, options, _ = parse(path)
     if scheme == "hf":
@@ -105,10 +107,18 @@ def has_evaluation_split(path: str | Path) -> bool:
         return hugging_face.split_name(target, found, options["eval"], SPLITS["eval"]) is not None
     if scheme in _FOLDERS:
         return any(Path(target, name).is_dir() for name in SPLITS["eval"])
+    if scheme in REMOTE:
+        return _remote_shards(parse(path), "eval", None) is not None
     return scheme != "list" or bool(options["eval"])
 
 
-def open_source(path: str | Path, split: str = "train", cache: Path | None = None, download: bool = False) -> Source:
+def open_source(
+    path: str | Path,
+    split: str = "train",
+    cache: Path | None = None,
+    download: bool = False,
+    remote: RemoteOptions | None = None,
+) -> Source:
     """Open the training images (`split` "train") or the evaluation images ("eval") of `path`.
 
         /data/imagenet                            a folder with train/ and, to evaluate, val/, validation/ or test/, with
@@ -116,6 +126,8 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
                                                   train/, all images below it, which then have no labels
         list://train.csv?eval=val.csv             the images that a text, CSV or parquet file lists, with or without labels
         hf://PATH?split=train,eval=test           a data set of Hugging Face's `datasets`: a folder, or a name on the Hub
+        s3://BUCKET/DIR, gs://BUCKET/DIR,         tar shards of an object store or a web server, in a folder as above, or those
+        https://HOST/train-{0000..0099}.tar       of a pattern; ?eval=val-{00..09}.tar names others to evaluate on
         cifar10://DIR, cifar100://DIR,            the files of torchvision.datasets in the folder DIR
         flowers://DIR, pets://DIR
         synthetic://1000?size=64,classes=10       1000 images computed from their index, without a disk
@@ -129,6 +141,7 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
         cache: a folder in which the listing of `path` is kept until its files change; None lists them each time.
         download: first download or generate the images if they are not there, as `prepare` does. Among several
             processes, let one of them do so before the others open `path`.
+        remote: how remote shards are read; None: without a cache on this machine.
 
     Returns:
         a `Source`: its length, `labels` (int64 [len]), `class_names`, and images by index.
@@ -141,13 +154,13 @@ def open_source(path: str | Path, split: str = "train", cache: Path | None = Non
     if split not in SPLITS:
         raise ValueError(f"`split` (={split!r}) must be one of {', '.join(SPLITS)}")
     if download:
-        prepare(path, cache)
+        prepare(path, cache, remote)
     where = parse(path)
-    source = _open(where, split, cache)
+    source = _open(where, split, cache, remote)
     return Subset(source, **where.subset) if where.subset and split == "train" else source
 
 
-def _open(where: Location, split: str, cache: Path | None) -> Source:
+def _open(where: Location, split: str, cache: Path | None, remote: RemoteOptions | None) -> Source:
     scheme, target, options, _ = where
     if scheme == "synthetic":
         count = int(target) if split == "train" else options["eval"] or max(int(target) // 10, 1)
@@ -164,6 +177,14 @@ def _open(where: Location, split: str, cache: Path | None) -> Source:
         return _with_labels_of(source, _classes(training))
     if scheme == "hf":
         return _open_hugging_face(target, options, split)
+    if scheme in REMOTE:
+        found = [_remote_shards(where, each, remote) for each in ("train", "eval")[: 1 if split == "train" else 2]]
+        if found[-1] is None:
+            raise ValueError(
+                f"{scheme}://{target} has none of {', '.join(SPLITS['eval'])} to evaluate on; name a place: ?eval=FOLDER"
+            )
+        sources = [Shards(folder, folder.index_cache or cache) for folder in found]
+        return sources[0] if split == "train" else _with_labels_of(sources[1], _classes(sources[0]))
     root = Path(target)
     if scheme == "shapes" and not root.exists():
         raise ValueError(f"{root} does not exist; write it with open_source(path, download=True) or prepare(path)")
@@ -172,6 +193,13 @@ def _open(where: Location, split: str, cache: Path | None) -> Source:
         return _open_folder(train, cache, classless=train == root or not list_classes(train))
     source = _open_folder(_split_folder(root, "eval"), cache)
     return _with_labels_of(source, _classes(Shards(train, cache)) if list_shards(train) else _folder_classes(train))
+
+
+def _remote_shards(where: Location, split: str, options: RemoteOptions | None) -> Any:
+    """Return the `RemoteFolder` of a split, or None if there is no place to evaluate on. Raises ValueError."""
+    from crossbatch.data.sources import remote  # late: fsspec
+
+    return remote.open_remote(where, split, SPLITS[split], options or RemoteOptions())
 
 
 def _open_hugging_face(target: str, options: dict[str, str], split: str) -> Source:

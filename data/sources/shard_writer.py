@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from crossbatch.data import counter
-from crossbatch.data.decode import BrokenImage, decode
+from crossbatch.data.decode import BrokenImage, ImagesLost, decode
 from crossbatch.data.sources import Source
 from crossbatch.data.sources.shards import write_index
+from crossbatch.data.sources.subset import read_ahead
 
+_AHEAD = 64  # images
 _SIGNATURES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG\r\n\x1a\n"), "webp": (8, b"WEBP")}  # at which byte
 
 
@@ -80,14 +82,16 @@ def _readable(
     source: Source, order: np.ndarray, written: Written, advance: Callable[[int], object]
 ) -> Iterator[tuple[int, str, bytes]]:
     """Yield (label, extension, encoded image) in `order`."""
-    for index in order.tolist():
+    for number, index in enumerate(order.tolist()):
+        if number % _AHEAD == 0:
+            read_ahead(source, order[number : number + 2 * _AHEAD])
         try:
             encoded = source.read(index)
             storable = _storable(encoded)
         except BrokenImage as error:
             written.skipped.append(f"{source.name(index)}: {error}")
-        except OSError as error:
-            raise UnreadableImage(f"{source.name(index)}: {error.strerror or error}") from error
+        except (OSError, ImagesLost) as error:
+            raise UnreadableImage(f"{source.name(index)}: {getattr(error, 'strerror', None) or error}") from error
         else:
             yield int(source.labels[index]), *storable
         advance(1)

@@ -13,6 +13,8 @@ An index says where each image lies, so that any order can be read. `index.npz` 
 names. Other shards are scanned once, and the result is kept in the cache for as long as names, sizes and times of change of
 the shards stay the same.
 
+The folder may lie on a disk or be a `RemoteFolder`.
+
 No image ever gets another one's label. A shard that is damaged when it is scanned, or whose size differs from the index, is an
 error. Each read compares a checksum of the image's header and of the whole label member with the index, so that an image of a
 shard that was rewritten or exchanged since is a broken image. An image takes 40 bytes of memory and its name.
@@ -24,10 +26,11 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -61,6 +64,42 @@ _IMAGE = np.dtype([("offsets", "i8"), ("lengths", "u4"), ("label_offsets", "i8")
 _COLUMNS = _IMAGE.names or ()
 
 
+class ShardFolder(Protocol):
+    """Gives access to a folder of shards, on a disk or elsewhere. `str` of it names it in messages."""
+
+    def shards(self) -> dict[str, tuple[int, int]]:
+        """Return {name: (size in bytes, a number that changes with the content)} of the tar files, sorted by name."""
+        ...
+
+    def index(self) -> Arrays | None:
+        """Return the content of index.npz; None if there is none. Raises ValueError if it is damaged."""
+        ...
+
+    def beside(self) -> Counter[str]:
+        """Return the files in the folder by kind, without hidden ones."""
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a shard to scan it."""
+        ...
+
+    def images(self, shards: Sequence[str], ends: np.ndarray, spans: np.ndarray) -> "ImageBytes":
+        """Return what reads images: those up to `ends` [s] lie in each of `shards`, at the bytes `spans` [n, 2]."""
+        ...
+
+
+class ImageBytes(Protocol):
+    """Reads parts of shards. Several threads may use it, and processes get copies."""
+
+    def reader(self, index: int) -> Callable[[int, int], bytes]:
+        """Return a function that reads (offset, length) around image `index`, fewer bytes where the shard ends."""
+        ...
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Begin to read images that will be asked for next."""
+        ...
+
+
 class Shards:
     """Reads the images in the shards of `folder`; a `Source`.
 
@@ -72,15 +111,17 @@ class Shards:
 
     has_files = True
 
-    def __init__(self, folder: str | Path, cache: Path | None = None):
-        self.folder = Path(folder)
-        index = _read_index(self.folder, cache)
+    def __init__(self, folder: str | Path | ShardFolder, cache: Path | None = None):
+        files = LocalFolder(Path(folder)) if isinstance(folder, str | Path) else folder
+        self.folder = Path(folder) if isinstance(folder, str | Path) else str(folder)
+        index = _read_index(files, cache)
         self._shards = Names(index, "shards").unpack()
         self._ends = np.cumsum(index["counts"])  # of each shard's images
         self._names = Names(index, "names")
         self._index = [index[column] for column in _COLUMNS]
         self.checksum = zlib.crc32(self._names.text.tobytes(), zlib.crc32(index["checks"].tobytes()))
-        beside = files_beside(self.folder)
+        self._images = files.images(self._shards, self._ends, _spans(index))
+        beside = files.beside()
         self.passed_over = Counter({kind: count for kind, count in beside.items() if kind not in (".tar", ".npz")})
         self.passed_over += unpack_counts(index, "passed_over") if "passed_over" in index else Counter()
         self.labels = index["labels"]
@@ -104,11 +145,11 @@ class Shards:
         if self.labels[index] == _NO_LABEL:
             raise BrokenImage("no label: no .cls member of the same key beside it")
         offset, length, label_offset, _, check = (int(column[index]) for column in self._index)
-        file = self._open(self.folder / self._shard(index))
-        member = file.read(offset - _BLOCK, _BLOCK + length)
+        read = self._images.reader(index)
+        member = read(offset - _BLOCK, _BLOCK + length)
         if len(member) < _BLOCK + length:
             raise BrokenImage(f"the shard is cut off: this image should end at byte {offset + length}")
-        if file.checksum(member[:_BLOCK], label_offset) != check:
+        if _checksum(read, member[:_BLOCK], label_offset) != check:
             raise BrokenImage(
                 f"the shard does not match its index; if it was rewritten, remove {INDEX} to have the shards scanned again"
             )
@@ -118,36 +159,86 @@ class Shards:
         """Return the decoded image in RGB. Raises OSError; BrokenImage is one."""
         return decode(self.read(index))
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Begin to read images that will be asked for next, where that takes time."""
+        self._images.read_ahead([index for index in indices if self.labels[index] != _NO_LABEL])
+
     def _shard(self, index: int) -> str:
         return self._shards[int(np.searchsorted(self._ends, index, side="right"))]
-
-    @functools.cached_property
-    def _open(self) -> Callable[[Path], "_ShardFile"]:
-        return functools.lru_cache(_OPEN_FILES)(_ShardFile)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_open"}
 
 
 def list_shards(folder: Path) -> list[str]:
     """Return the sorted names of the tar files in `folder`."""
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.name.lower().endswith(".tar") and not entry.name.startswith(".") and not entry.is_dir()
-        )
+        return sorted(entry.name for entry in entries if is_shard(entry.name) and not entry.is_dir())
+
+
+def is_shard(name: str) -> bool:
+    """Return whether a file of that name is a shard."""
+    return name.lower().endswith(".tar") and not name.startswith(".")
 
 
 def write_index(folder: Path, class_names: list[str]) -> None:
     """Scan the shards in `folder` and write `index.npz` beside them; no `class_names` means that labels are just numbers."""
-    index, _ = _scan_all(folder, class_names)
+    index, _ = _scan_all(LocalFolder(folder), class_names)
     del index["changes_ns"]  # of this copy of the shards
     save(folder / INDEX, index)
 
 
+class LocalFolder:
+    """Reads the shards in a folder on a disk; a `ShardFolder`."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def shards(self) -> dict[str, tuple[int, int]]:
+        """Return {name: (size, time of change in ns)}."""
+        statuses = {name: (self._path / name).stat() for name in list_shards(self._path)}
+        return {name: (status.st_size, status.st_mtime_ns) for name, status in statuses.items()}
+
+    def index(self) -> Arrays | None:
+        """Return the content of index.npz; None if there is none. Raises ValueError if it is damaged."""
+        return load(self._path / INDEX) if (self._path / INDEX).exists() else None
+
+    def beside(self) -> Counter[str]:
+        """Return the files in the folder by kind."""
+        return files_beside(self._path)
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a shard to scan it."""
+        return (self._path / name).open("rb")
+
+    def images(self, shards: Sequence[str], ends: np.ndarray, spans: np.ndarray) -> "ImageBytes":
+        """Return what reads images by positioned reads."""
+        return _LocalImages(self._path, shards, ends)
+
+
+class _LocalImages:
+    """Reads around images by positioned reads, which threads and forked processes may share."""
+
+    def __init__(self, folder: Path, shards: Sequence[str], ends: np.ndarray):
+        self._folder, self._shards, self._ends = folder, shards, ends
+
+    def reader(self, index: int) -> Callable[[int, int], bytes]:
+        """Return what reads from the shard of an image."""
+        return self._open(self._shards[int(np.searchsorted(self._ends, index, side="right"))]).read
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Leave it to the operating system."""
+
+    @functools.cached_property
+    def _open(self) -> Callable[[str], "_ShardFile"]:
+        return functools.lru_cache(_OPEN_FILES)(lambda name: _ShardFile(self._folder / name))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_open"}
+
+
 class _ShardFile:
-    """Keeps a shard open for positioned reads, which threads and forked processes may share. Closes when nobody holds it."""
+    """Keeps a shard open. Closes when nobody holds it."""
 
     def __init__(self, path: Path):
         self._file = path.open("rb", buffering=0)
@@ -159,28 +250,38 @@ class _ShardFile:
             data += more
         return data
 
-    def checksum(self, image_header: bytes, label_offset: int) -> int:
-        """Return the checksum of all that ties a label to an image: the image's header and the label's whole member."""
-        label_member = self.read(label_offset - _BLOCK, 2 * _BLOCK) if label_offset else b""
-        return zlib.crc32(image_header, zlib.crc32(label_member))
-
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
 
 
-def _read_index(folder: Path, cache: Path | None) -> Arrays:
+def _checksum(read: Callable[[int, int], bytes], image_header: bytes, label_offset: int) -> int:
+    """Return the checksum of all that ties a label to an image: the image's header and the label's whole member."""
+    label_member = read(label_offset - _BLOCK, 2 * _BLOCK) if label_offset else b""
+    return zlib.crc32(image_header, zlib.crc32(label_member))
+
+
+def _spans(index: Arrays) -> np.ndarray:
+    """Return where the bytes begin and end that reading an image takes: its member, and that of its label (int64 [n, 2])."""
+    first, last = index["offsets"] - _BLOCK, index["offsets"] + index["lengths"]
+    labels = index["label_offsets"]
+    begin = np.where(labels > 0, np.minimum(first, labels - _BLOCK), first)
+    return np.stack([begin, np.where(labels > 0, np.maximum(last, labels + _BLOCK), last)], axis=1)
+
+
+def _read_index(folder: ShardFolder, cache: Path | None) -> Arrays:
     """Load the index from beside the shards or from `cache`, or scan the shards."""
-    file = folder / INDEX
-    if not file.exists():
-        return cached(folder, cache, lambda index: _is_current(folder, index), lambda: _scan_all(folder, []))
+    file = f"{folder}/{INDEX}"
     try:
-        index = load(file)
-        _require_consistent(index)
+        index = folder.index()
+        if index is not None:
+            _require_consistent(index)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}); remove it to have the shards scanned again") from error
+    if index is None:
+        return cached(str(folder), cache, lambda kept: _is_current(folder, kept), lambda: _scan_all(folder, []))
     indexed = dict(zip(Names(index, "shards").unpack(), index["sizes"].tolist(), strict=True))
-    found = {name: (folder / name).stat().st_size for name in list_shards(folder)}
+    found = {name: size for name, (size, _) in folder.shards().items()}
     for name in sorted({*indexed, *found}):
         if indexed.get(name) != found.get(name):
             raise ValueError(
@@ -191,22 +292,20 @@ def _read_index(folder: Path, cache: Path | None) -> Arrays:
     return index
 
 
-def _is_current(folder: Path, index: Arrays) -> bool:
+def _is_current(folder: ShardFolder, index: Arrays) -> bool:
     _require_consistent(index)
     unpack_counts(index, "passed_over")  # KeyError: an earlier version did not count
     if (*Names(index, "extensions").unpack(),) != readable_extensions():
         return False
-    found = _facts(folder, list_shards(folder))
-    return all(np.array_equal(index[field], values) for field, values in found.items())
+    return all(np.array_equal(index[field], values) for field, values in _facts(folder.shards()).items())
 
 
-def _facts(folder: Path, shards: list[str]) -> Arrays:
+def _facts(shards: dict[str, tuple[int, int]]) -> Arrays:
     """Return the names, sizes and times of change (ns) of shards: while these are the same, so is what a scan found."""
-    statuses = [(folder / name).stat() for name in shards]
     return {
         **pack_names("shards", shards),
-        "sizes": np.array([status.st_size for status in statuses], dtype=np.int64),
-        "changes_ns": np.array([status.st_mtime_ns for status in statuses], dtype=np.int64),
+        "sizes": np.array([size for size, _ in shards.values()], dtype=np.int64),
+        "changes_ns": np.array([changed for _, changed in shards.values()], dtype=np.int64),
     }
 
 
@@ -221,12 +320,12 @@ def _require_consistent(index: Arrays) -> None:
         raise ValueError("a label is out of range")
 
 
-def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
+def _scan_all(folder: ShardFolder, class_names: list[str]) -> tuple[Arrays, int]:
     """Return what an index holds, by the headers of all shards, and the latest time of change of a shard (ns)."""
-    shards = list_shards(folder)
-    facts = _facts(folder, shards)
+    shards = folder.shards()
+    facts = _facts(shards)
     with ThreadPoolExecutor(_SCANNERS) as threads:
-        scans = list(threads.map(_scan, (folder / name for name in shards)))
+        scans = list(threads.map(functools.partial(_scan, folder), shards))
     images = np.concatenate([found for _, found, _ in scans])
     passed_over = sum((kinds for _, _, kinds in scans), Counter())
     if not len(images):
@@ -248,24 +347,30 @@ def _scan_all(folder: Path, class_names: list[str]) -> tuple[Arrays, int]:
     return index, int(facts["changes_ns"].max())
 
 
-def _scan(shard: Path) -> tuple[list[str], np.ndarray, Counter[str]]:
+def _scan(folder: ShardFolder, shard: str) -> tuple[list[str], np.ndarray, Counter[str]]:
     """Return the names of a shard's images, where they lie (`_IMAGE` [n]), and the kinds of the members that are neither image
     nor label. Raises ValueError if the shard is damaged."""
-    names, images, passed_over, file = [], [], Counter(), _ShardFile(shard)
-    for _, group in groupby(_members(shard, passed_over), key=lambda member: member[0]):
-        for image, label in _samples(list(group), passed_over):
-            label_offset, number = 0, _NO_LABEL
-            if label is not None:
-                label_offset = label.offset_data
-                text = file.read(label_offset, min(label.size, _BLOCK + 1))
-                if len(text) > _BLOCK or not _LABEL.fullmatch(text):
-                    raise ValueError(
-                        f"{shard}: the label of {image.name} is {text[:20]!r}; allowed: a whole number below 10^6"
-                    )
-                number = int(text)
-            check = file.checksum(file.read(image.offset_data - _BLOCK, _BLOCK), label_offset)
-            names.append(image.name)
-            images.append((image.offset_data, image.size, label_offset, number, check))
+    names, images, passed_over, where = [], [], Counter(), f"{folder}/{shard}"
+    with folder.open(shard) as file:
+
+        def read(offset: int, length: int) -> bytes:
+            file.seek(offset)
+            return file.read(length)
+
+        for _, group in groupby(_members(file, where, passed_over), key=lambda member: member[0]):
+            for image, label in _samples(list(group), passed_over):
+                label_offset, number = 0, _NO_LABEL
+                if label is not None:
+                    label_offset = label.offset_data
+                    text = read(label_offset, min(label.size, _BLOCK + 1))
+                    if len(text) > _BLOCK or not _LABEL.fullmatch(text):
+                        raise ValueError(
+                            f"{where}: the label of {image.name} is {text[:20]!r}; allowed: a whole number below 10^6"
+                        )
+                    number = int(text)
+                check = _checksum(read, read(image.offset_data - _BLOCK, _BLOCK), label_offset)
+                names.append(image.name)
+                images.append((image.offset_data, image.size, label_offset, number, check))
     return names, np.array(images, dtype=_IMAGE), passed_over
 
 
@@ -297,14 +402,14 @@ def _samples(
         passed_over[".cls without an image"] += unused
 
 
-def _members(shard: Path, passed_over: Counter[str]) -> Iterator[tuple[str, str, str, tarfile.TarInfo]]:
+def _members(file: BinaryIO, where: str, passed_over: Counter[str]) -> Iterator[tuple[str, str, str, tarfile.TarInfo]]:
     """Yield (key, stem, extension, member) of the files in a shard, and count the others.
 
     Raises ValueError if it does not end as a tar file does.
     """
     end = 0
     try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 end, parts = tar.offset, _MEMBER.fullmatch(member.name)
                 if parts is not None and member.isreg() and not member.issparse():
@@ -321,5 +426,5 @@ def _members(shard: Path, passed_over: Counter[str]) -> Iterator[tuple[str, str,
         raise
     except Exception as error:  # tarfile parses in plain Python: damage may raise anything
         raise ValueError(
-            f"{shard} is cut off or damaged after byte {end} ({error}); write it again, or move it away"
+            f"{where} is cut off or damaged after byte {end} ({error}); write it again, or move it away"
         ) from error

@@ -6,6 +6,7 @@ the subset is the same on every machine, and those of one seed lie in each other
 
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,3 +65,14 @@ class Subset:
     def open(self, index: int) -> Image.Image:
         """Return the decoded image in RGB. Raises OSError; BrokenImage is one."""
         return self.source.open(int(self.indices[index]))
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Begin to read images that will be asked for next, if the source can."""
+        read_ahead(self.source, self.indices[np.asarray(indices, dtype=np.int64)])
+
+
+def read_ahead(source: "Source", indices: Sequence[int] | np.ndarray) -> None:
+    """Tell `source` which images will be read next, if it wants to know."""
+    begin = getattr(source, "read_ahead", None)
+    if begin is not None:
+        begin(indices)

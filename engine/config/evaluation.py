@@ -39,8 +39,7 @@ class ExportConfig(Section):
     crossbatch: ExportModelConfig = ExportModelConfig()
 
 
-class KnnImagesConfig(Section):
-    path: str | None = key(None, schema.PATH)
+class KnnImagesConfig(schema.PathConfig):
     image_size: ImageSize | Auto = key("auto", IMAGE_SIZE)
     workers: CountOrZero | Auto = key("auto", "loader processes per rank; 0 loads in the evaluating process")
 

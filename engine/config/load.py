@@ -13,10 +13,12 @@ from pydantic import ValidationError
 
 import crossbatch
 from crossbatch import InputError
+from crossbatch.data.sources.location import REMOTE, parse
 from crossbatch.engine.config.aliases import ALIASES, Pairs, check_agreement, current_path, former_name, rename
 from crossbatch.engine.config.deepspeed_keys import without_deepspeed_keys
 from crossbatch.engine.config.keys import Section, describe_allowed, fields, inner_sections, join
 from crossbatch.engine.config.schema import Config, DeepSpeedConfig
+from crossbatch.engine.config.user_input import user_input
 
 Schema = TypeVar("Schema", bound=Section)
 
@@ -116,9 +118,14 @@ def _checked(raw: dict[str, Any], schema: type[Schema]) -> Schema:
     if issubclass(schema, DeepSpeedConfig):
         raw = without_deepspeed_keys(raw, schema.model_fields)
     try:
-        return schema.model_validate_json(json.dumps(raw))
+        checked = schema.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         raise InputError(_explain(error.errors()[0]["loc"], raw, schema)) from None
+    data = getattr(getattr(checked, "crossbatch", None), "data", None)
+    if (path := getattr(data, "path", None)) and path.partition("://")[0] in REMOTE:
+        with user_input("crossbatch.data.path"):  # before anything is written: it may hold credentials
+            parse(path)
+    return checked
 
 
 def _check_size_of_numbers(given: Any, path: str = "") -> None:

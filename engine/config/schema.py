@@ -38,7 +38,8 @@ OVERLAPPED_BUCKET = 25_000_000  # elements: the 60 million of ResNet-50 with Bat
 # Meanings of keys that several commands have.
 PATH = (
     "folder with train/ and val/, validation/ or test/, or of images without classes; or list://, hf://, cifar10://, "
-    "cifar100://, flowers://, pets://, synthetic://, shapes://; with ?fraction= or ?per_class=, a part of it"
+    "cifar100://, flowers://, pets://, synthetic://, shapes://; tar shards at s3://, gs://, https://; with ?fraction= or "
+    "?per_class=, a part of it"
 )
 BACKEND = "library that decodes and augments; auto: DALI where it is installed and there is a GPU, else OpenCV"
 BASE_LR = "learning rate after warm-up: base_lr * train_batch_size / reference_batch"
@@ -113,11 +114,22 @@ class ScheduleConfig(Section):
     )
 
 
-class ImageConfig(Section):
-    """Declares the keys of training images, for all commands that train."""
+class PathConfig(Section):
+    """Declares where images are, for all commands that read some."""
 
     # A resumed run needs the same images, which is checked, but not at the same path.
     path: str | None = key(None, PATH, resumable=True)
+    cache_dir: str | None = key(
+        None,
+        "folder on a local disk that keeps images of remote shards; none: read anew in every epoch",
+        resumable=True,
+    )
+    cache_gib: Positive = key(32.0, "largest size of cache_dir in GiB", resumable=True)
+
+
+class ImageConfig(PathConfig):
+    """Declares the keys of training images, for all commands that train."""
+
     backend: Backend = key("auto", BACKEND)
     crop_min: PositiveFraction = key(0.08, "smallest crop, as a fraction of the image's area")
     scaled_decode: bool = key(

@@ -27,7 +27,8 @@ from crossbatch import InputError, RunStopped
 from crossbatch.data import Source, describe_source, has_evaluation_split, open_source, prepare
 from crossbatch.engine.config import user_input
 from crossbatch.engine.config.evaluation import EmbedConfig
-from crossbatch.engine.datasets import check_loaders, checksum
+from crossbatch.engine.config.schema import PathConfig
+from crossbatch.engine.datasets import check_loaders, checksum, remote_options
 from crossbatch.engine.evaluation.features import (
     EvalLoaderConfig,
     FrozenBackbone,
@@ -80,7 +81,7 @@ def embed(
     """
     section, collective = config.crossbatch, GroupCollective()
     pretrained = load_configured(section.model, section.data.image_size)
-    source = _open(section.data.path, split, folder)
+    source = _open(section.data, split, folder)
     frozen = FrozenBackbone(pretrained.backbone, device, section.precision)
     images, channels = config.train_micro_batch_size_per_gpu, pretrained.channels
     reading = EvalLoaderConfig(pretrained.image_size, images, workers, device, channels=channels)
@@ -117,8 +118,9 @@ def embed(
     _on_main_or_stop(lambda: _write_output(output, folder, starts, source), output)
 
 
-def _open(path: str | None, split: str, cache: Path) -> Source:
+def _open(data: PathConfig, split: str, cache: Path) -> Source:
     """Open the images on every rank, after rank 0 has prepared them; labels are not needed."""
+    path, remote = data.path, remote_options(data)
     if path is None:
         raise InputError("crossbatch.data.path: not given; give it with --data DIR")
     key = "crossbatch.data.path"
@@ -127,9 +129,9 @@ def _open(path: str | None, split: str, cache: Path) -> Source:
         with user_input(key):
             if split == "eval" and not has_evaluation_split(path):
                 raise InputError(f"{key}: {path} has no evaluation images; leave out --split eval")
-            return open_source(path, split, cache=cache)
+            return open_source(path, split, cache=cache, remote=remote)
 
-    on_main(user_input(key)(lambda: prepare(path, cache=cache)))
+    on_main(user_input(key)(lambda: prepare(path, cache=cache, remote=remote)))
     source, errors = on_every_rank(opened, InputError)
     if source is None or errors:
         raise InputError(errors[0])

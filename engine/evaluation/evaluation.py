@@ -16,7 +16,7 @@ from crossbatch import RunStopped
 from crossbatch.data import Source
 from crossbatch.engine.config import to_dict
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
-from crossbatch.engine.datasets import check_loaders, found_images, labelled_images
+from crossbatch.engine.datasets import check_loaders, found_images, labelled_images, remote_options
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, FrozenBackbone, extract
 from crossbatch.engine.evaluation.results import RESULTS, create_output_dir, save_figures, write_results
 from crossbatch.engine.pretrained.load import load_configured
@@ -56,7 +56,8 @@ class Evaluation(ABC):
         self.collective = GroupCollective()
         self.pretrained = load_configured(section.model, section.data.image_size)
         on_main(lambda: create_output_dir(out, self.name))
-        self.train, self.evaluation = labelled_images(section.data.path, out / "data_index")
+        remote = remote_options(section.data)
+        self.train, self.evaluation = labelled_images(section.data.path, out / "data_index", remote)
         self.class_names = self.train.class_names
         self.frozen = FrozenBackbone(self.pretrained.backbone, device, section.precision)
         batch_size = config.train_micro_batch_size_per_gpu

@@ -21,6 +21,7 @@ from crossbatch.engine.datasets import (
     found_images,
     labelled_images,
     longest_wait_s,
+    remote_options,
     train_data,
 )
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered, log_skipped_images
@@ -187,7 +188,8 @@ def finetune_task(cfg: ResolvedFinetune, world: World, device: torch.device, out
     Raises:
         InputError: if the images or the weights cannot be used.
     """
-    source, evaluation = labelled_images(cfg.crossbatch.data.path, out / "data_index")
+    remote = remote_options(cfg.crossbatch.data, longest_wait_s(cfg))
+    source, evaluation = labelled_images(cfg.crossbatch.data.path, out / "data_index", remote)
     pretrained = load_configured(cfg.crossbatch.model, cfg.crossbatch.data.image_size)
     cfg = _with_network(cfg, pretrained)
     origin = {"fingerprint": fingerprint(pretrained.backbone), "loaded": pretrained.summary()}

@@ -15,7 +15,15 @@ from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.checkpoint import Resumed, create_run_directory
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.config.evaluation import FrozenModelConfig
-from crossbatch.engine.datasets import TrainData, check_loaders, found_images, train_data, training_images
+from crossbatch.engine.datasets import (
+    TrainData,
+    check_loaders,
+    found_images,
+    longest_wait_s,
+    remote_options,
+    train_data,
+    training_images,
+)
 from crossbatch.engine.evaluation.knn import too_few_neighbours
 from crossbatch.engine.evaluation.monitor import FeatureMonitor
 from crossbatch.engine.pretrained.load import Pretrained, load_pretrained
@@ -190,7 +198,8 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
     """
     settings, evaluates = cfg.crossbatch.data, cfg.crossbatch.evaluate.knn_every_epochs > 0
     try:
-        source, evaluation = training_images(settings.path, out / "data_index", evaluates)
+        remote = remote_options(settings, longest_wait_s(cfg))
+        source, evaluation = training_images(settings.path, out / "data_index", evaluates, remote)
     except InputError as error:
         said = str(error)
         with suppress(ValueError):  # of a path that cannot be opened at all, which the error says

@@ -114,7 +114,7 @@ def test_without_an_index_the_headers_are_scanned_once(folder, tmp_path, monkeyp
     for shard in folder.iterdir():
         os.utime(shard, (hour_ago, hour_ago))
     scans, original = [], shards_module._scan
-    monkeypatch.setattr(shards_module, "_scan", lambda shard: scans.append(shard.name) or original(shard))
+    monkeypatch.setattr(shards_module, "_scan", lambda folder, name: scans.append(name) or original(folder, name))
     for _ in range(2):
         source = Shards(folder, cache=tmp_path / "cache")
         assert_whole(source)

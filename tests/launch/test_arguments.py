@@ -104,6 +104,11 @@ def test_flags_are_keys(monkeypatch, capsys):
 def test_field_data_given_twice(monkeypatch, capsys):
     said = refused(monkeypatch, capsys, pretrain.main, "--dry-run", "--data", "a", "b")
     assert said == "error: DATA: given b beside --data a; allowed: one of the two; leave one out\n"
+    secret = "https://me:verysecret@host/x?token=verysecret"
+    said = refused(monkeypatch, capsys, pretrain.main, "--dry-run", "--data", secret, secret)
+    assert said.startswith("error: DATA: given https://host/x beside --data https://host/x; ")
+    said = refused(monkeypatch, capsys, pretrain.main, "--dry-run", "--data", secret)
+    assert said.startswith("error: crossbatch.data.path: ") and "verysecret" not in said
 
 
 def test_field_a_negative_add_bf(monkeypatch, capsys):
