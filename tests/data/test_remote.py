@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +100,7 @@ PATHS = ("{url}", "{url}/train/train-{{000000..000001}}.tar?eval={url}/val/val-0
 @pytest.mark.parametrize("path", PATHS)
 def test_remote_shards_are_those_of_the_disk(shards, url, path, tmp_path):
     path, local = path.format(url=url), open_source(shards)
+    source: Any = None
     for _ in range(2):
         source = open_source(path, remote=cached(tmp_path / "cache"))
         assert checksum(source) == checksum(local) and source.class_names == local.class_names
@@ -157,7 +159,7 @@ def test_a_server_that_comes_back_costs_time_and_no_images(shards, serve, worker
 
 def test_what_was_read_ahead_needs_no_server(shards, serve):
     served, local = serve(shards), open_source(shards)
-    source = open_source(served.url)
+    source: Any = open_source(served.url)
     source.read_ahead(range(8))
     for piece in source._images._coming.values():
         piece.data.result()
@@ -318,7 +320,7 @@ def test_what_nobody_uses_makes_room(shards, url, tmp_path):
     source, folder = open_source(url, remote=cached(tmp_path, 300)), tmp_path / "shards"
     for name in ("old", "new"):
         (folder / name).write_bytes(bytes(2**17))
-    os.utime(folder / "old", (time.time() - 7200,) * 2)
+    os.utime(folder / "old", (time.time() - 7200, time.time() - 7200))
     (folder / "used").write_bytes((2**18).to_bytes(8, "little"))
     assert_same(source, open_source(shards))
     assert used(tmp_path) <= 300 * 1024

@@ -39,7 +39,7 @@ class Recorder(trackers.Tracker):
     """Keeps what it is sent."""
 
     opened: list[str | None]
-    sent: list[tuple[int, dict]]
+    sent: list[tuple[int, object]]
 
     def open(self, out, run, config):
         self.opened.append(run)
