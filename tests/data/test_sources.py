@@ -149,7 +149,7 @@ def test_prepare_leaves_other_paths_alone(tmp_path):
         ("shapes://?train=9", "needs a folder"),
         ("shapes://x?trian=9", r"did you mean 'train'.*allowed: train, val, size, seed"),
         ("shape://x", r"unknown scheme.*did you mean 'shapes'"),
-        ("s3://bucket", r"unknown scheme.*allowed: a folder, synthetic://..., shapes://..., cifar10://..."),
+        ("ftp://bucket", r"unknown scheme.*allowed: a folder, synthetic://..., shapes://..., cifar10://..."),
         ("cifar10://", r"needs a folder, as in cifar10://datasets"),
         ("cifar10://x?size=3", r"unknown option 'size'.*allowed: fraction, per_class, seed"),
         ("cifar://x", r"did you mean 'cifar10'"),
