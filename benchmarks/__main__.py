@@ -4,6 +4,7 @@ python -m benchmarks STAGE... | all [--quick | --brief] [--out DIR]     measures
 python -m benchmarks report [DIR] [--output DIR]                        makes tables, pictures and a page of the rows
 python -m benchmarks compare BEFORE AFTER                               compares two results of one machine, case by case
 python -m benchmarks scaling --ranks 1 2 4 | efficiency | backtest      measures and predicts how training scales
+python -m benchmarks learning --images DIR                              k-NN accuracy over time beside the peers
 
 Each stage runs in a process of its own, so it finds the machine as a user's process does, with nothing cached or initialised
 by another stage; if one fails, the others go on. A row for each case is printed and, with --out, appended to DIR/<stage>.jsonl
@@ -25,6 +26,7 @@ COMMANDS = {
     "report": "benchmarks.report",
     "compare": "benchmarks.comparison",
     "scaling": "benchmarks.scaling.command",
+    "learning": "benchmarks.learning.command",
 }
 
 

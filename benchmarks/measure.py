@@ -16,7 +16,6 @@ import functools
 import json
 import os
 import platform
-import resource
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,6 +33,7 @@ from torch.utils.benchmark import Timer, timer
 from benchmarks.rows import VERSION, Row, StoredRow
 from benchmarks.stages import Effort
 from crossbatch.engine.config import usable_cores
+from crossbatch.engine.runtime.timing import cpu_s, descendants
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy", "pillow", "opencv-python-headless", "numba")
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")  # as nvidia-smi calls them
@@ -135,33 +135,6 @@ def _with_cpu(sample: Callable[..., float]) -> Callable[..., Sample]:
         return Sample(ms, ms * busy_s / wall_s)
 
     return sample_with_cpu
-
-
-def descendants() -> list[int]:
-    """Return the processes that descend from this one (on Linux; else none); without any child, this takes microseconds."""
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return []
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found = [os.getpid()]
-    for pid in found:
-        found += children.get(pid, [])
-    return found[1:]
-
-
-def cpu_s(family: Sequence[int]) -> float:
-    """Return the CPU time in seconds, user and system, of this process, of its ended children, and (on Linux) of `family`."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = time.process_time() + ended.ru_utime + ended.ru_stime
-    for pid in family:
-        with suppress(OSError):  # it has ended
-            seconds += time.clock_gettime(~pid << 3 | 2)  # its CPU clock, numbered as by clock_getcpuclockid(3)
-    return seconds
 
 
 @_with_cpu

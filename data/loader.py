@@ -304,12 +304,13 @@ class TrainLoader:
 
 
 class EvaluationLoader:
-    """Loads the central views of images of `sources`, in worker processes that live until `close`.
+    """Loads views of images of `sources` for evaluation, in worker processes that live until `close`.
 
         with EvaluationLoader([train, evaluation], 224, batch_size=64, workers=8) as loader:
             for images, indices in loader.read(evaluation, np.arange(1000)):
 
-    Between two `read`s the workers wait, without any images in memory.
+    Views are central ones, or augmented by `augmentations` and `seed`, the same in every `read`. Between two `read`s the
+    workers wait, without any images in memory.
     """
 
     def __init__(
@@ -321,10 +322,12 @@ class EvaluationLoader:
         interpolation: str = "bilinear",
         wait_s: float = WAIT_S,
         channels: int = 3,
+        augmentations: Sequence[ViewAugmentation] = (),
+        seed: int = 0,
     ):
         self.skipped: list[str] = []  # in the last `read`: name and reason
         self._sources, self._batch_size, self._workers, self._wait_s = sources, batch_size, workers, wait_s
-        self._dataset = EvaluationDataset(sources, image_size, interpolation, channels)
+        self._dataset = EvaluationDataset(sources, image_size, interpolation, channels, augmentations, seed)
         self._pool: WorkerPool | None = None
 
     @property
@@ -335,8 +338,16 @@ class EvaluationLoader:
             images * self._dataset.channels * math.prod(height_width(self._dataset.image_size)) if self._workers else 0
         )
 
-    def read(self, source: Source, indices: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    def images_at_once(self, augmented: bool = False) -> int:
+        """Return how many images `read` yields at once; augmented ones in several views take no more memory than others."""
+        return max(1, self._batch_size // len(self._dataset.augmentations)) if augmented else self._batch_size
+
+    def read(
+        self, source: Source, indices: np.ndarray, augmented: bool = False
+    ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield the images `indices` of one of the sources, in order: (uint8 [m, 3, H, W], int64 [m]).
+
+        Of `augmented` images, the first are the views [v, m, 3, H, W].
 
         A broken image is left out: its index does not come back, and name and reason are in `skipped` after the iteration. (A
         replacement would count twice in an accuracy.) An iteration that is abandoned ends the workers, as `close` does.
@@ -346,7 +357,8 @@ class EvaluationLoader:
             ImagesLost: if no images come for `wait_s`, or a worker died.
         """
         number = next(number for number, candidate in enumerate(self._sources) if candidate is source)
-        keys = [(number, indices[start:][: self._batch_size]) for start in range(0, len(indices), self._batch_size)]
+        size = self.images_at_once(augmented)
+        keys = [(number, indices[start:][:size], augmented) for start in range(0, len(indices), size)]
         self.skipped, broken, some, done = [], [], False, False
         if self._pool is None:
             self._pool = WorkerPool(self._dataset, keys, self._workers, AHEAD, self._wait_s)

@@ -45,7 +45,7 @@ class BrokenFile:
 class WorkerBatch:
     """Holds the views of a part of a batch, and the broken images found on the way."""
 
-    views: torch.Tensor | None  # uint8 [v, m, 3, H, W], [m, 3, H, W] in evaluation; None: nothing could be read
+    views: torch.Tensor | None  # uint8 [v, m, 3, H, W], central ones [m, 3, H, W]; None: nothing could be read
     indices: np.ndarray  # int64 [m], of the images in `views`
     broken: list[BrokenFile]
 
@@ -153,33 +153,51 @@ def open_encoded(source: Source, index: int, check: bool = False, channels: int 
 
 
 class EvaluationDataset:
-    """Makes central views, as a map-style dataset: its "index" is (number of a source, indices). Broken images are left out."""
+    """Makes central or augmented views, as a map-style dataset. Broken images are left out.
+
+    Its "index" is (number of a source, indices, whether to augment). Augmented views are made by PIL, the same each time.
+    """
 
     def __init__(
-        self, sources: Sequence[Source], image_size: ImageSize, interpolation: str = "bilinear", channels: int = 3
+        self,
+        sources: Sequence[Source],
+        image_size: ImageSize,
+        interpolation: str = "bilinear",
+        channels: int = 3,
+        augmentations: Sequence[ViewAugmentation] = (),
+        seed: int = 0,
     ):
         self.sources, self.image_size, self.interpolation, self.channels = sources, image_size, interpolation, channels
+        self.augmentations, self.seed = augmentations, seed
 
-    def describe(self, key: tuple[int, np.ndarray]) -> str:
+    def describe(self, key: tuple[int, np.ndarray, bool]) -> str:
         """Return the name of the first image of a key."""
         return self.sources[key[0]].name(int(key[1][0]))
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> WorkerBatch | ImagesLost:
-        source, indices = self.sources[key[0]], key[1]
+    def __getitem__(self, key: tuple[int, np.ndarray, bool]) -> WorkerBatch | ImagesLost:
+        number, indices, augmented = key
+        source, views, kept, broken = self.sources[number], [], [], []
         read_ahead(source, indices)
-        views, kept, broken = [], [], []
         for index in indices:
             try:
-                images = _planes(source, int(index), self.channels)
+                planes = _planes(source, int(index), self.channels)
             except ImagesLost as error:
                 return error
             except OSError as error:
                 broken.append(_describe(source, int(index), error))
                 continue
-            planes = [evaluation_image(image, self.image_size, self.interpolation) for image in images]
-            views.append(torch.cat(planes))
+            views.append(self._augmented(planes, index) if augmented else self._central(planes))
             kept.append(index)
-        return WorkerBatch(torch.stack(views) if views else None, np.array(kept, dtype=np.int64), broken)
+        joined = torch.stack(views, dim=1 if augmented else 0) if views else None
+        return WorkerBatch(joined, np.array(kept, dtype=np.int64), broken)
+
+    def _central(self, planes: list[Image.Image]) -> torch.Tensor:
+        return torch.cat([evaluation_image(plane, self.image_size, self.interpolation) for plane in planes])
+
+    def _augmented(self, planes: list[Image.Image], index: int) -> torch.Tensor:
+        pixels = np.dstack([np.asarray(plane) for plane in planes])
+        augment = augment_function("torchvision", self.channels)
+        return make_views(augment, [pixels], self.augmentations, self.seed, 0, np.array([index]))[:, 0]
 
 
 def open_or_replace(

@@ -22,12 +22,23 @@ from crossbatch.engine.config.evaluation import FrozenModelConfig
 from crossbatch.engine.nested import flatten
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.output import console
-from crossbatch.engine.trackers import Trackers
+from crossbatch.engine.trackers import Outcome, Trackers
 
 METRICS = "metrics.jsonl"  # in the run directory
 STOPPED = "stopped.json"  # there, too, if a signal ended the run before its last step: {"signal": ..., "step": ...}
 BOARD = "TensorBoard"
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
+QUALITY = {  # of features, without labels
+    "rankme": "RankMe",
+    "effective_rank": "effective rank",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+}
+SCORE_FORMATS = {
+    **{name: f"{label} {{:.2f}} %" for name, label in SCORES.items()},
+    **{name: f"{label} {{:.3g}}" for name, label in QUALITY.items()},
+}
+STATUS_FORMATS = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s", **SCORE_FORMATS}
 
 
 def command(name: str, model: FrozenModelConfig, data: str | None, *more: str) -> str:
@@ -43,8 +54,8 @@ def command(name: str, model: FrozenModelConfig, data: str | None, *more: str) -
     return shlex.join([*start, *network, "--data", str(data), *more])
 
 
-def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path) -> None:
-    """Print a table, and the commands to type next, with TensorBoard on `out` as the last one."""
+def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, has_board: bool = True) -> None:
+    """Print a table, and the commands to type next, with TensorBoard on `out` as the last one where that was written."""
     printer = console()
     table = Table(show_header=False)
     table.add_column()
@@ -52,9 +63,9 @@ def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path) -
     for name, value in rows:
         table.add_row(name, value)
     printer.print(table)
-    printer.print("next:")
-    for line in [*commands, shlex.join(["tensorboard", "--logdir", str(out)])]:
-        printer.print(f"  {line}", soft_wrap=True)
+    commands = [*commands, *([shlex.join(["tensorboard", "--logdir", str(out)])] if has_board else [])]
+    for line in ["next:", *(f"  {line}" for line in commands)] if commands else []:
+        printer.print(line, soft_wrap=True)
 
 
 class Log:
@@ -71,6 +82,7 @@ class Log:
     def first_views(self, views: torch.Tensor) -> None: ...
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None: ...
     def stopped(self, signal_name: str, step: int) -> None: ...
+    def failed(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -104,6 +116,7 @@ class RunLog(Log):
         self.has_board = "tensorboard" in to
         self.failing: set[str] = set()  # of metrics.jsonl, TensorBoard
         self.trackers = Trackers(to, out, config or {}, not first_step, self.warn)
+        self.outcome: Outcome = "finished"
         self.bar = Progress(
             TextColumn("{task.fields[epoch]}", markup=False),
             BarColumn(bar_width=None),
@@ -150,17 +163,17 @@ class RunLog(Log):
         for name in ("step", "epoch", "images_seen"):
             numbers.pop(name)
         self.scalars({name if "/" in name else f"run/{name}": value for name, value in numbers.items()}, values["step"])
-        status = _status(values)
+        status = _formatted(values, STATUS_FORMATS)
         if self.console.is_terminal:
             self.bar.update(self.task, status=status, epoch=f"epoch {values['epoch']:.2f}")
-            for name in SCORES.keys() & values.keys():
-                self.note(f"step {values['step']}: {SCORES[name]} {values[name]:.2f} %")
+            if scores := _formatted(values, SCORE_FORMATS):
+                self.note(f"step {values['step']}: {scores}")
         else:
             self.note(f"step {values['step']}/{self.last_step}  epoch {values['epoch']:.2f}  {status}")
 
     def has_scores(self, step: int) -> bool:
         """Return whether the last line is that of `step`, with the scores of an evaluation."""
-        return self.last.get("step") == step and bool(SCORES.keys() & self.last.keys())
+        return self.last.get("step") == step and bool(SCORE_FORMATS.keys() & self.last.keys())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Show numbers in TensorBoard only, by name."""
@@ -186,17 +199,22 @@ class RunLog(Log):
     def summary(self, rows: list[tuple[str, str]], commands: list[str]) -> None:
         """Close the log, and print the last table and the commands to type next."""
         self.close()
-        print_summary(rows, commands, self.out)
+        print_summary(rows, commands, self.out, self.has_board)
 
     def stopped(self, signal_name: str, step: int) -> None:
-        """Write a file that tells this interrupted run, which can be resumed, from a finished one."""
+        """Write a file that tells this interrupted run, which can be resumed, from a finished one; tell the trackers, too."""
+        self.outcome = "stopped"
         with self._warning_if_full(STOPPED):
             write_atomically(self.out / STOPPED, json.dumps({"signal": signal_name, "step": step}) + "\n")
+
+    def failed(self) -> None:
+        """Let the trackers know, at the end, that the run was not finished."""
+        self.outcome = "failed"
 
     def close(self) -> None:
         """End the progress bar and close the files; may be called twice."""
         self.bar.live.stop()
-        self.trackers.close()
+        self.trackers.close(self.outcome)
         if self.metrics is not None:
             self.metrics.close()
         if self.board is not None:
@@ -251,10 +269,15 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _status(values: dict[str, Any]) -> str:
-    formats = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.0f} images/s"}
-    formats |= {name: f"{label} {{:.2f}} %" for name, label in SCORES.items()}
+def _formatted(values: Mapping[str, Any], formats: Mapping[str, str]) -> str:
     return "  ".join(text.format(values[name]) for name, text in formats.items() if values.get(name) is not None)
+
+
+def score_rows(step: int, found: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return rows of the closing table for what an evaluation found at `step`: one for each percentage, one for the rest."""
+    rows = [(f"{SCORES[name]} at step {step}", f"{found[name]:.2f} %") for name in SCORES if name in found]
+    without_labels = _formatted(found, {name: SCORE_FORMATS[name] for name in QUALITY})
+    return [*rows, *([(f"features at step {step}", without_labels)] if without_labels else [])]
 
 
 class StepClock:

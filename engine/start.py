@@ -18,7 +18,7 @@ from crossbatch.engine.runtime.profiling import RunProfile, check_steps_left
 from crossbatch.engine.runtime.signals import StepSync
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.tasks.task import Task
-from crossbatch.engine.trackers import check_installed
+from crossbatch.engine.trackers import check_trackers
 from crossbatch.engine.train_state import TrainState
 from crossbatch.engine.trainer import Trainer
 
@@ -53,7 +53,7 @@ def build_trainer(
         InputError: if the run directory cannot be written, or if the run may not continue from what is in it.
     """
     cfg = task.cfg
-    on_main(lambda: check_installed(cfg.crossbatch.log.to))
+    on_main(lambda: check_trackers(cfg.crossbatch.log.to))
     state = TrainState(task, device, on_main(lambda: _open_run_directory(out, resume)), allow_change)
     resumed = state.build(cfg.chunk)
     notes = [*cfg.choices, *task.on_start(state.step, resumed, state.allow_change)]

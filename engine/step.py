@@ -101,6 +101,7 @@ class TrainStep:
         self.seed, data = cfg.config.crossbatch.seed, cfg.config.crossbatch.data
         self.channels = channels_of(data.channels, data.mean, data.std)
         self.chunks = -(-cfg.local_batch // chunk)
+        self.frozen_updates = round(cfg.crossbatch.schedule.freeze_backbone_epochs * steps_per_epoch)
         assert isinstance(backend.model, MoCo)
         backend.model.autocast_dtype = autocast_dtype(cfg.precision)
         for backbone in (backend.model.online.backbone, backend.model.momentum.backbone):
@@ -117,10 +118,13 @@ class TrainStep:
         """Train on uint8 views [2, n, 3, H, W]."""
         progress = self.progress
         with self.span(WHOLE):
-            output = self._in_one_chunk(views) if self.chunks == 1 else self._in_chunks(views)
+            if progress.updates < self.frozen_updates:
+                output = self._with_frozen_backbone(views)
+            else:
+                output = self._in_one_chunk(views) if self.chunks == 1 else self._in_chunks(views)
             output.loss = output.loss.detach()
             lr, momentum = self.learning_rate(progress.updates), None
-            set_learning_rate(self.backend.optimizer, lr)
+            set_learning_rate(self.backend.optimizer, lr, progress.updates - self.frozen_updates)
             with self.span("optimizer"):
                 grad_norm = self.backend.step(progress.loss_scale)
             if progress.finished(grad_norm, self.cfg.precision):
@@ -135,6 +139,19 @@ class TrainStep:
     def _in_one_chunk(self, views: torch.Tensor) -> MoCoOutput:
         """Run forward and backward of the whole local batch at once."""
         output = self.backend("loss", self._to_device(views), self.progress.step, self.seed)
+        self._backward(output.loss, is_last=True)
+        return output
+
+    def _with_frozen_backbone(self, views: torch.Tensor) -> MoCoOutput:
+        """Train what follows the backbone; the backbone runs without gradient, and so does not go backward."""
+        chunks = views.tensor_split(self.chunks, dim=1)
+        parts = [self.backend("features", self._to_device(chunk), False) for chunk in chunks]
+        online, momentum = (
+            torch.cat([piece.unflatten(0, (len(views), -1)) for piece in pieces], dim=1).flatten(0, 1)
+            for pieces in zip(*parts, strict=True)
+        )
+        # A CUDA graph keeps whether its input has a gradient, and later steps need that.
+        output = self.backend("contrast", online.requires_grad_(), momentum, self.progress.step, self.seed)
         self._backward(output.loss, is_last=True)
         return output
 

@@ -18,7 +18,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crossbatch import InputError
 from crossbatch.engine.nested import flatten
@@ -29,6 +29,7 @@ QUEUED = 10_000  # lines of metrics that wait for a slow tracker, at most
 CLOSE_S = 30.0  # that the end of a run waits for them
 TRIES = 20  # of a line that a tracker does not take; then comes the next, in case that it never takes this one
 LONGEST_PAUSE_S = 60.0  # between two tries; the first is a second
+Outcome = Literal["finished", "stopped", "failed"]  # stopped: by a signal, before the last step
 
 
 class Tracker(ABC):
@@ -43,8 +44,8 @@ class Tracker(ABC):
         """Send the numbers of a step; a later call may add some to the same step."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Say that the run has ended."""
+    def close(self, outcome: Outcome) -> None:
+        """Say that the run has ended, and how."""
 
 
 class _Wandb(Tracker):
@@ -61,8 +62,10 @@ class _Wandb(Tracker):
         if step >= self.run.step:  # of a resumed run, wandb has had some already, and warns of each
             self.run.log(values, step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, outcome: Outcome) -> None:
+        if outcome == "stopped":
+            self.run.mark_preempting()  # with a code other than 0, wandb calls the run preempted
+        self.run.finish(exit_code=0 if outcome == "finished" else 1)
 
 
 class _Mlflow(Tracker):
@@ -87,8 +90,9 @@ class _Mlflow(Tracker):
         metrics = [self.entities.Metric(name, value, now, step) for name, value in values.items()]
         self.client.log_batch(self.run, metrics=metrics)
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
+    def close(self, outcome: Outcome) -> None:
+        status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[outcome]
+        self.client.set_terminated(self.run, status)
 
 
 class _Trackio(Tracker):
@@ -101,15 +105,15 @@ class _Trackio(Tracker):
     def record(self, values: dict[str, float], step: int) -> None:
         self.trackio.log(values, step=step)
 
-    def close(self) -> None:
-        self.trackio.finish()
+    def close(self, outcome: Outcome) -> None:
+        self.trackio.finish()  # it has no status
 
 
 TRACKERS: dict[str, type[Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
 
 
-def check_installed(names: Iterable[str]) -> None:
-    """Raise InputError with the command that installs what is missing, if a tracker's package is absent."""
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise InputError if a tracker's package is absent, or its settings say where nothing can be written."""
     for name in names:
         spec = importlib.util.find_spec(name) if name in TRACKERS else None
         if name in TRACKERS and (spec is None or spec.origin is None):  # the latter is a folder of that name
@@ -117,6 +121,26 @@ def check_installed(names: Iterable[str]) -> None:
                 f"crossbatch.log.to: given {name}, which is not installed; pip install {name} (or 'crossbatch[trackers]'), or "
                 f"leave it out"
             )
+        if name == "mlflow":
+            _check_mlflow()
+
+
+def _check_mlflow() -> None:
+    """Raise InputError if MLflow's settings name a folder or a database file to which this MLflow does not write."""
+    mlflow = importlib.import_module("mlflow")
+    uri = mlflow.get_tracking_uri()
+    if (uri.partition(":")[0] if ":" in uri else "file") not in ("file", "sqlite"):
+        return  # a server, which may come back
+    try:
+        mlflow.MlflowClient()
+    except Exception as error:  # from 3.17 on for folders; without sqlalchemy for sqlite
+        raise InputError(
+            f"crossbatch.log.to: mlflow cannot write to {uri}: {_reason(error)}; set MLFLOW_TRACKING_URI to a server or to "
+            f"sqlite:///mlflow.db (for which mlflow-skinny is too little), or MLFLOW_ALLOW_FILE_STORE to true for a folder"
+        ) from error
+
+
+Lines = queue.Queue[tuple[dict[str, float], int] | Outcome]  # numbers of a step; at the end, how the run has ended
 
 
 class Trackers:
@@ -139,10 +163,10 @@ class Trackers:
             with contextlib.suppress(OSError, ValueError):  # none, or damaged: new runs
                 self._runs = dict(json.loads(self._file.read_text(encoding="utf-8")))
         self._out, self._config, self._warn, self._closing = out, config, warn, threading.Event()
-        self._threads: dict[str, tuple[threading.Thread, queue.Queue[tuple[dict[str, float], int] | None]]] = {}
+        self._threads: dict[str, tuple[threading.Thread, Lines]] = {}
         for name in dict.fromkeys(names):
             if name in TRACKERS:
-                lines = queue.Queue(QUEUED)
+                lines: Lines = queue.Queue(QUEUED)
                 # A daemon: a service that does not answer must not keep the process from ending.
                 thread = threading.Thread(target=self._send, args=(name, lines), name=f"tracker {name}", daemon=True)
                 self._threads[name] = thread, lines
@@ -154,20 +178,20 @@ class Trackers:
             with contextlib.suppress(queue.Full):
                 lines.put_nowait((dict(values), step))
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         """End the runs, after what waits was sent; may be called twice."""
         end = time.monotonic() + CLOSE_S
         self._closing.set()
         for _, lines in self._threads.values():
             with contextlib.suppress(queue.Full):
-                lines.put_nowait(None)
+                lines.put_nowait(outcome)
         for name, (thread, _) in self._threads.items():
             thread.join(max(0.0, end - time.monotonic()))
             if thread.is_alive():
                 self._warn(f"{name} did not take the last metrics within {CLOSE_S:.0f} s; {self._out} has them all")
         self._threads = {}
 
-    def _send(self, name: str, lines: "queue.Queue[tuple[dict[str, float], int] | None]") -> None:
+    def _send(self, name: str, lines: Lines) -> None:
         try:
             tracker = TRACKERS[name]()
             run = tracker.open(self._out, self._runs.get(name), self._config)
@@ -175,9 +199,9 @@ class Trackers:
                 self._runs[name] = run
                 write_atomically(self._file, json.dumps(self._runs) + "\n")
             tries = TRIES
-            while (line := lines.get()) is not None:
+            while not isinstance(line := lines.get(), str):
                 tries = TRIES if self._deliver(name, tracker, line, tries) else 1
-            tracker.close()
+            tracker.close(line)
         except BaseException as error:  # wandb ends a process with SystemExit
             self._warn(
                 f"{name} gets no more metrics: {_reason(error)}; training goes on, and metrics.jsonl has them all"

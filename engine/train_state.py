@@ -47,7 +47,7 @@ class TrainState:
     @property
     def total_steps(self) -> int:
         """Return the number of steps of all epochs."""
-        return self.task.cfg.crossbatch.schedule.epochs * self.task.data.steps_per_epoch
+        return max(1, round(self.task.cfg.crossbatch.schedule.epochs * self.task.data.steps_per_epoch))
 
     def build(self, chunk: int) -> Resumed | None:
         """Build the step for chunks of `chunk` images, from the seed or from the first checkpoint that can be read.
@@ -56,7 +56,7 @@ class TrainState:
         """
         cfg = self.task.cfg
         torch.manual_seed(cfg.crossbatch.seed)
-        self.step: Step = self.task.build_step(chunk)
+        self.step: Step = self.task.build_step(chunk, resumes=bool(self.candidates))
         self._statistics = Backup(self.step.backend.model.buffers())
         self.chunk, self.has_trained = chunk, False
         resumed = checkpoint.resume(

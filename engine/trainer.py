@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,14 +13,15 @@ import torch
 from crossbatch import InputError, RunStopped
 from crossbatch.data import Batch, WaitInterrupted
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
+from crossbatch.engine.config import usable_cores
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.nested import nest
-from crossbatch.engine.run_log import SCORES, Log, StepClock, finite_or_none
+from crossbatch.engine.run_log import Log, StepClock, finite_or_none, score_rows
 from crossbatch.engine.runtime.distributed import broadcast_object, mean_over_ranks
 from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
 from crossbatch.engine.runtime.profiling import RunProfile
 from crossbatch.engine.runtime.signals import Interrupted, Signals, StepSync
-from crossbatch.engine.runtime.timing import mean_ms
+from crossbatch.engine.runtime.timing import cpu_s, descendants, mean_ms
 from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.tasks.task import Task, TrainResult
 from crossbatch.engine.train_state import CHUNK_KEY, TrainState
@@ -73,7 +74,7 @@ class Trainer:
             RunStopped: if training cannot go on: no more data, no memory, or too many steps in a row that are not finite;
                 or if the last state or the results cannot be written, after everything else is.
         """
-        start_s, first_step = time.perf_counter(), self.num_steps
+        start_s, start_cpu_s, first_step = time.perf_counter(), cpu_s(descendants()), self.num_steps
         failure, commands = None, []
         try:
             with self.signals:
@@ -91,11 +92,18 @@ class Trainer:
                 failure = failure or RunStopped(
                     f"{error.filename} cannot be written: {error.strerror}; make room, and repeat"
                 )
-            self._print_summary(time.perf_counter() - start_s, self.num_steps - first_step, received, commands)
+            if failure is not None:
+                self.log.failed()
+            seconds = time.perf_counter() - start_s
+            busy = (cpu_s(descendants()) - start_cpu_s) / seconds
+            self._print_summary(seconds, busy, self.num_steps - first_step, received, commands)
             if failure is not None:
                 raise failure
             self.saves.writer.close()
             self.sync.close()
+        except BaseException:
+            self.log.failed()
+            raise
         finally:
             self.task.close()
             self.log.close()
@@ -110,9 +118,9 @@ class Trainer:
 
     def _evaluate_what_is_left(self) -> None:
         """Evaluate before the first step, or after the last one of a process that was interrupted meanwhile."""
-        is_due = self.task.evaluation_due(self.num_steps, self.num_steps == self.last_step)
-        if is_due and not (self.num_steps and broadcast_object(self.log.has_scores(self.num_steps))):
-            self._evaluate()
+        due = self.task.evaluations_due(self.num_steps, self.num_steps == self.last_step)
+        if due and not (self.num_steps and broadcast_object(self.log.has_scores(self.num_steps))):
+            self._evaluate(due)
 
     def _train_steps(self) -> signal.Signals | None:
         batches = self.task.data.batches(self.num_steps)
@@ -168,19 +176,19 @@ class Trainer:
             self._on_nonfinite(result)
         self.log.advance(self.num_steps)
         is_last = self.num_steps == self.last_step
-        evaluation_due = self.task.evaluation_due(self.num_steps, is_last)
-        if evaluation_due or is_last or self.num_steps % self.task.cfg.crossbatch.log.every_steps == 0:
+        due = self.task.evaluations_due(self.num_steps, is_last)
+        if due or is_last or self.num_steps % self.task.cfg.crossbatch.log.every_steps == 0:
             self._record(self._metrics(result))
-        if evaluation_due:
+        if due:
             self._set_phase("evaluating")
             agreed = self.sync.exchange(self.signals.received, self.saves.writer.busy, False)
             self.saves.boundary(self.num_steps, agreed.saving, is_last)  # an evaluation may take long
-            self._evaluate()
+            self._evaluate(due)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, due: Collection[str]) -> None:
         """Evaluate the task, record its scores, and keep them for the end. Raises Interrupted."""
         self._set_phase("evaluating")
-        found = self.task.evaluate(self.state.step, self._between_batches)
+        found = self.task.evaluate(self.state.step, due, self._between_batches)
         self.scores.append((self.num_steps, found))
         self._record(found)
 
@@ -215,7 +223,8 @@ class Trainer:
         """Log a line of metrics, and warn of what is odd about it."""
         epoch, images = self.num_steps / self.task.data.steps_per_epoch, self.num_steps * self.task.cfg.train_batch_size
         self.log.record({"step": self.num_steps, "epoch": epoch, "images_seen": images, **metrics})
-        for warning in self.loss_monitor.check(metrics.get("loss"), metrics.get("feature_std")):
+        rank = metrics.get("effective_rank") if self.num_steps else None  # random weights may have a low one
+        for warning in self.loss_monitor.check(metrics.get("loss"), metrics.get("feature_std"), rank):
             self.log.warn(f"step {self.num_steps}: {warning}")
         self.clock.restart()
 
@@ -267,14 +276,18 @@ class Trainer:
         remedy = f"set {CHUNK_KEY} to {chunk // 2}" if chunk > 1 else "use more ranks"
         raise RunStopped(f"out of memory in {where} with chunks of {chunk} images{saved}; {remedy}")
 
-    def _print_summary(self, seconds: float, steps: int, received: signal.Signals | None, commands: list[str]) -> None:
+    def _print_summary(
+        self, seconds: float, busy: float, steps: int, received: signal.Signals | None, commands: list[str]
+    ) -> None:
         images, total_steps = steps * self.task.cfg.train_batch_size, self.state.total_steps
+        whose = "this run" if self.task.cfg.world_size == 1 else "rank 0 and its loader"
         rows = [
             ("steps", f"{self.num_steps} of {total_steps}"),
             ("images", f"{images:,} in {seconds:.0f} s ({images / seconds:.0f} images/s, evaluation included)"),
+            ("CPU cores", f"{busy:.1f} of {usable_cores()} busy with {whose}"),
         ]
         for step, found in self.scores[:1] + self.scores[1:][-1:]:
-            rows += [(f"{SCORES[name]} at step {step}", f"{percent:.2f} %") for name, percent in found.items()]
+            rows += score_rows(step, found)
         rows.append(("run directory", str(self.out)))
         if received:
             rows.append(("stopped by", received.name))

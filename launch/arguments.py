@@ -14,13 +14,19 @@ from crossbatch import InputError
 # The names of a flag, the path of the key that it sets, and its type; None is a switch that sets true.
 Alias = tuple[tuple[str, ...], str, Callable[[str], Any] | None]
 
+
+def number(text: str) -> float:
+    """Return a number from a command line, as an int where it is one."""
+    return int(text) if text.isdecimal() else float(text)
+
+
 # The aliases of pretraining.
 ALIASES: list[Alias] = [
     (("-a", "--arch"), "crossbatch.model.arch", str),
     (("-b", "--batch-size"), "train_batch_size", int),
     (("-j", "--workers"), "crossbatch.data.workers", int),
     (("-p", "--print-freq"), "crossbatch.log.every_steps", int),
-    (("--epochs",), "crossbatch.schedule.epochs", int),
+    (("--epochs",), "crossbatch.schedule.epochs", number),
     (("--warmup-epochs",), "crossbatch.schedule.warmup_epochs", float),
     (("--optimizer",), "optimizer.type", lambda name: {"lars": "LARS", "adamw": "AdamW"}.get(name, name)),
     (("--lr", "--learning-rate"), "optimizer.params.base_lr", float),

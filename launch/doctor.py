@@ -20,7 +20,6 @@ import socket
 import statistics
 import time
 
-import psutil
 import torch
 import torch.distributed as dist
 from rich.table import Table
@@ -183,6 +182,10 @@ def interface(host: str) -> str:
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         if os.environ.get(name):
             return f"{os.environ[name]} ({name})"
+    try:
+        import psutil  # which DeepSpeed brings
+    except ImportError:
+        return "not looked up: psutil is not installed"
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as route:

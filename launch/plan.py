@@ -19,7 +19,7 @@ from rich.table import Table
 
 from crossbatch import InputError
 from crossbatch.engine.planning.catalogue import GPU_BY_HAND, GPUS, LINKS, NETWORKS
-from crossbatch.engine.planning.plan import IMAGENET, Plan, Question, as_dict, notes, plan
+from crossbatch.engine.planning.plan import IMAGENET, Plan, Question, as_dict, notes, plan, warnings
 from crossbatch.engine.runtime.output import check_printed, console
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides
 
@@ -76,6 +76,8 @@ def main() -> None:
         for line in lines:
             table.add_row(*line)
         printer.print(table)
+    for warning in warnings(found):
+        printer.print(f"warning: {warning}")
     for note in notes(found):
         printer.print(f"extrapolated: {note}")
     check_printed()

@@ -32,6 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     add_config_flags(parser)
     add_run_flags(parser)
     add_legacy_launch_flags(parser)
+    what = "start both backbones from a run or a file of weights, with new heads; sets crossbatch.model.init"
+    parser.add_argument("--init", metavar="FILE|RUN", help=what)
     what = "time N steps part by part, trace N more, and write both to OUT/profile"
     parser.add_argument("--profile", metavar="N", type=positive, default=0, help=what)
     what = "print what would run, as JSON, and exit without starting it"
@@ -51,7 +53,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Pretrain on this rank, or print what would run. Raises InputError or RunStopped."""
     arguments = parse_arguments()
-    config = load_config(arguments.deepspeed_config, overrides(arguments))
+    init = [] if arguments.init is None else [f"crossbatch.model.init={json.dumps(arguments.init)}"]
+    config = load_config(arguments.deepspeed_config, [*init, *overrides(arguments)])
     if arguments.dry_run:
         ranks = arguments.world_size_hint or asked_world_size(arguments) or world_from_environment().size
         cfg = resolve(config, ranks, Device.detect())

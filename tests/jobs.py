@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DEADLINE_S = 120
+DEADLINE_S = 300
 IMPORTED_ONCE = (
     "crossbatch.launch.pretrain",
     "crossbatch.engine.tasks.pretrain",

@@ -39,6 +39,7 @@ BASE = [
     "crossbatch.schedule.warmup_epochs=1",
     "crossbatch.momentum.base=0.9",
     "crossbatch.evaluate.knn_every_epochs=0",
+    "crossbatch.evaluate.every_epochs=0",
     "crossbatch.log.every_steps=1",
 ]
 LARS = [

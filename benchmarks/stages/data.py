@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.measure import Sample, compare, cpu_s, descendants, summarise
+from benchmarks.measure import Sample, compare, summarise
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
 from benchmarks.stages.plain_data import TwoViews, image_folder, plain_loader, spdl_loader
@@ -35,6 +35,7 @@ from crossbatch.data.augment.pil import crop
 from crossbatch.data.decode import decode, decode_pixels
 from crossbatch.data.worker_batches import TrainDataset
 from crossbatch.engine.config import Device, usable_cores
+from crossbatch.engine.runtime.timing import cpu_s, descendants
 
 SIZE = 224
 SPDL = "SPDL's threads, torchvision's transforms"

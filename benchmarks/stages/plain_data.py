@@ -25,17 +25,17 @@ SIZES = (468, 401)  # of a generated picture: the mean of ImageNet's
 class TwoViews:
     """Turns a PIL image into its two views, each normalised fp32 [3, size, size]."""
 
-    def __init__(self, size: int):
-        self.views = _transform(size, 1.0, 0.0), _transform(size, 0.1, 0.2)
+    def __init__(self, size: int, crop_min: float = 0.08):
+        self.views = _transform(size, crop_min, 1.0, 0.0), _transform(size, crop_min, 0.1, 0.2)
 
     def __call__(self, image: Any) -> list[Any]:
         return [view(image) for view in self.views]
 
 
-def _transform(size: int, blur: float, solarize: float) -> T.Compose:
+def _transform(size: int, crop_min: float, blur: float, solarize: float) -> T.Compose:
     return T.Compose(
         [
-            T.RandomResizedCrop(size, scale=(0.08, 1.0)),
+            T.RandomResizedCrop(size, scale=(crop_min, 1.0)),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             T.RandomGrayscale(p=0.2),
             T.RandomApply([_blur], p=blur),

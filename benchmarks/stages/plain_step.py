@@ -38,8 +38,9 @@ class PlainStep:
         torch.manual_seed(0)
         ours = cfg.config.crossbatch
         self.cfg, self.device, self.temperature, self.tuned = cfg, device, ours.model.temperature, tuned
+        self.momentum = 0.99
         self.layout = torch.channels_last if tuned else torch.contiguous_format
-        backbone = plain_backbone(cfg.config)
+        self.backbone = backbone = plain_backbone(cfg.config)
         width, hidden, dim = backbone.num_features, ours.model.mlp_dim, ours.model.projection_dim
         resnet = ours.model.arch.startswith("resnet")
         projector = plain_head([width, hidden, dim] if resnet else [width, hidden, hidden, dim], last_norm=True)
@@ -54,7 +55,8 @@ class PlainStep:
         if isinstance(cfg.config.optimizer.params, LarsConfig):
             self.optimizer = PlainLars([{"params": self.parameters, "weight_decay": 1e-6}], EPS, foreach=tuned)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, lr=EPS, weight_decay=0.1, fused=tuned or None)
+            decay = cfg.config.optimizer.params.weight_decay
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=EPS, weight_decay=decay, fused=tuned or None)
         self.scaler = torch.amp.GradScaler(device.type, FOUND_SCALE, enabled=cfg.precision == "fp16")
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         for network in [*self.encoder, *self.average, *trained[1:]] if compiled else []:
@@ -62,6 +64,10 @@ class PlainStep:
 
     def __call__(self, views: torch.Tensor) -> torch.Tensor:
         images = [(view.to(self.device, non_blocking=True).float() / 255 - self.mean) / self.std for view in views]
+        return self.train_on(images)
+
+    def train_on(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Train on two views that are normalised already, each fp32 [n, 3, H, W]."""
         images = [view.contiguous(memory_format=self.layout) for view in images]
         with autocast(self.device.type, autocast_dtype(self.cfg.precision)):
             queries = [self.predictor(self._project(self.encoder, view)) for view in images]
@@ -74,7 +80,9 @@ class PlainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        plain_moving_average(zip(self.encoder.parameters(), self.average.parameters(), strict=True), 0.99, self.tuned)
+        plain_moving_average(
+            zip(self.encoder.parameters(), self.average.parameters(), strict=True), self.momentum, self.tuned
+        )
         return loss.detach()
 
     def _project(self, encoder: nn.Sequential, view: torch.Tensor) -> torch.Tensor:
@@ -168,7 +176,7 @@ def plain_head(widths: list[int], last_norm: bool) -> nn.Sequential:
 def plain_backbone(config: Config) -> Any:
     """Return torchvision's or timm's network of the sizes in `config`, [n, 3, H, W] -> [n, its attribute num_features].
 
-    torchvision's ResNets have one width (and one stem), so `backbone_args` and `stem` must be left alone there.
+    torchvision's ResNets have one width and one stem; others are put together of its blocks.
     """
     model, size = config.crossbatch.model, config.crossbatch.data.image_size
     if model.arch in LAYOUTS:
@@ -178,7 +186,20 @@ def plain_backbone(config: Config) -> Any:
         transformer.pos_embed.requires_grad_(False)
         transformer.patch_embed.requires_grad_(not model.stop_grad_conv1)
         return transformer
-    assert not model.backbone_args and model.stem == "imagenet", model
     network: Any = torchvision.models.get_model(model.arch)
+    width = model.backbone_args.get("width", 64)
+    if width != 64:
+        block, blocks = type(network.layer1[0]), [len(getattr(network, f"layer{stage}")) for stage in range(1, 5)]
+        network.inplanes = width
+        network.conv1, network.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        for stage, count in enumerate(blocks):
+            layer = network._make_layer(block, width * 2**stage, count, stride=1 if stage == 0 else 2)
+            setattr(network, f"layer{stage + 1}", layer)
+        network.fc = nn.Linear(network.inplanes, 1)
+    if model.stem == "small":
+        network.conv1, network.maxpool = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.Identity()
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     network.num_features, network.fc = network.fc.in_features, nn.Identity()
     return network

@@ -44,6 +44,7 @@ def run(effort: Effort) -> Iterator[Row]:
         f"train_batch_size={batch}",
         f"crossbatch.batchformer.group_size={batch}",
         "crossbatch.evaluate.knn_every_epochs=1",
+        "crossbatch.evaluate.every_epochs=0",
         "crossbatch.log.every_steps=1",
         f"crossbatch.checkpoint.every_steps={traced + 1}",
     ]

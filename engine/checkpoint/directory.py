@@ -76,7 +76,15 @@ def _found_in(run: Path, key: str, also_allowed: str = "") -> list[Path]:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    steps = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    if not directory.exists():
+        return []
+    try:
+        found = list(directory.iterdir())  # glob takes a folder that cannot be read for an empty one
+    except OSError as error:
+        raise InputError(
+            f"{directory}: cannot be read: {error.strerror}; make it readable, or name another run directory"
+        ) from None
+    steps = [path for path in found if path.name.startswith("step-") and path.name[5:].isdecimal()]
     return sorted(steps, key=step_of, reverse=True)
 
 

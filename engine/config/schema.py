@@ -69,6 +69,10 @@ class ModelConfig(Section):
         "torch.compile the blocks of a ViT, the heads' linear layers and BatchFormer; not a ResNet",
         resumable=True,
     )
+    init: str | None = key(
+        None,
+        "weights that both backbones start from: a run, one of its checkpoints, or a file; resuming does not load them again",
+    )
     backbone_args: Mapping[str, Any] = key(
         {}, "arguments of the backbone: width (ResNet); embed_dim, depth, num_heads, patch_size, mlp_ratio (ViT)"
     )
@@ -102,8 +106,12 @@ class MomentumConfig(Section):
 
 
 class ScheduleConfig(Section):
-    epochs: Count = key(100, "epochs to train")
+    epochs: Count | Positive = key(100, "epochs to train; 0.5 is half an epoch")
     warmup_epochs: NotNegative = key(10.0, "epochs over which the learning rate rises linearly from 0")
+    freeze_backbone_epochs: NotNegative = key(
+        0.0,
+        "epochs at the start in which only BatchFormer and heads are trained; running statistics of norms still move",
+    )
 
 
 class PathConfig(Section):
@@ -152,6 +160,13 @@ class DataConfig(ImageConfig):
 
 
 class EvaluateConfig(Section):
+    every_epochs: CountOrZero = key(
+        1,
+        "epochs between two measurements without labels (rank, alignment, uniformity), also at step 0 and the end; 0: never",
+    )
+    sample_size: Count = key(
+        10_000, "largest number of training images whose rank is measured, evenly spread among those of knn_bank_size"
+    )
     knn_every_epochs: CountOrZero = key(1, "epochs between two k-NN evaluations, also at step 0 and the end; 0: never")
     knn_k: Count = key(20, "neighbours that vote")
     knn_bank_size: Count = key(50_000, "largest number of training images to search for neighbours, evenly spread")
@@ -177,6 +192,7 @@ class WatchConfig(Section):
     max_nonfinite_steps: Count = key(30, "consecutive steps without finite gradients before the run stops")
     spike_sigmas: NotNegative = key(6.0, "warn of a loss this many standard deviations above its recent mean; 0: never")
     collapse_std: NotNegative = key(0.05, "warn when the metric feature_std falls below this; 0: never")
+    collapse_rank: NotNegative = key(1.5, "warn when the metric effective_rank falls below this; 0: never")
 
 
 class TrainingConfig(Section):

@@ -17,7 +17,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from crossbatch.data import EvaluationLoader, Source, WaitInterrupted, evaluation_share, normalize
+from crossbatch.data import (
+    EvaluationLoader,
+    Source,
+    ViewAugmentation,
+    WaitInterrupted,
+    evaluation_share,
+    normalize,
+)
 from crossbatch.data.augment.parameters import RGB, Channels, ImageSize, height_width
 from crossbatch.data.workers import WAIT_S
 from crossbatch.engine.config import autocast_dtype
@@ -83,6 +90,8 @@ class EvalLoaderConfig:
     interpolation: str = "bilinear"
     wait_s: float = WAIT_S  # for images, at most
     channels: Channels = RGB
+    augmentations: tuple[ViewAugmentation, ...] = ()  # of augmented views
+    seed: int = 0  # of those
 
     def open(self, *sources: Source) -> EvaluationLoader:
         """Return a loader of images of `sources`, to be closed."""
@@ -94,6 +103,8 @@ class EvalLoaderConfig:
             self.interpolation,
             self.wait_s,
             len(self.channels.mean),
+            self.augmentations,
+            self.seed,
         )
 
 
@@ -106,10 +117,12 @@ def extract(
     collective: Collective,
     between_batches: Callable[[int], object] = lambda images: None,
     loader: EvaluationLoader | None = None,
+    augmented: bool = False,
 ) -> FeatureSet:
     """Return the features of this rank's share of `indices`, from the central views; every rank must call it.
 
-    All ranks make the same number of forward passes: a rank without further images repeats its last ones and drops the result.
+    Features of `augmented` images are those of their v views side by side, [N, v * C]. All ranks make the same number of
+    forward passes: a rank without further images repeats its last ones and drops the result.
 
     Args:
         indices: images of `source`, [N], the same on all ranks.
@@ -122,16 +135,18 @@ def extract(
     """
     mine = indices[evaluation_share(len(indices), collective.world_size, collective.rank)]
     largest_share = -(-len(indices) // collective.world_size)
-    features, read = [], []
+    features, read, num_views = [], [], len(reading.augmentations) if augmented else 1
     with contextlib.nullcontext(loader) if loader else reading.open(source) as ours:
-        batches = ours.read(source, mine)
-        images = torch.zeros(1, len(reading.channels.mean), *height_width(reading.image_size), dtype=torch.uint8)
-        for _ in range(-(-largest_share // reading.batch_size)):
+        batches = ours.read(source, mine, augmented)
+        shape = num_views, 1, len(reading.channels.mean), *height_width(reading.image_size)
+        images = torch.zeros(shape if augmented else shape[1:], dtype=torch.uint8)
+        for _ in range(-(-largest_share // ours.images_at_once(augmented))):
             numbers = mine[:0]
             with stop_on_lost_images(), contextlib.suppress(WaitInterrupted):  # of which the ranks learn next
                 images, numbers = next(batches, (images, numbers))
             between_batches(len(numbers))
-            features.append(embed(prepared(images, reading)).float()[: len(numbers)])
+            views = [embed(prepared(view, reading)).float() for view in (images if augmented else [images])]
+            features.append(torch.cat(views, dim=1)[: len(numbers)])
             read.append(numbers)
         with stop_on_lost_images(), contextlib.suppress(WaitInterrupted):
             next(batches, None)  # the end, where it raises if not one image could be read

@@ -8,22 +8,14 @@ the same result.
 Shapes: M queries, N bank images of a rank, C features, K neighbours, W ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from crossbatch.data import Source
-from crossbatch.data.augment.parameters import channels_of
-from crossbatch.engine.config import ResolvedConfig
-from crossbatch.engine.datasets import longest_wait_s
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered, log_skipped_images
-from crossbatch.engine.runtime.distributed import GroupCollective
-from crossbatch.engine.sharding import Backend
+from crossbatch.engine.evaluation.features import FeatureSet, gathered
 from crossbatch.models.collective import Collective
 
 TEMPERATURE = 0.07
@@ -112,50 +104,3 @@ def too_few_neighbours(ks: Sequence[int], images: int, key: str) -> list[str]:
     """Return a line for the log if fewer than `k` training images can vote, for any k of `ks`, which `key` gives."""
     larger = ", ".join(str(k) for k in ks if k > images)
     return [f"{key}: {larger}, but there are {images} training images; all of them vote"] if larger else []
-
-
-class KnnMonitor:
-    """Scores evaluation images against evenly spread training images while a network is pretrained, on all ranks.
-
-    The images are read as `launch/knn.py` reads them, by PIL, so both give a checkpoint the same score. The workers that read
-    them live until `close`.
-    """
-
-    def __init__(self, cfg: ResolvedConfig, train: Source, evaluation: Source, device: torch.device):
-        self.settings = cfg.crossbatch.evaluate
-        data = cfg.crossbatch.data
-        self.reading = EvalLoaderConfig(
-            data.image_size,
-            min(256, max(cfg.chunk, 32)),
-            cfg.workers,
-            device,
-            wait_s=longest_wait_s(cfg),
-            channels=channels_of(data.channels, data.mean, data.std),
-        )
-        self.train, self.evaluation = train, evaluation
-        self.loader = self.reading.open(train, evaluation)
-        self.collective = GroupCollective()
-        bank = min(len(train), self.settings.knn_bank_size)
-        self.bank_indices = np.arange(bank) * len(train) // bank
-        self.named: set[str] = set()  # broken images that the log names already
-
-    def top1(self, backend: Backend, between_batches: Callable[[int], object] = lambda images: None) -> float:
-        """Return the top-1 accuracy in percent; every rank must call it, and gets the same number.
-
-        `between_batches`: see `extract`.
-        """
-        embed = partial(backend, "embed")
-        backend.model.eval()
-        everything = np.arange(len(self.evaluation))
-        bank, queries = (
-            extract(embed, source, indices, self.reading, self.collective, between_batches, self.loader)
-            for source, indices in ((self.train, self.bank_indices), (self.evaluation, everything))
-        )
-        backend.model.train()
-        log_skipped_images(bank.skipped + queries.skipped, self.named)
-        k = self.settings.knn_k
-        return score(bank, queries, [k], len(self.train.class_names), self.collective).top1(k)
-
-    def close(self) -> None:
-        """End the workers."""
-        self.loader.close()

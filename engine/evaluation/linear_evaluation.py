@@ -24,7 +24,7 @@ from crossbatch.engine.evaluation.probe_file import identity, read_probe, save_p
 from crossbatch.engine.evaluation.results import confusion_matrix, curves
 from crossbatch.engine.run_log import Log, RunLog, StepClock, command, finite_or_none
 from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main
-from crossbatch.engine.trackers import check_installed
+from crossbatch.engine.trackers import check_trackers
 from crossbatch.models.backbones import family
 
 AUTO_LR = {"resnet": 0.1, "vit": 3.0}  # of MoCo v3's linear evaluation
@@ -52,7 +52,7 @@ class LinearEvaluation(Evaluation):
                 f"crossbatch.data.crop_min: given {section.data.crop_min:g} with crossbatch.linear.cache, which does not "
                 f"augment; leave one of the two out"
             )
-        on_main(lambda: check_installed(section.log.to))
+        on_main(lambda: check_trackers(section.log.to))
         super().__init__(cfg.config, world, device, cfg.workers, out)
         self.cfg = cfg
         with user_input("train_batch_size"):
@@ -121,6 +121,9 @@ class LinearEvaluation(Evaluation):
                 content = {"history": self.history, "identity": self.identity, "backbone": self.frozen.fingerprint}
                 content |= {"class_names": list(self.class_names), **self.probe.state()}
                 save_probe(self.out, content, log, is_last=epoch + 1 == epochs)
+        except BaseException:
+            log.failed()
+            raise
         finally:
             batches.close()
             log.close()

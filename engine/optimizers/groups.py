@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -72,7 +73,35 @@ def _longest_prefix(name: str, prefixes: Iterable[str]) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Set the learning rate of every group to `lr` times the group's `lr_scale`."""
+def set_learning_rate(optimizer: Any, lr: float, updates_since_thaw: int = 0) -> None:
+    """Set the learning rate of every group to `lr` times its `lr_scale`.
+
+    `updates_since_thaw` counts the optimizer steps since the groups of `freeze_at_first` are trained; below 0 they are not yet.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"], group["updates_since_thaw"] = lr * group["lr_scale"], updates_since_thaw
+
+
+def freeze_at_first(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Let each step leave out the groups called `name` until `set_learning_rate` says that they are trained.
+
+    Until then nothing of them changes, neither parameters nor state. A learning rate or gradients of 0 would not do: weight
+    decay would still enter the velocity. AdamW's bias correction counts from their own first step.
+    """
+    counted: set[torch.Tensor] = set()
+
+    def before_step(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group["name"] == name and group["updates_since_thaw"] < 0:
+                group["frozen"], group["params"] = group["params"], []
+            for tensor in set(group["params"]) - counted if group["name"] == name else ():
+                if "step" in optimizer.state.get(tensor, {}):  # a resumed run has counted from the start of the run
+                    optimizer.state[tensor]["step"].fill_(group["updates_since_thaw"])
+                    counted.add(tensor)
+
+    def after_step(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["params"] = group.pop("frozen", group["params"])
+
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)

@@ -27,6 +27,7 @@ from crossbatch.engine.planning.prediction import (
 )
 from crossbatch.engine.planning.traffic import totals
 from crossbatch.engine.runtime.chunk_size import MARGIN
+from crossbatch.engine.schedules import too_short
 
 IMAGENET = 1_281_167
 AUTO_CHUNK = f"as a run would choose: what fits into {MARGIN:g} of the memory"
@@ -94,7 +95,7 @@ class Plan:
     @property
     def hours(self) -> tuple[float, float, float]:
         """Return the hours of the recipe's epochs: at the high rate, expected, at the low one."""
-        steps = self.asked.images // self.estimate.images * self.cfg.crossbatch.schedule.epochs
+        steps = round(self.asked.images // self.estimate.images * self.cfg.crossbatch.schedule.epochs)
         images = steps * self.estimate.images
         low, rate, high = self.images_per_s
         return images / high / 3600, images / rate / 3600, images / low / 3600
@@ -190,6 +191,11 @@ def _rows_in(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def warnings(found: Plan) -> list[str]:
+    """Return what is doubtful about the recipe itself, wherever it runs."""
+    return too_short(found.cfg.config, found.asked.images)
+
+
 def notes(found: Plan) -> Iterator[str]:
     """Say in sentences what of an answer is extrapolated."""
     asked, cfg = found.asked, found.cfg
@@ -243,5 +249,6 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "limited_by": list(found.estimate.limits),
         "collectives": totals(found.estimate.traffic),
         "helps": [tried._asdict() for tried in found.helps],
+        "warnings": warnings(found),
         "notes": list(notes(found)),
     }

@@ -1,12 +1,14 @@
 """Writes backbones in formats with other tensor names or files: Hugging Face's folder, ONNX, detectron2's pickle.
 
-    huggingface   config.json of a ResNetModel or ViTModel, which timm reads, too; model-00001-of-00001.safetensors with its
-                  index, in transformers' names; model.pth in timm's; README.md, the model card
+    huggingface   config.json of a ResNetModel or ViTModel, which timm reads, too; transformers/model.safetensors with its
+                  index, in transformers' names; pytorch_model.bin in timm's; README.md, the model card
     onnx          opset 18, input "images" [n, 3, H, W] normalised, output "features" [n, C]; compared with onnxruntime
     detectron2    {"model", "matching_heuristics"} with the names of its ResNets
 
-transformers and timm both read config.json and would both take model.safetensors, with other names inside. A checkpoint with an
-index is one that only transformers looks for, and model.pth is one that only timm looks for.
+transformers and timm both read config.json and would both take model.safetensors, with other names inside. transformers then
+looks for an index, which may name files in a folder, and comes to pytorch_model.bin last. timm knows no index. It looks for
+pytorch_model.bin before all other names, on the Hub, too; versions before 1.0.31 then replace what they found by the last of
+*.safetensors, *.pth and *.bin beside config.json, so that no other file of weights may lie there.
 """
 
 import importlib.util
@@ -32,7 +34,7 @@ from crossbatch.engine.pretrained.load import Pretrained
 from crossbatch.models.backbones import LAYOUTS, family
 from crossbatch.models.resnet import BLOCKS, Bottleneck
 
-SHARD = "model-00001-of-00001.safetensors"
+FOR_TRANSFORMERS, FOR_TIMM = "transformers/model.safetensors", "pytorch_model.bin"
 ONNX_TOLERANCE = 1e-4  # between the features of onnxruntime and of torch
 CARD = "README.md"
 
@@ -75,14 +77,14 @@ def huggingface(pretrained: Pretrained, folder: Path) -> list[str]:
     }
     index = {
         "metadata": {"total_size": sum(tensor.numel() * tensor.element_size() for tensor in renamed.values())},
-        "weight_map": dict.fromkeys(renamed, SHARD),
+        "weight_map": dict.fromkeys(renamed, FOR_TRANSFORMERS),
     }
 
     def save(temporary: Path) -> None:
-        temporary.mkdir()
+        (temporary / FOR_TRANSFORMERS).parent.mkdir(parents=True)
         try:
-            save_file(renamed, temporary / SHARD, {"format": "pt"})
-            torch.save(state, temporary / "model.pth")
+            save_file(renamed, temporary / FOR_TRANSFORMERS, {"format": "pt"})
+            torch.save(state, temporary / FOR_TIMM)
             for file, content in {
                 "config.json": config,
                 "preprocessor_config.json": processor,
@@ -243,13 +245,21 @@ def onnx(pretrained: Pretrained, file: Path) -> list[str]:
 
 
 def detectron2(pretrained: Pretrained, file: Path) -> list[str]:
-    """Write the pickle that detectron2 takes as MODEL.WEIGHTS, and return lines for the user. Raises InputError for a ViT."""
+    """Write the pickle that detectron2 takes as MODEL.WEIGHTS, and return lines for the user.
+
+    Raises InputError for what detectron2 cannot build: a ViT, a small stem, other than three channels.
+    """
     if family(pretrained.arch) != "resnet" or pretrained.stem != "imagenet":
         what = (
             f"{pretrained.arch} with the stem {pretrained.stem}" if pretrained.stem != "imagenet" else pretrained.arch
         )
         raise InputError(
             f"--to detectron2: builds ResNets with the imagenet stem, and not {what}; --to timm takes a ViT"
+        )
+    if len(pretrained.mean) != 3:
+        raise InputError(
+            f"--to detectron2: reads images of 3 channels, and this network takes {len(pretrained.mean)}; --to timm and "
+            f"--to onnx take any number"
         )
     renames = [
         (r"^(conv1|bn1)\.", r"stem.\1."),

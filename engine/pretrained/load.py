@@ -39,6 +39,7 @@ class Pretrained:
     image_size: int | tuple[int, int]
     mean: tuple[float, ...]  # of each channel of the images, for values from 0 to 1
     std: tuple[float, ...]
+    knows_channels: bool  # whether mean and std are those of pretraining; else they are ImageNet's
     description: str  # where the weights come from
     loaded: int
     missing: list[str]
@@ -60,7 +61,7 @@ class Pretrained:
 
     def summary(self) -> dict[str, Any]:
         """Return what was loaded, for results.json."""
-        fields = {name: value for name, value in vars(self).items() if name != "backbone"}
+        fields = {name: value for name, value in vars(self).items() if name not in ("backbone", "knows_channels")}
         return {"from": fields.pop("description"), "tensors": fields.pop("loaded"), **fields}
 
 
@@ -85,6 +86,7 @@ def load_pretrained(
     backbone_args: Mapping[str, Any] | None = None,
     image_size: int | tuple[int, int] | None = None,
     encoder: str = "online",
+    flag: str = "--checkpoint",
 ) -> Pretrained:
     """Load the backbone in `path`: a run directory, one of its checkpoints, or a file; see `weights`.
 
@@ -94,12 +96,13 @@ def load_pretrained(
         image_size: side in pixels, or (height, width), of the images that the network will see; None means that of
             pretraining. The positions of a ViT are resampled if the two differ.
         encoder: "online" or "momentum", for checkpoints of pretraining, which hold both.
+        flag: where the user gave `path`, for messages.
 
     Raises:
         InputError: if `path` cannot be read, holds no backbone, or one of another architecture or number of heads.
     """
-    where = f"--checkpoint {path}"
-    weights = read_weights(Path(path), encoder, where)
+    where = f"{flag} {path}"
+    weights = read_weights(Path(path), encoder, where, flag)
     _check_kinds(weights, where)
     arch, stem, args = _network(weights, arch, stem, backbone_args, where)
     patch = int(args.get("patch_size", 16))
@@ -122,6 +125,7 @@ def load_pretrained(
         image_size=size,
         mean=channels.mean,
         std=channels.std,
+        knows_channels=weights.mean is not None,
         description=weights.origin,
         loaded=len(backbone.state_dict()) - len(missing),
         missing=missing,
@@ -139,15 +143,17 @@ def _network(
         raise InputError(f"{where}: does not say which backbone it holds; give it with -a, one of {', '.join(ARCHS)}")
     if weights.arch not in (None, found):
         raise InputError(
-            f"{where}: holds a {weights.arch}, but {found} was asked for; leave out -a, or give another file"
+            f"{where}: holds a {weights.arch}, but {found} was asked for; give -a {weights.arch}, or another file"
         )
     if None not in (stem, weights.stem) and stem != weights.stem:
-        raise InputError(f"{where}: has the stem {weights.stem}; crossbatch.model.stem: given {stem}; leave it out")
+        raise InputError(
+            f"{where}: has the stem {weights.stem}; crossbatch.model.stem: given {stem}; set it to {weights.stem}"
+        )
     args = dict(weights.backbone_args or {})
     for name, value in (backbone_args or {}).items():
         if weights.backbone_args is not None and args.get(name, value) != value:
             raise InputError(
-                f"{where}: has {name} {args[name]}; crossbatch.model.backbone_args.{name}: given {value}; leave it out"
+                f"{where}: has {name} {args[name]}; crossbatch.model.backbone_args.{name}: given {value}; set it to that"
             )
         args[name] = value
     return found, stem or weights.stem or "imagenet", args

@@ -3,6 +3,7 @@
 a run directory or one of its checkpoints     of any sharding; its configuration describes the network
 checkpoint_*.pth.tar                          of moco-v3 or BatchFormer: base_encoder and momentum_encoder
 checkpoint_*.pth.tar of MoCo v2               encoder_q and encoder_k
+a full checkpoint of DINO                     student and teacher
 {"model": ...}, {"state_dict": ...}, tensors  as DeiT, timm, Lightning and torchvision write them, .pth or .safetensors; the
                                               backbone may have a prefix, such as "backbone." or "_orig_mod."
 """
@@ -17,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from crossbatch import InputError
+from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Unreadable
 from crossbatch.engine.pretrained.files import read_safetensors, read_torch
@@ -28,6 +30,7 @@ NETWORK = ("arch", "stem", "backbone_args", "image_size", "num_heads", "mean", "
 PROBE, PROBE_FILE = "linear probe", "probe.pt"  # "kind" of the file that the linear probe saves, and its name
 MOMENTUM = ("momentum", "teacher", "ema", "target", "encoder_k")  # in the prefix of a momentum encoder, anywhere
 MARKS = ("layer4.0.conv1.weight", "blocks.0.norm1.weight")  # of a ResNet, of a ViT
+DECODER = ("decoder_", "mask_token")  # of MAE, beside its backbone
 CLASSIFIERS = ("fc", "head", "head_dist")  # in torchvision, timm and DeiT; the projector in a file of moco-v3
 
 
@@ -47,12 +50,13 @@ class Weights:
     std: tuple[float, ...] | None = None
 
 
-def read_weights(path: Path, encoder: str, where: str) -> Weights:
+def read_weights(path: Path, encoder: str, where: str, flag: str = "--checkpoint") -> Weights:
     """Read the tensors of a backbone, without checking that they fit any network.
 
     Args:
         encoder: "online" or "momentum", for checkpoints of pretraining, which hold both.
         where: flag and path, for messages.
+        flag: the flag alone.
 
     Raises:
         InputError: if `path` cannot be read, or holds no backbone.
@@ -61,27 +65,26 @@ def read_weights(path: Path, encoder: str, where: str) -> Weights:
         raise InputError(
             f"{where}: no such file or folder; allowed: a run directory, one of its checkpoints, or a file"
         )
-    return (_read_run if path.is_dir() else _read_file)(path, encoder, where)
+    return _read_run(path, encoder, where, flag) if path.is_dir() else _read_file(path, encoder, where)
 
 
-def _read_run(path: Path, encoder: str, where: str) -> Weights:
+def _read_run(path: Path, encoder: str, where: str, flag: str) -> Weights:
     """Read the backbone of a run directory or of one of its checkpoints."""
     if (path / PROBE_FILE).is_file():
         raise InputError(f"{where}: is the folder of a linear probe; give the checkpoint that the probe was trained on")
-    found = checkpoint.find(path, "--checkpoint")
+    found = checkpoint.find(path, flag)
     prefix = f"{encoder}.backbone."
     try:
         manifest, config = checkpoint.read_manifest(found)
         tensors = checkpoint.read(found, f"parameters.{prefix}") | checkpoint.read(found, f"buffers.{prefix}")
     except Unreadable as error:
-        raise InputError(f"--checkpoint {found}: {error}; name another checkpoint of the run") from None
+        raise InputError(f"{flag} {found}: {error}; name another checkpoint of the run") from None
     section = config.get("crossbatch", {})
     model = section.get("model", {})
     if not tensors or "arch" not in model:
-        raise InputError(
-            f"--checkpoint {found}: holds no {encoder} backbone; allowed: a checkpoint of launch/pretrain.py"
-        )
+        raise InputError(f"{flag} {found}: holds no {encoder} backbone; allowed: a checkpoint of launch/pretrain.py")
     data = section.get("data", {})
+    mean, std = channels_of(data.get("channels", 3), data.get("mean", "auto"), data.get("std", "auto"))
     rest = [name for name in manifest.shapes if name.partition(".")[2].removeprefix(prefix) not in tensors]
     return Weights(
         tensors,
@@ -90,7 +93,9 @@ def _read_run(path: Path, encoder: str, where: str) -> Weights:
         arch=model["arch"],
         stem=model.get("stem", "imagenet"),
         backbone_args=dict(model.get("backbone_args", {})),
-        **{name: _tuple(data.get(name)) for name in ("image_size", "mean", "std") if data.get(name) != "auto"},
+        image_size=_tuple(data.get("image_size")),
+        mean=mean,
+        std=std,
     )
 
 
@@ -126,6 +131,7 @@ def _read_file(path: Path, encoder: str, where: str) -> Weights:
         for name, value in tensors.items()
         if isinstance(value, Tensor)
         and name.startswith(prefix)
+        and not name.removeprefix(prefix).startswith(DECODER)
         and name.removeprefix(prefix).split(".")[0] not in CLASSIFIERS
     }
     if not chosen:
@@ -172,6 +178,13 @@ def _open(path: Path, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]
     entries = read_torch(path)
     if not isinstance(entries, dict):
         raise InputError(f"{where}: holds a {type(entries).__name__}, not the tensors of a network")
+    networks = {part: entries[part] for part in ("student", "teacher") if isinstance(entries.get(part), dict)}
+    if len(networks) == 2:  # a full checkpoint of DINO
+        return entries, {
+            f"{part}.{str(name).removeprefix('module.')}": value
+            for part, network in networks.items()
+            for name, value in network.items()
+        }
     tensors = next((entries[name] for name in ("state_dict", "model") if isinstance(entries.get(name), dict)), entries)
     return entries, {str(name).removeprefix("module."): value for name, value in tensors.items()}
 

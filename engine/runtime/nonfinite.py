@@ -66,11 +66,17 @@ class LossMonitor:
     def __init__(self, settings: WatchConfig):
         self.settings = settings
         self._losses: deque[float] = deque(maxlen=MAX_WINDOW)
-        self._collapsed = False
+        self._collapsed: dict[str, bool] = {}
 
-    def check(self, loss: float | None, feature_std: float | None) -> list[str]:
+    def check(self, loss: float | None, feature_std: float | None, effective_rank: float | None = None) -> list[str]:
         """Return warnings about the next line of metrics; None stands for a number that it lacks, or that is not finite."""
-        warnings = [self._spike(loss), self._collapse(feature_std)]
+        equal = "the features of different images are becoming equal"
+        line = "the features of different images differ along a line only"
+        warnings = [
+            self._spike(loss),
+            self._collapse("feature_std", feature_std, self.settings.collapse_std, equal),
+            self._collapse("effective_rank", effective_rank, self.settings.collapse_rank, line),
+        ]
         return [text for text in warnings if text]
 
     def _spike(self, loss: float | None) -> str | None:
@@ -86,13 +92,12 @@ class LossMonitor:
         z = (loss - mean) / deviation if deviation else math.inf
         return f"loss jumped to {loss:.4g}, {z:.1f} standard deviations above its recent mean of {mean:.4g}"
 
-    def _collapse(self, feature_std: float | None) -> str | None:
-        if feature_std is None:
+    def _collapse(self, name: str, value: float | None, limit: float, what: str) -> str | None:
+        """Return a warning if `value` is below `limit`, and the one before it was not."""
+        if value is None:
             return None
-        was, self._collapsed = self._collapsed, feature_std < self.settings.collapse_std
-        if was or not self._collapsed:
+        was, self._collapsed[name] = self._collapsed.get(name, False), value < limit
+        if was or not self._collapsed[name]:
             return None
-        return (
-            f"feature_std fell to {feature_std:.3g}: the features of different images are becoming equal (collapse); lower "
-            f"optimizer.params.base_lr or raise crossbatch.momentum.base"
-        )
+        remedy = "lower optimizer.params.base_lr or raise crossbatch.momentum.base"
+        return f"{name} fell to {value:.3g}: {what} (collapse); {remedy}"

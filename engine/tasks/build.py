@@ -16,13 +16,15 @@ from crossbatch.engine.config import (
     user_input,
 )
 from crossbatch.engine.config.schema import PRINTED_BY_DEEPSPEED
-from crossbatch.engine.optimizers import LARS, split_parameters
+from crossbatch.engine.optimizers import LARS, freeze_at_first, split_parameters
 from crossbatch.engine.runtime.distributed import GroupCollective, consecutive_ranks
 from crossbatch.engine.sharding import Backend
 from crossbatch.models import MoCo, ShardableModel
 
 # Parameters of a ViT that are added to every image alike, as biases are, whatever their shape.
 POSITIONS = ("*cls_token", "*pos_embed")
+
+FROZEN_FIRST = "backbone"  # name of the groups that `schedule.freeze_backbone_epochs` freezes
 
 # Arguments of MoCo that are not in the section crossbatch.model.
 KEYS_ELSEWHERE = {"image_size": "crossbatch.data.image_size"} | {
@@ -42,7 +44,7 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
     with user_input("crossbatch.model.", **KEYS_ELSEWHERE):
         return MoCo(
             model.arch,
-            **model.model_dump(exclude={"arch", "norm_ranks", "compile"}),
+            **model.model_dump(exclude={"arch", "norm_ranks", "compile", "init"}),
             image_size=data.image_size,
             in_channels=data.channels,
             batchformer_loss=batchformer.loss,
@@ -63,23 +65,35 @@ def connect(model: MoCo, cfg: ResolvedConfig) -> None:
 def parameter_groups(model: nn.Module, config: Config | FinetuneConfig) -> list[dict[str, Any]]:
     """Return the trainable parameters in up to four groups: decayed or not, at BatchFormer's rate or at that of the rest.
 
-    Each group carries `adapts` (for LARS), `weight_decay`, and `lr_scale` (relative to the schedule). DeepSpeed steps group by
-    group, so a BatchFormer with a rate of its own costs LARS one more all-reduce.
+    With `schedule.freeze_backbone_epochs`, the backbone has groups of its own, named so. Each group carries `adapts`
+    (for LARS), `weight_decay`, and `lr_scale`, relative to the schedule. DeepSpeed steps group by group, so a BatchFormer with
+    a rate of its own, and a frozen backbone, cost LARS one more all-reduce each.
     """
     params = config.optimizer.params
     decays_1d = isinstance(params, AdamWConfig) and params.decay_1d
     positions = POSITIONS if isinstance(params, AdamWConfig) else ()
     lr_scales = {"batchformer.": config.crossbatch.batchformer.lr_scale} if isinstance(config, Config) else {}
     split = split_parameters(model, lr_scales, positions)
+    backbone: set[nn.Parameter] = set()
+    if _freezes(config):
+        assert isinstance(model, MoCo)
+        backbone = set(model.online.backbone.parameters())
     return [
         {
-            "params": parameters,
+            "name": name,
+            "params": members,
             "adapts": is_matrix,
             "weight_decay": params.weight_decay if is_matrix or decays_1d else 0.0,
             "lr_scale": lr_scale,
         }
         for (lr_scale, is_matrix), parameters in split.items()
+        for name in (FROZEN_FIRST, "")
+        if (members := [parameter for parameter in parameters if (parameter in backbone) == (name == FROZEN_FIRST)])
     ]
+
+
+def _freezes(config: Config | FinetuneConfig) -> bool:
+    return isinstance(config, Config) and config.crossbatch.schedule.freeze_backbone_epochs > 0
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: Config | FinetuneConfig) -> torch.optim.Optimizer:
@@ -87,8 +101,12 @@ def build_optimizer(groups: list[dict[str, Any]], config: Config | FinetuneConfi
     params = config.optimizer.params
     if isinstance(params, LarsConfig):
         in_groups = {"base_lr", "reference_batch", "weight_decay"}
-        return LARS(groups, lr=0.0, **params.model_dump(exclude=in_groups))
-    return torch.optim.AdamW(groups, lr=0.0, betas=params.betas, eps=params.eps, fused=True)
+        optimizer = LARS(groups, lr=0.0, **params.model_dump(exclude=in_groups))
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=params.betas, eps=params.eps, fused=True)
+    if _freezes(config):
+        freeze_at_first(optimizer, FROZEN_FIRST)
+    return optimizer
 
 
 def build_backend(model: ShardableModel, cfg: Resolved) -> Backend:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,9 @@ from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import GroupCollective, World
 from crossbatch.engine.tasks.build import build_backend
 from crossbatch.engine.tasks.finetune_step import FinetuneStep
-from crossbatch.engine.tasks.task import TrainResult
+from crossbatch.engine.tasks.task import STARTED_FROM, TrainResult
 from crossbatch.models import build_backbone
 from crossbatch.models.classifier import Classifier
-
-STARTED_FROM = "started_from.json"  # in the run directory: the weights that the run started from, and their fingerprint
 
 
 @dataclass
@@ -65,7 +63,7 @@ class FinetuneTask:
     named: set[str] = field(default_factory=set)
     timer: None = None
 
-    def build_step(self, chunk: int) -> FinetuneStep:
+    def build_step(self, chunk: int, resumes: bool = False) -> FinetuneStep:
         """Build the classifier from the pretrained weights and a random head."""
         settings, pretrained = self.cfg.crossbatch.finetune, self.pretrained
         backbone = build_backbone(
@@ -104,13 +102,15 @@ class FinetuneTask:
         result = step(batch.views.flatten(0, 1), batch.labels.repeat(len(batch.views)))
         return TrainResult({"loss": result.output}, result.rates, result.grad_norm, {"loss": result.output})
 
-    def evaluation_due(self, num_steps: int, is_last: bool) -> bool:
+    def evaluations_due(self, num_steps: int, is_last: bool) -> Collection[str]:
         """Return whether to evaluate: every some epochs, and at the end."""
         every_steps = self.cfg.crossbatch.evaluate.every_epochs * self.data.steps_per_epoch
-        return is_last or (num_steps > 0 and num_steps % every_steps == 0)
+        return ["accuracy"] if is_last or (num_steps > 0 and num_steps % every_steps == 0) else []
 
     @torch.no_grad()
-    def evaluate(self, step: FinetuneStep, between_batches: Callable[[int], object]) -> dict[str, float]:
+    def evaluate(
+        self, step: FinetuneStep, due: Collection[str], between_batches: Callable[[int], object]
+    ) -> dict[str, float]:
         """Return the top-1 accuracy over the evaluation images, in percent; of the moving average, too, if there is one."""
         networks = {"top1": "logits"}
         if self.cfg.crossbatch.finetune.ema_decay:

@@ -5,7 +5,7 @@ open, and pretrained weights are read before anything of it is called. The train
 hands it to the other methods, because a step that runs out of memory is replaced by one with smaller chunks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +27,9 @@ class Step(Protocol):
     progress: Progress
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+STARTED_FROM = "started_from.json"  # in the run directory: the weights that a run started from
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,11 @@ class Task(Protocol[StepT]):
         """Return what measures the parts of each step, or None if nothing does."""
         ...
 
-    def build_step(self, chunk: int) -> StepT:
-        """Build model, sharding backend and step from torch's current random state; the model sees `chunk` images at most."""
+    def build_step(self, chunk: int, resumes: bool = False) -> StepT:
+        """Build model, sharding backend and step from torch's current random state; the model sees `chunk` images at most.
+
+        `resumes` says that a checkpoint will fill it, so weights that a new run starts from need not be there any more.
+        """
         ...
 
     def on_start(self, step: StepT, resumed: Resumed | None, allow_change: Iterable[str]) -> list[str]:
@@ -83,12 +89,12 @@ class Task(Protocol[StepT]):
         """Train on a batch of this rank."""
         ...
 
-    def evaluation_due(self, num_steps: int, is_last: bool) -> bool:
-        """Return whether to evaluate after `num_steps` steps; `is_last` if training ends there."""
+    def evaluations_due(self, num_steps: int, is_last: bool) -> Collection[str]:
+        """Return the task's names of what to evaluate after `num_steps` steps; `is_last` if training ends there."""
         ...
 
-    def evaluate(self, step: StepT, between_batches: Callable[[int], object]) -> dict[str, float]:
-        """Evaluate the model; return percentages by their names in metrics.jsonl, the same on all ranks.
+    def evaluate(self, step: StepT, due: Collection[str], between_batches: Callable[[int], object]) -> dict[str, float]:
+        """Evaluate what is `due`; return scores by their names in metrics.jsonl, the same on all ranks.
 
         `between_batches` is called before each forward pass, with the number of images, and raises to end the evaluation.
         """
@@ -97,7 +103,7 @@ class Task(Protocol[StepT]):
     def on_end(self, scores: list[tuple[int, dict[str, float]]]) -> list[str]:
         """Write the results after the last step, and return the commands that a user may type next.
 
-        `scores` are the number of steps and the percentages of every evaluation since the start of this process.
+        `scores` are the number of steps and the scores of every evaluation since the start of this process.
         """
         ...
 

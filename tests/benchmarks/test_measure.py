@@ -160,8 +160,10 @@ def test_unknown_stages_are_named_with_the_nearest(tmp_path, capsys):
     assert "--images: no such folder" in capsys.readouterr().err
 
 
-def test_a_stage_in_this_process_writes_and_prints_its_rows(tmp_path, capsys):
+def test_a_stage_in_this_process_writes_and_prints_its_rows(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     measure_here("transfer", Effort.QUICK, tmp_path)
+    assert torch.backends.cudnn.benchmark  # for the baselines, too
     rows = [json.loads(line) for line in (tmp_path / "transfer.jsonl").read_text().splitlines()]
     assert [row["case"] for row in rows] == ["fp32, normalised before", "uint8, normalised after"]
     assert all(row["p20"] <= row["p50"] <= row["p80"] and row["peak_mib"] > 0 for row in rows)

@@ -164,6 +164,28 @@ def test_predictions_for_this_gpu_name_the_cases_that_follow(monkeypatch):
     assert list(step._predictions(group, [])) == []
 
 
+@pytest.mark.parametrize("effort", [Effort.BRIEF, Effort.FULL])
+def test_a_gpu_measures_every_size_beside_both_plain_steps_and_4096_images(monkeypatch, effort):
+    """Say that 512 images fit, and chunks of 1024: what is measured on a GPU, without one."""
+    monkeypatch.setattr(step, "_largest", lambda network, device: 512)
+    monkeypatch.setattr(step, "_automatic_chunk", lambda network, device: 1024)
+    groups = list(step._groups(effort, torch.device("cuda")))
+    plain, tuned, ours = step.PLAIN, step.TUNED, step.OURS
+    sizes = {}
+    for group in groups:
+        if [setup.kind for setup in group[:3]] == [plain, tuned, ours]:  # the rows that a ratio is of
+            assert all(setup.chunk == setup.images for setup in group[:3])
+            sizes.setdefault((group[0].network, group[0].precision), set()).add(group[0].images)
+    assert sizes == {
+        (step.RESNET, "auto"): {64, 128, 256, 512},
+        (step.RESNET, "fp16"): {256},
+        (step.VIT, "auto"): {256},
+    }
+    whole = [(setup.chunk, setup.case) for group in groups for setup in group if setup.images == 4096]
+    assert [chunk for chunk, _ in whole] == [1024, 512] and "automatic chunk" in whole[0][1]
+    assert {step.COMPILED, step.OURS_COMPILED} <= {setup.kind for group in groups for setup in group}
+
+
 SIXTEEN = ["train_batch_size=16", "train_micro_batch_size_per_gpu=16", "crossbatch.batchformer.group_size=16"]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional
 
 from crossbatch.data import ImagesLost, TrainLoader, WaitInterrupted, check_workers, workers
 from crossbatch.data.augment.pil import evaluation_image
@@ -220,7 +221,14 @@ def test_field_a_worker_that_dies_is_named_and_the_others_end(monkeypatch, numbe
 
 
 @pytest.mark.parametrize("size", [(1, 30000), (30000, 1), (3, 4000)])
-def test_field_a_long_and_narrow_image_is_evaluated(size):
-    """1 x 30000 would be resized to 256 x 7.7 million pixels."""
+def test_field_a_long_and_narrow_image_is_evaluated(monkeypatch, size):
+    """1 x 30000 would be resized to 256 x 7.7 million pixels, which takes half a minute and gigabytes."""
+    resize = functional.resize
+
+    def small(image, to, *how):
+        assert to[0] * to[1] <= 16 * 256**2
+        return resize(image, to, *how)
+
+    monkeypatch.setattr(functional, "resize", small)
     view = evaluation_image(Image.new("RGB", size, (200, 10, 30)), 224)
     assert view.shape == (3, 224, 224) and view.float().mean((1, 2)).tolist() == [200, 10, 30]

@@ -161,6 +161,34 @@ def test_a_list_to_evaluate_on(tmp_path):
         open_source(f"list://{tmp_path}/train.csv", "eval")
 
 
+CLASSES = 12  # more than ten: as text, 10 sorts before 2
+SPELT = {
+    "names": [f"class {number:02d}" for number in range(CLASSES)],
+    "numbers": [str(number) for number in range(CLASSES)],
+    "padded numbers": [f"{number:03d}" for number in range(CLASSES)],
+}
+
+
+@pytest.mark.parametrize("evaluation", SPELT)
+@pytest.mark.parametrize("train", SPELT)
+def test_field_an_image_has_one_label_in_every_pair_of_lists(tmp_path, train, evaluation):
+    """The second list lacks the first class, so that positions say nothing; folders and shards are in test_sources.py."""
+    write(tmp_path, *(f"{number}.png" for number in range(CLASSES)))
+    for file, spelt, start in (("train.csv", train, 0), ("val.csv", evaluation, 1)):
+        lines = [f"{number}.png,{label}\n" for number, label in enumerate(SPELT[spelt])]
+        (tmp_path / file).write_text("path,label\n" + "".join(lines[start:]))
+    path = f"list://{tmp_path}/train.csv?eval=val.csv"
+    if "names" in (train, evaluation) and train != evaluation:
+        with pytest.raises(ValueError, match=r"has the n.*class 0\d, .*; names and numbers cannot be matched"):
+            open_source(path, "eval")
+        return
+    first, second = open_source(path), open_source(path, "eval")
+    labels = {first.name(i): first.labels[i] for i in range(CLASSES)}
+    assert len({*labels.values()}) == CLASSES and labels.pop("0.png") == 0
+    assert {second.name(i): second.labels[i] for i in range(CLASSES - 1)} == labels
+    assert first.class_names == second.class_names
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

@@ -86,11 +86,6 @@ def used(folder: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in (folder / "shards").iterdir())
 
 
-def waiting(source: Any) -> dict[int, Any]:
-    """Return the pieces that were asked for and not taken."""
-    return source._images._coming
-
-
 def assert_same(source, other, order=None):
     assert len(source) == len(other) and np.array_equal(source.labels, other.labels)
     order = range(len(other)) if order is None else order
@@ -105,13 +100,14 @@ PATHS = ("{url}", "{url}/train/train-{{000000..000001}}.tar?eval={url}/val/val-0
 @pytest.mark.parametrize("path", PATHS)
 def test_remote_shards_are_those_of_the_disk(shards, url, path, tmp_path):
     path, local = path.format(url=url), open_source(shards)
+    source: Any = None
     for _ in range(2):
         source = open_source(path, remote=cached(tmp_path / "cache"))
         assert checksum(source) == checksum(local) and source.class_names == local.class_names
         assert_same(source, local)
         assert_same(pickle.loads(pickle.dumps(source)), local, [3, 59, 3])
-        assert not waiting(source)  # nothing piles up
-    assert describe_source(open_source(path)) == f"60 images, 10 classes in {url}/train"
+    assert not source._images._coming  # nothing piles up
+    assert describe_source(source) == f"60 images, 10 classes in {url}/train"
     assert has_evaluation_split(path)
     assert_same(open_source(path, "eval"), open_source(shards, "eval"))
     part = open_source(f"{path}{'&' if '?' in path else '?'}per_class=2")
@@ -163,9 +159,9 @@ def test_a_server_that_comes_back_costs_time_and_no_images(shards, serve, worker
 
 def test_what_was_read_ahead_needs_no_server(shards, serve):
     served, local = serve(shards), open_source(shards)
-    source = open_source(served.url)
-    read_ahead(source, range(8))
-    for piece in waiting(source).values():
+    source: Any = open_source(served.url)
+    source.read_ahead(range(8))
+    for piece in source._images._coming.values():
         piece.data.result()
     served.stop()
     assert_same(source, local, range(8))

@@ -390,7 +390,8 @@ def test_what_only_says_how_it_is_computed_may_change():
 
 @pytest.mark.parametrize("schema", [Config, FinetuneConfig, LinearConfig])
 def test_what_may_change_is_declared_with_the_key(schema):
-    data = {f"crossbatch.data.{name}" for name in ("path", "workers", "max_skipped_fraction")}
+    names = "path", "cache_dir", "cache_gib", "workers", "max_skipped_fraction"
+    data = {f"crossbatch.data.{name}" for name in names}
     start = set() if schema is Config else {"crossbatch.model.checkpoint"}
     training = {"zero_optimization", "crossbatch.sharding", "crossbatch.evaluate", "crossbatch.checkpoint"}
     training |= {"crossbatch.watch", "crossbatch.deterministic"}
@@ -526,3 +527,15 @@ def test_manifest_round_trip(tmp_path):
     files = [path for path in (tmp_path / "step-00000007").iterdir() if path.name != "state.json"]
     assert manifest.num_bytes == sum(path.stat().st_size for path in files) > 0
     assert time.time() - files[0].stat().st_mtime < 60
+
+
+def test_field_checkpoints_that_cannot_be_read_are_not_taken_for_none(monkeypatch, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", denied)
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InputError, match=r"checkpoints: cannot be read: Permission denied; make it readable"):
+        checkpoint.candidates(tmp_path, "auto")

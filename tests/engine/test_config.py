@@ -23,6 +23,7 @@ from crossbatch.engine.config import (
 from crossbatch.engine.config.deepspeed_keys import KEYS, OTHERS
 from crossbatch.engine.config.document import all_tables
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
+from crossbatch.engine.config.resolve import share_cores
 from crossbatch.engine.config.schema import ZeroConfig
 from crossbatch.engine.nested import flatten, nest
 from crossbatch.engine.tasks.build import deepspeed_config
@@ -499,3 +500,9 @@ def test_what_runs_is_what_the_documentation_says():
                     resolve(load_config(None, overrides), 2, CPU)
             walked += 1
     assert walked == 2 * 4 * 2 * 2 * 3  # sharding x stage x optimizer x offload x precision
+
+
+def test_all_cores_of_a_rank_compute_on_a_cpu_beside_its_loader(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert [share_cores("auto", CPU, ranks) for ranks in (1, 2, 8, 16)] == [(2, 8), (1, 4), (1, 1), (1, 1)]
+    assert share_cores("auto", Device("cuda"), 1) == (7, 8)

@@ -55,6 +55,15 @@ def written(pretrained: Pretrained, to: str, file: Path) -> dict:
     return state
 
 
+def test_field_the_advice_names_timm_and_what_to_change_in_deit(originals, tmp_path):
+    """With DeiT's timm 0.4.9 the call would fail, as the number of heads is given twice there."""
+    deit, timms = ("\n".join(export(originals["vit_small"], to, tmp_path / to)) for to in ("deit", "timm"))
+    assert 'timm.create_model("deit_small_patch16_224", num_heads=12) (timm 0.9 or newer)' in deit
+    assert 'timm.create_model("vit_small_patch16_224", num_heads=12) (timm 0.9 or newer)' in timms
+    assert "DeiT's main.py, with timm 0.4.9, builds its own" in deit and "write num_heads=12 in models.py" in deit
+    assert "models.py" not in timms
+
+
 @torch.no_grad()
 def features(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     return model.eval()(images)

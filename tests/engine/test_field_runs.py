@@ -17,7 +17,7 @@ from crossbatch import InputError, RunStopped
 from crossbatch.data.worker_batches import EvaluationDataset
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import load_config
-from crossbatch.engine.evaluation.knn import KnnMonitor
+from crossbatch.engine.evaluation.monitor import FeatureMonitor
 from crossbatch.engine.pretrained.load import load_pretrained
 from crossbatch.engine.runtime import run_lock
 from crossbatch.engine.runtime.distributed import World, process_group, world_from_environment
@@ -87,6 +87,16 @@ def test_field_a_run_on_another_host(monkeypatch, tmp_path, lives, has_locks):
             assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
+def test_field_a_lock_is_touched_for_as_long_as_it_is_held(monkeypatch, tmp_path):
+    """Which is all that other hosts see of it where the kernel's lock does not reach them."""
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.01)
+    with locked(tmp_path):
+        before, end = (tmp_path / ".lock").stat().st_mtime_ns, time.monotonic() + 30
+        while (tmp_path / ".lock").stat().st_mtime_ns == before:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
 # --- an evaluation that is left ----------------------------------------------------------------------------------------
 
 
@@ -101,26 +111,30 @@ def alone(monkeypatch):
 
 def test_field_a_signal_during_an_evaluation(monkeypatch, tmp_path, alone):
     """The epoch is saved, the evaluation ends after the batch at hand, and the next start makes up for it."""
-    read, done, sent = EvaluationDataset.__getitem__, [], []
+    read, done, sent, saved = EvaluationDataset.__getitem__, [], [], []
+    out, knn = tmp_path / "run", ["crossbatch.evaluate.knn_every_epochs=1", "crossbatch.evaluate.knn_k=3"]
 
     def interrupted(dataset, key):
         if len(done) == 1 and not sent:  # the evaluation before the first step is done
+            end = time.monotonic() + 20  # the save that was begun before the evaluation does not need its end
+            while not checkpoint.candidates(out, "auto") and time.monotonic() < end:
+                time.sleep(0.05)
+            saved.extend(path.name for path in checkpoint.candidates(out, "auto"))
             sent.append(os.kill(os.getpid(), signal.SIGTERM))
         return read(dataset, key)
 
-    top1 = KnnMonitor.top1
+    scores = FeatureMonitor.scores
 
-    def counted(self, backend, *between):
-        found = top1(self, backend, *between)
+    def counted(self, *arguments):
+        found = scores(self, *arguments)
         done.append(found)
         return found
 
     monkeypatch.setattr(EvaluationDataset, "__getitem__", interrupted)
-    monkeypatch.setattr(KnnMonitor, "top1", counted)
-    out, knn = tmp_path / "run", ["crossbatch.evaluate.knn_every_epochs=1", "crossbatch.evaluate.knn_k=3"]
+    monkeypatch.setattr(FeatureMonitor, "scores", counted)
     # 4 steps an epoch
     settings = [*VIT, *LARS, *fsdp(1), *knn, "crossbatch.data.path=synthetic://48?size=20&classes=4"]
-    assert run([*settings, "crossbatch.checkpoint.every_steps=4"], str(out), 8) == ""
+    assert run([*settings, "crossbatch.checkpoint.every_steps=4"], str(out), 8) == "" and saved == ["step-00000004"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and len(done) == 1
     assert "knn_top1" not in lines[4] and "loss" in lines[4]

@@ -55,6 +55,9 @@ def test_timm_loads_the_folder(networks, tmp_path, arch):
     torch.testing.assert_close(theirs(images), ours(networks[arch], images), atol=1e-5, rtol=1e-5)
     assert theirs.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]  # pyright: ignore
     assert any("AutoModel.from_pretrained" in note for note in notes)
+    # What versions of timm before 1.0.31 take in the end, whatever they have found before, and where nothing else may lie.
+    weights = [path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".safetensors", ".pth", ".bin")]
+    assert weights == ["pytorch_model.bin"]
     with pytest.raises(InputError, match="exists already"):
         export(networks[arch], "huggingface", tmp_path / "out")
 
@@ -111,6 +114,15 @@ def test_detectron2_gets_its_names(networks, tmp_path):
     assert prefixes == {"stem", "res2", "res3", "res4", "res5"} and len(found) == 53 * 5
     with pytest.raises(InputError, match="builds ResNets with the imagenet stem, and not vit_small"):
         export(networks["vit_small"], "detectron2", tmp_path / "vit.pkl")
+
+
+def test_detectron2_gets_three_channels(networks, tmp_path):
+    gray = dataclasses.replace(networks["resnet50"], mean=(0.5,), std=(0.25,))
+    with pytest.raises(
+        InputError, match="--to detectron2: reads images of 3 channels, and this network takes 1; --to timm"
+    ):
+        export(gray, "detectron2", tmp_path / "gray.pkl")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_small_stem_is_refused(networks, tmp_path):

@@ -48,7 +48,9 @@ def recorder(file: str):
 
 def test_field_a_run_says_what_it_found(images, tmp_path, one_rank):
     out, monitored = tmp_path / "run", "crossbatch.evaluate.knn_every_epochs=1"
-    patches = (("crossbatch.engine.evaluation.knn.log_skipped_images", partial(recorder, str(tmp_path / "monitor"))),)
+    patches = (
+        ("crossbatch.engine.evaluation.monitor.log_skipped_images", partial(recorder, str(tmp_path / "monitor"))),
+    )
     overrides = settings(images, monitored, "crossbatch.evaluate.knn_k=30")
     assert one_rank.run(run, overrides, str(out), 6, "auto", (), patches) == [""]
     told = Path(f"{out}.told").read_text().splitlines()
@@ -80,15 +82,17 @@ def test_field_a_folder_that_is_not_needed_stops_no_run(images, tmp_path, one_ra
     off, on = ([f"crossbatch.evaluate.knn_every_epochs={every}"] for every in (0, 1))
     (refused,) = one_rank.run(run, settings(images, *on), str(tmp_path / "run"), 1)
     assert refused.startswith("InputError: crossbatch.data.path: ") and "only in " in refused
-    assert refused.endswith("or set crossbatch.evaluate.knn_every_epochs=0 to train without evaluation")
+    assert refused.endswith("or set crossbatch.evaluate.knn_every_epochs=0 to train without k-NN")
     assert one_rank.run(run, settings(images, *off), str(tmp_path / "run"), 1) == [""]
     for file in (images / "val/foreign").iterdir():  # ImageNet's, before it is sorted into classes
         file.rename(images / "val" / file.name)
     (images / "val/foreign").rmdir()
     assert one_rank.run(run, settings(images, *off), str(tmp_path / "flat"), 1) == [""]
+    (images / "val").rename(images / "test")
+    assert one_rank.run(run, settings(images, *off), str(tmp_path / "flat test"), 1) == [""]
     (refused,) = one_rank.run(run, settings(images, *on), str(tmp_path / "flat2"), 1)
     assert "has no class folders (it holds 4 .png outside class folders)" in refused
-    (images / "val").rename(images / "evaluate")
+    (images / "test").rename(images / "evaluate")
     assert one_rank.run(run, settings(images, *on), str(tmp_path / "none"), 1) == [""]
     told = Path(f"{tmp_path / 'none'}.told").read_text()
     assert f"evaluation: none, as {images} has none of val/, validation/, test/ beside train/" in told

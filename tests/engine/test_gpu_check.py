@@ -110,6 +110,11 @@ def test_built_for_is_what_torch_says_with_a_gpu():
     assert bool(gpu_check.built_for()) is (torch.version.cuda is not None)
 
 
+@pytest.mark.skipif(not (torch.version.cuda or "").startswith("12."), reason="needs a torch for CUDA 12")
+def test_a_torch_for_cuda_12_has_code_for_a_v100():
+    assert gpu_check.has_code_for((7, 0), gpu_check.built_for())
+
+
 def test_a_driver_that_serves_torch_runs_its_cuda():
     driver = gpu_check.driver_cuda()
     if torch.cuda.is_available():

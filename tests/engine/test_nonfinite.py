@@ -125,6 +125,10 @@ def test_collapse_is_told_once():
     told = [alarms.check(5.0, deviation) for deviation in (0.5, 0.2, 0.04, 0.03, 0.2, 0.01)]
     assert [len(texts) for texts in told] == [0, 0, 1, 0, 0, 1]
     assert "feature_std fell to 0.04" in told[2][0] and "collapse" in told[2][0]
+    told = [alarms.check(5.0, 0.5, rank) for rank in (20.0, 1.2, None, 1.1, 9.0, 1.0)]
+    assert [len(texts) for texts in told] == [0, 1, 0, 0, 0, 1]  # most lines have no rank
+    assert "effective_rank fell to 1.2" in told[1][0] and "along a line only (collapse)" in told[1][0]
+    assert LossMonitor(WatchConfig(collapse_rank=0)).check(5.0, 0.5, 1.0) == []
 
 
 # --- data and disk -----------------------------------------------------------------------------------------------------

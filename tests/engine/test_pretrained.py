@@ -284,6 +284,20 @@ def test_field_files_of_other_programs_are_read(tmp_path, program):
         assert load_pretrained(tmp_path / "file.ckpt").arch == "resnet18"
 
 
+def test_files_of_mae_and_dino(tmp_path):
+    vit = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+    state, decoder = vit.state_dict(), ("mask_token", "decoder_pos_embed", "decoder_blocks.0.norm1.weight")
+    torch.save({"model": {**state, **{name: torch.ones(24) for name in decoder}}}, tmp_path / "mae.pth")
+    teacher = {f"backbone.{name}": value + 1 for name, value in state.items()}
+    student = {f"module.backbone.{name}": value for name, value in state.items()}
+    heads = {"head.mlp.0.weight": torch.ones(2, 2)}
+    torch.save({"student": student, "teacher": {**teacher, **heads}, "epoch": 9}, tmp_path / "dino.pth")
+    for file, encoder, offset in (("mae", "online", 0), ("dino", "online", 0), ("dino", "momentum", 1)):
+        read = load_pretrained(tmp_path / f"{file}.pth", "vit_small", backbone_args=SMALL_VIT, encoder=encoder)
+        assert equal(read.backbone.state_dict(), {name: value + offset for name, value in state.items()})
+        assert sum(read.ignored.values()) == (3 if file == "mae" else len(state) + 1)
+
+
 def test_field_a_classifier_of_pytorch_examples_is_named(tmp_path):
     torch.save(probe_of_an_original(), tmp_path / "file")
     with pytest.raises(

@@ -230,9 +230,9 @@ def recorded_rates(out: str) -> list[list[float | None]]:
     used: list[list[float | None]] = []
     update = Backend.update_momentum
 
-    def set_rate(optimizer, lr):
+    def set_rate(optimizer, lr, updates):
         used.append([lr, None])
-        set_learning_rate(optimizer, lr)
+        set_learning_rate(optimizer, lr, updates)
 
     def spy(self, momentum):
         used[-1][1] = momentum

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from crossbatch import InputError
+from crossbatch import InputError, RunStopped
 from crossbatch.engine import trackers
 from crossbatch.engine.config import load_config
 from crossbatch.engine.run_log import RunLog
@@ -37,7 +39,7 @@ class Recorder(trackers.Tracker):
     """Keeps what it is sent."""
 
     opened: list[str | None]
-    sent: list[tuple[int, dict]]
+    sent: list[tuple[int, object]]
 
     def open(self, out, run, config):
         self.opened.append(run)
@@ -46,8 +48,8 @@ class Recorder(trackers.Tracker):
     def record(self, values, step):
         self.sent.append((step, values))
 
-    def close(self):
-        self.sent.append((-1, {}))
+    def close(self, outcome):
+        self.sent.append((-1, outcome))
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def recorder(monkeypatch) -> type[Recorder]:
 def test_names_are_those_of_the_metrics_and_a_resumed_run_is_the_same(recorder, tmp_path):
     assert log_two_steps(tmp_path, "wandb") == []
     assert recorder.opened == [None, "theirs"]
-    assert [step for step, _ in recorder.sent] == [1, 1, -1, 2, 2, -1]
+    assert [step for step, _ in recorder.sent] == [1, 1, -1, 2, 2, -1] and recorder.sent[-1][1] == "finished"
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     flat = {**line, "loss_by_lr/0.1": 2.5}
     del flat["loss_by_lr"]
@@ -124,11 +126,17 @@ def test_a_tracker_that_hangs_is_not_waited_for(recorder, monkeypatch, tmp_path)
 def test_a_missing_package_is_refused_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    trackers.check_installed(["tensorboard"])
+    trackers.check_trackers(["tensorboard"])
     with pytest.raises(
         InputError, match=r"crossbatch.log.to: given trackio, which is not installed; pip install trackio"
     ):
-        trackers.check_installed(["tensorboard", "trackio"])
+        trackers.check_trackers(["tensorboard", "trackio"])
+
+
+@pytest.mark.parametrize("to", [["wandb"], ["wandb", "tensorboard"]])
+def test_the_last_table_names_tensorboard_where_it_was_written(recorder, capsys, tmp_path, to):
+    RunLog(tmp_path, 0, 2, to).summary([("steps", "2")], [])
+    assert ("tensorboard --logdir" in capsys.readouterr().out) == ("tensorboard" in to)
 
 
 def test_another_name_is_refused():
@@ -147,8 +155,9 @@ class Written(Recorder):
         with self.file.open("a") as file:
             file.write(f"{step} {' '.join(sorted(values))}\n")
 
-    def close(self):
-        pass
+    def close(self, outcome):
+        with self.file.open("a") as file:
+            file.write(f"{outcome}\n")
 
 
 def train_here(out: str, is_installed: bool) -> str:
@@ -167,10 +176,39 @@ def train_here(out: str, is_installed: bool) -> str:
 def test_a_run_is_tracked(one_rank, tmp_path):
     assert one_rank.run(train_here, str(tmp_path / "run"), True) == [""]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    sent = (tmp_path / "run/sent").read_text().splitlines()
+    *sent, outcome = (tmp_path / "run/sent").read_text().splitlines()
     assert sent[-1].split()[0] == str(lines[-1]["step"]) and {"loss", "lr", "step_ms"} <= set(sent[-1].split())
+    assert outcome == "finished"
     assert json.loads((tmp_path / "run/trackers.json").read_text()) == {"trackio": "None, 12"}
     assert not list((tmp_path / "run").glob("events*"))
+
+
+def stop_here(out: str, how: str) -> str:
+    """Train four steps on this rank of a pool, of which a signal or a failure ends the second; return why that stopped."""
+    from crossbatch.engine.trainer import Trainer
+    from tests.small_runs import LARS, RESNET, run
+
+    train_on = Trainer._train_on
+
+    def interrupted(self, batch):
+        if self.num_steps == 1:
+            if how == "failed":
+                raise RunStopped("no more")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_on(self, batch)
+
+    with (
+        mock.patch.object(Trainer, "_train_on", interrupted),
+        mock.patch("crossbatch.engine.start.check_trackers"),
+        mock.patch.dict(trackers.TRACKERS, trackio=Written),
+    ):
+        return run([*RESNET, *LARS, 'crossbatch.log.to=["trackio"]'], out, 4)
+
+
+@pytest.mark.parametrize(("how", "message"), [("stopped", ""), ("failed", "RunStopped: no more")])
+def test_a_tracker_is_told_how_a_run_ended(one_rank, tmp_path, how, message):
+    assert one_rank.run(stop_here, str(tmp_path / "run"), how) == [message]
+    assert (tmp_path / "run/sent").read_text().splitlines()[-1] == how
 
 
 def test_a_run_without_the_package_stops_before_it_trains(one_rank, tmp_path):
@@ -199,6 +237,24 @@ def test_a_local_mlflow(quiet, monkeypatch, tmp_path):
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")][-1] == (2, 2.25)
     assert {m.step for m in client.get_metric_history(run.info.run_id, "knn_top1")} == {1, 2}
     assert run.data.metrics["loss_by_lr/0.1"] == 2.5
+    for outcome, status in (("stopped", "KILLED"), ("failed", "FAILED")):
+        log = RunLog(out, 2, 4, ["mlflow"], {})
+        getattr(log, outcome)(*(("SIGTERM", 2) if outcome == "stopped" else ()))
+        log.close()
+        assert client.get_run(run.info.run_id).info.status == status
+
+
+def test_where_mlflow_cannot_write_is_refused_before_training(quiet, monkeypatch, tmp_path):
+    mlflow: types.ModuleType = pytest.importorskip("mlflow", exc_type=ImportError)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")  # a server may come back
+    trackers.check_trackers(["mlflow"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    if tuple(map(int, mlflow.__version__.split(".")[:2])) < (3, 17):
+        pytest.skip("this version of MLflow writes to folders")
+    with pytest.raises(InputError, match=r"crossbatch.log.to: mlflow cannot write to file:.*sqlite:///mlflow.db"):
+        trackers.check_trackers(["mlflow"])
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    trackers.check_trackers(["mlflow"])
 
 
 def test_wandb_offline(quiet, monkeypatch, tmp_path):
@@ -211,3 +267,36 @@ def test_wandb_offline(quiet, monkeypatch, tmp_path):
     assert runs and all(run.name.endswith(number) for run in runs)
     content = b"".join(file.read_bytes() for run in runs for file in run.glob("*.wandb"))
     assert b"knn_top1" in content and b"loss_by_lr/0.1" in content
+    with mock.patch.object(RunLog, "warn") as warned:  # what wandb's service does with it shows online only
+        log = RunLog(tmp_path, 2, 4, ["wandb"], {})
+        log.stopped("SIGTERM", 3)
+        log.close()
+    warned.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "calls"),
+    [
+        ("finished", [mock.call.finish(exit_code=0)]),
+        ("stopped", [mock.call.mark_preempting(), mock.call.finish(exit_code=1)]),  # "preempted" on the server
+        ("failed", [mock.call.finish(exit_code=1)]),
+    ],
+)
+def test_wandb_is_told_how_a_run_ended(outcome, calls):
+    tracker = trackers._Wandb()
+    tracker.run = mock.Mock()
+    tracker.close(outcome)
+    assert tracker.run.mock_calls == calls
+
+
+def test_trackio_on_disk(quiet, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    storage = pytest.importorskip("trackio.sqlite_storage", exc_type=ImportError).SQLiteStorage
+    out = tmp_path / "run"
+    out.mkdir()
+    assert log_two_steps(out, "trackio") == []
+    name = json.loads((out / "trackers.json").read_text())["trackio"]
+    assert storage.get_runs("crossbatch") == [name] and name.startswith("run-")
+    rows = storage.get_logs("crossbatch", name)
+    assert [row["step"] for row in rows] == [1, 1, 2, 2]
+    assert rows[-1]["knn_top1"] == 25.0 and rows[-1]["loss"] == 2.25 and rows[0]["loss_by_lr/0.1"] == 2.5

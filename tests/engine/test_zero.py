@@ -57,6 +57,7 @@ def norms_both_ways(overrides: list[str], out: str) -> list[tuple[list, list]]:
     found = []
     optimizer, name = backend.optimizer, "_get_norm_groups" if backend.stage == 3 else "scaled_global_norm"
     ours = getattr(optimizer, name)
+    assert name in vars(optimizer)  # else DeepSpeed's would be compared with itself
 
     def both():
         norms = ours()
@@ -75,6 +76,40 @@ def test_the_norm_has_the_bits_of_deepspeed_s_own(tmp_path, pools, backend):
         assert len(steps) == 2 and all(norm > 0 for ours, _ in steps for norm in ours)
         for ours, theirs in steps:
             assert ours == theirs
+
+
+def events_of_stage_0(out: str) -> list[str]:
+    """Say in which order LARS is prepared, makes its step, and the host waits for the norm, in one step without sharding."""
+    from crossbatch.engine.config import Device, load_config, resolve
+    from crossbatch.engine.optimizers import LARS as Optimizer
+
+    cfg = resolve(load_config(None, [*BASE, *VIT, *LARS, *zero(0)]), dist.get_world_size(), Device("cpu"))
+    trainer = pretrainer(cfg, out, "none", 1)
+    events: list[str] = []
+
+    class Norm:
+        def __float__(self) -> float:
+            events.append("wait")
+            return 1.0
+
+    def logged(method):
+        def call(*args, **kwargs):
+            events.append(method.__name__)
+            return method(*args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(torch.nn.utils, "get_total_norm", lambda gradients: Norm()),
+        mock.patch.object(Optimizer, "prepare", logged(Optimizer.prepare)),
+        mock.patch.object(Optimizer, "_prepare", logged(Optimizer._prepare)),
+    ):
+        trainer.train()
+    return events
+
+
+def test_lars_has_its_tables_before_the_host_waits_for_the_norm(tmp_path, one_rank):
+    assert one_rank.run(events_of_stage_0, str(tmp_path)) == [["prepare", "_prepare", "wait"]]
 
 
 def events_of_stage_3(out: str) -> list[str]:

@@ -1,6 +1,8 @@
 """doctor.py shows what is wrong with a GPU, and every command that trains or evaluates refuses it before it writes anything."""
 
 import contextlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +58,26 @@ def test_doctor_shows_an_unusable_gpu_without_failing(old_driver, monkeypatch, c
 def test_doctor_names_the_architectures_that_torch_was_built_for(monkeypatch):
     monkeypatch.setattr(doctor, "built_for", lambda: ["sm_75", "sm_90"])
     assert dict(doctor.found())["CUDA of torch"] == f"{torch.version.cuda}, with code for sm_75 sm_90"
+
+
+ON_A_BARE_MACHINE = """
+import sys
+sys.modules.update(dict.fromkeys(("deepspeed", "psutil", "numba", "nvidia", "apex")))  # None: cannot be imported
+from crossbatch.launch import doctor
+sys.argv[1:] = []
+doctor.main()
+print(doctor.interface("127.0.0.1"))
+"""
+
+
+def test_doctor_needs_no_optional_package():
+    """It is the first command on a machine that has only torch and what belongs to it."""
+    environment = {**os.environ, "COLUMNS": "400"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_BARE_MACHINE], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "decode and augment" in done.stdout and done.stdout.endswith("psutil is not installed\n")
 
 
 def compare_here(folder: str, differ: str) -> tuple[str, str]:

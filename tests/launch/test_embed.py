@@ -4,12 +4,14 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from crossbatch.data import open_source, prepare
+from crossbatch.data import evaluation_share, open_source, prepare
 from crossbatch.data.augment.parameters import normalize
 from crossbatch.engine.config import load_config
 from crossbatch.engine.config.evaluation import EmbedConfig
@@ -58,7 +60,12 @@ def test_every_image_has_its_row(monkeypatch, capsys, tiny_runs, shapes, tmp_pat
     assert "exists already" in capsys.readouterr().err
 
 
-def embed_here(checkpoint: str, data: str, output: str, parts: int | None) -> str:
+def every_nth(size: int, world_size: int, rank: int) -> np.ndarray:
+    """Share images as a sampler would that deals them out, not in runs as `evaluation_share`."""
+    return np.arange(rank, size, world_size)
+
+
+def embed_here(checkpoint: str, data: str, output: str, parts: int | None, share: Any = evaluation_share) -> str:
     """Embed on this rank in parts of 8 images; with `parts`, end as a killed command would after so many."""
     settings = [f"crossbatch.model.checkpoint={checkpoint}", f"crossbatch.data.path={data}"]
     config = load_config(None, [*settings, "train_micro_batch_size_per_gpu=3"], EmbedConfig)
@@ -73,7 +80,8 @@ def embed_here(checkpoint: str, data: str, output: str, parts: int | None) -> st
 
     embedding._write_part = counted
     try:
-        embedding.embed(config, world_from_environment(), torch.device("cpu"), 0, Path(output), folder, "train", 8)
+        with mock.patch("crossbatch.engine.evaluation.features.evaluation_share", share):
+            embedding.embed(config, world_from_environment(), torch.device("cpu"), 0, Path(output), folder, "train", 8)
     except embedding.RunStopped as error:
         return str(error)
     finally:
@@ -91,6 +99,14 @@ def test_an_interrupted_command_goes_on_with_another_number_of_ranks(one_rank, t
     ]  # the first two parts are not done again
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), by_hand(tiny_runs("resnet"), shapes), atol=1e-5)
     assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("share", [evaluation_share, every_nth])
+def test_rows_are_in_the_order_of_the_images_on_two_ranks(two_ranks, tiny_runs, shapes, tmp_path, share):
+    output = tmp_path / "features.npy"
+    two_ranks.run(embed_here, str(tiny_runs("resnet")), shapes, str(output), None, share)
+    assert [row[0] for row in csv.reader(output.with_suffix(".csv").open())][1:] == [str(i) for i in range(30)]
+    np.testing.assert_allclose(np.load(output), by_hand(tiny_runs("resnet"), shapes), atol=1e-5)
 
 
 def test_parts_of_other_weights_are_refused(tmp_path):

@@ -174,6 +174,18 @@ def test_field_no_images_for_longer_than_the_limit(tmp_path, nursery, stuck_data
     os.close(writer)
 
 
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_field_ctrl_c_in_an_evaluation_while_no_images_come(tmp_path, nursery, stuck_data, weights, command):
+    size = "--set=crossbatch.data.image_size=16"
+    flags = [*weights, f"--data={stuck_data}", f"--out={tmp_path / 'out'}", "-j=0", size, "-b=2"]
+    job = nursery.start(tmp_path / "logs", 1, *flags, COMMAND=command)
+    writer = wait_for_reader(stuck_data / "train/b/pipe.jpg")
+    job.kill(signal.SIGINT)
+    assert job.wait(within=60) == [3] and "Traceback" not in job.output(), job.output()
+    assert "stopped (rank 0): interrupted; what was saved before is good: repeat the command" in job.output()
+    os.close(writer)
+
+
 # --- evaluations -------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from crossbatch.data.augment import pil
+from crossbatch.data.worker_batches import EvaluationDataset
+from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
 from crossbatch.engine.runtime.distributed import World
 from crossbatch.engine.runtime.exit_codes import run_main
@@ -224,6 +228,45 @@ def test_field_the_recipe_of_imagenet():
     cfg = resolve_finetune(config, 8, Device("cuda"))
     assert cfg.crossbatch.data.backend == "opencv"  # DALI has no RandAugment
     assert cfg.lr_peak == pytest.approx(5e-4 * 960 / 512)
+
+
+def test_field_the_recipe_of_imagenet_trains(monkeypatch, tmp_path, weights):
+    """A small network on few images, with everything else of the recipe."""
+    policies, augmented = [], pil.automatically_augmented
+
+    def recorded(pixels, augmentation, seed):
+        policies.append(augmentation.auto_augment)
+        return augmented(pixels, augmentation, seed)
+
+    monkeypatch.setattr(pil, "automatically_augmented", recorded)
+    flags = ["--deepspeed_config", "ds_configs/finetune_imagenet.json", "--checkpoint", weights, *SMALL, "--steps", "2"]
+    assert call(monkeypatch, *flags, "--data", "synthetic://24?size=20&classes=3", "--out", tmp_path) == 0
+    assert set(policies) == {"rand-m9-mstd0.5-inc1"} and len(policies) >= 2 * 12
+    data = json.loads((tmp_path / "config.json").read_text())["crossbatch"]["data"]
+    assert (data["interpolation"], data["repeats"]) == ("bicubic", 3)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all(0 < loss < 3 for loss in losses)
+    assert 0 <= json.loads((tmp_path / "results.json").read_text())["top1"] <= 100
+
+
+def test_field_a_signal_during_an_evaluation(monkeypatch, tmp_path, weights):
+    """The epoch is saved, the evaluation ends after the batch at hand, and the next start makes up for it."""
+    read, sent = EvaluationDataset.__getitem__, []
+
+    def interrupted(dataset, key):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return read(dataset, key)
+
+    monkeypatch.setattr(EvaluationDataset, "__getitem__", interrupted)
+    data = ["--checkpoint", weights, "--data", "synthetic://24?size=20&classes=3", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, data), *SMALL, "--steps", "2"])
+    for stopped in (True, False):
+        finetune.main()
+        assert [path.name for path in checkpoint.candidates(tmp_path, "auto")] == ["step-00000002"]
+        assert (tmp_path / "stopped.json").exists() is stopped
+        last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == 2 and "loss" in last and ("top1" in last) is not stopped
 
 
 class _Touches:

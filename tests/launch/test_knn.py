@@ -56,7 +56,10 @@ def test_a_run_is_scored(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     assert call(monkeypatch, *arguments, "--set=crossbatch.knn.k=[5,1,200]") == 0
     said = capsys.readouterr().out
     assert "120 tensors loaded, none missing" in said and "next:" in said and "launch/linear.py" in said
+    assert "training: 64 images, 8 classes in train/\nevaluation: 24 images, 8 classes in val/\n" in said
     results = results_of(out)
+    assert results["notes"] == ["crossbatch.knn.k: 200, but there are 64 training images; all of them vote"]
+    assert results["notes"][0] in said
     assert results["command"] == "knn" and results["k"] == 5 and list(results["top1_by_k"]) == ["5", "1", "200"]
     assert results["top1"] == results["top1_by_k"]["5"]
     assert results["images"] == {"train": 64, "evaluation": 24, "skipped": 0} and results["classes"] == 8

@@ -99,6 +99,13 @@ def test_a_slow_feed_limits():
     assert found.images_per_s[1] == pytest.approx(1000)
 
 
+def test_a_run_that_is_too_short_is_warned_of(monkeypatch, capsys):
+    """The recipe for one card fits into it, but few images make a short run."""
+    given = ("--deepspeed_config", "ds_configs/r50_1gpu.json", "--gpus", "1", "--gpu", "rtx3090", "--images", "20000")
+    code, said, _ = ask(monkeypatch, capsys, *given)
+    assert code == 0 and "yes: " in said and "warning: too short to learn much: 100 epochs x 20000 images" in said
+
+
 def test_what_does_not_fit_says_so(monkeypatch, capsys):
     code, said, _ = ask(
         monkeypatch,

@@ -190,6 +190,7 @@ def test_the_documented_run_directory(alone):
             "stage_ms",
         ),
         *("feature_std", "positive_similarity", "negative_similarity", "knn_top1", "skipped_images", "loss_terms"),
+        *("rankme", "effective_rank", "alignment", "uniformity"),
     }
     assert 0 < sum(lines[-1]["stage_ms"].values()) < lines[-1]["step_ms"]
     assert sum(lines[-1]["loss_terms"].values()) == pytest.approx(lines[-1]["loss"], rel=1e-6)

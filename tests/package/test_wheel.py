@@ -1,5 +1,6 @@
 """The wheel holds what the checkout has: commands, recipes, types; and importing a name loads no more than it needs."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import crossbatch
 
@@ -58,6 +60,48 @@ def test_wheel_has_types_and_everything_of_the_checkout(installed, tmp_path):
     assert (installed / "crossbatch" / "py.typed").exists()
     code = "import crossbatch; print(crossbatch.__file__); [getattr(crossbatch, name) for name in crossbatch.__all__]"
     assert run(installed, tmp_path, "-c", code).startswith(str(installed))
+
+
+@pytest.mark.parametrize(
+    ("extra", "torch", "torchvision", "dali"),
+    [("cuda12", "2.10.0", "0.25.0", "nvidia-dali-cuda120"), ("cuda13", "2.11.0", "0.26.0", "nvidia-dali-cuda130")],
+)
+def test_torch_and_dali_are_for_one_cuda(installed, extra, torch, torchvision, dali):
+    """PyPI's torch is built for CUDA 12 up to 2.10, which has the last code for a V100, and for CUDA 13 from 2.11 on."""
+    (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    required = [Requirement(text) for text in distribution.requires or ()]
+    chosen = [one for one in required if one.marker and one.marker.evaluate({"extra": extra})]
+    versions = {"torch": ("2.10.0", "2.11.0"), "torchvision": ("0.25.0", "0.26.0")}
+    allowed = {one.name: [*one.specifier.filter(versions.get(one.name, ()))] for one in chosen if one.marker}
+    assert {name: found for name, found in allowed.items() if found} == {"torch": [torch], "torchvision": [torchvision]}
+    assert [name for name in allowed if "dali" in name] == [dali]
+
+
+def test_deepspeed_is_not_older_than_its_mended_races(installed):
+    """0.19.3 has pull request 8080; up to 0.19.7, stages 1 and 2 do not skip a step that is not finite."""
+    (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    (deepspeed,) = (one for one in map(Requirement, distribution.requires or ()) if one.name == "deepspeed")
+    assert [*deepspeed.specifier.filter(["0.19.2", "0.19.7", "0.19.8"])] == ["0.19.8"]
+
+
+MAKE = ["make", "--dry-run", "--no-print-directory", "-C", str(ROOT)]
+
+
+def test_make_installs_for_the_cuda_that_was_chosen_last(tmp_path):
+    """It removes the libraries of the other CUDA, whose files have the same names."""
+    make = [*MAKE, "install", f"VENV={tmp_path}"]
+    for number, other in ((12, 13), (13, 12)):
+        said = subprocess.run([*make, f"CUDA=cuda{number}"], check=True, capture_output=True, text=True).stdout
+        assert f"'.[cuda{number},test,dev]'" in said
+        assert f"cu(da)?{other}0?' | xargs -r {tmp_path}/bin/python -m pip uninstall" in said
+    (tmp_path / "installed-cuda12").touch()
+    assert "pip" not in subprocess.run(make, check=True, capture_output=True, text=True).stdout  # nor cuda13's
+
+
+def test_make_test_runs_compiled_kernels_where_there_is_a_gpu(tmp_path):
+    (tmp_path / "installed-cuda13").touch()
+    said = subprocess.run([*MAKE, "test", f"VENV={tmp_path}"], check=True, capture_output=True, text=True).stdout
+    assert f"test ! -e /dev/nvidiactl || {tmp_path}/bin/python -m pytest -m gpu" in said.splitlines()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/api.md"])

@@ -1,0 +1,20 @@
+"""Measures how soon a run has learnt something: crossbatch beside what people would use otherwise, on the same cores.
+
+python -m benchmarks learning --images datasets/cifar10 --minutes 10 --seeds 0 1 2 --out benchmarks/results
+
+The protocol. Each side pretrains the same network from random weights on the images of DIR/train, for as long as the others:
+first its rate is measured, then it gets as many images as fit into the minutes, with its schedules ending there. The sides run
+as processes of their own and take turns of some seconds on all cores, so that a slow minute of the machine meets all of them.
+Only the time of a side's own turns counts, from the start of its process, with imports and saves. Each saves its weights four
+times. `launch/knn.py` scores them afterwards: 20 nearest neighbours among a fifth of DIR/train, for all images of DIR/val or
+DIR/test.
+
+Batch, temperature, head sizes, augmentations, optimizer, learning rate and momentum are those of one recipe. What differs:
+
+    crossbatch   launch/pretrain.py with the recipe
+    plain        MoCo v3 + BatchFormer in plain torch as the released code goes about it (`benchmarks.stages.plain_step`) with
+                 torchvision's loader; AdamW decays biases and norms, too
+    lightly      MoCo v2 of lightly's parts in a plain loop, as its documentation puts them together: its transform (both views
+                 alike: blurred with probability 0.5, never solarized), a projection head but no predictor and no BatchFormer,
+                 4096 stored keys as negatives, both orders of the views
+"""

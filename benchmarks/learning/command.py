@@ -1,0 +1,223 @@
+"""Runs the sides of the protocol in `benchmarks.learning` and scores what they saved."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import learning
+from benchmarks.learning.peers import PEERS
+from benchmarks.learning.turns import Runner, take_turns
+from benchmarks.measure import append
+from benchmarks.rows import Row, short, show
+from crossbatch import InputError
+from crossbatch.data import open_source
+from crossbatch.engine.config import load_config
+
+ROOT = Path(__file__).parents[2]
+SIDES = ("crossbatch", *PEERS)
+MARKS, WARMUP, CALIBRATION_S = 4, 0.1, 30
+RECIPES = {
+    "resnet": ("cifar10", ['crossbatch.model.backbone_args={"width": 16}', "crossbatch.model.mlp_dim=512"]),
+    "vit": (
+        "cifar10",
+        [
+            "crossbatch.model.arch=vit_small",
+            'crossbatch.model.backbone_args={"embed_dim": 96, "depth": 6, "num_heads": 3, "patch_size": 4}',
+            "crossbatch.model.stem=imagenet",
+            "crossbatch.model.stop_grad_conv1=true",
+            "crossbatch.model.mlp_dim=512",
+        ],
+    ),
+}
+SHARED = ["train_batch_size=128", "crossbatch.batchformer.group_size=64", "optimizer.params.base_lr=2e-3"]
+BANK = "?fraction=0.2,seed=0"  # of the training images, for the k-NN
+K = 20
+SOONER = "minutes to the best peer's k-NN"
+
+
+COLUMNS = ("minutes", "images", "images/s", "CPU ms an image", "busy cores", SOONER)
+
+
+@dataclass
+class Side:
+    """Holds how one side runs, and what was found of it."""
+
+    name: str
+    recipe: str
+    overrides: list[str]
+    images: Path
+    num_images: int
+    rate: float = math.nan  # images/s of its own turns, start-up left out
+    start_s: float = math.nan
+
+    def __post_init__(self) -> None:
+        self.config = load_config(ROOT / "ds_configs" / f"{self.recipe}.json", self.overrides)
+        self.per_epoch = self.num_images // self.config.train_batch_size
+
+    def steps(self, minutes: float) -> int:
+        """Return the number of steps that fit into so many minutes of its turns."""
+        return max(1, int(self.rate * (60 * minutes - self.start_s) / self.config.train_batch_size))
+
+    def command(self, steps: int, out: Path, seed: int) -> list[str]:
+        """Return the command that trains `steps` steps and saves MARKS times."""
+        epochs = steps / self.per_epoch
+        settings = [
+            *self.overrides,
+            f"crossbatch.seed={seed}",
+            f"crossbatch.schedule.warmup_epochs={WARMUP * epochs}",
+            f"crossbatch.schedule.epochs={epochs}",
+        ]
+        recipe = str(ROOT / "ds_configs" / f"{self.recipe}.json")
+        if self.name in PEERS:
+            module = [sys.executable, "-m", "benchmarks.learning.peers", self.name, "--recipe", recipe]
+            return [*module, "--images", str(self.images), "--marks", str(MARKS), "--out", str(out), *_set(settings)]
+        every = math.ceil(steps / MARKS)
+        settings += [
+            "crossbatch.evaluate.knn_every_epochs=0",
+            f"crossbatch.checkpoint.every_steps={every}",
+            f"crossbatch.checkpoint.keep_every_steps={every}",
+            "crossbatch.checkpoint.keep=1",
+            "crossbatch.log.every_steps=5",
+        ]
+        launch = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--deepspeed_config", recipe]
+        return [*launch, "--data", str(self.images), "--out", str(out), *_set(settings)]
+
+    def start(self, steps: int, out: Path, seed: int) -> Runner:
+        """Start its process, which waits for its turn."""
+        out.mkdir(parents=True)
+        folder, pattern = ("marks", "step-*.pth") if self.name in PEERS else ("checkpoints", "step-*")
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        command, log = self.command(steps, out, seed), out.with_suffix(".log")
+        environment = {**os.environ, "PYTHONPATH": paths}
+        return Runner(command, log, out / "metrics.jsonl", lambda: (out / folder).glob(pattern), environment)
+
+    def score(self, checkpoint: Path) -> float:
+        """Return the k-NN accuracy of saved weights in percent."""
+        out = checkpoint.with_name(f"{checkpoint.name}-knn")
+        command = [sys.executable, str(ROOT / "launch" / "knn.py"), "--checkpoint", str(checkpoint), "--out", str(out)]
+        command += ["--data", f"{self.images}{BANK}", f"--set=crossbatch.knn.k=[{K}]"]
+        if self.name in PEERS:  # whose files do not say which network it is
+            ours = self.config.crossbatch
+            model = {"arch": ours.model.arch, "stem": ours.model.stem, "backbone_args": dict(ours.model.backbone_args)}
+            command += [f"--set=crossbatch.model.{name}={json.dumps(value)}" for name, value in model.items()]
+            command += [f"--set=crossbatch.data.image_size={ours.data.image_size}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stdout}{done.stderr}"
+            )
+        return json.loads((out / "results.json").read_text())["top1"]
+
+
+def _set(settings: list[str]) -> list[str]:
+    return [f"--set={setting}" for setting in settings]
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what a command line asks for, and print a table. Raises InputError."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks learning",
+        description=learning.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--images", metavar="DIR", type=Path, required=True, help="class folders in DIR/train and DIR/val or DIR/test")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", metavar="M", type=float, default=10, help="that each side trains (default 10)")
+    length.add_argument("--epochs", metavar="E", type=float, help="train each side on so many epochs instead")
+    add("--seeds", metavar="N", type=int, nargs="+", default=[0], help="one run of each side for each (default 0)")
+    add("--sides", nargs="*", choices=SIDES, default=list(SIDES), help="default: all")
+    what = "one more side: crossbatch with other values of keys (path=value), for an ablation; may be repeated"
+    add("--variant", metavar=("NAME", "path=value"), nargs="+", action="append", default=[], help=what)
+    add("--network", choices=list(RECIPES), default="resnet", help="a ResNet-18 of width 16 (default), or a small ViT")
+    add("--set", metavar="path=value", action="append", default=[], help="change a key of the recipe, for all sides")
+    add("--slice", metavar="S", type=float, default=10, help="seconds of a turn (default 10)")
+    add("--out", metavar="DIR", type=Path, help="append the rows to DIR/learning.jsonl")
+    given = parser.parse_args(arguments)
+    if not given.images.is_dir():
+        raise InputError(f"--images: no such folder: {given.images}; name one that holds train/...")
+    recipe, overrides = RECIPES[given.network]
+    overrides = [*SHARED, *overrides, *given.set]
+    common = recipe, overrides, given.images, len(open_source(given.images, "train"))
+    sides = [Side(name, *common) for name in given.sides]
+    sides += [Side(name, recipe, [*overrides, *changes], *common[2:]) for name, *changes in given.variant]
+    if not sides:
+        raise InputError("--sides: given none and no --variant; name at least one")
+    with tempfile.TemporaryDirectory() as folder:
+        found = []
+        if given.epochs is None:
+            _calibrate(sides, Path(folder), given.slice)
+            steps, length = [side.steps(given.minutes) for side in sides], f"{given.minutes:g} minutes"
+        else:
+            steps, length = [round(given.epochs * side.per_epoch) for side in sides], f"{given.epochs:g} epochs"
+        for seed in given.seeds:
+            rows = _train(sides, steps, Path(folder) / str(seed), seed, length, given.slice)
+            found += rows
+            if given.out is not None:
+                append(given.out / "learning.jsonl", "learning", rows)
+    lines = [[row.case, short(row.p50), *(_cell(row.settings, name) for name in COLUMNS)] for row in found]
+    show(f"k-NN after {length}", ["case", "k-NN, %", *COLUMNS], lines)
+
+
+def _calibrate(sides: list[Side], folder: Path, slice_s: float) -> None:
+    """Find each side's images per second, and the seconds until it trains."""
+    runners = [side.start(side.per_epoch, folder / f"{side.name}-rate", 0) for side in sides]
+
+    def enough(runner: Runner) -> bool:
+        return len(runner.progress) > 2 and runner.active_s - runner.progress[0][0] > CALIBRATION_S
+
+    take_turns(runners, slice_s, enough)
+    for side, runner in zip(sides, runners, strict=True):
+        (first_s, first), *_, (last_s, last) = runner.progress
+        side.rate = (last - first) / (last_s - first_s)
+        side.start_s = first_s - first / side.rate
+
+
+def _train(sides: list[Side], steps: list[int], folder: Path, seed: int, length: str, slice_s: float) -> list[Row]:
+    """Train all sides and return a row of each."""
+    runners = [side.start(count, folder / side.name, seed) for side, count in zip(sides, steps, strict=True)]
+    rows = []
+    take_turns(runners, slice_s)
+    for side, runner in zip(sides, runners, strict=True):
+        curve = [(at_s / 60, side.score(path)) for path, at_s in sorted(runner.marks.items())]
+        images = runner.progress[-1][1]
+        settings = {
+            "minutes": runner.active_s / 60,
+            "seed": seed,
+            "images": images,
+            "images/s": images / runner.active_s,
+            "CPU ms an image": 1000 * runner.cpu_s / images,
+            "busy cores": runner.cpu_s / runner.active_s,
+            "curve": curve,
+            "recipe": side.recipe,
+            "overrides": side.overrides,
+            "slice_s": slice_s,
+        }
+        rows.append(Row.of_one(f"{side.name}, seed {seed}, {length}", curve[-1][1], "% k-NN", settings))
+    peers = [row for side, row in zip(sides, rows, strict=True) if side.name in PEERS]
+    for row in rows if peers else []:
+        row.settings[SOONER] = _minutes_to(max(peer.p50 for peer in peers), row.settings["curve"])
+    return rows
+
+
+def _minutes_to(accuracy: float, curve: list[tuple[float, float]]) -> float | None:
+    """Return when a curve reaches `accuracy`, None if it does not; straight lines between its points."""
+    if curve[0][1] >= accuracy:
+        return curve[0][0]
+    for (start, low), (end, high) in itertools.pairwise(curve):
+        if low < accuracy <= high:
+            return start + (end - start) * (accuracy - low) / (high - low)
+    return None
+
+
+def _cell(settings: dict, name: str) -> str:
+    value = settings.get(name)
+    return "" if value is None else short(value)

@@ -1,0 +1,47 @@
+"""The sides of `python -m benchmarks learning` take turns, and only their own time counts."""
+
+import sys
+import time
+
+import pytest
+
+from benchmarks.learning.command import _minutes_to
+from benchmarks.learning.turns import Runner, take_turns
+
+BUSY = """
+import pathlib, sys, time
+out, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+(out / "metrics.jsonl").write_text('{"images_seen": 8}\\n')
+while time.process_time() < seconds:
+    pass
+(out / "mark").touch()
+(out / "metrics.jsonl").write_text('{"images_seen": 8}\\n{"images_seen": 64}\\n')
+sys.exit(int(sys.argv[3]))
+"""
+
+
+def side(folder, seconds: float, code: int = 0) -> Runner:
+    folder.mkdir()
+    command = [sys.executable, "-c", BUSY, str(folder), str(seconds), str(code)]
+    return Runner(command, folder / "log", folder / "metrics.jsonl", lambda: folder.glob("mark"), {})
+
+
+def test_only_the_own_turns_count(tmp_path):
+    started, sides = time.monotonic(), [side(tmp_path / "a", 1.0), side(tmp_path / "b", 2.0)]
+    take_turns(sides, 0.3)
+    a, b = sides
+    assert a.active_s >= 1.0 and b.active_s >= 2.0 and a.active_s + b.active_s <= time.monotonic() - started
+    assert [images for _, images in b.progress] == [8, 64] and b.progress[0][0] < b.progress[1][0] <= b.active_s
+    assert list(b.marks) == [tmp_path / "b" / "mark"] and a.cpu_s < b.cpu_s <= b.active_s + 0.1
+
+
+def test_a_failure_is_told_and_ends_all(tmp_path):
+    sides = [side(tmp_path / "fails", 0.1, code=3), side(tmp_path / "goes on", 60)]
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        take_turns(sides, 0.3)
+    assert all(runner.process.returncode is not None for runner in sides)
+
+
+def test_minutes_to_an_accuracy_lie_between_the_points_of_a_curve():
+    curve = [(1.0, 20.0), (2.0, 30.0), (3.0, 28.0)]
+    assert [_minutes_to(accuracy, curve) for accuracy in (10.0, 25.0, 30.0, 31.0)] == [1.0, 1.5, 2.0, None]
