@@ -81,6 +81,7 @@ class Side:
         every = math.ceil(steps / MARKS)
         settings += [
             "crossbatch.evaluate.knn_every_epochs=0",
+            "crossbatch.evaluate.every_epochs=0",
             f"crossbatch.checkpoint.every_steps={every}",
             f"crossbatch.checkpoint.keep_every_steps={every}",
             "crossbatch.checkpoint.keep=1",

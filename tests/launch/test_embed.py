@@ -105,7 +105,9 @@ def test_an_interrupted_command_goes_on_with_another_number_of_ranks(one_rank, t
 def test_rows_are_in_the_order_of_the_images_on_two_ranks(two_ranks, tiny_runs, shapes, tmp_path, share):
     output = tmp_path / "features.npy"
     two_ranks.run(embed_here, str(tiny_runs("resnet")), shapes, str(output), None, share)
-    assert [row[0] for row in csv.reader(output.with_suffix(".csv").open())][1:] == [str(i) for i in range(30)]
+    assert [row[0] for row in csv.reader(output.with_suffix(".csv").read_text().splitlines())][1:] == [
+        str(i) for i in range(30)
+    ]
     np.testing.assert_allclose(np.load(output), by_hand(tiny_runs("resnet"), shapes), atol=1e-5)
 
 

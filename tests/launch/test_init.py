@@ -18,7 +18,8 @@ from tests.launch.test_pretrain import TINY, call
 from tests.small_runs import BASE
 
 # FSDP2, because DeepSpeed can be started only once in a process.
-RUN = [*TINY, "-a", "resnet18", "--set=crossbatch.evaluate.knn_every_epochs=0", "--set=crossbatch.sharding=fsdp"]
+OFF = ["--set=crossbatch.evaluate.knn_every_epochs=0", "--set=crossbatch.evaluate.every_epochs=0"]
+RUN = [*TINY, "-a", "resnet18", *OFF, "--set=crossbatch.sharding=fsdp"]
 FREEZE = "--set=crossbatch.schedule.freeze_backbone_epochs=1"
 
 
