@@ -74,7 +74,7 @@ def lightly_transform(size: int, crop_min: float) -> Callable[[Any], Any]:
 
 def main() -> None:
     """Train; the rates follow the recipe's schedules over the steps that are asked for."""
-    parser = argparse.ArgumentParser("python -m benchmarks.learning.peers", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.learning.peers", description=__doc__, allow_abbrev=False)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--set", action="append", default=[])
