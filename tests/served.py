@@ -22,7 +22,7 @@ class Served:
             f"--port={self.port}",
             *self.flags,
         ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
         assert self.process.stdout
         self.port = int(self.process.stdout.readline())
 

@@ -71,7 +71,7 @@ def source_with(labels: list[int], classes: int = 3) -> Source:
 
 def test_labels_must_have_a_class(monkeypatch, tmp_path):
     splits = {}
-    monkeypatch.setattr(datasets, "open_source", lambda path, split, cache: splits[split])
+    monkeypatch.setattr(datasets, "open_source", lambda path, split, cache, remote: splits[split])
     monkeypatch.setattr(datasets, "has_evaluation_split", lambda path: True)
 
     def refused(train: list[int], evaluation: list[int]) -> str:
