@@ -53,11 +53,14 @@ class VotesConfig(Section):
     )
 
 
-class KnnSection(Section):
+class EmbedSection(Section):
     model: FrozenModelConfig = FrozenModelConfig()
     data: KnnImagesConfig = KnnImagesConfig()
-    knn: VotesConfig = VotesConfig()
     precision: Precision = key("fp32", "autocast precision of the backbone")
+
+
+class KnnSection(EmbedSection):
+    knn: VotesConfig = VotesConfig()
 
 
 class KnnConfig(Section):
@@ -65,12 +68,6 @@ class KnnConfig(Section):
 
     train_micro_batch_size_per_gpu: Count = key(256, "images that the backbone sees at once")
     crossbatch: KnnSection = KnnSection()
-
-
-class EmbedSection(Section):
-    model: FrozenModelConfig = FrozenModelConfig()
-    data: KnnImagesConfig = KnnImagesConfig()
-    precision: Precision = key("fp32", "autocast precision of the backbone")
 
 
 class EmbedConfig(Section):
