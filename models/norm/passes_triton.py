@@ -29,7 +29,7 @@ REGISTERS = 128  # of a thread at most; without a limit, ptxas spills some for m
 def statistics(x: Tensor, num_views: int) -> Tensor:
     rows, C, block = _sizes(x, num_views)
     strips, strip = _strips(rows, C, num_views, block)
-    partial, out = x.new_empty(strips, num_views, 2, C, dtype=torch.float32), _pairs(x, num_views)
+    partial, out = x.new_empty(strips, num_views, 2, C, dtype=torch.float64), _pairs(x, num_views)
     columns = triton.cdiv(C, block["BLOCK"])
     _launch(_strip_statistics, (strips * columns, num_views), x, partial, rows, C, strip, columns, **block)
     _launch(_merge, (columns, num_views), x, partial, out, rows, C, strip, strips, **block)
@@ -156,6 +156,12 @@ def _of_channels(mean, var, weight, bias, stride, i, C, eps):
 
 
 @triton.jit
+def _over_rows(values):
+    """Return the sums of the columns of a tile [1, BLOCK], in fp64; the numbers of whole strips are too few to cost time."""
+    return tl.sum(values.to(tl.float64), 0, keep_dims=True)
+
+
+@triton.jit
 def _store_sum(partial, number, k, sums, i, C, value):
     """Store the k-th of `sums` sums over the rows [1, BLOCK] of strip `number` in `partial`, [strips, V, sums, C]."""
     at = ((number * tl.num_programs(1) + tl.program_id(1)) * sums + k) * C + i
@@ -183,10 +189,10 @@ def _strip_statistics(x, partial, rows, C, strip, columns, ROWS: tl.constexpr, B
         value = tl.where(inside, value - first_row - shift, 0.0)
         sums += value
         squares += value * value
-    total = tl.sum(sums, 0, keep_dims=True)
+    total = _over_rows(sums)
     mean = total / (last - first)
     _store_sum(partial, number, 0, 2, i, C, shift + mean)
-    _store_sum(partial, number, 1, 2, i, C, tl.sum(squares, 0, keep_dims=True) - total * mean)
+    _store_sum(partial, number, 1, 2, i, C, _over_rows(squares) - total * mean)
 
 
 @triton.jit
@@ -195,19 +201,19 @@ def _merge(x, partial, out, rows, C, strip, strips, ROWS: tl.constexpr, BLOCK: t
     view, views = tl.program_id(1), tl.num_programs(1)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     shift = tl.load(partial + view * 2 * C + i, i < C, 0.0)
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    sums = tl.zeros((ROWS, BLOCK), tl.float64)
+    squares = tl.zeros((ROWS, BLOCK), tl.float64)
     for start in range(0, strips, ROWS):
         number = start + tl.arange(0, ROWS)[:, None]
         inside = (number < strips) & (i < C)
         at = partial + (number * views + view) * 2 * C + i
-        count = tl.minimum(strip, rows - number * strip).to(tl.float32)
+        count = tl.minimum(strip, rows - number * strip).to(tl.float64)
         away = tl.where(inside, tl.load(at, inside, 0.0) - shift, 0.0)
         sums += count * away
         squares += tl.load(at + C, inside, 0.0) + count * away * away
-    total = tl.sum(sums, 0, keep_dims=True)
-    variance = (tl.sum(squares, 0, keep_dims=True) - total * (total / rows)) / rows
-    first_row = tl.load(x + _first_element(0, rows, C) + i, i < C, 0.0).to(tl.float32)
+    total = _over_rows(sums)
+    variance = (_over_rows(squares) - total * (total / rows)) / rows
+    first_row = tl.load(x + _first_element(0, rows, C) + i, i < C, 0.0).to(tl.float64)
     tl.store(out + view * 2 * C + i, first_row + (shift + total / rows), i < C)
     tl.store(out + view * 2 * C + C + i, tl.maximum(variance, 0.0), i < C)
 
@@ -278,10 +284,10 @@ def _backward_sums(
         if BOTH:
             slopes_2 += g * centred_2
     kinds = 3 if BOTH else 2
-    _store_sum(partial, number, 0, kinds, i, C, tl.sum(sums, 0, keep_dims=True))
-    _store_sum(partial, number, 1, kinds, i, C, tl.sum(slopes, 0, keep_dims=True) * invstd_i)
+    _store_sum(partial, number, 0, kinds, i, C, _over_rows(sums))
+    _store_sum(partial, number, 1, kinds, i, C, _over_rows(slopes) * invstd_i)
     if BOTH:
-        _store_sum(partial, number, 2, kinds, i, C, tl.sum(slopes_2, 0, keep_dims=True) * invstd_2i)
+        _store_sum(partial, number, 2, kinds, i, C, _over_rows(slopes_2) * invstd_2i)
 
 
 @triton.jit
