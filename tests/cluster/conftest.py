@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -184,12 +184,16 @@ def pretrain(out: Path, *flags: str) -> list[str]:
 
 
 def two_commands(
-    box: Box, out: Path, *flags: str, second: tuple[str, ...] = (), **second_environment: str
+    box: Box,
+    out: Path,
+    *flags: str,
+    script: Sequence[str] = (),
+    **second_environment: str,
 ) -> list[Command]:
-    """The released code's way; the second node may get other flags and another environment."""
+    """The released code's way; the first may have a script around it, the second another environment."""
     meet = ["--multiprocessing-distributed", "--world-size=2", f"--dist-url=tcp://10.88.0.1:{29000 + box.count}"]
-    first = box.on("node1", "python", *pretrain(out, *flags, *meet, "--rank=0"))
-    return [first, box.on("node2", "python", *pretrain(out, *flags, *meet, "--rank=1", *second), **second_environment)]
+    first = box.on("node1", *script, "python", *pretrain(out, *flags, *meet, "--rank=0"))
+    return [first, box.on("node2", "python", *pretrain(out, *flags, *meet, "--rank=1"), **second_environment)]
 
 
 def wait_for_step(out: Path, step: int, *commands: Command) -> None:
@@ -224,6 +228,15 @@ def assert_prefix(out: Path, whole: Path, steps: int | None = None) -> int:
 def send(command: Command, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(command.process.pid, number)
+
+
+def was_signalled(pid: int, number: int) -> bool:
+    """Return whether a process that is stopped has been sent a signal; Slurm may also have let it go on, and it has ended."""
+    try:
+        found = re.search(r"ShdPnd:\s*(\w+)", Path("/proc", str(pid), "status").read_text())
+    except OSError:
+        return True
+    return bool(found and int(found[1], 16) >> (number - 1) & 1)
 
 
 def job_state(box: Box, job: str) -> str:

@@ -37,16 +37,18 @@ SCRIPT = """trap 'kill -{} $!' TERM INT HUP USR1
 wait $!; wait $!"""
 
 
-def start(box, launcher: str, out, *flags: str) -> list:
-    """Return the commands that start a run on two nodes; a signal goes to the first."""
+def start(box, launcher: str, out, *flags: str, tee: Path | None = None) -> list:
+    """Return the commands that start a run on two nodes; a signal goes to the first, which may print into a `tee`."""
     port = 29000 + box.count
     launcher, _, script = launcher.partition(" in a script")
     script = ["bash", "-c", SCRIPT.format("USR1" if launcher == "srun" else "TERM"), "bash"] if script else []
+    script = ["bash", "-c", f'"$@" | tee {tee}', "bash"] if tee else script
     if launcher == "two commands":
-        return two_commands(box, out, *flags)
+        return two_commands(box, out, *flags, script=script)
     if launcher == "torchrun":
         run = [*TORCHRUN, f"--master_port={port}"]
-        return [box.on(f"node{n + 1}", *run, f"--node_rank={n}", *pretrain(out, *flags)) for n in (0, 1)]
+        second = box.on("node2", *run, "--node_rank=1", *pretrain(out, *flags))
+        return [box.on("node1", *script, *run, "--node_rank=0", *pretrain(out, *flags)), second]
     if launcher == "mpirun":
         # Open MPI would bind each rank, with the workers that load its images, to one core.
         run = [
@@ -66,7 +68,7 @@ def start(box, launcher: str, out, *flags: str) -> list:
             run += ["--mca", f"{transport}_tcp_if_include", "eth0"]
         for variable in ("PATH", "PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS"):
             run += ["-x", variable]
-        return [box.on("node1", *run, "python", *pretrain(out, *flags))]
+        return [box.on("node1", *script, *run, "python", *pretrain(out, *flags))]
     if launcher == "srun":
         run = ["srun", "-X", "--nodes=2", "--ntasks-per-node=1", "python", "-u"]
         return [box.on("login", *script, *run, *pretrain(out, *flags))]
@@ -150,37 +152,92 @@ def test_deepspeed_on_one_node_dies_of_a_signal_and_its_ranks_save(box, tmp_path
 
 
 def listening(box, out) -> int:
-    """Return how many processes of a run catch SIGUSR1; ranks do from just before their workers start."""
+    """Return how many Python processes of a run catch SIGUSR1; ranks do from just before their workers start."""
     count = 0
-    for line in box.running(out):
+    for pid, _, *arguments in (line.split() for line in box.running(out)):
+        if arguments[arguments[0] == "-u"] != "launch/pretrain.py":
+            continue  # a launcher
         with contextlib.suppress(OSError):  # has ended
-            caught = re.search(r"SigCgt:\s*(\w+)", Path("/proc", line.split()[0], "status").read_text())
+            caught = re.search(r"SigCgt:\s*(\w+)", Path("/proc", pid, "status").read_text())
             count += bool(caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
     return count
 
 
 WORKERS = ["--set=crossbatch.data.workers=2", "--data=synthetic://48?size=600,classes=4"]
+# The flags of a run, and the step until which to wait; an epoch has four.
+PHASES = {
+    "workers start": (WORKERS, 0),
+    "evaluating": ([*WORKERS, "--set=crossbatch.evaluate.knn_every_epochs=1"], 4),
+    "images are the bottleneck": (WORKERS, 1),
+}
+
+
+def wait_for_phase(box, out, phase: str, ranks: int, *commands) -> None:
+    """Wait until a run has come so far; `ranks` is the number of its processes, with the released code's launchers."""
+    steps = PHASES[phase][1]
+    if steps:
+        wait_for_step(out, steps, *commands)
+    else:
+        wait_until(lambda: listening(box, out) == ranks, f"{listening(box, out)} of {ranks} listen")
 
 
 @pytest.mark.parametrize(
-    ("number", "flags", "steps"),
+    ("launcher", "phase", "number"),
     [
-        pytest.param(signal.SIGTERM, WORKERS, 1, id="images are the bottleneck"),
-        pytest.param(signal.SIGINT, WORKERS, 1, id="images are the bottleneck, Ctrl-C"),
-        pytest.param(signal.SIGUSR1, WORKERS, 0, id="workers start"),
-        pytest.param(signal.SIGHUP, [*WORKERS, "--set=crossbatch.evaluate.knn_every_epochs=1"], 4, id="evaluating"),
+        (launcher, phase, list(codes)[index % len(codes)])
+        for launcher, codes in CODES.items()
+        for index, phase in enumerate(PHASES)
     ],
+    ids=str,
 )
-def test_a_signal_to_the_whole_group(box, tmp_path, number, flags, steps):
+def test_a_signal_while_no_step_is_computed(request, tmp_path, launcher, phase, number):
+    box, out = request.getfixturevalue(NEEDS[launcher]), tmp_path / "out"
+    commands = start(box, launcher, out, *LONG, *PHASES[phase][0])
+    wait_for_phase(box, out, phase, 4 if launcher == "two commands" else 2, *commands)
+    send(commands[0], number)
+    codes = [command.wait() for command in commands]
+    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 60)
+    said = "\n".join(command.text() for command in commands)
+    assert (out / "stopped.json").exists() and "Traceback" not in said, said
+    assert codes[0] == CODES[launcher][number], said
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [(launcher, signal.SIGINT) for launcher in ("two commands", "torchrun", "mpirun", "srun", "deepspeed")]
+    + [("two commands", signal.SIGHUP), ("torchrun", signal.SIGTERM), ("mpirun", signal.SIGHUP)],
+    ids=str,
+)
+def test_a_signal_to_a_launcher_and_to_its_tee(request, tmp_path, launcher, number):
+    """As a terminal sends it; nobody reads what the ranks print of their save."""
+    box, out = request.getfixturevalue(NEEDS[launcher]), tmp_path / "out"
+    commands = start(box, launcher, out, *LONG, tee=tmp_path / "tee")
+    wait_for_step(out, 3, *commands)
+    os.killpg(commands[0].process.pid, number)
+    for command in commands:
+        command.wait()
+    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
+    said = (tmp_path / "tee").read_text() + "".join(command.text() for command in commands)
+    assert (out / "stopped.json").exists() and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("images are the bottleneck", signal.SIGTERM),
+        ("images are the bottleneck", signal.SIGINT),
+        ("workers start", signal.SIGUSR1),
+        ("evaluating", signal.SIGHUP),
+    ],
+    ids=str,
+)
+def test_a_signal_to_the_whole_group(box, tmp_path, phase, number):
     """Workers, fork server and resource tracker get it, too, as does a `| tee`."""
     out = tmp_path / "out"
-    flags = ["--multiprocessing-distributed", "--nproc-per-node=2", *flags]
+    flags = ["--multiprocessing-distributed", "--nproc-per-node=2", *PHASES[phase][0]]
     line = " ".join(f"'{argument}'" for argument in ["python", *pretrain(out, *LONG, *flags)])
     command = box.on("node1", "bash", "-c", f"set -o pipefail; {line} | tee {tmp_path}/tee")
-    if steps:
-        wait_for_step(out, steps, command)  # an epoch has four
-    else:
-        wait_until(lambda: listening(box, out) == 3, "the launcher and two ranks do not listen")
+    wait_for_phase(box, out, phase, 3, command)
     os.killpg(command.process.pid, number)
     command.wait()
     wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
