@@ -11,7 +11,7 @@
     pretrained/     weights from and to MoCo v3, DeiT, timm, torchvision and safetensors
     evaluation/     k-NN, the linear probe, their results and pictures
     planning/       does a recipe fit, how long does it take, what limits it; memory_model and sketch: what a step keeps
-    runtime/        ranks, watchdog, signals, non-finite steps, chunk size, timing, files, exit codes
+    runtime/        ranks (world, distributed), watchdog, signals, non-finite steps, chunk size, timing, files, exit codes
     run_log         metrics.jsonl, TensorBoard, progress bar; schedules: learning rate and momentum
 
 A new optimizer goes into optimizers/, a new way of sharding into sharding/ as a `Backend`, a new kind of training into tasks/.

@@ -40,7 +40,8 @@ from crossbatch.data.sources.open import SPLITS
 from crossbatch.data.workers import WAIT_S, await_images
 from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.schema import PATH, PathConfig
-from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
+from crossbatch.engine.runtime.distributed import on_every_rank, on_main
+from crossbatch.engine.runtime.world import World
 
 _KEY = "crossbatch.data.path"
 _EVALUATION = ", ".join(f"{name}/" for name in SPLITS["eval"])

@@ -12,11 +12,12 @@ from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Keep, Resumed
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
 from crossbatch.engine.run_log import Log, RunLog
 from crossbatch.engine.runtime.atomic_files import write_atomically
-from crossbatch.engine.runtime.distributed import World, on_main, shared_token
+from crossbatch.engine.runtime.distributed import on_main, shared_token
 from crossbatch.engine.runtime.nonfinite import LossMonitor
 from crossbatch.engine.runtime.profiling import RunProfile, check_steps_left
 from crossbatch.engine.runtime.signals import StepSync
 from crossbatch.engine.runtime.watchdog import Watchdog
+from crossbatch.engine.runtime.world import World
 from crossbatch.engine.tasks.task import Task
 from crossbatch.engine.trackers import check_trackers
 from crossbatch.engine.train_state import TrainState

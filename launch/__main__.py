@@ -12,9 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from crossbatch import __version__
+from crossbatch import InputError, __version__
 from crossbatch.engine.runtime.launchers import end_with_launcher
 from crossbatch.engine.runtime.output import protect_streams
+from crossbatch.engine.runtime.world import require_meeting_point, world_from_environment
 from crossbatch.launch.arguments import ArgumentParser
 
 COMMANDS = {
@@ -28,6 +29,10 @@ COMMANDS = {
     "preview": "draw the augmented views of a data set",
     "doctor": "print what this machine has and which path each stage takes",
 }
+
+# Commands whose processes are ranks, if the environment says so, and the flags that say so instead, or do without.
+RANKED = ("pretrain", "knn", "linear", "finetune", "embed")
+OTHERWISE = {"-h", "--help", "--dry-run", "--dist-url", "--multiprocessing-distributed", "--rank", "--world-size"}
 
 
 def main() -> None:
@@ -49,6 +54,8 @@ def run(name: str) -> NoReturn:
     """
     end_with_launcher()
     protect_streams()
+    if name in RANKED and not OTHERWISE & {argument.partition("=")[0] for argument in sys.argv}:
+        _check_world()
     interactive = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else: a shell has started it with &
     if interactive:
         signal.signal(signal.SIGINT, _leave)
@@ -59,6 +66,15 @@ def run(name: str) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     run_main(module.main)
     sys.exit(0)
+
+
+def _check_world() -> None:
+    """End with code 2 if what a launcher has set cannot be, before the imports."""
+    try:
+        require_meeting_point(world_from_environment())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

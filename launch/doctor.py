@@ -27,10 +27,11 @@ from rich.table import Table
 from crossbatch import InputError
 from crossbatch.data import choose_backend
 from crossbatch.engine.config import Device, choose_precision, usable_cores
-from crossbatch.engine.runtime.distributed import World, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import process_group
 from crossbatch.engine.runtime.gpu_check import built_for, driver_cuda, nvidia_devices
 from crossbatch.engine.runtime.output import check_printed, console
 from crossbatch.engine.runtime.same_run import check_same_run, facts_of
+from crossbatch.engine.runtime.world import World, world_from_environment
 from crossbatch.launch.arguments import ArgumentParser, positive
 from crossbatch.models.batchformer import dispatch
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from crossbatch import InputError
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
-from crossbatch.engine.runtime.distributed import World, world_from_environment
+from crossbatch.engine.runtime.world import World, world_from_environment
 from crossbatch.launch.arguments import (
     Alias,
     ArgumentParser,

@@ -16,9 +16,10 @@ from pathlib import Path
 from crossbatch.engine.config import Device, choose_precision, load_config, to_dict
 from crossbatch.engine.config.evaluation import KnnConfig
 from crossbatch.engine.config.resolve import share_cores
-from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import broadcast_object, process_group
 from crossbatch.engine.runtime.run_lock import locked_on_main
 from crossbatch.engine.runtime.same_run import check_same_run, facts_of
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.launch.arguments import Alias, ArgumentParser, add_config_flags, output_folder, overrides
 
 ALIASES: list[Alias] = [

@@ -16,9 +16,10 @@ from functools import partial
 from crossbatch.engine.config import Device, load_config, to_dict
 from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
-from crossbatch.engine.runtime.distributed import broadcast_object, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import broadcast_object, process_group
 from crossbatch.engine.runtime.run_lock import locked_on_main
 from crossbatch.engine.runtime.same_run import check_same_run, facts_of
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.launch.arguments import (
     Alias,
     ArgumentParser,

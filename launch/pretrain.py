@@ -19,8 +19,8 @@ from crossbatch import InputError
 from crossbatch.data import open_source
 from crossbatch.data.sources.location import REMOTE
 from crossbatch.engine.config import Config, Device, load_config, resolve, user_input
-from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.output import check_printed
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.engine.tasks.build import describe
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, add_run_flags, overrides, positive
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, asked_world_size, launched

@@ -15,10 +15,10 @@ from crossbatch import InputError
 from crossbatch.engine.checkpoint import check_allowed, create_run_directory
 from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.runtime import distributed
-from crossbatch.engine.runtime.distributed import World
 from crossbatch.engine.runtime.run_lock import locked_on_main
 from crossbatch.engine.runtime.same_run import check_same_run, check_visible, facts_of
 from crossbatch.engine.runtime.watchdog import Watchdog
+from crossbatch.engine.runtime.world import World, may_be_restarted
 from crossbatch.engine.start import build_trainer
 from crossbatch.engine.tasks.task import Task
 from crossbatch.launch.arguments import output_folder
@@ -43,7 +43,7 @@ def train(
         profile_steps: how many steps to profile; 0 for none.
     """
     check_allowed(arguments.allow_change, type(cfg.config))
-    if arguments.out is None and distributed.may_be_restarted():
+    if arguments.out is None and may_be_restarted():
         raise InputError(
             "--out: not given, but torchrun may restart this run, which must then find its checkpoints; give a folder"
         )

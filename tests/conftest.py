@@ -146,7 +146,8 @@ class RankPool:
 def _rank_main(pipe, environment: dict):
     import torch
 
-    from crossbatch.engine.runtime.distributed import process_group, world_from_environment
+    from crossbatch.engine.runtime.distributed import process_group
+    from crossbatch.engine.runtime.world import world_from_environment
 
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import pytest
 from crossbatch import InputError, RunStopped
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.world import world_from_environment
 
 RESNET = [
     "crossbatch.model.stem=small",

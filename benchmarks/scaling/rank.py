@@ -29,8 +29,9 @@ from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolv
 from crossbatch.engine.planning.catalogue import CARDS, machines
 from crossbatch.engine.planning.prediction import estimate
 from crossbatch.engine.planning.traffic import Message, Traffic, step_traffic, totals
-from crossbatch.engine.runtime.distributed import World, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import process_group
 from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.world import World, world_from_environment
 from crossbatch.engine.sketch import sketch
 from crossbatch.engine.step import TrainStep
 

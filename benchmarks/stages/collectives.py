@@ -24,7 +24,8 @@ from benchmarks.measure import Cases, compare, host_ms, summarise, take_turns
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
 from crossbatch.engine.config import Device
-from crossbatch.engine.runtime.distributed import GroupCollective, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import GroupCollective, process_group
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.models.norm import ViewBatchNorm
 
 RANKS, VIEWS, STREAMS = 2, 2, 2

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.stages import Effort
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve, to_dict
-from crossbatch.engine.runtime.distributed import process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import process_group
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.engine.sharding import Backend
 from crossbatch.engine.tasks.build import build_backend, build_model, connect
 

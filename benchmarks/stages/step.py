@@ -39,8 +39,8 @@ from crossbatch.engine.memory_model import StepMemory
 from crossbatch.engine.planning.catalogue import CARDS, machines
 from crossbatch.engine.planning.prediction import estimate
 from crossbatch.engine.runtime.chunk_size import MARGIN, automatic_chunk, free_bytes
-from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.timing import WHOLE, StepTimer
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.engine.step import TrainStep
 
 RESNET, VIT = "ResNet-50, 224 px", "ViT-S, 224 px"

@@ -38,8 +38,9 @@ from crossbatch.engine.evaluation.features import (
 )
 from crossbatch.engine.pretrained.load import load_configured
 from crossbatch.engine.runtime.atomic_files import replace_atomically, write_atomically
-from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
+from crossbatch.engine.runtime.distributed import on_every_rank, on_main
 from crossbatch.engine.runtime.output import console
+from crossbatch.engine.runtime.world import World
 from crossbatch.models.collective import GroupCollective
 
 PART = 8192  # images; a part is lost with an interruption, and at its end the loaders run dry

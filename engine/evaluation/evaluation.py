@@ -21,8 +21,9 @@ from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, 
 from crossbatch.engine.evaluation.results import RESULTS, create_output_dir, save_figures, write_results
 from crossbatch.engine.pretrained.load import load_configured
 from crossbatch.engine.run_log import print_summary
-from crossbatch.engine.runtime.distributed import GroupCollective, World, on_main
+from crossbatch.engine.runtime.distributed import GroupCollective, on_main
 from crossbatch.engine.runtime.output import console
+from crossbatch.engine.runtime.world import World
 
 
 @dataclass

@@ -23,7 +23,8 @@ from crossbatch.engine.evaluation.linear_probe import LinearProbe
 from crossbatch.engine.evaluation.probe_file import identity, read_probe, save_probe
 from crossbatch.engine.evaluation.results import confusion_matrix, curves
 from crossbatch.engine.run_log import Log, RunLog, StepClock, command, finite_or_none
-from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main
+from crossbatch.engine.runtime.distributed import mean_over_ranks, on_main
+from crossbatch.engine.runtime.world import World
 from crossbatch.engine.trackers import check_trackers
 from crossbatch.models.backbones import family
 

@@ -13,7 +13,8 @@ from crossbatch import InputError
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.memory_model import GIB, StepMemory
 from crossbatch.engine.runtime.atomic_files import write_atomically
-from crossbatch.engine.runtime.distributed import World, broadcast_object
+from crossbatch.engine.runtime.distributed import broadcast_object
+from crossbatch.engine.runtime.world import World
 
 # Of what is free. The rest is for fragmentation and for cuDNN's workspaces, of which there is one at a time. Where it times its
 # algorithms (`cudnn.benchmark`), torch offers them the largest free block, half of it where that is not to be had, and frees it

@@ -9,9 +9,9 @@ from typing import NoReturn
 
 from crossbatch import InputError, RunStopped
 from crossbatch.data.workers import is_stuck
-from crossbatch.engine.runtime.distributed import World, world_from_environment
 from crossbatch.engine.runtime.launchers import check_whole_command
 from crossbatch.engine.runtime.same_run import refuse
+from crossbatch.engine.runtime.world import World, world_from_environment
 
 BUG, WRONG_INPUT, STOPPED = 1, 2, 3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from crossbatch import InputError
-from crossbatch.engine.runtime.distributed import hides_gpus, world_from_environment
+from crossbatch.engine.runtime.world import hides_gpus, world_from_environment
 
 ON_THE_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
 OLDER = "pip install 'torch==2.10.*' 'torchvision==0.25.*' (in a checkout: make install CUDA=cuda12, which changes DALI, too)"

@@ -24,7 +24,8 @@ import torch.distributed as dist
 import crossbatch
 from crossbatch import InputError, RunStopped
 from crossbatch.engine.nested import flatten
-from crossbatch.engine.runtime.distributed import World, meet, on_every_rank, on_main, tries_to_meet
+from crossbatch.engine.runtime.distributed import meet, on_every_rank, on_main, tries_to_meet
+from crossbatch.engine.runtime.world import World
 
 _PACKAGES = (
     "torch",

@@ -26,7 +26,8 @@ from types import TracebackType
 import torch.distributed as dist
 
 from crossbatch import InputError, RunStopped
-from crossbatch.engine.runtime.distributed import World, shared_token
+from crossbatch.engine.runtime.distributed import shared_token
+from crossbatch.engine.runtime.world import World
 
 PHASES = ("starting", "evaluating", "saving", "waiting for data", "training")  # in the order of a step
 MAX_SILENT_BEATS = 60  # counted in our own heartbeats, so that a machine which slept as a whole accuses no rank

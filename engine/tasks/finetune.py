@@ -29,7 +29,8 @@ from crossbatch.engine.evaluation.results import confusion_matrix, curves, save_
 from crossbatch.engine.pretrained.load import Pretrained, load_configured
 from crossbatch.engine.run_log import METRICS, SCORES
 from crossbatch.engine.runtime.atomic_files import write_atomically
-from crossbatch.engine.runtime.distributed import GroupCollective, World
+from crossbatch.engine.runtime.distributed import GroupCollective
+from crossbatch.engine.runtime.world import World
 from crossbatch.engine.tasks.build import build_backend
 from crossbatch.engine.tasks.finetune_step import FinetuneStep
 from crossbatch.engine.tasks.task import STARTED_FROM, TrainResult

@@ -31,8 +31,9 @@ from crossbatch.engine.pretrained.weights import mismatch
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
-from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
+from crossbatch.engine.runtime.distributed import on_every_rank, on_main
 from crossbatch.engine.runtime.timing import StepTimer
+from crossbatch.engine.runtime.world import World
 from crossbatch.engine.schedules import too_short
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model, connect

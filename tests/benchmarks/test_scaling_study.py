@@ -15,7 +15,7 @@ from benchmarks.scaling.rank import measure, row_of, whole_bytes
 from crossbatch import InputError
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.planning.plan import Question, plan
-from crossbatch.engine.runtime.distributed import World, world_from_environment
+from crossbatch.engine.runtime.world import World, world_from_environment
 
 TINY = [
     "train_batch_size=8",

@@ -12,7 +12,7 @@ from benchmarks.scaling.rank import Counting
 from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
 from crossbatch.engine.planning.traffic import OURS, Message, of_parts, step_traffic, totals
-from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.build import build_backend, build_model, connect
 from tests.small_runs import ADAMW, BASE, LARS, RESNET, VIT, fsdp, slow_unless, zero

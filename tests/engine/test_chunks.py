@@ -13,7 +13,7 @@ from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.memory_model import StepMemory
 from crossbatch.engine.runtime import chunk_size as memory
-from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.models import Collective, MoCo
 from crossbatch.models.norm import synchronize_norms
 from tests.small_runs import (

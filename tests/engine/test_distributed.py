@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from crossbatch import InputError, RunStopped
-from crossbatch.engine.runtime.distributed import World, process_group, unused, world_from_environment
+from crossbatch.engine.runtime.distributed import process_group, unused
 from crossbatch.engine.runtime.same_run import check_same_run, code_digest
+from crossbatch.engine.runtime.world import World, world_from_environment
 
 
 def meet(store: dist.Store, size: int) -> list[dist.Store]:

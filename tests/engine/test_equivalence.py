@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.runtime.distributed import mean_over_ranks, world_from_environment
+from crossbatch.engine.runtime.distributed import mean_over_ranks
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.engine.tasks.build import build_model, connect
 from crossbatch.models import ViewBatchNorm
 from tests.small_runs import (

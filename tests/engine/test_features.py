@@ -91,7 +91,7 @@ def test_labels_must_have_a_class(monkeypatch, tmp_path):
 def images_here(paths: list[str], cache: str) -> str:
     """Open the path that belongs to this rank, and return why that is refused."""
     from crossbatch.engine.datasets import labelled_images, training_images
-    from crossbatch.engine.runtime.distributed import world_from_environment
+    from crossbatch.engine.runtime.world import world_from_environment
 
     path, said = paths[world_from_environment().rank], []
     for images in (labelled_images, training_images):

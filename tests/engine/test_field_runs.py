@@ -20,9 +20,10 @@ from crossbatch.engine.config import load_config
 from crossbatch.engine.evaluation.monitor import FeatureMonitor
 from crossbatch.engine.pretrained.load import load_pretrained
 from crossbatch.engine.runtime import run_lock
-from crossbatch.engine.runtime.distributed import World, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import process_group
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.runtime.run_lock import locked
+from crossbatch.engine.runtime.world import World, world_from_environment
 from crossbatch.launch import pretrain
 from crossbatch.models import build_backbone
 from tests.small_runs import LARS, RESNET, VIT, fsdp, run

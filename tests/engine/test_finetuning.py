@@ -13,7 +13,7 @@ from crossbatch import InputError
 from crossbatch.data import open_source
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
-from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.engine.schedules import finetuning_rate
 from crossbatch.engine.tasks.build import parameter_groups
 from crossbatch.models import build_backbone

@@ -17,7 +17,8 @@ from crossbatch.engine.checkpoint.store import Manifest
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.memory_model import GIB, StepMemory
 from crossbatch.engine.runtime import chunk_size
-from crossbatch.engine.runtime.distributed import World, process_group
+from crossbatch.engine.runtime.distributed import process_group
+from crossbatch.engine.runtime.world import World
 from crossbatch.engine.sharding import LocalShards
 from crossbatch.engine.start import build_trainer
 from crossbatch.engine.step import TrainStep

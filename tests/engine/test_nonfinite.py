@@ -11,8 +11,8 @@ import torch
 from crossbatch import RunStopped
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import WatchConfig
-from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.nonfinite import Backup, LossMonitor
+from crossbatch.engine.runtime.world import world_from_environment
 from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, losses, run, zero
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from crossbatch import InputError
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.profiling import steps_needed, table
+from crossbatch.engine.runtime.world import world_from_environment
 from tests.small_runs import BASE, LARS, RESNET, losses, pretrainer, zero
 
 SLOW_S = 0.1

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from crossbatch import RunStopped
-from crossbatch.engine.runtime.distributed import World, world_from_environment
 from crossbatch.engine.runtime.watchdog import PHASES, RankStatus, Watchdog
+from crossbatch.engine.runtime.world import World, world_from_environment
 
 DATA, TRAINING = PHASES.index("waiting for data"), PHASES.index("training")
 

@@ -91,7 +91,7 @@ def compare_here(folder: str, differ: str) -> tuple[str, str]:
     from crossbatch import InputError
     from crossbatch.engine.config import Device
     from crossbatch.engine.runtime import same_run
-    from crossbatch.engine.runtime.distributed import world_from_environment
+    from crossbatch.engine.runtime.world import world_from_environment
 
     world, facts = world_from_environment(), doctor.facts_of({})
     if differ and world.rank == 1:

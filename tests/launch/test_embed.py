@@ -17,8 +17,8 @@ from crossbatch.engine.config import load_config
 from crossbatch.engine.config.evaluation import EmbedConfig
 from crossbatch.engine.evaluation import embedding
 from crossbatch.engine.pretrained.load import load_pretrained
-from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.launch import embed
 
 

@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -219,6 +220,41 @@ def test_field_an_environment_that_cannot_be(monkeypatch, capsys, tmp_path, resn
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert words in refused(monkeypatch, capsys, command, *flags_of(command, resnet, tmp_path / "out"), DATA)
+
+
+AT_ONCE = """
+import sys
+sys.argv = ["pretrain.py"]
+from crossbatch.launch.__main__ import run
+try:
+    run("pretrain")
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ("WORLD_SIZE=2", "MASTER_ADDR and MASTER_PORT are not set"),
+        ("WORLD_SIZE=two", "given 'two' in the environment"),
+        ("WORLD_SIZE=2 RANK=3", "RANK: given 3; allowed: 0 to 1"),
+        ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=node1 MASTER_PORT=port", "MASTER_PORT: given 'port'"),
+        ("SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS=2, but no SLURM_PROCID"),
+        (
+            "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_LOCAL_RANK=0 OMPI_COMM_WORLD_LOCAL_SIZE=1",
+            "no MASTER_ADDR says where they meet",
+        ),
+    ],
+    ids=str,
+)
+def test_field_an_environment_that_cannot_be_is_refused_before_the_imports(environment, words):
+    theirs = dict(part.split("=") for part in environment.split())
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "PMI"))}
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ONCE], env={**ours, **theirs}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 HOLDER = """

@@ -17,8 +17,8 @@ from crossbatch.data.augment import pil
 from crossbatch.data.worker_batches import EvaluationDataset
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
-from crossbatch.engine.runtime.distributed import World
 from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.world import World
 from crossbatch.launch import finetune
 from crossbatch.models import build_backbone
 

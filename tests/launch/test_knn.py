@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from crossbatch.data import open_source, prepare
 from crossbatch.engine.config import load_config
 from crossbatch.engine.config.evaluation import KnnConfig
-from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.launch import knn
 
 

@@ -18,8 +18,8 @@ from crossbatch.engine.config.evaluation import LinearConfig
 from crossbatch.engine.config.resolve import resolve_training
 from crossbatch.engine.evaluation import linear_evaluation
 from crossbatch.engine.evaluation.linear_evaluation import base_learning_rates
-from crossbatch.engine.runtime.distributed import world_from_environment
 from crossbatch.engine.runtime.exit_codes import run_main
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.launch import finetune, linear
 
 SHORT = ["-b", "32", "--epochs", "3", "-j", "0", "-p", "1"]

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
 
 from crossbatch.engine.config import Device, load_config, resolve
-from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.models import MoCo, build_backbone, compiled
 from crossbatch.models.backbones import blocks
 from crossbatch.models.classifier import Classifier
