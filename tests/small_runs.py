@@ -27,6 +27,7 @@ BASE = [
     "train_micro_batch_size_per_gpu=12",  # to compute the chunk takes a second in every process
     "crossbatch.data.path=synthetic://48?size=20&classes=4",
     "crossbatch.data.image_size=16",
+    "crossbatch.precision=fp32",
     "crossbatch.data.workers=0",
     "crossbatch.data.backend=torchvision",
     "crossbatch.model.dim=16",

@@ -22,13 +22,15 @@ class Device:
     type: str  # "cuda" or "cpu"
     has_bf16: bool = True
     name: str = "CPU"
+    has_amx: bool = False  # a CPU that multiplies matrices of bf16 in several times the speed of fp32
 
     @staticmethod
     def detect() -> "Device":
         """Return the device that torch finds. Raises InputError for a GPU that torch cannot use."""
         check_gpus()
         if not torch.cuda.is_available():
-            return Device("cpu")
+            capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
+            return Device("cpu", has_amx=capabilities.get("amx_bf16", False))
         return Device("cuda", torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name())
 
 
@@ -252,7 +254,7 @@ def choose_precision(given: str, device: Device) -> tuple[str, str]:
     if given != "auto":
         return given, "as configured"
     if device.type == "cpu":
-        return "fp32", "no GPU"
+        return ("bf16", "the CPU has AMX") if device.has_amx else ("fp32", "no GPU")
     return ("bf16", f"{device.name} has bf16") if device.has_bf16 else ("fp16", f"{device.name} has no bf16")
 
 

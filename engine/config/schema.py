@@ -203,7 +203,7 @@ class TrainingConfig(Section):
     watch: WatchConfig = key(WatchConfig(), resumable=True)
     sharding: Sharding = key("zero", "zero: DeepSpeed; fsdp: FSDP2; both read zero_optimization.stage", resumable=True)
     precision: Precision = key(
-        "auto", "autocast precision of the forward pass; auto: bf16, on older GPUs fp16, on a CPU fp32"
+        "auto", "autocast precision of the forward pass; auto: bf16, on older GPUs fp16, on CPUs without AMX fp32"
     )
     deterministic: bool = key(
         False,
