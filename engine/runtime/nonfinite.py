@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from crossbatch.engine.config import WatchConfig
 
+LOSS_JUMPED = "loss jumped"  # so a warning begins
 MAX_WINDOW, MIN_WINDOW = 100, 20  # lines of metrics over which the mean of the loss is taken
 
 
@@ -90,7 +91,7 @@ class LossMonitor:
         if loss <= mean + self.settings.spike_sigmas * deviation:
             return None
         z = (loss - mean) / deviation if deviation else math.inf
-        return f"loss jumped to {loss:.4g}, {z:.1f} standard deviations above its recent mean of {mean:.4g}"
+        return f"{LOSS_JUMPED} to {loss:.4g}, {z:.1f} standard deviations above its recent mean of {mean:.4g}"
 
     def _collapse(self, name: str, value: float | None, limit: float, what: str) -> str | None:
         """Return a warning if `value` is below `limit`, and the one before it was not."""
