@@ -31,13 +31,13 @@ NORMALIZE, TRAIN_ON = "crossbatch.engine.step.normalize", "crossbatch.engine.tra
 STOP_SOON = "crossbatch.watch.max_nonfinite_steps=2"
 
 
-def replay(command: str, *more: str, patches: tuple = ()) -> str:
+def replay(command: str, patches: tuple = ()) -> str:
     """Run the command line of a replay on this rank of a pool; returns the message it stopped with."""
     from crossbatch.engine.replay.rebuild import RecordedRun
     from crossbatch.launch import replay as launcher
 
     words = shlex.split(command)
-    argv = ["replay.py", *words[words.index("--run") :], *more]
+    argv = ["replay.py", *words[words.index("--run") :]]
     with mock.patch.object(sys, "argv", argv):
         arguments = launcher.parse_arguments()
     try:

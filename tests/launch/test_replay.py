@@ -59,7 +59,7 @@ def nan_pixel(number, out, pools, chance) -> None:
     patches = ((NORMALIZE, nan_in_views_of(target, pixel)),)
     messages = pools(ranks).run(run, settings, str(out), 8, "auto", (), patches)
     assert all("1 steps in a row were skipped: non-finite" in message for message in messages)
-    assert pools(1).run(replay, command_in(messages[0], out, step), patches=patches) == [""]
+    assert pools(1).run(replay, command_in(messages[0], out, step), patches) == [""]
     found = verdict(out, step)
     assert_image(found, index, position, ranks)
     assert found["kind"] == "not finite"
@@ -75,7 +75,7 @@ def poisoned_image(number, out, pools, chance) -> None:
     patches = ((NORMALIZE, divided_by_contrast(float(chance.choice([0.0, 1e-30, 1e-12])))),)
     settings = [*settings, f"crossbatch.data.path={out.parent / 'images'}"]
     messages = pools(ranks).run(run, settings, str(out), 4, "auto", (), patches)
-    assert pools(1).run(replay, command_in(messages[0], out, step), patches=patches) == [""]
+    assert pools(1).run(replay, command_in(messages[0], out, step), patches) == [""]
     found = verdict(out, step)
     assert_image(found, index, order.batch(0, step - 1).tolist().index(index), ranks)
     assert found["images"][0]["name"] == f"class{index * 2 // 48}/{index:04d}.png"
