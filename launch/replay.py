@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from crossbatch.engine.config import Device, usable_cores
 from crossbatch.engine.replay.compare import changed_keys, differences, first_step_apart
 from crossbatch.engine.replay.rebuild import RecordedRun, check_step, rebuild
 from crossbatch.engine.replay.report import describe, loss_terms, write_report, write_views
-from crossbatch.engine.replay.verdict import judge
+from crossbatch.engine.replay.verdict import judge, of_state
 from crossbatch.engine.runtime import distributed
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import World, on_main, process_group, world_from_environment
@@ -80,11 +81,13 @@ def main() -> None:
 
 def replay(run: RecordedRun, arguments: argparse.Namespace, world: World, device: torch.device) -> None:
     """Make a step again, write what was seen of it, and print the verdict. Raises InputError."""
-    step, out = arguments.step, output_folder(arguments.out or run.path / "replay" / f"step-{arguments.step}")
-    ranks = check_step(run, step)
+    step, ranks = arguments.step, check_step(run, arguments.step)
     if arguments.rank is not None and not 0 <= arguments.rank < ranks:
         raise InputError(f"--rank: given {arguments.rank}; allowed: 0 to {ranks - 1}, the ranks of {run.path}")
-    rebuilt = rebuild(run, step, arguments.window, arguments.data, world, device, out, arguments.image)
+    out = output_folder(arguments.out or run.path / "replay" / f"step-{step}")
+    rebuilt = rebuild(
+        run, step, arguments.window, arguments.data, world, device, out, arguments.image, say=said_by(world)
+    )
     positions = rebuilt.positions(arguments.rank, arguments.image)
     verdict, terms = judge(rebuilt, arguments.jump), loss_terms(rebuilt)
     normalised = {*verdict.positions, *(positions if arguments.image is not None else ())}
@@ -101,10 +104,10 @@ def compare(
     tolerance = arguments.tolerance
     out = output_folder(arguments.out or run.path / "replay" / f"compare-{other.path.resolve().name}")
     found = on_main(lambda: first_step_apart(run, other, tolerance))
-    step = arguments.step or (None if found is None else found[0])
+    step = arguments.step or (None if found is None else found.step)
     lines, apart = [f"{run.path} and {other.path}"], []
     if found is not None:
-        lines.append(f"the records part at step {found[0]}: {found[1]}")
+        lines.append(f"the records part at step {found.step}: {found.text}")
     if step is None:
         lines.append(f"the same within {tolerance:g}, in all steps that both have recorded")
     else:
@@ -112,7 +115,8 @@ def compare(
         check_step(other, step)
         lines += [f"other configuration: {key}" for key in changed_keys(run, other, step)]
         one, two = (
-            rebuild(each, step, 0, arguments.data, world, device, out, keep_state=True) for each in (run, other)
+            rebuild(each, step, 0, arguments.data, world, device, out, keep_state=True, say=said_by(world))
+            for each in (run, other)
         )
         apart = list(differences(one, two, tolerance))
         if apart:
@@ -123,8 +127,12 @@ def compare(
             lines.append(f"{len(apart)} values differ by more than {tolerance:g} of their largest")
         else:
             lines.append(f"replay gives both the same step {step} within {tolerance:g}: only the records differ")
+            apart = found.in_checkpoints if found is not None and found.step == step else []
+            for rebuilt in (one, two):
+                for fault in rebuilt.state_faults:
+                    lines += [f"{rebuilt.run.path}:", *of_state(fault, rebuilt).lines]
     if world.is_main:
-        found_at = None if found is None else found[0]
+        found_at = None if found is None else found.step
         content = {
             "step": step,
             "recorded_apart_at": found_at,
@@ -133,6 +141,11 @@ def compare(
         }
         write_atomically(out / "compare.json", json.dumps(content, indent=2) + "\n")
         print("\n".join([*lines, f"written to {out}"]))
+
+
+def said_by(world: World) -> Callable[[str], object]:
+    """Return what prints a line on rank 0."""
+    return print if world.is_main else lambda text: None
 
 
 def output_folder(path: Path) -> Path:

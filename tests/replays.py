@@ -56,6 +56,13 @@ def replay(command: str, patches: tuple = ()) -> str:
     return ""
 
 
+def replay_printing(command: str) -> str:
+    """Run the command line of a replay; returns what it prints."""
+    with mock.patch("builtins.print") as printed:
+        assert replay(command, ((("builtins.print"), lambda: printed),)) == ""
+    return "\n".join(str(call.args[0]) for call in printed.call_args_list)
+
+
 def verdict(out: Path, step: int) -> dict:
     return json.loads((out / "replay" / f"step-{step}" / "verdict.json").read_text())
 
@@ -81,6 +88,46 @@ class nan_in_views_of:
             return found
 
         return poisoned
+
+
+class remembers:
+    """Lets `breaks_on` know which row is the view `target`: normalises as usual, and marks the row with a value of its own."""
+
+    MARK = 7.0  # larger than any pixel, and no jump
+
+    def __init__(self, target: torch.Tensor):
+        self.target = target
+
+    def __call__(self):
+        return nan_in_views_of(self.target, (0, 0, 0), self.MARK)()
+
+
+class breaks_on:
+    """Makes the second block of a ViT give infinite values for an image that `remembers` has marked."""
+
+    def __init__(self, target: torch.Tensor):
+        self.target = target
+
+    def __call__(self):
+        from crossbatch.models.vit import ViT
+
+        forward = ViT.forward
+
+        def broken(network, images):
+            marked = images[:, 0, 0, 0] == remembers.MARK
+            images = images.clone()
+            images[marked, 0, 0, 0] = 0
+
+            def overflow(module, arguments, output):
+                return torch.where(marked[:, None, None], output * 1e38 * 10, output)
+
+            handle = network.blocks[1].mlp.fc1.register_forward_hook(overflow, prepend=True)
+            try:
+                return forward(network, images)
+            finally:
+                handle.remove()
+
+        return broken
 
 
 class divided_by_contrast:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,20 @@ class Difference:
     text: str
 
 
-def first_step_apart(run: RecordedRun, other: RecordedRun, tolerance: float) -> tuple[int, str] | None:
-    """Return the first step in which the records of two runs differ, and how; None if they never do.
+@dataclass(frozen=True)
+class Parting:
+    """Says in which step the records of two runs first differ, and how.
+
+    `in_checkpoints` are the parameters that differ in both checkpoints of the step, if that is where it shows.
+    """
+
+    step: int
+    text: str
+    in_checkpoints: list[Difference]
+
+
+def first_step_apart(run: RecordedRun, other: RecordedRun, tolerance: float) -> Parting | None:
+    """Return where the records of two runs first differ; None if they never do.
 
     Raises InputError if no step is recorded in both.
     """
@@ -45,20 +58,20 @@ def first_step_apart(run: RecordedRun, other: RecordedRun, tolerance: float) -> 
             f"--compare {other.path}: no step is recorded in both runs, in metrics.jsonl or checkpoints/; allowed: a run with "
             f"steps of {run.path}"
         )
-    found = next(((step, text) for step in steps if (text := _metrics_apart(run, other, step, tolerance))), None)
+    partings = (Parting(step, text, []) for step in steps if (text := _metrics_apart(run, other, step, tolerance)))
+    found = next(partings, None)
     for step in saved:
-        if found is not None and step >= found[0]:
+        if found is not None and step >= found.step:
             break
-        text = _checkpoints_apart(run.checkpoints[step], other.checkpoints[step], tolerance)
-        if text is not None:
-            return step, text
+        apart = _checkpoints_apart(run.checkpoints[step], other.checkpoints[step], tolerance)
+        if apart:
+            return Parting(step, f"{apart[0].where}: {apart[0].tensor} in the checkpoints: {apart[0].text}", apart)
     return found
 
 
 def _metrics_apart(run: RecordedRun, other: RecordedRun, step: int, tolerance: float) -> str | None:
     ours, theirs = (flatten(one.metrics[step], "/") for one in (run, other))
-    names = ["loss", *(name for name in ours if name.startswith("loss_terms/")), "grad_norm"]
-    for name in names:
+    for name in ("loss", *(name for name in ours if name.startswith("loss_terms/")), "grad_norm"):
         if name in ours and name in theirs:
             pair = [math.nan if lines[name] is None else float(lines[name]) for lines in (ours, theirs)]
             if not same_number(pair[0], pair[1], tolerance):
@@ -66,17 +79,19 @@ def _metrics_apart(run: RecordedRun, other: RecordedRun, step: int, tolerance: f
     return None
 
 
-def _checkpoints_apart(ours: Any, theirs: Any, tolerance: float) -> str | None:
+def _checkpoints_apart(ours: Path, theirs: Path, tolerance: float) -> list[Difference]:
+    """Return the parameters that differ in two checkpoints; none if one of them cannot be read."""
     try:
         one, two = checkpoint.read(ours, "parameters."), checkpoint.read(theirs, "parameters.")
     except Unreadable:
-        return None
+        return []
+    found = []
     for name, tensor in one.items():
-        if name not in two:
-            return f"{name} is in one checkpoint only"
-        if text := tensors_apart(tensor, two[name], tolerance):
-            return f"{name} in both checkpoints: {text}"
-    return None
+        layer, _, weight = name.rpartition(".")
+        text = tensors_apart(tensor, two[name], tolerance) if name in two else "only in one checkpoint"
+        if text is not None:
+            found.append(Difference(layer, f"weight {weight}", text))
+    return found
 
 
 def tensors_apart(one: torch.Tensor, two: torch.Tensor, tolerance: float) -> str | None:

@@ -16,7 +16,7 @@ there. Then the state is that of the run again.
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,7 +159,7 @@ class Rebuilt:
         state_faults: of the checkpoints on the way, the first one first.
         compared: the steps of these checkpoints.
         state_before: parameters before the step, by name, if they were asked for.
-        changed_files: images of the step whose files are newer than the run's record of it.
+        changed_files: images whose files are newer than the run's record of the step, or of the first one with another loss.
     """
 
     run: RecordedRun
@@ -192,6 +192,11 @@ class Rebuilt:
                 return step
         return None
 
+    @property
+    def origin(self) -> str:
+        """Return in words from where the replay started."""
+        return "the seed" if self.start == 0 else f"checkpoint {self.start}"
+
     def place(self, position: int) -> tuple[int, int]:
         """Return the rank of the run that had the image at `position` of the global batch, and its position there."""
         return divmod(position, len(self.indices) // self.ranks)
@@ -213,12 +218,13 @@ class Rebuilt:
             )
         return found
 
-    def make(self, window: int, ranks_in_one: int, keep_state: bool) -> None:
+    def make(self, window: int, ranks_in_one: int, keep_state: bool, say: Callable[[str], object]) -> None:
         """Make the step, and the steps between a checkpoint and it; see `rebuild`."""
         readable = on_main(lambda: self._readable_checkpoints())
         starts = [0, *(step for step in readable if step < self.step)]
         self.start = min([max(starts), *(step for step in starts if step >= self.step - 1 - window)])
         self._check_images(readable)
+        say(f"making steps {self.start + 1} to {self.step} of {self.run.path} again, from {self.origin}")
         candidates = [readable[self.start]] if self.start else []
         self.state = TrainState(self.task, self.task.device, candidates, allow_change=tuple(self.run.config))
         self.state.build(self.task.cfg.chunk)
@@ -234,8 +240,11 @@ class Rebuilt:
                 self.state_before = {name: _flat(shards) for name, shards in held.items()}
             self._train(batches, is_watched=step >= self.step - 1 - window)
         self._describe_batch()
+        self._find_changed_files()
+        # What changed a weight may show in the next checkpoint only.
         later = [step for step in readable if self.step <= step <= self.step + window]
-        if later and not self.state_faults:
+        is_known = any(self.run.loss(step) is not None for step in self.losses) and self.parted_at is None
+        if later and not self.state_faults and (later[0] == self.step or not is_known):
             for _ in range(self.step, later[0]):
                 self._train(batches, is_watched=False)
             self._pass(readable[later[0]])
@@ -286,21 +295,26 @@ class Rebuilt:
         sampler, mine = self.task.data.sampler, self._batch.indices
         everyone: list[np.ndarray] = [mine] * sampler.world_size
         dist.all_gather_object(everyone, mine)
-        self.first, self.views, self.indices = (
-            sampler.rank * len(mine),
-            self._batch.views.cpu(),
-            np.concatenate(everyone),
-        )
+        self.indices = np.concatenate(everyone)
+        self.first, self.views = sampler.rank * len(mine), self._batch.views.cpu()
         source = self.task.data.loader.source
         self.names = [source.name(index) for index in self.indices.tolist()]
-        folder, recorded_at = getattr(source, "folder", None), self._recorded_at()
-        if folder is not None and recorded_at is not None:
-            with contextlib.suppress(OSError):
-                self.changed_files = [n for n in self.names if Path(folder, n).stat().st_mtime > recorded_at]
 
-    def _recorded_at(self) -> float | None:
-        """Return when the run had certainly made the step, as a file's time; None if nothing says so."""
-        saved = [path / MANIFEST for step, path in self.run.checkpoints.items() if step >= self.step]
+    def _find_changed_files(self) -> None:
+        """Find images of the step, and of the first one with another loss, whose files are newer than the run's record."""
+        source: Any = self.task.data.loader.source
+        for step in sorted({self.step, self.parted_at or self.step}):
+            recorded_at = self._recorded_at(step)
+            if not hasattr(source, "folder") or recorded_at is None:
+                return
+            for index in self._sampler.batch(*divmod(step - 1, self._sampler.steps_per_epoch)).tolist():
+                with contextlib.suppress(OSError):
+                    if Path(source.folder, source.name(index)).stat().st_mtime > recorded_at:
+                        self.changed_files.append(source.name(index))
+
+    def _recorded_at(self, step: int) -> float | None:
+        """Return when the run had certainly made a step, as a file's time; None if nothing says so."""
+        saved = [path / MANIFEST for number, path in self.run.checkpoints.items() if number >= step]
         with contextlib.suppress(OSError):
             return (saved[0] if saved else self.run.path / METRICS).stat().st_mtime
         return None
@@ -454,6 +468,7 @@ def rebuild(
     scratch: Path,
     image: int | None = None,
     keep_state: bool = False,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Rebuilt:
     """Make step number `step` of `run` again and watch it; all ranks of a process group call it.
 
@@ -467,6 +482,7 @@ def rebuild(
         scratch: a folder for the listing of the images.
         image: an index in the data set that the step must have.
         keep_state: whether to keep the parameters before the step.
+        say: is told what will be done, before it takes its time.
 
     Raises:
         InputError: if the images or the number of ranks are others, or if the step does not have `image`.
@@ -477,7 +493,7 @@ def rebuild(
     try:
         rebuilt = Rebuilt(run, step, task, saved["world_size"])
         rebuilt.find_order(image)
-        rebuilt.make(window, ranks_in_one, keep_state)
+        rebuilt.make(window, ranks_in_one, keep_state, say)
     finally:
         task.close()
     return rebuilt

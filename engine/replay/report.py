@@ -151,12 +151,11 @@ def describe(rebuilt: Rebuilt) -> list[str]:
     """Return lines that say what was replayed, from where, and how it agrees with what the run recorded."""
     step, run, cfg, result = rebuilt.step, rebuilt.run, rebuilt.task.cfg, rebuilt.result
     assert result is not None
-    start = "the seed" if rebuilt.start == 0 else f"checkpoint {rebuilt.start}"
     recorded = run.loss(step)
     said = "not recorded" if recorded is None else f"recorded {recorded:.6g}"
     lines = [
-        f"{run.path}, step {step} (epoch {rebuilt.epoch}): made again from {start}, on {_ranks(cfg.world_size)}; the run had "
-        f"{rebuilt.ranks}",
+        f"{run.path}, step {step} (epoch {rebuilt.epoch}): made again from {rebuilt.origin}, on "
+        f"{_ranks(cfg.world_size)}; the run had {rebuilt.ranks}",
         f"loss {rebuilt.losses[step]:.6g}, {said}; gradient norm {result.grad_norm:.6g}",
     ]
     if rebuilt.compared:
@@ -169,8 +168,8 @@ def describe(rebuilt: Rebuilt) -> list[str]:
     if rebuilt.changed_files:
         some = ", ".join(rebuilt.changed_files[:3])
         lines.append(
-            f"warning: {len(rebuilt.changed_files)} images of the step are newer than the run's record of it: {some}; names "
-            f"and labels of images are checked, not what is in their files"
+            f"warning: files of {len(rebuilt.changed_files)} images are newer than the run's record of their step: {some}; "
+            f"only names, order and labels of images are compared"
         )
     return lines
 

@@ -4,7 +4,8 @@ First means: in the order of computation. A weight counts where its layer begins
 loss terms, gradients in the order of the backward pass, and updates. A value is wrong if it is not finite, or if it jumps: its
 largest absolute value is more than `jump` times the largest one of the same tensor in the watched steps before. A gradient
 must also be larger than most others were, because behind a norm that starts at zero gradients grow from nothing. A weight may
-grow by what a step adds. A checkpoint on the way that differs from what the steps give comes before all of that.
+grow by what a step adds. Without a step before, views are compared with the others of the batch. A checkpoint on the way that
+differs from what the steps give comes before all of that.
 
 The image is found where images have not met yet. Up to the first norm over the batch, a row of a layer's output depends on
 one image alone, so the rows that are wrong name the images. If all rows are wrong at once, the layers before are searched
@@ -25,7 +26,7 @@ from crossbatch.engine.replay.rebuild import Rebuilt, StateFault
 GRADIENTS = ("gradient", "gradient of weight ")  # of outputs and of weights, with the beginning of their names
 IMPLAUSIBLE = 1e4  # of a weight, where there is no step before to compare with
 
-Kind = Literal["state", "not finite", "jump", "other machine", "none"]
+Kind = Literal["state", "not finite", "jump", "other images", "other machine", "none"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Verdict:
 
     Attributes:
         kind: "state": a checkpoint differs from what the steps before it give; "not finite" and "jump": of a value in the
-            step; "other machine": the run recorded another loss than the step gives; "none".
+            step; "other images" and "other machine": the run recorded another loss than the step gives; "none".
         layer: the layer, "input", or "loss".
         tensor: what of it: "output", "gradient", "weight NAME", the name of a loss term, ...
         positions: of the images that brought it, in the global batch; empty if it was none.
@@ -77,9 +78,10 @@ class Verdict:
 
 def judge(rebuilt: Rebuilt, jump: float) -> Verdict:
     """Return what went wrong first in `rebuilt`; `jump` is the factor from which a larger value counts as wrong."""
-    earlier = [fault for fault in rebuilt.state_faults if fault.step < rebuilt.step]
-    if earlier:
-        return _of_state(earlier[0], rebuilt)
+    parted = rebuilt.parted_at
+    has_other_images = bool(rebuilt.changed_files) and parted is not None
+    if not has_other_images and any(fault.step < rebuilt.step for fault in rebuilt.state_faults):
+        return of_state(rebuilt.state_faults[0], rebuilt)
     events = sorted(_events(rebuilt), key=lambda event: event.at)
     floors = {
         kind: _median([event.before for event in events if event.is_of(kind) and event.before is not None])
@@ -89,16 +91,17 @@ def judge(rebuilt: Rebuilt, jump: float) -> Verdict:
         kind = _kind(event, jump, max([0.0, *(floor for name, floor in floors.items() if event.is_of(name))]))
         if kind is not None:
             return _of_event(kind, event, events[:number], rebuilt, jump)
-    if rebuilt.state_faults:
-        return _of_state(rebuilt.state_faults[0], rebuilt)
-    parted = rebuilt.parted_at
+    if rebuilt.state_faults and not has_other_images:
+        return of_state(rebuilt.state_faults[0], rebuilt)
     if parted is not None:
         lines = [
             f"replay makes step {parted} without a fault, with loss {rebuilt.losses[parted]:.6g}; the run recorded "
             f"{rebuilt.run.loss(parted):.6g}",
-            "what the run met is not in its data, code and state: a fault of a machine, or a file that has changed since",
+            "images have changed since, so this is not the step that the run made"
+            if has_other_images
+            else "what the run met is in neither data, code nor state: a fault of a machine, or of an image since replaced",
         ]
-        return Verdict("other machine", lines=lines)
+        return Verdict("other images" if has_other_images else "other machine", lines=lines)
     return Verdict("none", lines=["nothing is wrong: all values are finite, and none jumps"])
 
 
@@ -147,8 +150,8 @@ def _kind(event: Event, jump: float, floor: float) -> Literal["not finite", "jum
     if event.moments.not_finite:
         return "not finite"
     if event.before is None:
-        is_weight = event.tensor.startswith("weight ")
-        return "jump" if is_weight and event.moments.largest > IMPLAUSIBLE else None
+        is_huge = event.tensor.startswith("weight ") and event.moments.largest > IMPLAUSIBLE
+        return "jump" if is_huge or (event.layer == INPUT and _outstanding(event.values, jump)) else None
     # Where all was zero, as behind a norm whose weight starts at zero, any value would be a jump.
     jumps = 0 < event.before < math.inf and event.moments.largest > max(jump * event.before, floor)
     return "jump" if jumps else None
@@ -161,7 +164,8 @@ def _of_event(
     if kind == "not finite":
         what = f"not finite ({moments.not_finite:,} of {moments.count:,} values)"
     elif event.before is None:
-        what = f"up to {moments.largest:.3g}, which is implausible for a weight"
+        why = "far more than in other images" if event.layer == INPUT else "which is implausible for a weight"
+        what = f"up to {moments.largest:.3g}, {why}"
     else:
         what = (
             f"up to {moments.largest:.3g}, {moments.largest / event.before:.3g} times its largest value in steps before"
@@ -203,14 +207,22 @@ def _images(event: Event, before: list[Event], jump: float) -> tuple[list[int], 
         wrong = (largest > limit).nonzero().flatten().tolist()
         if 0 < len(wrong) <= len(largest) // 2:
             return wrong, "input" if event.layer == INPUT else f"{event.layer}: {event.tensor}"
-    for earlier in reversed(before):
+    for earlier in [event, *reversed(before)]:
         values = earlier.values
-        if values is None or values.largest is None or earlier.tensor != "output":
+        if earlier.tensor != "output":
             continue
-        outstanding = (values.largest > jump * values.largest.median()).nonzero().flatten().tolist()
-        if 0 < len(outstanding) <= len(values.largest) // 2:
+        outstanding = _outstanding(values, jump)
+        if outstanding:
             return outstanding, "input" if earlier.layer == INPUT else f"{earlier.layer}: {earlier.tensor}"
     return [], ""
+
+
+def _outstanding(values: Values | None, jump: float) -> list[int]:
+    """Return the positions of the images that are larger than most of the batch by more than the factor `jump`."""
+    if values is None or values.largest is None:
+        return []
+    found = (values.largest > jump * values.largest.median()).nonzero().flatten().tolist()
+    return found if len(found) <= len(values.largest) // 2 else []
 
 
 def describe_image(rebuilt: Rebuilt, position: int) -> str:
@@ -219,7 +231,8 @@ def describe_image(rebuilt: Rebuilt, position: int) -> str:
     return f"image {rebuilt.indices[position]}, {rebuilt.names[position]}: rank {rank}, position {place} of its batch"
 
 
-def _of_state(fault: StateFault, rebuilt: Rebuilt) -> Verdict:
+def of_state(fault: StateFault, rebuilt: Rebuilt) -> Verdict:
+    """Return the verdict that a checkpoint is not what the steps before it give."""
     name = fault.name.partition(".")[2] if not fault.name.startswith("optimizer.") else fault.name.split(".", 2)[2]
     layer, _, tensor = name.rpartition(".")
     element = f"[{', '.join(map(str, fault.element))}]"
