@@ -31,7 +31,7 @@ from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, run, slow_unless, z
 
 BLOCK = "crossbatch.models.vit.ViT.forward"
 DATA = "synthetic://48?size=20&classes=4"  # that of BASE
-BACKENDS = [zero(2), fsdp(3), zero(0), zero(3), zero(1), fsdp(1)]
+BACKENDS = [zero(2), fsdp(3), zero(3), zero(0), zero(1), fsdp(1)]
 STOP = ["crossbatch.watch.max_nonfinite_steps=1"]
 
 
@@ -197,7 +197,7 @@ def test_a_step_made_again_has_the_same_views_and_losses(tmp_path, pools, settin
 def test_replay_from_the_seed_and_what_is_written_of_layers(tmp_path, one_rank):
     """Of a clean run, from its very first step on: nothing jumps, although everything grows in a warm-up."""
     assert one_rank.run(run, [*RESNET, *LARS, "crossbatch.checkpoint.keep=1"], str(tmp_path), 6) == [""]
-    for step in (1, 3, 4, 6):
+    for step in (1, 4, 6):
         assert one_rank.run(replay, f"replay --run {tmp_path} --step {step}") == [""]
         assert verdict(tmp_path, step)["kind"] == "none", verdict(tmp_path, step)
     lines = [json.loads(text) for text in (tmp_path / "replay" / "step-6" / "layers.jsonl").read_text().splitlines()]
