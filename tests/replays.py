@@ -189,11 +189,12 @@ def edit_checkpoint(folder: Path, name: str, change: Callable[[torch.Tensor], ob
 class flips_a_bit:
     """Flips a bit of a weight in the memory of one rank before step `step`, in what that rank writes into checkpoints.
 
-    The place is drawn by `seed` among the larger weights of the online encoder; it is written to `told`.
+    The place is drawn by `seed` among the larger trained weights, and written to `told`. It is where this rank both makes the
+    update and writes the checkpoint, or, of replicated weights, where rank 0 writes.
     """
 
-    def __init__(self, rank: int, step: int, bit: int, seed: int, told: str):
-        self.rank, self.step, self.bit, self.seed, self.told = rank, step, bit, seed, told
+    def __init__(self, rank: int, step: int, bit: int, seed: int, told: str, writes_it: bool = True):
+        self.rank, self.step, self.bit, self.seed, self.told, self.writes_it = rank, step, bit, seed, told, writes_it
 
     def __call__(self):
         train_on = TrainState.train_on
@@ -209,8 +210,7 @@ class flips_a_bit:
         return flipped
 
     def flip(self, backend, world) -> None:
-        """Flip it where this rank both makes the update and writes the checkpoint."""
-        written = shares(local_state(backend), world.rank, world.size)
+        written = shares(local_state(backend), world.rank if self.writes_it else 0, world.size)
         held = {name: next(iter(state.values())) for name, state in backend.local_optimizer_state().items()}
         places = []
         for (name, start), values in written.items():

@@ -229,7 +229,8 @@ class _Probe:
         mean = rows.mean(1).view(-1, len(positions)).mean(0).cpu()
         if values.largest is None or values.mean is None:
             values.largest, values.mean = torch.zeros(self.n), torch.zeros(self.n)
-        values.largest[positions], values.mean[positions] = largest, mean
+        values.largest[positions] = torch.maximum(values.largest[positions], largest)  # of a layer that is called twice
+        values.mean[positions] = mean
 
     def finish(self) -> None:
         """Add what is known only after the step: updates, and which layer a parameter belongs to."""

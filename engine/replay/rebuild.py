@@ -43,6 +43,7 @@ from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.pretrain import PretrainTask, pretrain_task
 from crossbatch.engine.tasks.task import TrainResult
 from crossbatch.engine.train_state import CHUNK_KEY, TrainState
+from crossbatch.engine.trainer import NONFINITE
 from crossbatch.models.backbones import family
 
 TOLERANCES = {
@@ -108,16 +109,17 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class StateFault:
-    """Says where a checkpoint differs from what the steps before it give, by more than rounding could make.
+    """Says where a checkpoint, or a rank that stopped, differs from what the steps give, by more than rounding could make.
 
     Attributes:
-        step: of the checkpoint.
+        step: after how many steps.
         name: of the tensor: parameters.NAME, buffers.NAME or optimizer.KEY.NAME.
         element: index into the tensor of the element that differs most.
-        saved, replayed: its value in the checkpoint and after the replay.
+        saved, replayed: its value there and after the replay.
         elements: how many elements of the tensor differ beyond the limit, and how many there are.
-        tensors: how many tensors of the checkpoint do.
-        rank: the rank that held the element and wrote it.
+        tensors: how many tensors do.
+        rank: the rank that held the element.
+        where: "in the checkpoint", or "when the run stopped", of which only the largest value of each tensor is known.
     """
 
     step: int
@@ -128,6 +130,7 @@ class StateFault:
     elements: tuple[int, int]
     tensors: int
     rank: int | None
+    where: str = "in the checkpoint"
 
     @property
     def bits(self) -> list[int]:
@@ -238,6 +241,8 @@ class Rebuilt:
             if keep_state and step == self.step - 1:
                 held = self.state.step.backend.local_parameters()
                 self.state_before = {name: _flat(shards) for name, shards in held.items()}
+            if step == self.step - 1 and not self.state_faults:
+                self.state_faults += self._faults_at_stop()
             self._train(batches, is_watched=step >= self.step - 1 - window)
         self._describe_batch()
         self._find_changed_files()
@@ -353,6 +358,35 @@ class Rebuilt:
         self.compared.append(step)
         self.state.load([path])
         self._begin = self._tensors()
+
+    def _faults_at_stop(self) -> list[StateFault]:
+        """Compare the state before the step with the largest weights that the ranks had when they stopped in it."""
+        try:
+            stopped = json.loads((self.run.path / NONFINITE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        if stopped["step"] != self.step:
+            return []
+        found = []
+        shapes = {name: held.shape for name, held in self.state.step.backend.local_parameters().items()}
+        now = self._tensors()
+        for name, largest in stopped["weights"].items():
+            replayed = now[f"parameters.{name}"]
+            value = math.nan if largest["value"] is None else largest["value"]
+            saved = replayed.clone()
+            saved[largest["element"]] = value
+            excess = float(_excess(saved, self._begin[f"parameters.{name}"], replayed).max())
+            if excess > 1:
+                element = (
+                    tuple(int(i) for i in np.unravel_index(largest["element"], shapes[name])) if shapes[name] else ()
+                )
+                before = float(replayed[largest["element"]])
+                found.append((excess, name, element, value, before, len(replayed), largest["rank"]))
+        if not found:
+            return []
+        _, name, element, value, before, total, rank = max(found, key=lambda one: one[0])
+        fault = StateFault(self.step - 1, f"parameters.{name}", element, value, before, (1, total), len(found), rank)
+        return [replace(fault, where="when the run stopped")]
 
 
 def _flat(held: LocalShards) -> torch.Tensor:

@@ -244,7 +244,7 @@ def of_state(fault: StateFault, rebuilt: Rebuilt) -> Verdict:
     who = "" if fault.rank is None else f", held by rank {fault.rank}"
     lines = [
         f"first fault: the state after step {fault.step} is not what the steps give: {fault.name}{element} is "
-        f"{fault.saved:.6g} in the checkpoint and {fault.replayed:.6g} after {came_from}{bit}{who}",
+        f"{fault.saved:.6g} {fault.where} and {fault.replayed:.6g} after {came_from}{bit}{who}",
         f"{count:,} of its {total:,} elements differ by more than rounding can make, in {fault.tensors} tensors of the state",
         "no image brought it: something other than a step has changed memory or file",
     ]

@@ -2,12 +2,14 @@
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from crossbatch.engine.config import WatchConfig
+from crossbatch.engine.sharding import LocalShards
 
 LOSS_JUMPED = "loss jumped"  # so a warning begins
 MAX_WINDOW, MIN_WINDOW = 100, 20  # lines of metrics over which the mean of the loss is taken
@@ -55,6 +57,27 @@ def describe_nonfinite(values: dict[str, torch.Tensor]) -> str:
     names = next(iter(culprits.values()))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"non-finite on {ranks}: {', '.join(names[:3])}{more}"
+
+
+def largest_weights(parameters: Mapping[str, LocalShards]) -> dict[str, dict[str, Any]]:
+    """Return the largest absolute value of each parameter over all ranks, with the rank and the element; every rank calls it.
+
+    A rank may hold another value than a checkpoint gets, which only one rank writes.
+    """
+    mine: dict[str, tuple[float, float, int, int]] = {}
+    for name, shards in parameters.items():
+        for part in (part for part in shards.slices if part.local.numel()):
+            values = part.local.detach().flatten()
+            size, at = values.abs().nan_to_num(math.inf, math.inf).max(0)
+            found = (float(size), float(values[at]), dist.get_rank(), part.start + int(at))
+            mine[name] = max(found, mine.get(name, found), key=lambda one: one[0])
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    largest = {}
+    for name in parameters:
+        _, value, rank, element = max((one[name] for one in everyone if name in one), key=lambda one: one[0])
+        largest[name] = {"value": value if math.isfinite(value) else None, "rank": rank, "element": element}
+    return largest
 
 
 class LossMonitor:

@@ -143,6 +143,18 @@ def test_a_fault_is_traced_to_rank_image_and_layer(number, tmp_path, pools):
     FAULTS[number % 4](number, tmp_path / "run", pools, np.random.default_rng(100 + number))
 
 
+def test_a_bit_that_no_checkpoint_has_is_found_by_what_the_ranks_had_when_they_stopped(tmp_path, pools):
+    """Flipped right after a save, in the copy of a replicated weight of which another rank writes this part."""
+    told, settings = tmp_path / "flipped", [*VIT, *ADAMW, *zero(0), *STOP]
+    flip = flips_a_bit(1, 5, 30, 3, str(told), writes_it=False)
+    messages = pools(2).run(run, settings, str(tmp_path / "run"), 6, "auto", (), ((TRAIN_ON, flip),))
+    name, element = json.loads(told.read_text())
+    assert pools(1).run(replay, command_in(messages[0], tmp_path / "run", 5)) == [""]
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert writer(folder, name, element) == 0
+    assert_weight(verdict(tmp_path / "run", 5), name, element, 1, checkpoint.read_manifest(folder)[0].shapes[name])
+
+
 # --- a step made again is the step that was made ----------------------------------------------------------------------
 
 
