@@ -190,7 +190,7 @@ class flips_a_bit:
     """Flips a bit of a weight in the memory of one rank before step `step`, in what that rank writes into checkpoints.
 
     The place is drawn by `seed` among the larger trained weights, and written to `told`. It is where this rank both makes the
-    update and writes the checkpoint, or, of replicated weights, where rank 0 writes.
+    update and writes the checkpoint, or, of the replicated weights of norms, where rank 0 writes.
     """
 
     def __init__(self, rank: int, step: int, bit: int, seed: int, told: str, writes_it: bool = True):
@@ -216,7 +216,7 @@ class flips_a_bit:
         for (name, start), values in written.items():
             for part in held[name[11:]].slices if name[11:] in held and name.startswith("parameters.") else ():
                 first, last = max(start, part.start), min(start + len(values), part.start + part.local.numel())
-                if first < last and name.endswith("weight"):
+                if first < last and name.endswith("weight") and (self.writes_it or "norm" in name):
                     places.append((name, first, values[first - start : last - start]))
         chance = np.random.default_rng(self.seed)
         name, first, values = places[chance.integers(len(places))]

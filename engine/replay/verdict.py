@@ -246,7 +246,9 @@ def of_state(fault: StateFault, rebuilt: Rebuilt) -> Verdict:
         f"first fault: the state after step {fault.step} is not what the steps give: {fault.name}{element} is "
         f"{fault.saved:.6g} {fault.where} and {fault.replayed:.6g} after {came_from}{bit}{who}",
         f"{count:,} of its {total:,} elements differ by more than rounding can make, in {fault.tensors} tensors of the state",
-        "no image brought it: something other than a step has changed memory or file",
+        "no image brought it: something other than a step has changed memory or file"
+        if fault.name.startswith("parameters.")
+        else f"no weight does: what went wrong in {came_from} has left its traces only there",
     ]
     return Verdict(
         "state",
