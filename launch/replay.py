@@ -29,6 +29,8 @@ from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import World, on_main, process_group, world_from_environment
 from crossbatch.launch.arguments import ArgumentParser, number, positive
 
+WINDOW, JUMP, TOLERANCE = 20, 10, 1e-4  # defaults of flags
+
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line; flags that contradict each other exit with code 2."""
@@ -55,6 +57,14 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.step is None and arguments.compare is None:
         parser.error("--step: not given; allowed: a step of the run, from 1; or give --compare OTHER")
+    unused = ("rank", "image", "window", "jump") if arguments.compare is not None else ("tolerance",)
+    for name in unused:
+        if getattr(arguments, name) is not None:
+            when = "without --compare" if arguments.compare is not None else "with --compare OTHER"
+            parser.error(f"--{name}: given {getattr(arguments, name)}; allowed: only {when}; leave it out")
+    for name, default in (("window", WINDOW), ("jump", JUMP), ("tolerance", TOLERANCE)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     if arguments.window < 0:
         parser.error(f"--window: given {arguments.window}; allowed: a whole number >= 0")
     for name, least in (("jump", 1), ("tolerance", 0)):

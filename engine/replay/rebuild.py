@@ -77,13 +77,13 @@ class RecordedRun:
         except (OSError, ValueError):
             what = "no config.json in it" if path.is_dir() else "no such folder"
             raise InputError(f"{flag} {path}: {what}; allowed: the run directory of a run of pretraining") from None
-        if "batchformer" not in config.get("crossbatch", {}):
+        if not isinstance(config, dict) or "batchformer" not in config.get("crossbatch", {}):
             raise InputError(f"{flag} {path}: not a run of pretraining; allowed: a run directory of launch/pretrain.py")
         checkpoints = {int(found.name[5:]): found for found in reversed(checkpoint.candidates(path, "auto"))}
         lines: dict[int, dict[str, Any]] = {}
         with contextlib.suppress(OSError):
             for text in (path / METRICS).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last one, of a run that was killed
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # the last one, of a run that was killed
                     line = json.loads(text)
                     lines[line["step"]] = line
         return RecordedRun(path, config, checkpoints, lines)

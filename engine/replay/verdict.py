@@ -248,7 +248,7 @@ def of_state(fault: StateFault, rebuilt: Rebuilt) -> Verdict:
         f"{count:,} of its {total:,} elements differ by more than rounding can make, in {fault.tensors} tensors of the state",
         "no image brought it: something other than a step has changed memory or file"
         if fault.name.startswith("parameters.")
-        else f"no weight does: what went wrong in {came_from} has left its traces only there",
+        else f"no weight differs: what went wrong in {came_from} has left its traces only there",
     ]
     return Verdict(
         "state",
