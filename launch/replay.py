@@ -42,18 +42,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--image", metavar="I", type=int, help="write the views of image I of the data set, and what the network saw")
     add("--out", metavar="DIR", type=Path, help="folder to write into; default RUN/replay/step-N")
     add("--data", metavar="DIR", help="where the images are now; default: where they were")
-    what = "steps before N to watch, where a checkpoint or the seed is so near; default %(default)s"
-    add("--window", metavar="K", type=int, default=20, help=what)
-    what = "a value is wrong if it is so many times its largest one in the steps before; default %(default)s"
-    add("--jump", metavar="X", type=number, default=10, help=what)
-    add(
-        "--compare",
-        metavar="OTHER",
-        type=Path,
-        help="another run directory: find step, layer and tensor where they part",
-    )
-    what = "with --compare: relative difference from which values differ; default %(default)s"
-    add("--tolerance", metavar="X", type=float, default=1e-4, help=what)
+    what = f"steps before N to watch, where a checkpoint or the seed is so near; default {WINDOW}"
+    add("--window", metavar="K", type=int, help=what)
+    what = f"a value is wrong if it is so many times its largest one in the steps before; default {JUMP}"
+    add("--jump", metavar="X", type=number, help=what)
+    what = "another run directory: find step, layer and tensor where they part"
+    add("--compare", metavar="OTHER", type=Path, help=what)
+    what = f"with --compare: relative difference from which values differ; default {TOLERANCE:g}"
+    add("--tolerance", metavar="X", type=float, help=what)
     arguments = parser.parse_args()
     if arguments.step is None and arguments.compare is None:
         parser.error("--step: not given; allowed: a step of the run, from 1; or give --compare OTHER")
