@@ -172,6 +172,11 @@ class TrainLoader:
         return GlobalBatchSampler(self._seed, len(self._source), self._batch_size, world_size, rank)
 
     @property
+    def source(self) -> Source:
+        """Return the images."""
+        return self._source
+
+    @property
     def steps_per_epoch(self) -> int:
         """Return the number of batches in one epoch; images that do not fill the last batch are left out."""
         return self.sampler.steps_per_epoch

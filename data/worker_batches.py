@@ -27,7 +27,7 @@ TrainKey = tuple[int, np.ndarray] | tuple[int, np.ndarray, np.ndarray]  # epoch,
 Opened = TypeVar("Opened")  # an image in the form that a backend takes
 
 MAX_IMAGES = 64  # of a worker batch
-_MAX_TRIES = 16  # broken images in a row before a worker batch is given up
+MAX_TRIES = 16  # broken images in a row before a worker batch is given up
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def open_or_replace(
         The image with its index, or None after 16 tries, and the broken ones before it (those that raise OSError).
     """
     broken = []
-    for offset in range(min(_MAX_TRIES, len(source))):
+    for offset in range(min(MAX_TRIES, len(source))):
         candidate = (index + offset) % len(source)
         try:
             return (candidate, open_image(candidate)), broken

@@ -9,6 +9,7 @@
     datasets        the images of a run, the same on all ranks
     checkpoint/     written in the background, loaded at any world size, stage and backend
     pretrained/     weights from and to MoCo v3, DeiT, timm, torchvision and safetensors
+    replay/         makes a step of a run again, and finds what went wrong in it first
     evaluation/     k-NN, the linear probe, their results and pictures
     planning/       does a recipe fit, how long does it take, what limits it; memory_model and sketch: what a step keeps
     runtime/        ranks (world, distributed), watchdog, signals, non-finite steps, chunk size, timing, files, exit codes

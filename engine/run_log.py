@@ -42,16 +42,22 @@ STATUS_FORMATS = {"loss": "loss {:.4f}", "lr": "lr {:.3g}", "images_per_s": "{:.
 
 
 def command(name: str, model: FrozenModelConfig, data: str | None, *more: str) -> str:
-    """Return the command line that runs `name` ("knn", "linear", ...) on the same network and data.
-
-    It is the script of the checkout where the working directory is one, and the installed `crossbatch` elsewhere.
-    """
-    script = Path("launch") / f"{name}.py"
-    start = ["python", str(script)] if script.is_file() else ["crossbatch", name]
+    """Return the command line that runs `name` ("knn", "linear", ...) on the same network and data."""
     network = ["--checkpoint", str(model.checkpoint), *(["-a", model.arch] if model.arch else [])]
     if model.encoder != FrozenModelConfig().encoder:
         network.append(f"--set=crossbatch.model.encoder={model.encoder}")
-    return shlex.join([*start, *network, "--data", str(data), *more])
+    return shlex.join([*_start(name), *network, "--data", str(data), *more])
+
+
+def replay_command(out: Path, step: int) -> str:
+    """Return the command line that makes a step of the run in `out` again, and says what went wrong in it first."""
+    return shlex.join([*_start("replay"), "--run", str(out), "--step", str(step)])
+
+
+def _start(name: str) -> list[str]:
+    """Return how to start a command: as a script where the working directory is a checkout, else as `crossbatch NAME`."""
+    script = Path("launch") / f"{name}.py"
+    return ["python", str(script)] if script.is_file() else ["crossbatch", name]
 
 
 def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, has_board: bool = True) -> None:

@@ -101,6 +101,7 @@ class TrainStep:
         self.seed, data = cfg.config.crossbatch.seed, cfg.config.crossbatch.data
         self.channels = channels_of(data.channels, data.mean, data.std)
         self.chunks = -(-cfg.local_batch // chunk)
+        self.ranks_in_one = 1  # ranks of another run whose images this one has, see `cut`
         self.frozen_updates = round(cfg.crossbatch.schedule.freeze_backbone_epochs * steps_per_epoch)
         assert isinstance(backend.model, MoCo)
         backend.model.autocast_dtype = autocast_dtype(cfg.precision)
@@ -144,10 +145,9 @@ class TrainStep:
 
     def _with_frozen_backbone(self, views: torch.Tensor) -> MoCoOutput:
         """Train what follows the backbone; the backbone runs without gradient, and so does not go backward."""
-        chunks = views.tensor_split(self.chunks, dim=1)
-        parts = [self.backend("features", self._to_device(chunk), False) for chunk in chunks]
+        parts = [self.backend("features", self._to_device(chunk), False) for chunk in self.cut(views)]
         online, momentum = (
-            torch.cat([piece.unflatten(0, (len(views), -1)) for piece in pieces], dim=1).flatten(0, 1)
+            self._joined(torch.cat([piece.unflatten(0, (len(views), -1)) for piece in pieces], dim=1)).flatten(0, 1)
             for pieces in zip(*parts, strict=True)
         )
         # A CUDA graph keeps whether its input has a gradient, and later steps need that.
@@ -168,12 +168,12 @@ class TrainStep:
                 return (self.backend("embed", images),)
 
         def loss_of_features(features_VnC: tuple[torch.Tensor, ...]) -> torch.Tensor:
-            online, momentum = (features.flatten(0, 1) for features in features_VnC)
+            online, momentum = (self._joined(features).flatten(0, 1) for features in features_VnC)
             outputs.append(self.backend("contrast", online, momentum, self.progress.step, self.seed))
             return outputs[0].loss
 
         backward_in_chunks(
-            views.tensor_split(self.chunks, dim=1),
+            self.cut(views),
             len(views),
             self.backend.model.chunked_module,
             forward,
@@ -182,6 +182,24 @@ class TrainStep:
             self._backward,
         )
         return outputs[0]
+
+    def cut(self, views: torch.Tensor) -> list[torch.Tensor]:
+        """Cut [V, n, ...] into the chunks of a step.
+
+        The norms of a ResNet take their statistics over the chunks that all ranks have at the same time. A replay on fewer
+        ranks does, too, if each of its chunks holds the same chunk of `ranks_in_one` ranks.
+        """
+        if self.ranks_in_one == 1:
+            return list(views.tensor_split(self.chunks, dim=1))
+        by_rank = views.unflatten(1, (self.ranks_in_one, -1))
+        return [chunk.flatten(1, 2) for chunk in by_rank.tensor_split(self.chunks, dim=2)]
+
+    def _joined(self, features_VnC: torch.Tensor) -> torch.Tensor:
+        """Return features of the joined chunks in the order of the batch."""
+        if self.ranks_in_one == 1:
+            return features_VnC
+        positions = torch.arange(features_VnC.shape[1], device=features_VnC.device)
+        return features_VnC[:, torch.cat(self.cut(positions[None]), dim=1)[0].argsort()]
 
     def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
         with self.span("backward"):

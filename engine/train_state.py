@@ -59,8 +59,16 @@ class TrainState:
         self.step: Step = self.task.build_step(chunk, resumes=bool(self.candidates))
         self._statistics = Backup(self.step.backend.model.buffers())
         self.chunk, self.has_trained = chunk, False
+        return self.load(self.candidates)
+
+    def load(self, candidates: list[Path]) -> Resumed | None:
+        """Fill the step that is built from the first of these checkpoints that can be read, and return that checkpoint.
+
+        Raises InputError if there are checkpoints but none fits.
+        """
+        cfg = self.task.cfg
         resumed = checkpoint.resume(
-            self.candidates,
+            candidates,
             self.step.backend,
             self.config(),
             self.task.data.sampler.num_images,

@@ -1,5 +1,7 @@
 """Runs the training loop: fetch a batch, agree on signals, train, log, evaluate, save, stop. What is trained is a `Task`."""
 
+import contextlib
+import json
 import math
 import signal
 import time
@@ -9,16 +11,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from crossbatch import InputError, RunStopped
 from crossbatch.data import Batch, WaitInterrupted
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
-from crossbatch.engine.config import usable_cores
+from crossbatch.engine.config import ResolvedConfig, usable_cores
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.nested import nest
-from crossbatch.engine.run_log import Log, StepClock, finite_or_none, score_rows
+from crossbatch.engine.run_log import Log, StepClock, finite_or_none, replay_command, score_rows
+from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import broadcast_object, mean_over_ranks
-from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
+from crossbatch.engine.runtime.nonfinite import LOSS_JUMPED, LossMonitor, describe_nonfinite, largest_weights
 from crossbatch.engine.runtime.profiling import RunProfile
 from crossbatch.engine.runtime.signals import Interrupted, Signals, StepSync
 from crossbatch.engine.runtime.timing import cpu_s, descendants, mean_ms
@@ -26,6 +30,7 @@ from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.tasks.task import Task, TrainResult
 from crossbatch.engine.train_state import CHUNK_KEY, TrainState
 
+NONFINITE = "nonfinite.json"  # in the run directory, if steps that were not finite ended the run
 NAMED_IMAGES = 10  # broken images of a rank that the log names
 
 
@@ -225,7 +230,8 @@ class Trainer:
         self.log.record({"step": self.num_steps, "epoch": epoch, "images_seen": images, **metrics})
         rank = metrics.get("effective_rank") if self.num_steps else None  # random weights may have a low one
         for warning in self.loss_monitor.check(metrics.get("loss"), metrics.get("feature_std"), rank):
-            self.log.warn(f"step {self.num_steps}: {warning}")
+            look = self._look_into(self.num_steps) if warning.startswith(LOSS_JUMPED) else ""
+            self.log.warn(f"step {self.num_steps}: {warning}{look}")
         self.clock.restart()
 
     def _log_images(self, batch: Batch) -> None:
@@ -247,10 +253,24 @@ class Trainer:
         if skipped == cfg.crossbatch.watch.max_nonfinite_steps:
             self.state.restore_progress()
             self._save()
+            self._keep_weights(described)
             raise RunStopped(
                 f"{skipped} steps in a row were skipped: {described}; step {self.num_steps}, before them, is saved; lower "
                 f"optimizer.params.base_lr, raise crossbatch.schedule.warmup_epochs or set crossbatch.precision to fp32"
+                f"{self._look_into(self.num_steps + 1)}"
             )
+
+    def _keep_weights(self, described: str) -> None:
+        """Write down for a replay what was not finite, and the largest value of each weight on any rank."""
+        weights = largest_weights(self.state.step.backend.local_parameters())
+        content = {"step": self.num_steps + 1, "described": described, "weights": weights}
+        with contextlib.suppress(OSError):  # a full disk
+            if dist.get_rank() == 0:
+                write_atomically(self.out / NONFINITE, json.dumps(content) + "\n")
+
+    def _look_into(self, step: int) -> str:
+        """Say how to find what went wrong in a step; only pretraining can be replayed."""
+        return f"; look into it: {replay_command(self.out, step)}" if isinstance(self.task.cfg, ResolvedConfig) else ""
 
     def _stop_without_data(self, failure: Exception | None, failed_rank: int) -> NoReturn:
         """Stop where a rank has got no batch, after saving the state."""

@@ -26,6 +26,7 @@ COMMANDS = {
     "embed": "write the features of images to a .npy or .parquet file",
     "convert": "import, export, and pack images into tar shards",
     "plan": "predict whether a recipe fits, how long it takes, and what limits it",
+    "replay": "make a step of a pretraining run again, and say what went wrong in it first",
     "preview": "draw the augmented views of a data set",
     "doctor": "print what this machine has and which path each stage takes",
 }

@@ -90,11 +90,7 @@ def loss_of_streams(
     S is 2 with BatchFormer and 1 without. One gather takes the keys of all views and streams to all ranks.
     """
     with torch.autocast(q_VSnD.device.type, enabled=False):
-        q = F.normalize(q_VSnD.float(), dim=-1)
-        keys = F.normalize(k_VSnD.detach().float(), dim=-1)
-        if kind == "mean_with_self":
-            keys = torch.cat((keys, q.detach()[:, 1:]), dim=1)  # the b queries are keys too
-        keys_VSBD = collective.all_gather(keys).permute(1, 2, 0, 3, 4).flatten(2, 3)  # from [W, V, S, n, D]
+        q, keys_VSBD = _normalised(q_VSnD, k_VSnD, kind, collective)
         terms = {
             name: 2 * temperature * cross_entropy_over_keys(query, key, labels, temperature)
             for name, query, key, labels in _pairs(q, keys_VSBD, kind, collective)
@@ -102,6 +98,27 @@ def loss_of_streams(
         loss = torch.stack(list(terms.values())).sum() / _DIVISORS.get(kind, 1)
         signals = _similarities(q.detach(), keys_VSBD, collective)
     return loss, {name: term.detach() for name, term in terms.items()}, signals
+
+
+def loss_terms_by_image(
+    q_VSnD: Tensor, k_VSnD: Tensor, kind: BatchFormerLoss, temperature: float, collective: Collective
+) -> dict[str, Tensor]:
+    """Return every term of `loss_of_streams` for each of this rank's images, fp32 [n]; its mean is the term."""
+    q, keys_VSBD = _normalised(q_VSnD, k_VSnD, kind, collective)
+    n, scale = q.shape[2], 2 * temperature
+    return {
+        name: scale * F.cross_entropy(query @ key.T / temperature, labels, reduction="none").view(-1, n).mean(0)
+        for name, query, key, labels in _pairs(q, keys_VSBD, kind, collective)
+    }
+
+
+def _normalised(q_VSnD: Tensor, k_VSnD: Tensor, kind: BatchFormerLoss, collective: Collective) -> tuple[Tensor, Tensor]:
+    """Return the queries of this rank and the keys of all ranks [V, S, B, D], in fp32 and of unit length."""
+    q = F.normalize(q_VSnD.float(), dim=-1)
+    keys = F.normalize(k_VSnD.detach().float(), dim=-1)
+    if kind == "mean_with_self":
+        keys = torch.cat((keys, q.detach()[:, 1:]), dim=1)  # the b queries are keys too
+    return q, collective.all_gather(keys).permute(1, 2, 0, 3, 4).flatten(2, 3)  # from [W, V, S, n, D]
 
 
 def _pairs(

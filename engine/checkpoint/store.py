@@ -290,6 +290,15 @@ def read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+def writer_of(checkpoint: Path, name: str, element: int) -> int | None:
+    """Return the rank that wrote an element of the flattened tensor `name`; None if the checkpoint lacks it."""
+    metadata: Any = _read_metadata(checkpoint)
+    for chunk in metadata.state_dict_metadata[name].chunks if name in metadata.state_dict_metadata else ():
+        if chunk.offsets[0] <= element < chunk.offsets[0] + chunk.sizes[0]:
+            return int(metadata.storage_data[dcp.MetadataIndex(name, chunk.offsets)][0].removesuffix(".bin"))
+    return None
+
+
 def _bytes(values: torch.Tensor) -> memoryview:
     """Return the memory of a 1-D CPU tensor."""
     return memoryview(values.detach().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]

@@ -2,13 +2,16 @@
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from crossbatch.engine.config import WatchConfig
+from crossbatch.engine.sharding import LocalShards
 
+LOSS_JUMPED = "loss jumped"  # so a warning begins
 MAX_WINDOW, MIN_WINDOW = 100, 20  # lines of metrics over which the mean of the loss is taken
 
 
@@ -56,6 +59,27 @@ def describe_nonfinite(values: dict[str, torch.Tensor]) -> str:
     return f"non-finite on {ranks}: {', '.join(names[:3])}{more}"
 
 
+def largest_weights(parameters: Mapping[str, LocalShards]) -> dict[str, dict[str, Any]]:
+    """Return the largest absolute value of each parameter over all ranks, with the rank and the element; every rank calls it.
+
+    A rank may hold another value than a checkpoint gets, which only one rank writes.
+    """
+    mine: dict[str, tuple[float, float, int, int]] = {}
+    for name, shards in parameters.items():
+        for part in (part for part in shards.slices if part.local.numel()):
+            values = part.local.detach().flatten()
+            size, at = values.abs().nan_to_num(math.inf, math.inf).max(0)
+            found = (float(size), float(values[at]), dist.get_rank(), part.start + int(at))
+            mine[name] = max(found, mine.get(name, found), key=lambda one: one[0])
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    largest = {}
+    for name in parameters:
+        _, value, rank, element = max((one[name] for one in everyone if name in one), key=lambda one: one[0])
+        largest[name] = {"value": value if math.isfinite(value) else None, "rank": rank, "element": element}
+    return largest
+
+
 class LossMonitor:
     """Warns about spikes of the loss and collapse of the features, from one line of metrics to the next.
 
@@ -90,7 +114,7 @@ class LossMonitor:
         if loss <= mean + self.settings.spike_sigmas * deviation:
             return None
         z = (loss - mean) / deviation if deviation else math.inf
-        return f"loss jumped to {loss:.4g}, {z:.1f} standard deviations above its recent mean of {mean:.4g}"
+        return f"{LOSS_JUMPED} to {loss:.4g}, {z:.1f} standard deviations above its recent mean of {mean:.4g}"
 
     def _collapse(self, name: str, value: float | None, limit: float, what: str) -> str | None:
         """Return a warning if `value` is below `limit`, and the one before it was not."""

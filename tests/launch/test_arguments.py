@@ -8,7 +8,7 @@ import pytest
 
 from crossbatch.engine.config import load_config
 from crossbatch.engine.runtime.exit_codes import run_main
-from crossbatch.launch import __main__, convert, doctor, embed, finetune, knn, linear, plan, pretrain, preview
+from crossbatch.launch import __main__, convert, doctor, embed, finetune, knn, linear, plan, pretrain, preview, replay
 from crossbatch.launch.__main__ import COMMANDS
 from crossbatch.launch.arguments import ALIASES, ArgumentParser, add_config_flags, overrides
 
@@ -24,6 +24,7 @@ SHORTENED = [
     (plan, ["--gpus", "1", "--gpu", "v100-32g", "--js"]),
     (preview, ["--data", "x", "--coun", "1"]),
     (doctor, ["--hel"]),
+    (replay, ["--run", "x", "--ste", "1"]),
     (convert, ["shards", "--data", "x", "--output", "y", "--see", "1"]),
     (convert, ["import", "file", "--out", "x", "--deepspeed_conf", "x"]),
     (convert, ["export", "--checkpoint", "x", "--to", "timm", "--output", "y", "--enc", "online"]),

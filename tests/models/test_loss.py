@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossbatch.models import Collective, chance_loss, contrastive_loss, cross_entropy, loss_from_add_bf
 from crossbatch.models.cross_entropy import cross_entropy_over_keys
-from crossbatch.models.loss import LOSSES, loss_of_streams
+from crossbatch.models.loss import LOSSES, loss_of_streams, loss_terms_by_image
 
 N, D = 6, 8
 
@@ -44,6 +44,23 @@ def expected(q, k, add_bf, t) -> torch.Tensor:
     if add_bf == 37:
         return (total + add(ctr(own[0], own[1].detach(), t) for _, _, own in both)) / 5
     return total
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_terms_by_image_have_the_terms_of_the_batch_as_their_mean(kind):
+    torch.manual_seed(3)
+    q, k = torch.randn(2, 2, 2, N, D)
+    _, terms, _ = loss_of_streams(q, k, kind, 0.3, Collective())
+    by_image = loss_terms_by_image(q, k, kind, 0.3, Collective())
+    assert by_image.keys() == terms.keys()
+    for name, of_images in by_image.items():
+        assert of_images.shape == (N,)
+        torch.testing.assert_close(of_images.mean(), terms[name])
+    if kind != "joint":  # the first term: stream o of view 1 against that of view 2
+        first, keys = unit(q[0, 0].double()), unit(k[1, 0].double())
+        logits = first @ keys.T / 0.3
+        want = 0.6 * (logits.logsumexp(1) - logits.diagonal())
+        torch.testing.assert_close(by_image["q1o_k2o"].double(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.2])
