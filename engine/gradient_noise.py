@@ -61,12 +61,13 @@ class GradientNoise:
 
     @staticmethod
     def of(model: ShardableModel, cfg: ResolvedConfig, chunks: int) -> "GradientNoise | None":
-        """Return a meter for a step in so many chunks; None where no gradient of a part can be seen.
+        """Return a meter for a step in so many chunks; None where none is wanted, or no gradient of a part can be seen.
 
-        That is so with one rank and one chunk; under FSDP2 (any stage), which hands gradients to no hook before it reduces
-        them; and with `cuda_graph`, whose gradients no hook sees.
+        The latter is so with one rank and one chunk; under FSDP2 (any stage), which reduces gradients before a hook sees them;
+        and with `cuda_graph`, whose gradients no hook sees.
         """
-        if cfg.crossbatch.sharding == "fsdp" or cfg.crossbatch.model.cuda_graph:
+        is_blind = cfg.crossbatch.sharding == "fsdp" or cfg.crossbatch.model.cuda_graph
+        if is_blind or not cfg.crossbatch.log.noise_scale:
             return None
         if cfg.world_size > 1:
             return GradientNoise(model, "ranks", [cfg.local_batch] * cfg.world_size)
@@ -96,14 +97,16 @@ class GradientNoise:
             if self.over == "chunks":
                 whole = torch.stack(self._whole).double().square().sum() / loss_scale**2
             else:
-                parts = parts / len(self.sizes)  # times the mean over ranks: what a rank adds to the mean gradient, squared
+                parts = parts / len(
+                    self.sizes
+                )  # times the mean over ranks: what a rank adds to the mean gradient, squared
                 whole = torch.full_like(parts, grad_norm**2)
             self._part_square, self._whole_square = self._part_square + parts, self._whole_square + whole
             self._steps += 1
         self._parts, self._whole = [], []
 
     def part_square(self) -> Tensor:
-        """Return the mean over the steps since the last reading of this rank's squared norm of parts, to be averaged over ranks."""
+        """Return this rank's squared norm of parts, averaged over the steps since the last reading, for a mean over ranks."""
         return self._part_square / max(self._steps, 1)
 
     def read(self, part_square: float, progress: "Progress") -> dict[str, float]:

@@ -7,10 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
-from crossbatch.engine.gradient_noise import GradientNoise, cost_of_batch, signal_and_noise
-from crossbatch.engine.step import Progress, TrainStep
+from crossbatch.engine.step import TrainStep
 from crossbatch.models import MoCo
-from tests.small_runs import ADAMW, BASE, RESNET, VIT, fsdp, name_of, run, slow_unless, zero
+from tests.small_runs import ADAMW, VIT, name_of, run, zero
 
 CHUNKED = ["train_micro_batch_size_per_gpu=5"]  # 12 images: 4 + 4 + 4; 6: 3 + 3
 
