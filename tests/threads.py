@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _set_thread_isolation_mode  # pyright: ignore[reportAttributeAccessIssue]
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-from crossbatch.engine.runtime.distributed import World
+from crossbatch.engine.runtime.distributed import World, _leave
 
 _ranks: contextvars.ContextVar["_Ranks"] = contextvars.ContextVar("ranks")  # of this thread
 _world: contextvars.ContextVar[threaded.WorldData] = contextvars.ContextVar("world")
@@ -124,6 +124,7 @@ class ThreadRanks:
                         torch.set_rng_state(random_state)
                         dist.init_process_group("ranks", rank=rank, world_size=self.world_size, store=store)
                         results[rank] = function(*args)
+                        _leave()
                 except _Abandoned:
                     errors.append((1, f"rank {rank} of {self.world_size} was left waiting in a collective"))
                 except BaseException:

@@ -205,7 +205,7 @@ def noise_by_steps_and_by_images(out: str, batch: int, steps: int, seed: int) ->
         *ADAMW,
         f"train_batch_size={batch}",
         f"train_micro_batch_size_per_gpu={batch // 4}",
-        "crossbatch.batchformer.group_size=6",
+        f"crossbatch.batchformer.group_size={batch}",  # or images of a chunk would have more in common than others
         f"crossbatch.seed={seed}",
         "crossbatch.data.path=synthetic://2400?size=20&classes=4",
     ]
