@@ -186,8 +186,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"variant": "larc", "clip_trust_ratio": True},
     {"variant": "mlperf", "decay_after_momentum": True},
 ]
-# Fewer rows than ranks, more, a bias, one element; together no multiple of the ranks.
-SHAPES = [(70, 3), (5, 4), (130,), (3,), (1, 1), (67, 2, 3)]
+# Fewer rows than ranks, more, as many on each, a bias, one element; together no multiple of the ranks.
+SHAPES = [(70, 3), (5, 4), (128, 2), (130,), (3,), (1, 1), (67, 2, 3)]
 
 
 def parameters() -> list[nn.Parameter]:
