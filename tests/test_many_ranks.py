@@ -280,8 +280,9 @@ def test_lars_under_fsdp2(ranks, options, threads):
 
 
 def network() -> MoCo:
+    """Return a network of which the last of 64 ranks holds a part, too: two rows of the heads' matrices."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"mlp_dim": 12, "projection_dim": 6, "temperature": 0.2, "dropout": 0.5}
+    options: dict[str, Any] = {"mlp_dim": 128, "projection_dim": 6, "temperature": 0.2, "dropout": 0.5}
     return MoCo(
         Backbone(), batchformer_loss="sum", group_size=4 * N, batchformer_kernel="reference", **options
     ).double()
