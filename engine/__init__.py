@@ -6,6 +6,7 @@
     sharding/       DeepSpeed ZeRO and FSDP2 behind one interface; zero_layout: who holds what in a DeepSpeed engine
     tasks/          what is trained: pretrain, finetune; build: models, optimizers and backends of a configuration
     trainer         the loop; train_state: what it changes; start: builds both in a run directory
+    gradient_noise  up to which batch larger batches pay, from gradients of ranks and chunks
     datasets        the images of a run, the same on all ranks
     checkpoint/     written in the background, loaded at any world size, stage and backend
     pretrained/     weights from and to MoCo v3, DeiT, timm, torchvision and safetensors

@@ -16,6 +16,7 @@ from crossbatch.data import normalize
 from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.chunked import backward_in_chunks
 from crossbatch.engine.config import ResolvedConfig, autocast_dtype
+from crossbatch.engine.gradient_noise import GradientNoise
 from crossbatch.engine.optimizers import set_learning_rate
 from crossbatch.engine.runtime.timing import SECOND_PASS, WHOLE, Span, StepTimer
 from crossbatch.engine.schedules import encoder_momentum, learning_rate
@@ -34,6 +35,15 @@ class Progress:
     updates: int = 0  # of these, the ones whose gradients were finite
     loss_scale: float = 1.0
     clean_steps: int = 0  # since the loss scale changed
+    # Moving averages of `engine.gradient_noise`, and over which parts of a batch they were taken.
+    noise_square: float = 0.0
+    noise_variance: float = 0.0
+    noise_over: str = ""
+
+    @property
+    def noise_scale(self) -> float | None:
+        """Return the noise scale in images; None where it is not measured, or where nothing stands out of the noise yet."""
+        return self.noise_variance / self.noise_square if min(self.noise_variance, self.noise_square) > 0 else None
 
     @staticmethod
     def start(precision: str) -> "Progress":
@@ -107,6 +117,7 @@ class TrainStep:
         backend.model.autocast_dtype = autocast_dtype(cfg.precision)
         for backbone in (backend.model.online.backbone, backend.model.momentum.backbone):
             set_num_chunks(backbone, self.chunks)
+        self.noise = GradientNoise.of(backend.model, cfg, self.chunks)
         self.progress = Progress.start(cfg.precision)
         self.use_timer(timer)
 
@@ -127,7 +138,10 @@ class TrainStep:
             lr, momentum = self.learning_rate(progress.updates), None
             set_learning_rate(self.backend.optimizer, lr, progress.updates - self.frozen_updates)
             with self.span("optimizer"):
-                grad_norm = self.backend.step(progress.loss_scale)
+                scale, is_frozen = progress.loss_scale, progress.updates < self.frozen_updates
+                grad_norm = self.backend.step(scale)
+            if self.noise is not None:
+                self.noise.end_step(grad_norm, scale, counts=math.isfinite(grad_norm) and not is_frozen)
             if progress.finished(grad_norm, self.cfg.precision):
                 # The originals update the average at the start of the next step, with that step's momentum: the same numbers.
                 momentum = self.momentum(progress.updates)
@@ -202,6 +216,8 @@ class TrainStep:
         return features_VnC[:, torch.cat(self.cut(positions[None]), dim=1)[0].argsort()]
 
     def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        if self.noise is not None:
+            self.noise.is_last = is_last
         with self.span("backward"):
             self.backend.backward(loss, self.progress.loss_scale, is_last=is_last)
 

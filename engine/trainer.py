@@ -18,6 +18,7 @@ from crossbatch.data import Batch, WaitInterrupted
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
 from crossbatch.engine.config import ResolvedConfig, usable_cores
 from crossbatch.engine.datasets import stop_on_lost_images
+from crossbatch.engine.gradient_noise import describe_batch
 from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import Log, StepClock, finite_or_none, replay_command, score_rows
 from crossbatch.engine.runtime.atomic_files import write_atomically
@@ -207,10 +208,14 @@ class Trainer:
     def _metrics(self, result: TrainResult) -> dict[str, Any]:
         """Return a line of metrics: values of this very step averaged over ranks, rates, times and counts."""
         skipped = torch.tensor(float(self.state.num_skipped_images), device=self.state.device)
-        values = torch.stack([*(value.float() for value in result.metrics.values()), skipped]).double()
-        *means, skipped_per_rank = mean_over_ranks(values).tolist()
-        named = {name: finite_or_none(mean) for name, mean in zip(result.metrics, means, strict=True)}
+        parts = [result.noise.part_square().to(skipped)] if result.noise else []
+        values = torch.stack([*(value.float() for value in result.metrics.values()), skipped, *parts]).double()
+        means = mean_over_ranks(values).tolist()
+        named = {name: finite_or_none(mean) for name, mean in zip(result.metrics, means, strict=False)}
+        skipped_per_rank, *part_squares = means[len(named) :]
         cfg, progress = self.task.cfg, self.state.step.progress
+        if result.noise:
+            named |= result.noise.read(part_squares[0], progress)
         stages, self.step_times = self.step_times + (self.task.timer.read() if self.task.timer else []), []
         return {
             "loss": named.pop("loss"),
@@ -308,6 +313,9 @@ class Trainer:
         ]
         for step, found in self.scores[:1] + self.scores[1:][-1:]:
             rows += score_rows(step, found)
+        if (noise_scale := self.state.step.progress.noise_scale) is not None:
+            batch = self.task.cfg.train_batch_size
+            rows.append(("gradient noise scale", f"{noise_scale:,.0f} images: {describe_batch(batch, noise_scale)}"))
         rows.append(("run directory", str(self.out)))
         if received:
             rows.append(("stopped by", received.name))

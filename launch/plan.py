@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.table import Table
 
 from crossbatch import InputError
+from crossbatch.engine.gradient_noise import describe_batch
 from crossbatch.engine.planning.catalogue import GPU_BY_HAND, GPUS, LINKS, NETWORKS
 from crossbatch.engine.planning.plan import IMAGENET, Plan, Question, as_dict, notes, plan, warnings
 from crossbatch.engine.runtime.output import check_printed, console
@@ -40,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--images", metavar="N", type=int, default=IMAGENET, help="images in an epoch (default %(default)s)")
     add("--feed", metavar="N", type=float, help="images/s that all loaders deliver together (default: enough)")
+    add("--run", metavar="DIR", type=Path, help="a run of this recipe: up to which batch its gradient noise scale pays")
     add("--rows", metavar="PATH", type=Path, help="rows measured by `python -m benchmarks step` or `scaling`")
     add("--json", action="store_true", help="print one JSON object, for scripts")
     return parser.parse_args()
@@ -51,7 +53,7 @@ def main() -> None:
         if value is not None and value <= 0:
             raise InputError(f"{flag}: given {value}; allowed: > 0")
     machines = given.gpu, given.gpus, given.nodes, given.interconnect, given.link
-    asked = tuple(overrides(given)), *machines, given.images, given.feed, given.rows
+    asked = tuple(overrides(given)), *machines, given.images, given.feed, given.rows, given.run
     found = plan(Question(given.deepspeed_config, *asked))
     if given.json:
         print(json.dumps(as_dict(found), indent=2))
@@ -103,6 +105,11 @@ def _summary(found: Plan) -> list[tuple[str, str, str]]:
         ),
         ("limited by", ", then ".join(found.estimate.limits), "the stages below"),
     ]
+    if found.noise is not None:
+        batch, scale, step = found.cfg.train_batch_size, found.noise.scale, found.noise.step
+        origin = f"measured: step {step} of {found.asked.run}, batch {found.noise.batch}"
+        lines.append(("noise scale", f"{scale:,.0f} images: a larger batch pays up to about as many", origin))
+        lines.append(("", describe_batch(batch, scale), "computed (docs/measuring.md)"))
     helps = [(f"{100 * gain:.0f} % more images/s: {change}", origin) for change, gain, origin in found.helps]
     helps = helps or [("none of the changes that were tried", "predicted with each")]
     return lines + [("would help", *tried) for tried in helps]

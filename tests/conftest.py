@@ -177,6 +177,14 @@ def pools():
 
 
 @pytest.fixture(scope="session")
+def threads():
+    """`threads(n)` is a world of n ranks in this process, each a thread, with the `run` of a pool; see tests/threads.py."""
+    from tests.threads import ThreadRanks
+
+    return ThreadRanks
+
+
+@pytest.fixture(scope="session")
 def nursery():
     """Starts the processes of runs that tests stop, kill or cut off from each other."""
     nursery = Nursery()

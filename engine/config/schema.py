@@ -179,6 +179,12 @@ class LogConfig(Section):
     )
 
 
+class PretrainLogConfig(LogConfig):
+    noise_scale: bool = key(
+        True, "measure the gradient noise scale where ranks or chunks have gradients of their own; up to 2 % of a step"
+    )
+
+
 class CheckpointConfig(Section):
     every_steps: Count | Auto = key("auto", "optimizer steps between two checkpoints; auto: once an epoch")
     keep: Count = key(2, "number of newest checkpoints that are kept")
@@ -219,6 +225,7 @@ class CrossbatchConfig(TrainingConfig):
     momentum: MomentumConfig = MomentumConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
+    log: PretrainLogConfig = key(PretrainLogConfig(), resumable=True)
     evaluate: EvaluateConfig = key(EvaluateConfig(), resumable=True)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from crossbatch import InputError
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, parse_config, resolve
+from crossbatch.engine.gradient_noise import cost_of_batch
 from crossbatch.engine.memory_model import CONTEXT, GIB, Memory, StepMemory
 from crossbatch.engine.planning.catalogue import GPUS, NETWORKS, Machines, machines
 from crossbatch.engine.planning.prediction import (
@@ -26,6 +27,7 @@ from crossbatch.engine.planning.prediction import (
     estimate,
 )
 from crossbatch.engine.planning.traffic import totals
+from crossbatch.engine.run_log import METRICS
 from crossbatch.engine.runtime.chunk_size import MARGIN
 from crossbatch.engine.schedules import too_short
 
@@ -57,6 +59,15 @@ class Question:
     images: int = IMAGENET  # of an epoch
     feed_per_s: float | None = None  # images that all loaders deliver together
     rows: Path | None = None  # measured by the benchmarks
+    run: Path | None = None  # a run directory with a measured noise scale
+
+
+class Noise(NamedTuple):
+    """Holds the gradient noise scale of a run, in images, at its last step that has one, and the batch of that run."""
+
+    scale: float
+    step: int
+    batch: int
 
 
 class Help(NamedTuple):
@@ -79,6 +90,7 @@ class Plan:
     estimate: Estimate
     is_measured: bool  # whether the backbone's time rests on a measured step
     helps: tuple[Help, ...] = ()  # the best three
+    noise: Noise | None = None
 
     @property
     def fits(self) -> bool:
@@ -102,8 +114,9 @@ class Plan:
 
 
 def plan(asked: Question) -> Plan:
-    """Answer a question. Raises InputError if the recipe, the machines or the measured rows are not valid."""
-    found = _plan(asked)
+    """Answer a question. Raises InputError if the recipe, the machines, the measured rows or the run are not valid."""
+    noise = None if asked.run is None else noise_of(asked.run)
+    found = replace(_plan(asked), noise=noise)
     helps = sorted(_helps(asked, found), key=lambda tried: -tried.gain)
     return replace(found, helps=tuple(tried for tried in helps[:3] if tried.gain > 0.005))
 
@@ -181,6 +194,23 @@ def _measured_backbone(asked: Question, cfg: ResolvedConfig, at: Machines) -> St
     return None
 
 
+def noise_of(run: Path) -> Noise:
+    """Read the last noise scale of a run directory. Raises InputError if there is none."""
+    allowed = "allowed: the directory of a pretraining run"
+    try:
+        lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+        batch = int(json.loads((run / "config.json").read_text())["train_batch_size"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--run: given {run}; {allowed} ({error}); give its --out") from None
+    measured = [line for line in lines if "noise_scale" in line]
+    if not measured:
+        raise InputError(
+            f"--run: given {run}; {allowed} with noise_scale in its {METRICS}, which needs several ranks or chunks without "
+            f"FSDP2 and cuda_graph; docs/measuring.md says when it is there"
+        )
+    return Noise(measured[-1]["noise_scale"], measured[-1]["step"], batch)
+
+
 def _rows_in(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a file, or of all *.jsonl of a folder. Raises ValueError or OSError unless there are some."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -221,6 +251,11 @@ def notes(found: Plan) -> Iterator[str]:
     yield "memory: computed from shapes and checked on CPUs; not yet measured on this GPU"
 
 
+def _noise_as_dict(noise: Noise, batch: int) -> dict[str, float]:
+    steps, images = cost_of_batch(batch, noise.scale)
+    return {**noise._asdict(), "steps_over_fewest": steps, "images_over_fewest": images}
+
+
 def as_dict(found: Plan) -> dict[str, Any]:
     """Convert the whole answer to JSON types, for scripts."""
     cfg, at = found.cfg, found.at
@@ -243,6 +278,7 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "fits": found.fits,
         "memory_gib": {"total": found.memory.total / GIB, "parts": parts},
         "images_per_s": {**rate, "extrapolated": True},
+        "noise": None if found.noise is None else _noise_as_dict(found.noise, cfg.train_batch_size),
         "hours": {**hours, "epochs": cfg.crossbatch.schedule.epochs, "images": found.asked.images},
         "step_ms": found.estimate.step_ms,
         "stages": [vars(stage) for stage in found.estimate.stages],

@@ -125,7 +125,7 @@ class PretrainTask:
         metrics = {"loss": output.loss, **output.signals, **{f"loss_terms/{name}": term for name, term in terms}}
         suspects = {"features": output.signals["feature_std"], "loss": output.loss}
         suspects |= {f"loss term {name}": term for name, term in terms}
-        return TrainResult(metrics, result.rates, result.grad_norm, suspects)
+        return TrainResult(metrics, result.rates, result.grad_norm, suspects, step.noise)
 
     def evaluations_due(self, num_steps: int, is_last: bool) -> Collection[str]:
         """Return which scores of the features are due: before the first step, every some epochs, and at the end."""

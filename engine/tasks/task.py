@@ -15,6 +15,7 @@ from crossbatch.data import Batch
 from crossbatch.engine.checkpoint import Resumed
 from crossbatch.engine.config import Resolved
 from crossbatch.engine.datasets import TrainData
+from crossbatch.engine.gradient_noise import GradientNoise
 from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.sharding import Backend
 from crossbatch.engine.step import Progress
@@ -42,12 +43,14 @@ class TrainResult:
         grad_norm: norm of the gradients over all ranks; not finite if the step was skipped.
         suspects: what to look at if it is not finite, by the name that the user reads. The first one is computed from this
             rank's images alone, so another rank's NaN cannot reach it.
+        noise: sums up the norms of gradients for the noise scale; None where that is not measured.
     """
 
     metrics: dict[str, torch.Tensor]
     rates: dict[str, float | None]
     grad_norm: float
     suspects: dict[str, torch.Tensor]
+    noise: GradientNoise | None = None
 
 
 StepT = TypeVar("StepT", bound=Step)

@@ -438,8 +438,8 @@ def batches_on_this_rank() -> list:
     return [batch.indices.tolist() for batch in loader.epoch(2)]
 
 
-def test_ranks_are_those_of_torch_distributed(two_ranks):
-    first, second = two_ranks.run(batches_on_this_rank)
+def test_ranks_are_those_of_torch_distributed(threads):
+    first, second = threads(2).run(batches_on_this_rank)
     assert [a + b for a, b in zip(first, second, strict=True)] == batches_on_this_rank()
 
 

@@ -27,6 +27,7 @@ from tests.small_runs import (
     train,
     zero,
 )
+from tests.threads import this_rank
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +177,7 @@ IN_FLOAT64 = [*BASE, *RESNET, "crossbatch.batchformer.add_bf=0"]
 
 def node_groups_in_float64() -> tuple:
     """On one of four ranks, two a "node": loss, gradients averaged over ranks, and running statistics after one step."""
-    world = world_from_environment()
+    world = this_rank()
     config = load_config(None, [*IN_FLOAT64, "crossbatch.model.norm_ranks=node"])
     cfg = resolve(config, world.size, Device("cpu"), world.size // 2)
     torch.manual_seed(0)
@@ -210,8 +211,8 @@ def normalise_by_group(
     return y.relu() if relu else y
 
 
-def test_norms_of_nodes_are_those_of_one_process_that_normalises_group_by_group(pools, monkeypatch):
-    ranks = pools(4).run(node_groups_in_float64)
+def test_norms_of_nodes_are_those_of_one_process_that_normalises_group_by_group(threads, monkeypatch):
+    ranks = threads(4).run(node_groups_in_float64)
     cfg = resolve(load_config(None, IN_FLOAT64), 1, Device("cpu"))
     torch.manual_seed(0)
     model = build_model(cfg).double()

@@ -46,7 +46,7 @@ def features_on_this_rank(path: str) -> tuple[list[int], list[int], torch.Tensor
     return rows.indices_N.tolist(), rows.labels_N.tolist(), rows.features_NC, len(mine), len(asked)
 
 
-def test_every_readable_image_once(damaged, two_ranks):
+def test_every_readable_image_once(damaged, threads):
     source = open_source(damaged, "train")
     readable = [index for index in range(17) if index not in (0, 8, 9, 10, 11, 16)]
     rows = extract(mean_colours, source, np.arange(17), EvalLoaderConfig(16, 4, 0, torch.device("cpu")), Collective())
@@ -55,7 +55,7 @@ def test_every_readable_image_once(damaged, two_ranks):
     mean, std = (np.array(v) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     want = [(np.asarray(source.open(index)).mean((0, 1)) / 255 - mean) / std for index in readable]
     torch.testing.assert_close(rows.features_NC, torch.tensor(np.array(want)).float(), rtol=1e-4, atol=1e-5)
-    both = two_ranks.run(features_on_this_rank, damaged)
+    both = threads(2).run(features_on_this_rank, damaged)
     for indices, labels, values, _, _ in both:
         assert (indices, labels) == (readable, rows.labels_N.tolist())
         torch.testing.assert_close(values, rows.features_NC)

@@ -89,10 +89,10 @@ def of_this_rank(bank_size: int, query_count: int) -> tuple:
 
 
 @pytest.mark.parametrize(("bank_size", "query_count"), [(100, 50), (7, 2)])
-def test_two_ranks_agree_with_one(two_ranks, bank_size, query_count):
+def test_two_ranks_agree_with_one(threads, bank_size, query_count):
     (bank, bank_labels), (queries, labels) = clusters(bank_size, 1), clusters(query_count, 2)
     alone = knn.score(rows(bank, bank_labels), rows(queries, labels), [20, 3], 5, Collective())
-    for near, predictions, indices, top1 in two_ranks.run(of_this_rank, bank_size, query_count):
+    for near, predictions, indices, top1 in threads(2).run(of_this_rank, bank_size, query_count):
         for part, want in zip(near, alone.neighbours, strict=True):
             torch.testing.assert_close(part, want)
         assert predictions[20].equal(alone.predictions[20]) and predictions[3].equal(alone.predictions[3])
@@ -108,5 +108,5 @@ def gather_on_this_rank() -> list[int]:
     return gathered(mine, collective).labels_N.tolist()
 
 
-def test_a_rank_without_rows_is_gathered_too(two_ranks):
-    assert two_ranks.run(gather_on_this_rank) == [[1, 1, 1]] * 2
+def test_a_rank_without_rows_is_gathered_too(threads):
+    assert threads(2).run(gather_on_this_rank) == [[1, 1, 1]] * 2

@@ -132,9 +132,9 @@ def train_on_this_rank(norm: bool) -> list:
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_two_ranks_train_as_one(two_ranks, norm):
+def test_two_ranks_train_as_one(threads, norm):
     alone = trained([0.3, 0.1], norm=norm)
-    for weight, bias, statistics in two_ranks.run(train_on_this_rank, norm):
+    for weight, bias, statistics in threads(2).run(train_on_this_rank, norm):
         torch.testing.assert_close((weight, bias), weights(alone), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(statistics, alone.norm.state_dict())
 

@@ -89,9 +89,9 @@ def ranks_here(shares: list[int]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("shares", [[13, 7], [20, 0]])
-def test_two_ranks_find_the_ranks_of_one(two_ranks, shares):
+def test_two_ranks_find_the_ranks_of_one(threads, shares):
     alone = ranks(with_singular_values([3, 2, 1], 20, 6) + 1, Collective())
-    assert two_ranks.run(ranks_here, shares) == [pytest.approx(alone, rel=1e-9)] * 2
+    assert threads(2).run(ranks_here, shares) == [pytest.approx(alone, rel=1e-9)] * 2
 
 
 # --- the two views -----------------------------------------------------------------------------------------------------

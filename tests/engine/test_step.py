@@ -340,12 +340,12 @@ def collectives_of_a_step(loss) -> tuple[dict[str, int], dict[str, int]]:
 
 
 @pytest.mark.parametrize("loss", ["none", "sum"])
-def test_a_step_of_resnet50_speaks_seldom(pools, loss):
+def test_a_step_of_resnet50_speaks_seldom(threads, loss):
     """Norms gather once for both views of both encoders, and all keys once. torch's SyncBatchNorm, by view, needs 222 and 112.
 
     53 norms in a backbone (those of the 4 shortcuts share a message with their block's last one), 2 in a projector, 1 in the
     predictor. BatchFormer's groups fit a rank here and send nothing.
     """
-    for forward, backward in pools(2).run(collectives_of_a_step, loss):
+    for forward, backward in threads(2).run(collectives_of_a_step, loss):
         assert forward == {"all_gather": 53 - 4 + 2 + 1 + 1}
         assert backward == {"all_reduce": 53 - 4 + 2 + 1}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from crossbatch.engine.planning.plan import Question, as_dict, notes
+from crossbatch.engine.planning.plan import Question, as_dict, noise_of, notes
 from crossbatch.engine.planning.plan import plan as answer
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import plan
@@ -151,6 +151,22 @@ def test_a_measured_row_replaces_the_roofline(tmp_path):
     assert any("has no step of resnet50 in bf16 on one a100-40g" in note for note in notes(other))
 
 
+def test_the_noise_scale_of_a_run_says_what_a_batch_pays(monkeypatch, capsys, tmp_path):
+    recipe = ["--deepspeed_config", "ds_configs/quickstart.json", "--set", "train_batch_size=4096"]
+    machines = [*recipe, "--gpu", "v100-32g", "--gpus", "1", "--run", str(tmp_path)]
+    monkeypatch.setattr("crossbatch.engine.planning.plan._helps", lambda *_: ())  # each is a plan of its own
+    (tmp_path / "config.json").write_text('{"train_batch_size": 1024}')
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 10}\n')
+    code, _, errors = ask(monkeypatch, capsys, *machines)
+    assert code == 2 and f"--run: given {tmp_path}" in errors and "noise_scale in its metrics.jsonl" in errors
+    metrics.write_text('{"step": 10, "noise_scale": 9}\n{"step": 20, "noise_scale": 2048.0}\n{"step": 30}\n')
+    code, output, _ = ask(monkeypatch, capsys, *machines)
+    said = " ".join(output.replace("│", " ").split())
+    assert code == 0 and "2,048 images" in said and "4096 a step take 1.50 x the fewest steps" in said
+    assert noise_of(tmp_path) == (2048.0, 20, 1024)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -164,6 +180,7 @@ def test_a_measured_row_replaces_the_roofline(tmp_path):
             ["--gpu", "t4", "--gpus", "16", "--rows", "nowhere"],
             "--rows: given nowhere; allowed: rows of the benchmarks",
         ),
+        (["--gpu", "t4", "--gpus", "16", "--run", "nowhere"], "--run: given nowhere; allowed: the directory of a"),
         (["--gpu", "t4", "--gpus", "16", "--set", "crossbatch.model.arhc=x"], "arch"),
     ],
 )

@@ -208,13 +208,13 @@ def _rank_part(features, weight, group_size, state):
 
 
 @pytest.mark.parametrize("group_size", [2, 4, 8])
-def test_two_ranks_equal_one_for_groups_inside_and_across_ranks(two_ranks, group_size):
+def test_two_ranks_equal_one_for_groups_inside_and_across_ranks(threads, group_size):
     torch.manual_seed(0)
     layer = BatchFormer(8, group_size, dropout=0.5)
     features, weight = torch.randn(2, 8, 8, requires_grad=True), torch.randn(2, 8, 8)
     out = layer(features, 1, 2)
     (out * weight).sum().backward()
-    parts = two_ranks.run(_rank_part, features.detach(), weight, group_size, layer.state_dict())
+    parts = threads(2).run(_rank_part, features.detach(), weight, group_size, layer.state_dict())
     torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), out.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), features.grad, rtol=1e-5, atol=1e-5)
     for i, p in enumerate(layer.parameters()):

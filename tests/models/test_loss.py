@@ -118,10 +118,10 @@ def _contrast_of_rank(q, k):
     return results
 
 
-def test_two_ranks_contrast_with_the_keys_of_both(two_ranks):
+def test_two_ranks_contrast_with_the_keys_of_both(threads):
     torch.manual_seed(0)
     q, k = torch.randn(2, N, D), torch.randn(2, N, D)
-    ranks = two_ranks.run(_contrast_of_rank, q, k)
+    ranks = threads(2).run(_contrast_of_rank, q, k)
     whole = q.clone().requires_grad_()
     loss = contrastive_loss(whole, k, 0.2)
     loss.backward()
