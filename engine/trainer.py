@@ -12,6 +12,7 @@ import torch
 
 from crossbatch import InputError, RunStopped
 from crossbatch.data import Batch, WaitInterrupted
+from crossbatch.engine.checkpoint.memory import MemoryCopies
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
 from crossbatch.engine.config import usable_cores
 from crossbatch.engine.datasets import stop_on_lost_images
@@ -38,6 +39,7 @@ class Trainer:
         state: its step and progress.
         log: prints, and writes metrics; does nothing on ranks other than 0.
         saves: writes the checkpoints.
+        copies: keeps the last steps in host memory; None where nothing does.
         sync: lets the ranks agree between two steps.
         loss_monitor: warns about lines of metrics.
         watchdog: is told what this rank is doing.
@@ -50,6 +52,7 @@ class Trainer:
     state: TrainState
     log: Log
     saves: CheckpointSchedule
+    copies: MemoryCopies | None
     sync: StepSync
     loss_monitor: LossMonitor
     watchdog: Watchdog
@@ -80,7 +83,7 @@ class Trainer:
             with self.signals:
                 received = self._loop()
                 try:
-                    if self.num_steps > first_step:
+                    if self.num_steps > first_step or (self.copies is not None and self.copies.recovered):
                         self._save()
                 except RunStopped as error:
                     failure = error
@@ -99,6 +102,8 @@ class Trainer:
             self._print_summary(seconds, busy, self.num_steps - first_step, received, commands)
             if failure is not None:
                 raise failure
+            if self.copies is not None:
+                self.copies.close()
             self.saves.writer.close()
             self.sync.close()
         except BaseException:
@@ -147,6 +152,8 @@ class Trainer:
             self._set_phase("training")
             result = self._train_on(batch)
             del batch  # before the loader makes another one of its size
+            if self.copies is not None:
+                self.copies.after(self.num_steps)
             self._after_step(result)
         return None
 
@@ -288,6 +295,10 @@ class Trainer:
         ]
         for step, found in self.scores[:1] + self.scores[1:][-1:]:
             rows += score_rows(step, found)
+        if self.copies is not None and self.copies.num_copies:
+            ms, share = 1000 * self.copies.seconds / steps, 100 * self.copies.seconds / seconds
+            megabytes = f"{self.copies.num_bytes / 1e6:.3g} MB a rank"
+            rows.append(("copies in memory", f"{megabytes}; training waited {ms:.2g} ms a step ({share:.2g} %)"))
         rows.append(("run directory", str(self.out)))
         if received:
             rows.append(("stopped by", received.name))
@@ -299,6 +310,8 @@ class Trainer:
     def _save(self) -> None:
         self._set_phase("saving")
         self.saves.final(self.num_steps)
+        if self.copies is not None:
+            self.copies.forget()
 
     def _set_phase(self, phase: str) -> None:
         self.watchdog.set_phase(self.num_steps, phase)
