@@ -18,7 +18,7 @@ from crossbatch.engine.config import usable_cores
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import Log, StepClock, finite_or_none, score_rows
-from crossbatch.engine.runtime.distributed import broadcast_object, mean_over_ranks
+from crossbatch.engine.runtime.distributed import broadcast_object, may_be_restarted, mean_over_ranks
 from crossbatch.engine.runtime.nonfinite import LossMonitor, describe_nonfinite
 from crossbatch.engine.runtime.profiling import RunProfile
 from crossbatch.engine.runtime.signals import Interrupted, Signals, StepSync
@@ -27,6 +27,7 @@ from crossbatch.engine.runtime.watchdog import Watchdog
 from crossbatch.engine.tasks.task import Task, TrainResult
 from crossbatch.engine.train_state import CHUNK_KEY, TrainState
 
+RESTART_S = 10.0  # for torchrun to stop this rank, too, after it has stopped another
 NAMED_IMAGES = 10  # broken images of a rank that the log names
 
 
@@ -89,6 +90,10 @@ class Trainer:
                     failure = error
                 if received is not None:
                     self.log.stopped(received.name, self.num_steps)
+                    if may_be_restarted():
+                        # By torchrun on one node, which starts all anew; on another it may not know yet, and take this rank's
+                        # end for that of the run.
+                        self.signals.wait(RESTART_S)
             try:
                 commands = self.task.on_end(self.scores)
             except OSError as error:
