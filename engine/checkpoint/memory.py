@@ -10,13 +10,14 @@ in the memory of some node, if that is newer than its last checkpoint.
       run.json                to which run directory it belongs
       rank3-by1.json          of the slices of rank 3 that rank 1 keeps (3 and 1 differ in what another node has sent): where
                               each slice is, the configuration, and what else does not change
-      rank3-by1-0.bin         the slices after some step, and after another one: one of them is whole at any moment
+      rank3-by1-0.bin         the slices after some step
       rank3-by1-0.json        counts of that step; it is there if and only if the slices are complete
-      rank3-by1-1.bin ...
+      rank3-by1-1.bin ...     the slices after another step; rank 3 itself keeps three
       recovered-0/            a checkpoint made of such files, as a later attempt reads it; it is there until that has copies
 
-Nobody writes over a step before all ranks have kept the next one, both at home and on another node: at the end of a transfer
-the threads wait for each other, and the next copy begins by waiting for its thread.
+Nobody writes over a step before the next one is safe on all nodes: at the end of a transfer the threads wait for each other,
+and the next transfer begins when its thread has ended. A rank makes its own copy first, in the third of its files, so that a
+rank that dies while a step is on its way to other nodes costs nobody that step.
 """
 
 import json
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 MEMORY = Path("/dev/shm")
 ATTEMPTS, RUN = "memory.json", "run.json"
+OWN_SLOTS = 3  # the copy that is made, the one that is sent, and the one before, which every node has
 SHARE_OF_FREE = 0.5  # of /dev/shm, which holds the batches of data workers, too
 COUNTS_BYTES = 1024  # of the message with a step's counts
 ALIGNMENT = 64  # bytes, between slices
@@ -132,7 +134,8 @@ class MemoryCopies:
         self.folder = folder_of(self.attempt)
         self._older: list[str] = on_main(lambda: read_attempts(out))
         self._group = cpu_group(timeout_s)
-        self._slots: list[tuple[Slot, Slot]] = []  # this rank's own, then those of the ranks that send theirs here
+        self._own: list[Slot] = []
+        self._others: list[list[Slot]] = []  # for each rank that sends its slices here
         self._buddy: int | None = None
         self._senders: list[int] = []
         self._thread: threading.Thread | None = None
@@ -149,21 +152,21 @@ class MemoryCopies:
             return
         start = time.perf_counter()
         slices = shares(local_state(self.state.step.backend) | random_state(), self.world.rank, self.world.size)
-        if not self._slots and not self._prepare(slices):
+        if not self._own and not self._prepare(slices):
             self.every_steps = 0
             return
-        self._wait()
+        own = self._own[self.num_copies % OWN_SLOTS]
+        counts = {"step": step, "world_size": self.world.size, **self.state.counts()}
+        own.invalidate()
+        copied = self._copy(slices, own.values)
+        if copied is None:
+            own.complete(counts)
+        self._wait()  # behind the copy: a rank that has died meanwhile shall not cost this step
         if self._error:
             self.log.warn(f"no more copies in host memory, a restart goes on from the last checkpoint: {self._error}")
             self.every_steps = 0
             return
         number = self.num_copies % 2
-        counts = {"step": step, "world_size": self.world.size, **self.state.counts()}
-        own = self._slots[0][number]
-        own.invalidate()
-        copied = self._copy(slices, own.values)
-        if copied is None:
-            own.complete(counts)
 
         def work() -> None:
             try:
@@ -171,7 +174,7 @@ class MemoryCopies:
                     torch.cuda.set_device(copied.device)  # a new thread is on GPU 0
                     copied.synchronize()
                     own.complete(counts)
-                self._exchange(number, counts)
+                self._exchange(own, [slots[number] for slots in self._others], counts)
                 self._forget_older()
             except Exception as error:
                 self._error = f"{type(error).__name__}: {error}"
@@ -215,7 +218,8 @@ class MemoryCopies:
 
         def make_room() -> None:
             kept = [self.world.rank, *self._senders]
-            needed, free = 2 * sum(everyone[rank][1] for rank in kept) * self.world.local_size, _free_bytes()
+            per_rank = self.num_bytes + 2 * sum(everyone[rank][1] for rank in kept)
+            needed, free = per_rank * self.world.local_size, _free_bytes()
             if needed > SHARE_OF_FREE * free:
                 raise OSError(
                     f"{MEMORY} has {free / 2**20:.0f} MiB free, and copies would need {needed / 2**20:.0f} MiB, which "
@@ -227,10 +231,12 @@ class MemoryCopies:
             )
             for rank, text in zip(kept, texts, strict=True):
                 name = f"rank{rank}-by{self.world.rank}"
-                first, second = (
-                    Slot(self.folder, f"{name}-{number}", everyone[rank][1], pin=on_gpu) for number in range(2)
-                )
-                self._slots.append((first, second))
+                numbers = range(OWN_SLOTS if rank == self.world.rank else 2)
+                slots = [Slot(self.folder, f"{name}-{number}", everyone[rank][1], on_gpu) for number in numbers]
+                if rank == self.world.rank:
+                    self._own = slots
+                else:
+                    self._others.append(slots)
                 write_atomically(self.folder / f"{name}.json", bytes(text).decode())
 
         on_gpu = any(values.is_cuda for values in slices.values())
@@ -281,16 +287,15 @@ class MemoryCopies:
         self._copied.record(self._stream)
         return self._copied
 
-    def _exchange(self, number: int, counts: dict[str, Any]) -> None:
+    def _exchange(self, own: Slot, others: list[Slot], counts: dict[str, Any]) -> None:
         """Send this rank's slices to its buddy and keep those that come; return when all ranks have done so."""
-        others = [slots[number] for slots in self._slots[1:]]
         for slot in others:
             slot.invalidate()
-        texts = [torch.zeros(COUNTS_BYTES, dtype=torch.uint8) for _ in self._slots]
+        texts = [torch.zeros(COUNTS_BYTES, dtype=torch.uint8) for _ in (own, *others)]
         text = json.dumps(counts).encode()
         texts[0][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self._send_and_receive(texts)
-        self._send_and_receive([slots[number].values for slots in self._slots])
+        self._send_and_receive([slot.values for slot in (own, *others)])
         for slot, text in zip(others, texts[1:], strict=True):
             slot.complete(json.loads(bytes(text).rstrip(b"\0")))
         dist.barrier(self._group)
