@@ -33,7 +33,7 @@ def flags(out: Path, *settings: str) -> list[str]:
 
 def losses(out: Path) -> list[float]:
     """The losses of a run by step, each of which must be there once."""
-    lines = metrics(out)
+    lines = [line for line in metrics(out) if line["step"]]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
@@ -132,9 +132,10 @@ class Agents:
         return "\n".join(log.read_text() for log in self.logs)
 
     def done(self) -> int:
-        """The steps of which there is a line."""
+        """The last step of which there is a line."""
         file = self.out / "metrics.jsonl"
-        return len(file.read_text().splitlines()) if file.exists() else 0
+        steps = re.findall(r'^{"step": (\d+),.*}$', file.read_text() if file.exists() else "", re.MULTILINE)
+        return int(steps[-1]) if steps else 0
 
     def world_size(self) -> int:
         return json.loads((self.out / "config.json").read_text())["world_size"]
