@@ -7,7 +7,7 @@ in the memory of some node, if that is newer than its last checkpoint.
 
     OUT/memory.json           the attempts at this run that may have copies; the last one writes
     /dev/shm/crossbatch-ID/   of one attempt (one life of all its ranks)
-      run.json                to which run directory it belongs
+      run-by1.json            to which run directory it belongs, and the fingerprint of configuration and code; by rank 1
       rank3-by1.json          of the slices of rank 3 that rank 1 keeps (3 and 1 differ in what another node has sent): where
                               each slice is, the configuration, and what else does not change
       rank3-by1-0.bin         the slices after some step
@@ -20,6 +20,7 @@ and the next transfer begins when its thread has ended. A rank makes its own cop
 rank that dies while a step is on its way to other nodes costs nobody that step.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from crossbatch.engine.train_state import TrainState
 
 MEMORY = Path("/dev/shm")
-ATTEMPTS, RUN = "memory.json", "run.json"
+ATTEMPTS = "memory.json"
 CHECK_EVERY = 100  # copies: then it is checked that the memory is still where it was
 OWN_SLOTS = 3  # the copy that is made, the one that is sent, and the one before, which every node has
 SHARE_OF_FREE = 0.5  # of /dev/shm, which holds the batches of data workers, too
@@ -157,6 +158,7 @@ class MemoryCopies:
         if not self._own and not self._prepare(slices):
             self.every_steps = 0
             return
+        start = start if self.num_copies else time.perf_counter()  # without making room, once
         own = self._own[self.num_copies % OWN_SLOTS]
         counts = {"step": step, "world_size": self.world.size, **self.state.counts()}
         own.invalidate()
@@ -241,9 +243,8 @@ class MemoryCopies:
                     f"may be half of it at most; make it larger (docker: --shm-size)"
                 )
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            write_atomically(
-                self.folder / RUN, json.dumps({"out": str(self.out.resolve()), "fingerprint": self.fingerprint})
-            )
+            run = {"out": str(self.out.resolve()), "fingerprint": self.fingerprint}
+            write_atomically(self.folder / f"run-by{self.world.rank}.json", json.dumps(run))
             for rank, text in zip(kept, texts, strict=True):
                 name = f"rank{rank}-by{self.world.rank}"
                 numbers = range(OWN_SLOTS if rank == self.world.rank else 2)
@@ -341,6 +342,14 @@ class MemoryCopies:
 def folder_of(attempt: str) -> Path:
     """Return where each node keeps the copies of an attempt."""
     return MEMORY / f"crossbatch-{attempt}"
+
+
+def run_of(folder: Path) -> dict[str, str]:
+    """Return "out" and "fingerprint" of the run to which the copies in `folder` belong; {} where nothing says so."""
+    for file in folder.glob("run-by*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(file.read_text())
+    return {}
 
 
 def read_attempts(out: Path) -> list[str]:

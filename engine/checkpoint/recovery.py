@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from crossbatch.engine.checkpoint.directory import name_of
-from crossbatch.engine.checkpoint.memory import MEMORY, RUN, allocate, folder_of, read_attempts
+from crossbatch.engine.checkpoint.memory import MEMORY, allocate, folder_of, read_attempts, run_of
 from crossbatch.engine.checkpoint.store import Manifest, SliceInFile, describe_file, write_description
 from crossbatch.engine.runtime.distributed import World, on_every_rank, on_main
 from crossbatch.engine.tasks.task import STARTED_FROM
@@ -90,21 +90,17 @@ def _kept_here(attempts: list[str], fingerprint: str) -> Iterator[Copy]:
     """Yield the complete copies on this node."""
     for attempt in attempts:
         folder = folder_of(attempt)
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            if json.loads((folder / RUN).read_text())["fingerprint"] != fingerprint:
-                continue
-            for file in folder.glob("rank*-by*-*.json"):
+        for file in folder.glob("rank*-by*-*.json") if run_of(folder).get("fingerprint") == fingerprint else ():
+            with contextlib.suppress(OSError, ValueError, LookupError):
                 counts, rank = json.loads(file.read_text()), int(file.name[4:].partition("-")[0])
                 yield Copy(attempt, counts["step"], rank, counts["world_size"], file.stem)
 
 
 def _delete_forgotten(out: Path, attempts: list[str]) -> None:
     """Delete the copies on this node that belong to `out`, but to none of its last attempts."""
-    for file in MEMORY.glob(f"crossbatch-*/{RUN}"):
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            its_run = json.loads(file.read_text())["out"]
-            if its_run == str(out.resolve()) and file.parent not in map(folder_of, attempts):
-                shutil.rmtree(file.parent, ignore_errors=True)
+    for folder in MEMORY.glob("crossbatch-*"):
+        if run_of(folder).get("out") == str(out.resolve()) and folder not in map(folder_of, attempts):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _assemble(
