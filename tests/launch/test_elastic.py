@@ -3,6 +3,7 @@
 A node is a mount namespace with a /dev/shm of its own, which is gone with the last of its processes.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -104,7 +105,7 @@ class Agents:
         self.logs: list[Path] = []
 
     def start(self, node: int) -> None:
-        torchrun = [str(Path(sys.executable).parent / "torchrun"), f"--nnodes=1:{self.nodes}", "--max-restarts=100"]
+        torchrun = [sys.executable, "launch/elastic.py", f"--nnodes=1:{self.nodes}", "--max-restarts=100"]
         torchrun += [f"--nproc-per-node={self.ranks_each}", "--rdzv-backend=c10d", "--rdzv-id=elastic"]
         torchrun += [f"--rdzv-endpoint=127.0.0.1:{self.store.port}", f"--rdzv-conf={RENDEZVOUS}"]
         command = shlex.join([*torchrun, "launch/pretrain.py", *flags(self.out, *self.settings)])
@@ -118,12 +119,14 @@ class Agents:
             )
 
     def workers(self, node: int) -> list[int]:
-        found = subprocess.run(["pgrep", "-P", str(self.running[node].pid)], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        """The ranks of a node: one of the children of launch/elastic.py has imported everything, and forks them."""
+        return [pid for child in _children(self.running[node].pid) for pid in _children(child)]
 
     def kill_node(self, node: int) -> None:
-        for pid in (self.running[node].pid, *self.workers(node)):
-            os.kill(pid, signal.SIGKILL)
+        agent = self.running[node].pid
+        for pid in [agent, *_children(agent), *self.workers(node)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.running.pop(node).wait()
 
     def text(self) -> str:
@@ -170,6 +173,11 @@ class Agents:
     def kill(self) -> None:
         for node in [*self.running]:
             self.kill_node(node)
+
+
+def _children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
 
 
 @pytest.fixture
