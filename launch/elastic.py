@@ -1,6 +1,6 @@
-"""Start a run as torchrun does, with the same flags, but with ranks that are forked from a process that has imported everything.
+"""Start a run with torchrun's flags, and with ranks that are forked from a process that has imported everything.
 
-python launch/elastic.py --nnodes 1:2 --nproc-per-node 8 --max-restarts 100 ... launch/pretrain.py --deepspeed_config ... --out runs/mine
+python launch/elastic.py --nnodes 1:2 --nproc-per-node 8 --max-restarts 100 ... launch/pretrain.py ... --out runs/mine
 
 torchrun starts every rank as a new Python, which imports for seconds before it can go on; here that is done once for each node.
 """
