@@ -14,7 +14,7 @@ messages that do not come.
 The first rank to notice writes the verdict into the store. A rank with a failed collective looks for it and leaves with exit
 code 3; the thread of a rank that is still stuck in a collective some seconds later ends its process.
 
-Where torchrun starts the run again (--max-restarts), every second counts and torchrun names the rank: there, a rank with a failed
+Where torchrun starts the run again (--max-restarts), every second counts, and torchrun names the rank: there, one with a failed
 collective leaves at once, which breaks the connections of the next one, and less silence is enough.
 """
 
