@@ -36,7 +36,7 @@ from benchmarks import processes
 from benchmarks.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
-QUICK = ("collectives", "index", "remote")  # these tell nothing about a GPU and are only tried
+QUICK = ("collectives", "index", "remote", "memory")  # these tell nothing about a GPU and are only tried
 REPORT_S = 25.0  # kept back for it
 LEAST_S = 5.0  # a part with less time than that is left out
 PYTEST = ["pytest", "-mgpu", "-q", "--tb=short", "-pbenchmarks.instant_failures", "-ofaulthandler_timeout=60"]

@@ -1,5 +1,6 @@
 """Builds the trainer of a task in a run directory, from its newest checkpoint or from the start."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,18 +10,23 @@ import torch
 
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Keep, Resumed
+from crossbatch.engine.checkpoint.directory import step_of
+from crossbatch.engine.checkpoint.memory import MemoryCopies
+from crossbatch.engine.checkpoint.recovery import NOTHING, recover
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
+from crossbatch.engine.config import Resolved, to_dict
 from crossbatch.engine.run_log import Log, RunLog
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.distributed import on_main, shared_token
 from crossbatch.engine.runtime.nonfinite import LossMonitor
 from crossbatch.engine.runtime.profiling import RunProfile, check_steps_left
+from crossbatch.engine.runtime.same_run import facts_of
 from crossbatch.engine.runtime.signals import StepSync
 from crossbatch.engine.runtime.watchdog import Watchdog
-from crossbatch.engine.runtime.world import World
+from crossbatch.engine.runtime.world import World, may_be_restarted
 from crossbatch.engine.tasks.task import Task
 from crossbatch.engine.trackers import check_trackers
-from crossbatch.engine.train_state import TrainState
+from crossbatch.engine.train_state import CHUNK_KEY, TrainState
 from crossbatch.engine.trainer import Trainer
 
 
@@ -55,7 +61,16 @@ def build_trainer(
     """
     cfg = task.cfg
     on_main(lambda: check_trackers(cfg.crossbatch.log.to))
-    state = TrainState(task, device, on_main(lambda: _open_run_directory(out, resume)), allow_change)
+    candidates, timeout_s = on_main(lambda: _open_run_directory(out, resume)), cfg.crossbatch.watch.timeout_s
+    memory_every_steps = cfg.crossbatch.checkpoint.memory_every_steps
+    if memory_every_steps == "auto":
+        memory_every_steps = int(may_be_restarted())
+    recovered, fingerprint = NOTHING, _fingerprint(cfg)
+    if memory_every_steps and resume == "auto":
+        saved_step = step_of(candidates[0]) if candidates else 0
+        recovered = recover(out, fingerprint, saved_step, world, timeout_s)
+        candidates = [*([recovered.checkpoint] if recovered.checkpoint else []), *candidates]
+    state = TrainState(task, device, candidates, allow_change)
     resumed = state.build(cfg.chunk)
     notes = [*cfg.choices, *task.on_start(state.step, resumed, state.allow_change)]
     if device.type == "cuda":
@@ -75,7 +90,13 @@ def build_trainer(
         for reason in resumed.passed_over:
             log.warn(reason)
         log.note(f"resumed {resumed.checkpoint} at step {resumed.manifest.step}")
-    profile, timeout_s = None, cfg.crossbatch.watch.timeout_s
+    if recovered.note:
+        log.note(recovered.note)
+    copies = None
+    if memory_every_steps:
+        is_recovered = resumed is not None and resumed.checkpoint == recovered.checkpoint
+        copies = MemoryCopies(state, world, out, fingerprint, memory_every_steps, timeout_s, log, is_recovered)
+    profile = None
     if profile_steps:
         profile = RunProfile(out / "profile", profile_steps, world.rank, cfg.train_batch_size, log.note)
     return Trainer(
@@ -83,6 +104,7 @@ def build_trainer(
         state,
         log,
         saves=_open_saves(state, log, out, resumed),
+        copies=copies,
         sync=StepSync(timeout_s),
         loss_monitor=LossMonitor(cfg.crossbatch.watch),
         watchdog=watchdog or Watchdog(world, timeout_s),
@@ -106,3 +128,9 @@ def _open_saves(state: TrainState, log: Log, out: Path, resumed: Resumed | None)
     every_steps = state.task.data.steps_per_epoch if settings.every_steps == "auto" else settings.every_steps
     saved_step = resumed.manifest.step if resumed and resumed.checkpoint.parent == folder else None
     return CheckpointSchedule(writer, every_steps, state.snapshot, log, saved_step)
+
+
+def _fingerprint(cfg: Resolved) -> str:
+    """Return a digest of configuration, code and versions, the same for any number of ranks."""
+    facts = {name: fact for name, fact in facts_of(to_dict(cfg.config)).items() if name != CHUNK_KEY}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

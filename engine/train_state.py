@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from crossbatch.data import Batch
 from crossbatch.engine import checkpoint
@@ -130,6 +131,11 @@ class TrainState:
             steps_per_epoch=self.task.data.steps_per_epoch,
             skipped_images=self.skipped_images(float(mean_over_ranks(skipped))),
         )
+
+    def counts(self) -> dict[str, Any]:
+        """Return what changes with every step besides tensors; the `skipped_images` of all ranks add up to those of the run."""
+        before = self._skipped_images_before if dist.get_rank() == 0 else 0
+        return {"progress": asdict(self.step.progress), "skipped_images": before + self.num_skipped_images}
 
     def skipped_images(self, mean_per_rank: float) -> int:
         """Return how many broken images all ranks have replaced since the start of the run, from the mean over ranks."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from crossbatch import InputError, RunStopped
 from crossbatch.data import Batch, WaitInterrupted
+from crossbatch.engine.checkpoint.memory import MemoryCopies
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
 from crossbatch.engine.config import ResolvedConfig, usable_cores
 from crossbatch.engine.datasets import stop_on_lost_images
@@ -28,10 +29,12 @@ from crossbatch.engine.runtime.profiling import RunProfile
 from crossbatch.engine.runtime.signals import Interrupted, Signals, StepSync
 from crossbatch.engine.runtime.timing import cpu_s, descendants, mean_ms
 from crossbatch.engine.runtime.watchdog import Watchdog
+from crossbatch.engine.runtime.world import may_be_restarted
 from crossbatch.engine.tasks.task import Task, TrainResult
 from crossbatch.engine.train_state import CHUNK_KEY, TrainState
 
 NONFINITE = "nonfinite.json"  # in the run directory, if steps that were not finite ended the run
+RESTART_S = 10.0  # for torchrun to stop this rank, too, after it has stopped another
 NAMED_IMAGES = 10  # broken images of a rank that the log names
 
 
@@ -44,6 +47,7 @@ class Trainer:
         state: its step and progress.
         log: prints, and writes metrics; does nothing on ranks other than 0.
         saves: writes the checkpoints.
+        copies: keeps the last steps in host memory; None where nothing does.
         sync: lets the ranks agree between two steps.
         loss_monitor: warns about lines of metrics.
         watchdog: is told what this rank is doing.
@@ -56,6 +60,7 @@ class Trainer:
     state: TrainState
     log: Log
     saves: CheckpointSchedule
+    copies: MemoryCopies | None
     sync: StepSync
     loss_monitor: LossMonitor
     watchdog: Watchdog
@@ -86,12 +91,16 @@ class Trainer:
             with self.signals:
                 received = self._loop()
                 try:
-                    if self.num_steps > first_step:
+                    if self.num_steps > first_step or (self.copies is not None and self.copies.recovered):
                         self._save()
                 except RunStopped as error:
                     failure = error
                 if received is not None:
                     self.log.stopped(received.name, self.num_steps)
+                    if may_be_restarted():
+                        # By torchrun on one node, which starts all anew; on another it may not know yet, and take this rank's
+                        # end for that of the run.
+                        self.signals.wait(RESTART_S)
             try:
                 commands = self.task.on_end(self.scores)
             except OSError as error:
@@ -105,6 +114,8 @@ class Trainer:
             self._print_summary(seconds, busy, self.num_steps - first_step, received, commands)
             if failure is not None:
                 raise failure
+            if self.copies is not None:
+                self.copies.close()
             self.saves.writer.close()
             self.sync.close()
         except BaseException:
@@ -153,6 +164,8 @@ class Trainer:
             self._set_phase("training")
             result = self._train_on(batch)
             del batch  # before the loader makes another one of its size
+            if self.copies is not None:
+                self.copies.after(self.num_steps)
             self._after_step(result)
         return None
 
@@ -316,6 +329,10 @@ class Trainer:
         if (noise_scale := self.state.step.progress.noise_scale) is not None:
             batch = self.task.cfg.train_batch_size
             rows.append(("gradient noise scale", f"{noise_scale:,.0f} images: {describe_batch(batch, noise_scale)}"))
+        if self.copies is not None and self.copies.num_copies:
+            ms, share = 1000 * self.copies.seconds / steps, 100 * self.copies.seconds / seconds
+            megabytes = f"{self.copies.num_bytes / 1e6:.3g} MB a rank"
+            rows.append(("copies in memory", f"{megabytes}; training waited {ms:.2g} ms a step ({share:.2g} %)"))
         rows.append(("run directory", str(self.out)))
         if received:
             rows.append(("stopped by", received.name))
@@ -327,6 +344,8 @@ class Trainer:
     def _save(self) -> None:
         self._set_phase("saving")
         self.saves.final(self.num_steps)
+        if self.copies is not None:
+            self.copies.forget()
 
     def _set_phase(self, phase: str) -> None:
         self.watchdog.set_phase(self.num_steps, phase)

@@ -26,7 +26,8 @@ from crossbatch.engine.replay.report import describe, loss_terms, write_report, 
 from crossbatch.engine.replay.verdict import judge, of_state
 from crossbatch.engine.runtime import distributed
 from crossbatch.engine.runtime.atomic_files import write_atomically
-from crossbatch.engine.runtime.distributed import World, on_main, process_group, world_from_environment
+from crossbatch.engine.runtime.distributed import on_main, process_group
+from crossbatch.engine.runtime.world import World, world_from_environment
 from crossbatch.launch.arguments import ArgumentParser, number, positive
 
 WINDOW, JUMP, TOLERANCE = 20, 10, 1e-4  # defaults of flags

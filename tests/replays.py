@@ -24,7 +24,7 @@ from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import store
 from crossbatch.engine.checkpoint.directory import MANIFEST
 from crossbatch.engine.checkpoint.slices import local_state, shares
-from crossbatch.engine.runtime.distributed import world_from_environment
+from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.engine.train_state import TrainState
 
 NORMALIZE, TRAIN_ON = "crossbatch.engine.step.normalize", "crossbatch.engine.train_state.TrainState.train_on"
@@ -182,7 +182,7 @@ def edit_checkpoint(folder: Path, name: str, change: Callable[[torch.Tensor], ob
         with (folder / file).open("r+b") as stream:
             stream.seek(offset)
             stream.write(tensor[start : start + size].numpy().tobytes())
-    manifest.files = {file: store._describe(folder / file) for file in manifest.files}
+    manifest.files = {file: store.describe_file(folder / file) for file in manifest.files}
     (folder / MANIFEST).write_text(store._to_json(manifest))
 
 

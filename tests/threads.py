@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _set_thread_isolation_mode  # pyright: ignore[reportAttributeAccessIssue]
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
-from crossbatch.engine.runtime.distributed import World, _leave
+from crossbatch.engine.runtime.distributed import _leave
+from crossbatch.engine.runtime.world import World
 
 _ranks: contextvars.ContextVar["_Ranks"] = contextvars.ContextVar("ranks")  # of this thread
 _world: contextvars.ContextVar[threaded.WorldData] = contextvars.ContextVar("world")

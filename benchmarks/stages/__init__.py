@@ -21,7 +21,7 @@ STAGES = (
     "data",
     "decode",
 )
-STAGES += ("checkpoint", "trainer", "collectives", "index", "remote")
+STAGES += ("checkpoint", "memory", "trainer", "collectives", "index", "remote")
 WITH_IMAGES = ("decode", "augment", "data")  # their `run` takes a folder of images
 
 T = TypeVar("T")

@@ -108,12 +108,7 @@ def write(
         if rank == 0:
             slices = [found for _, found_slices in written for found in found_slices]
             manifest.files = {f"{number}.bin": described for number, (described, _) in enumerate(written)}
-            with replace_atomically(aside / METADATA) as temporary:
-                temporary.write_bytes(pickle.dumps(describe_slices(slices, manifest.shapes)))
-            write_atomically(aside / CONFIG, json.dumps(config, indent=2) + "\n")
-            manifest.files |= {name: _describe(aside / name) for name in (METADATA, CONFIG)}
-            write_atomically(aside / MANIFEST, _to_json(manifest))
-            check_sizes(aside, manifest)
+            write_description(aside, slices, manifest, config)
             commit(aside, directory, manifest.step, keep)
 
     try:
@@ -122,6 +117,16 @@ def write(
     finally:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_description(folder: Path, slices: list[SliceInFile], manifest: Manifest, config: dict[str, Any]) -> None:
+    """Write what turns the files of slices in `folder` into a checkpoint; `manifest.files` has their sizes and checksums."""
+    with replace_atomically(folder / METADATA) as temporary:
+        temporary.write_bytes(pickle.dumps(describe_slices(slices, manifest.shapes)))
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    manifest.files |= {name: describe_file(folder / name) for name in (METADATA, CONFIG)}
+    write_atomically(folder / MANIFEST, _to_json(manifest))
+    check_sizes(folder, manifest)
 
 
 def _on_all(function: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
@@ -185,7 +190,7 @@ def _checksum(fields: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(fields).encode())
 
 
-def _describe(file: Path) -> dict[str, int]:
+def describe_file(file: Path) -> dict[str, int]:
     """Return the size and the checksum of a file, as `Manifest.files` holds them."""
     crc, size = 0, 0
     with file.open("rb") as stream:
@@ -230,7 +235,7 @@ def check_contents(checkpoint: Path, manifest: Manifest, rank: int = 0, world_si
     """Raise Unreadable if the checksum of a file is wrong. The ranks divide the files among themselves."""
     for name in sorted(manifest.files)[rank::world_size]:
         try:
-            found = _describe(checkpoint / name)
+            found = describe_file(checkpoint / name)
         except OSError as error:
             raise Unreadable(f"damaged: {name}: {error.strerror}") from None
         if found != manifest.files[name]:

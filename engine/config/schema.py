@@ -190,6 +190,11 @@ class CheckpointConfig(Section):
     keep: Count = key(2, "number of newest checkpoints that are kept")
     keep_every_steps: CountOrZero = key(0, "checkpoints at multiples of this many steps are kept for good; 0: none")
     asynchronous: bool = key(True, "continue training while a checkpoint is written from a copy in host memory")
+    memory_every_steps: CountOrZero | Auto = key(
+        "auto",
+        "optimizer steps between two copies of the state in host memory, from which a restarted run goes on; 0: none; auto: 1 "
+        "where torchrun may restart the run (--max-restarts), else 0",
+    )
 
 
 class WatchConfig(Section):
@@ -225,7 +230,7 @@ class CrossbatchConfig(TrainingConfig):
     momentum: MomentumConfig = MomentumConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
-    log: PretrainLogConfig = key(PretrainLogConfig(), resumable=True)
+    log: PretrainLogConfig = key(PretrainLogConfig(), resumable=True)  # pyright: ignore[reportIncompatibleVariableOverride]
     evaluate: EvaluateConfig = key(EvaluateConfig(), resumable=True)
 
 

@@ -37,7 +37,8 @@ from crossbatch.engine.config import Config, Device, ResolvedConfig, parse_confi
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.replay.probe import StepRecord, over_ranks, watched
 from crossbatch.engine.run_log import METRICS
-from crossbatch.engine.runtime.distributed import World, mean_over_ranks, on_main
+from crossbatch.engine.runtime.distributed import mean_over_ranks, on_main
+from crossbatch.engine.runtime.world import World
 from crossbatch.engine.sharding import LocalShards
 from crossbatch.engine.step import TrainStep
 from crossbatch.engine.tasks.pretrain import PretrainTask, pretrain_task

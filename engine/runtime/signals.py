@@ -5,6 +5,7 @@ tell each other. That is one all-reduce of three numbers on the CPU, at a moment
 """
 
 import signal
+import time
 from types import FrameType
 from typing import NamedTuple
 
@@ -43,6 +44,12 @@ class Signals:
             return  # a launcher ends with SIGTERM what is leaving with a message and an exit code of its own
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when this rank has received a signal itself, or after `timeout_s`."""
+        end = time.monotonic() + timeout_s
+        while self.received is None and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _has_received(self) -> bool:
         return self.received is not None

@@ -13,6 +13,9 @@ messages that do not come.
 
 The first rank to notice writes the verdict into the store. A rank with a failed collective looks for it and leaves with exit
 code 3; the thread of a rank that is still stuck in a collective some seconds later ends its process.
+
+Where torchrun starts the run again (--max-restarts), every second counts, and torchrun names the rank: there, one with a failed
+collective leaves at once, which breaks the connections of the next one, and less silence is enough.
 """
 
 import json
@@ -27,14 +30,16 @@ import torch.distributed as dist
 
 from crossbatch import InputError, RunStopped
 from crossbatch.engine.runtime.distributed import shared_token
-from crossbatch.engine.runtime.world import World
+from crossbatch.engine.runtime.world import World, may_be_restarted
 
 PHASES = ("starting", "evaluating", "saving", "waiting for data", "training")  # in the order of a step
 MAX_SILENT_BEATS = 60  # counted in our own heartbeats, so that a machine which slept as a whole accuses no rank
+RESTART_SILENT_BEATS = 10  # the same where torchrun starts the run again, which costs seconds
 OTHER_PHASES_TIMEOUTS = 6  # outside of training steps: evaluating all images takes longer than a step
 SEARCH_S = 5.0  # for the rank at fault, after a collective failed
 LINGER_S = 2.0  # before rank 0 leaves, whose process keeps the store from which the others read the verdict
 LEAVE_S = 10.0  # for the main thread to leave after a verdict, before its process is ended
+RESTART_LEAVE_S = 1.0  # the same where torchrun starts the run again
 
 
 @dataclass
@@ -70,7 +75,7 @@ class Watchdog:
         self._at = (-1, 0)
         self._ranks = [RankStatus() for _ in range(world.size)]
         self._beats = 0
-        self._on_gpus = False
+        self._on_gpus, self._may_be_restarted = False, may_be_restarted()
         self._accusation = ""  # what this rank says of the rank at fault
         self._verdict = ""  # what all ranks take for true
         self._decided, self._stopping = threading.Event(), threading.Event()
@@ -100,7 +105,10 @@ class Watchdog:
             self._stopping.set()
             self._thread.join(2 * self.beat_s)
             return
-        culprit = self._find_culprit() if _is_from_a_collective(error) else ""
+        lost = _is_from_a_collective(error)
+        if lost and self._may_be_restarted:
+            raise RunStopped(f"another rank is gone ({_first_line(error)}); torchrun starts all ranks again") from error
+        culprit = self._find_culprit() if lost else ""
         if not culprit:
             self._accuse(f"rank {self.world.rank} stopped: {_first_line(error)}")
         self._stopping.set()
@@ -146,7 +154,7 @@ class Watchdog:
                     self._verdict = self._verdict or "rank 0 is gone (it kept the store)"
             self._beats += 1
         self._decided.set()
-        if not self._stopping.wait(LEAVE_S):
+        if not self._stopping.wait(RESTART_LEAVE_S if self._may_be_restarted else LEAVE_S):
             print(f"stopped (rank {self.world.rank}): {self._verdict}\n", end="", file=sys.stderr, flush=True)
             os._exit(3)
 
@@ -158,7 +166,8 @@ class Watchdog:
             rank.update(*json.loads(published))
         if not verdict:
             patience = int(self.timeout_s / self.beat_s)
-            suspicion = self._suspect(min(patience, MAX_SILENT_BEATS), patience) or self._all_stuck(patience)
+            most = RESTART_SILENT_BEATS if self._may_be_restarted else MAX_SILENT_BEATS
+            suspicion = self._suspect(min(patience, most), patience) or self._all_stuck(patience)
             accusation = self._accusation or suspicion
             if accusation:
                 verdict = self._store.compare_set("verdict", "", accusation)

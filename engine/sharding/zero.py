@@ -5,6 +5,7 @@ like the online one.
 """
 
 import contextlib
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from pydantic import ValidationError
 from torch import nn
@@ -55,6 +57,8 @@ class ZeroBackend(Backend):
         if self.stage == 3:
             for module in compiled_modules(model):
                 set_z3_leaf_module(module, True)  # or DeepSpeed's hooks inside would break the graph
+        if self.stage > 0:
+            _import_muon_without_compiling()
         optimizer = make_optimizer(model)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         logging.getLogger("DeepSpeed").addFilter(_is_relevant)
@@ -180,6 +184,17 @@ class ZeroBackend(Backend):
                 slices[key].append(FlatSlice(start, state[key].view(-1)[flat_start:][:numel]))
         shape, replicated = original_shape(parameter), self._layout.replicated
         return {key: LocalShards(shape, found, replicated) for key, found in slices.items()}
+
+
+def _import_muon_without_compiling() -> None:
+    """Import DeepSpeed's Muon, which nobody uses here, without torch.compile; that would take every rank 2 s to import."""
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:  # of a version without it
+        pass
+    finally:
+        compiler.compile = compile_
 
 
 def group_norms(

@@ -24,7 +24,7 @@ from crossbatch.engine.tasks.build import build_model
 
 WANTED = {
     *("decode", "augment", "data", "transfer", "index", "backbone", "batchformer", "heads", "collectives", "optimizer"),
-    *("ema", "checkpoint", "step", "trainer", "norm", "remote"),
+    *("ema", "checkpoint", "memory", "step", "trainer", "norm", "remote"),
 }
 
 

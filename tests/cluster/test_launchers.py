@@ -1,6 +1,7 @@
 """Launchers on two nodes: the same run by each, and what a signal to the launcher leaves."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -299,6 +300,55 @@ def test_a_node_that_is_lost_and_comes_back(box, whole, tmp_path):
     commands = two_commands(box, again, f"--steps={both + 3}", f"--resume={out}/checkpoints/step-{both:08d}")
     assert [command.wait() for command in commands] == [0, 0], commands[0].text()
     assert metrics(out)[both : both + 3] == metrics(again)[-3:]
+
+
+STORE = "import time, torch.distributed as d; store = d.TCPStore('0.0.0.0', {}, is_master=True, wait_for_workers=False)"
+
+
+def test_a_node_that_is_cut_off_costs_no_step(box, whole, tmp_path):
+    """The other goes on alone from its memory, and both go on together once the network is back, all by themselves."""
+    out, port, timeout_s = tmp_path / "out", 29000 + box.count, 8
+    store = box.on("login", "python", "-c", STORE.format(port) + "; time.sleep(3600)")
+    run = ["torchrun", "--nnodes=1:2", *TORCHRUN[2:], "--max-restarts=9", "--rdzv-backend=c10d", "--rdzv-id=one"]
+    run = [part for part in run if not part.startswith("--master_addr")]
+    conf = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,is_host=0"
+    run += [f"--rdzv-endpoint=10.88.0.254:{port}", f"--rdzv-conf={conf}"]
+    run += pretrain(
+        out, *LONG, f"--set=crossbatch.watch.timeout_s={timeout_s}", "--set=crossbatch.checkpoint.every_steps=1000"
+    )
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def resumed(commands) -> list[str]:
+        return [
+            found for command in commands for found in re.findall(r"resumed (/dev/shm/\S+ at step \d+)", command.text())
+        ]
+
+    first, second = (box.on(node, *run, **apart) for node in ("node1", "node2"))
+    wait_for_step(out, 6, first, second)
+    box.script("nodes", "cut", "node2")
+    cut, done = time.monotonic(), len(metrics(out))
+    try:
+        wait_until(lambda: resumed([first, second]), "nobody goes on: " + first.text())
+        seconds = time.monotonic() - cut
+        assert int(resumed([first, second])[0].split()[-1]) >= done - 1
+        wait_for_step(out, done + 5, first)
+    finally:
+        box.script("nodes", "plug", "node2")
+    wait_until(lambda: json.loads((out / "config.json").read_text())["world_size"] == 2, "node2 does not come back")
+    done = len(metrics(out))
+    wait_for_step(out, done + 5, first, second)
+    for command in (first, second):
+        send(command, signal.SIGTERM)
+    for command in (first, second):
+        command.wait()
+    store.process.kill()
+    print(f"goes on alone {seconds:.1f} s after the cut")
+    ours, theirs = metrics(out), metrics(whole)
+    common = min(len(ours), len(theirs))
+    assert [line["step"] for line in ours] == list(range(1, len(ours) + 1))
+    losses, expected = ([line["loss"] for line in lines[:common]] for lines in (ours, theirs))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert seconds < timeout_s + 60  # of that, the machine may be busy
 
 
 def test_deepspeed_cuts_the_command_line_at_an_ampersand(sshd, tmp_path):

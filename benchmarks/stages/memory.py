@@ -1,0 +1,72 @@
+"""Measures what copies of the state in host memory cost a step: quickstart.json on two CPU ranks that count as two nodes.
+
+Within one run every fourth step is copied. So of four steps the first makes the copy, the second runs while it is sent to the
+other rank, and the other two have nothing to do with it: they are the baseline. Each sample is the mean of two steps.
+
+Gloo on one machine has no network in it, but both ends of every message take time of the cores that compute.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from benchmarks.measure import summarise
+from benchmarks.rows import Row
+from benchmarks.stages import Effort, recipe
+from crossbatch.engine.config import Device, load_config, resolve
+from crossbatch.engine.runtime.distributed import process_group
+from crossbatch.engine.runtime.world import World, world_from_environment
+from crossbatch.engine.start import build_trainer
+from crossbatch.engine.tasks.pretrain import pretrain_task
+
+RANKS, EVERY = 2, 4  # ranks, and steps between two copies
+WARM_UP = 2  # copies that do not count: the first one makes room
+
+
+def run(effort: Effort) -> Iterator[Row]:
+    """Yield steps without and with a copy, what training waits for a copy, and its size."""
+    overrides = [
+        *effort.pick(['crossbatch.model.backbone_args={"width": 8}', "train_batch_size=16"], [], []),
+        *effort.pick(["crossbatch.batchformer.group_size=16"], [], []),
+        "crossbatch.data.path=synthetic://6000?size=64,classes=4",
+        "crossbatch.schedule.epochs=100",
+        "crossbatch.evaluate.knn_every_epochs=0",
+        "crossbatch.evaluate.every_epochs=0",
+        "crossbatch.log.every_steps=1",
+        "crossbatch.checkpoint.every_steps=100000",
+        f"crossbatch.checkpoint.memory_every_steps={EVERY}",
+    ]
+    copies = WARM_UP + effort.pick(2, 10, 60)
+    launch = LaunchConfig(
+        1, 1, RANKS, run_id="memory", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        wait_ms, num_bytes = elastic_launch(launch, _train)(overrides, folder, EVERY * (copies + 1) - 1)[0]
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    ms = {line["step"]: line["step_ms"] for line in lines}
+    first = range(EVERY * (1 + WARM_UP), max(ms) - 2, EVERY)
+    cases = {
+        "a step without a copy": [(ms[step + 2] + ms[step + 3]) / 2 for step in first],
+        "a step with a copy, and the next one while it is sent": [(ms[step] + ms[step + 1]) / 2 for step in first],
+    }
+    cfg = recipe.load("quickstart", overrides)
+    settings = recipe.settings("quickstart", overrides, cfg, ranks=RANKS, backend="gloo", bytes_a_rank=num_bytes)
+    yield from summarise(cases, settings)
+    yield Row.of_one("training waits for a copy", wait_ms, "ms", settings)
+
+
+def _train(overrides: list[str], out: str, steps: int) -> tuple[float, int]:
+    """Train on this rank; return the milliseconds that it waited for a copy, and how many bytes it sent."""
+    found = world_from_environment()
+    world, device = World(found.rank, found.size, 0, 1), torch.device("cpu")  # a node of its own
+    cfg = resolve(load_config(recipe.FOLDER / "quickstart.json", overrides), world.size, Device("cpu"), found.size)
+    with process_group(world, "cpu", cfg.threads):
+        trainer = build_trainer(pretrain_task(cfg, world, device, Path(out)), world, device, Path(out), "auto", steps)
+        trainer.train()
+    copies = trainer.copies
+    assert copies is not None and copies.num_copies
+    return 1000 * copies.seconds / copies.num_copies, copies.num_bytes

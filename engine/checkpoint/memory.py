@@ -1,0 +1,371 @@
+"""Keeps the last steps in host memory, so that a run which has lost a rank or a node repeats a step instead of an hour.
+
+torchrun ends all ranks when one dies, and starts them again, so what shall survive lies outside of the processes: in files of
+/dev/shm. After every step each rank copies there the slices that it would write into a checkpoint. A thread then sends them to
+a rank of another node, while the next step is computed. A run that starts again takes the newest step of which every slice is
+in the memory of some node, if that is newer than its last checkpoint.
+
+    OUT/memory.json           the attempts at this run that may have copies; the last one writes
+    /dev/shm/crossbatch-ID/   of one attempt (one life of all its ranks)
+      run-by1.json            to which run directory it belongs, and the fingerprint of configuration and code; by rank 1
+      rank3-by1.json          of the slices of rank 3 that rank 1 keeps (3 and 1 differ in what another node has sent): where
+                              each slice is, the configuration, and what else does not change
+      rank3-by1-0.bin         the slices after some step
+      rank3-by1-0.json        counts of that step; it is there if and only if the slices are complete
+      rank3-by1-1.bin ...     the slices after another step; rank 3 itself keeps three
+      recovered-0/            a checkpoint made of such files, as a later attempt reads it; it is there until that has copies
+
+Nobody writes over a step before the next one is safe on all nodes: at the end of a transfer the threads wait for each other,
+and the next transfer begins when its thread has ended. A rank makes its own copy first, in the third of its files, so that a
+rank that dies while a step is on its way to other nodes costs nobody that step.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from crossbatch.engine.checkpoint.slices import Slices, local_state, random_state, shares
+from crossbatch.engine.checkpoint.store import SliceInFile
+from crossbatch.engine.run_log import Log
+from crossbatch.engine.runtime.atomic_files import write_atomically
+from crossbatch.engine.runtime.distributed import cpu_group, on_every_rank, on_main, shared_token
+from crossbatch.engine.runtime.world import World
+
+if TYPE_CHECKING:
+    from crossbatch.engine.train_state import TrainState
+
+MEMORY = Path("/dev/shm")
+ATTEMPTS = "memory.json"
+CHECK_EVERY = 100  # copies: then it is checked that the memory is still where it was
+OWN_SLOTS = 3  # the copy that is made, the one that is sent, and the one before, which every node has
+SHARE_OF_FREE = 0.5  # of /dev/shm, which holds the batches of data workers, too
+COUNTS_BYTES = 1024  # of the message with a step's counts
+ALIGNMENT = 64  # bytes, between slices
+
+
+class Slot:
+    """Holds the slices of a rank after one step, in a file of /dev/shm that is mapped into this process."""
+
+    def __init__(self, folder: Path, name: str, num_bytes: int, pin: bool = False):
+        self.counts_file, file = folder / f"{name}.json", folder / f"{name}.bin"
+        self.values = allocate(file, num_bytes)
+        if pin:
+            runtime: Any = torch.cuda.cudart()
+            torch.cuda.check_error(runtime.cudaHostRegister(self.values.data_ptr(), num_bytes, 0))
+
+    def invalidate(self) -> None:
+        """Say that the slices are being written."""
+        self.counts_file.unlink(missing_ok=True)
+
+    def complete(self, counts: dict[str, Any]) -> None:
+        """Say that the slices are those after the step in `counts`."""
+        write_atomically(self.counts_file, json.dumps(counts))
+
+
+def allocate(file: Path, num_bytes: int) -> torch.Tensor:
+    """Return a new file of /dev/shm as bytes in memory. Raises OSError if there is not enough room."""
+    with file.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, num_bytes)  # or a write without room would kill the process
+    return torch.from_file(str(file), shared=True, size=num_bytes, dtype=torch.uint8)
+
+
+def place(slices: Slices, file: str) -> tuple[list[SliceInFile], int]:
+    """Return where each slice is in `file`, and the size of that."""
+    places, offset = [], 0
+    for (name, start), values in slices.items():
+        places.append(SliceInFile(name, start, values.numel(), values.dtype, file, offset))
+        offset += -(-values.nbytes // ALIGNMENT) * ALIGNMENT
+    return places, max(offset, ALIGNMENT)
+
+
+def buddies(leaders: list[int]) -> list[int | None]:
+    """Return for each rank the one that keeps its second copy, on the next node; None for all where there is one node.
+
+    `leaders` are the first ranks of the nodes of all ranks.
+    """
+    nodes = {leader: [rank for rank, its in enumerate(leaders) if its == leader] for leader in sorted(set(leaders))}
+    if len(nodes) == 1:
+        return [None] * len(leaders)
+    order = [*nodes]
+    after = dict(zip(order, [*order[1:], order[0]], strict=True))
+    found: list[int | None] = []
+    for rank, leader in enumerate(leaders):
+        keepers = nodes[after[leader]]
+        found.append(keepers[nodes[leader].index(rank) % len(keepers)])
+    return found
+
+
+class MemoryCopies:
+    """Keeps copies of a run's state in host memory while it trains; all ranks make the same calls.
+
+    Args:
+        state: what is kept.
+        world: this rank among the others.
+        out: the run directory.
+        fingerprint: of configuration and code; copies with another one are not used.
+        every_steps: number of steps between two copies.
+        timeout_s: how long another rank may keep a transfer waiting.
+        log: is told once what is kept where, or why nothing is.
+        recovered: whether the run goes on from copies of an earlier attempt, and not from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        state: "TrainState",
+        world: World,
+        out: Path,
+        fingerprint: str,
+        every_steps: int,
+        timeout_s: float,
+        log: Log,
+        recovered: bool,
+    ):
+        self.state, self.world, self.out, self.log = state, world, out, log
+        self.fingerprint, self.every_steps, self.recovered = fingerprint, every_steps, recovered
+        self.attempt = shared_token()
+        self.folder = folder_of(self.attempt)
+        self._older: list[str] = on_main(lambda: read_attempts(out))
+        self._group = cpu_group(timeout_s)
+        self._slices: dict[tuple[str, int], torch.Tensor] = {}
+        self._own: list[Slot] = []
+        self._others: list[list[Slot]] = []  # for each rank that sends its slices here
+        self._buddy: int | None = None
+        self._senders: list[int] = []
+        self._thread: threading.Thread | None = None
+        self._error = ""
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None
+        self._staging: torch.Tensor | None = None  # of a GPU
+        self._num_safe = 0
+        self.num_copies, self.seconds, self.num_bytes = 0, 0.0, 0  # seconds for which training waited, all in all
+
+    def after(self, step: int) -> None:
+        """Copy the state after `step`, if that is due, and let a thread send it to another node."""
+        if not self.every_steps or step % self.every_steps:
+            return
+        start = time.perf_counter()
+        slices = self._current_slices()
+        if not self._own and not self._prepare(slices):
+            self.every_steps = 0
+            return
+        start = start if self.num_copies else time.perf_counter()  # without making room, once
+        own = self._own[self.num_copies % OWN_SLOTS]
+        counts = {"step": step, "world_size": self.world.size, **self.state.counts()}
+        own.invalidate()
+        copied = self._copy(slices, own.values)
+        if copied is None:
+            own.complete(counts)
+        self._wait()  # behind the copy: a rank that has died meanwhile shall not cost this step
+        if self._error:
+            self.log.warn(f"no more copies in host memory, a restart goes on from the last checkpoint: {self._error}")
+            self.every_steps = 0
+            return
+        number = self.num_copies % 2
+
+        def work() -> None:
+            try:
+                if copied is not None:
+                    torch.cuda.set_device(copied.device)  # a new thread is on GPU 0
+                    copied.synchronize()
+                    own.complete(counts)
+                self._exchange(own, [slots[number] for slots in self._others], counts)
+                self._forget_older()
+            except Exception as error:
+                self._error = f"{type(error).__name__}: {error}"
+
+        self._thread = threading.Thread(target=work, name=f"memory copy of step {step}", daemon=True)
+        self._thread.start()
+        self.num_copies += 1
+        self.seconds += time.perf_counter() - start
+
+    def forget(self) -> None:
+        """Delete all copies, also those of earlier attempts, once the run is saved and goes no further."""
+        self._wait()
+        if self.world.is_main:
+            (self.out / ATTEMPTS).unlink(missing_ok=True)
+        self._delete([*self._older, self.attempt])
+        self.recovered = False
+
+    def close(self) -> None:
+        """Leave the group of the threads, on all ranks."""
+        self._wait()
+        dist.destroy_process_group(self._group)
+
+    def _current_slices(self) -> Slices:
+        """Return this rank's slices as views of its memory, which stays where it is; to name all of it takes 10 ms."""
+        rank, size = self.world.rank, self.world.size
+        if self.num_copies % CHECK_EVERY == 0:
+            before = {
+                key: values.data_ptr() for key, values in self._slices.items() if not key[0].startswith("random.")
+            }
+            self._slices = shares(local_state(self.state.step.backend), rank, size)
+            now = {key: values.data_ptr() for key, values in self._slices.items()}
+            assert before in ({}, now), "tensors have moved, and copies in memory are out of date"
+        self._slices |= shares(random_state(), rank, size)
+        return self._slices
+
+    def _prepare(self, slices: Slices) -> bool:
+        """Make room for two steps of this rank and of those that send theirs here; return whether all ranks have it."""
+        _, manifest, config, _ = self.state.snapshot()
+        places, self.num_bytes = place(slices, "")
+        description = {
+            "manifest": {name: value for name, value in asdict(manifest).items() if name not in ("files", "progress")},
+            "config": config,
+            "bytes": self.num_bytes,
+            "slices": [[*found[:3], str(found.dtype).removeprefix("torch."), found.offset] for found in places],
+        }
+        text = torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, (self.world.rank - self.world.local_rank, self.num_bytes, len(text)))
+        keepers = buddies([leader for leader, _, _ in everyone])
+        self._buddy = keepers[self.world.rank]
+        self._senders = [rank for rank, keeper in enumerate(keepers) if keeper == self.world.rank]
+        texts = [text, *(torch.empty(everyone[rank][2], dtype=torch.uint8) for rank in self._senders)]
+        self._send_and_receive(texts)
+
+        def make_room() -> None:
+            kept = [self.world.rank, *self._senders]
+            per_rank = self.num_bytes + 2 * sum(everyone[rank][1] for rank in kept)
+            needed, free = per_rank * self.world.local_size, _free_bytes()
+            if needed > SHARE_OF_FREE * free:
+                raise OSError(
+                    f"{MEMORY} has {free / 2**20:.0f} MiB free, and copies would need {needed / 2**20:.0f} MiB, which "
+                    f"may be half of it at most; make it larger (docker: --shm-size)"
+                )
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            run = {"out": str(self.out.resolve()), "fingerprint": self.fingerprint}
+            write_atomically(self.folder / f"run-by{self.world.rank}.json", json.dumps(run))
+            for rank, text in zip(kept, texts, strict=True):
+                name = f"rank{rank}-by{self.world.rank}"
+                numbers = range(OWN_SLOTS if rank == self.world.rank else 2)
+                slots = [Slot(self.folder, f"{name}-{number}", everyone[rank][1], on_gpu) for number in numbers]
+                if rank == self.world.rank:
+                    self._own = slots
+                else:
+                    self._others.append(slots)
+                write_atomically(self.folder / f"{name}.json", bytes(text).decode())
+
+        on_gpu = any(values.is_cuda for values in slices.values())
+        _, errors = on_every_rank(make_room, OSError)
+        if errors:
+            self.log.warn(f"no copies in host memory, a restart goes on from the last checkpoint: {errors[0]}")
+            self._delete([self.attempt])
+            return False
+        on_main(lambda: write_attempts(self.out, [*self._older, self.attempt]))
+        second = (
+            "a second one on another node" if self._buddy is not None else "no second one, as there is one node only"
+        )
+        self.log.note(
+            f"copies in {self.folder}: {self.num_bytes / 1e6:.3g} MB a rank after every {self.every_steps} steps, {second}"
+        )
+        return True
+
+    def _wait(self) -> None:
+        """Return when the last copy is safe on all nodes, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _copy(self, slices: Slices, target: torch.Tensor) -> torch.cuda.Event | None:
+        """Copy `slices` to where `place` puts them in `target`; return the event of the GPU that tells when that is done.
+
+        On a GPU one launch gathers them in a tensor of its own, so that the next step need not wait for the way to the host.
+        """
+        device = next((values.device for values in slices.values() if values.is_cuda), None)
+        if device is not None:
+            if self._staging is None:
+                self._staging, self._stream = torch.empty_like(target, device=device), torch.cuda.Stream(device)
+            elif self._copied is not None:
+                torch.cuda.current_stream(device).wait_event(self._copied)
+        gathered = target if self._staging is None else self._staging
+        by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for place_, values in zip(place(slices, "")[0], slices.values(), strict=True):
+            part = gathered[place_.offset :][: values.nbytes].view(values.dtype)
+            by_dtype[values.dtype].append((part, values))
+        for pairs in by_dtype.values():  # mixed dtypes would make _foreach_copy_ copy one tensor after the other
+            torch._foreach_copy_([part for part, _ in pairs], [values for _, values in pairs])
+        if self._staging is None or self._stream is None:
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(self._staging, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record(self._stream)
+        return self._copied
+
+    def _exchange(self, own: Slot, others: list[Slot], counts: dict[str, Any]) -> None:
+        """Send this rank's slices to its buddy and keep those that come; return when all ranks have done so."""
+        for slot in others:
+            slot.invalidate()
+        texts = [torch.zeros(COUNTS_BYTES, dtype=torch.uint8) for _ in (own, *others)]
+        text = json.dumps(counts).encode()
+        texts[0][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self._send_and_receive(texts)
+        self._send_and_receive([slot.values for slot in (own, *others)])
+        for slot, text in zip(others, texts[1:], strict=True):
+            slot.complete(json.loads(bytes(text).rstrip(b"\0")))
+        dist.barrier(self._group)
+
+    def _send_and_receive(self, values: list[torch.Tensor]) -> None:
+        """Send the first of `values` to the buddy, and receive the others, one from each sender."""
+        works = [] if self._buddy is None else [dist.isend(values[0], self._buddy, self._group)]
+        works += [dist.irecv(theirs, rank, self._group) for theirs, rank in zip(values[1:], self._senders, strict=True)]
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    def _forget_older(self) -> None:
+        """Let nobody go on from an earlier attempt any more, once this one has a copy; delete its files a copy later."""
+        self._num_safe += 1
+        if self._num_safe == 1 and self.world.is_main:
+            write_attempts(self.out, [self.attempt])
+        if self._num_safe == 2:
+            self._delete(self._older)
+            self._older = []
+
+    def _delete(self, attempts: Iterable[str]) -> None:
+        if self.world.local_rank == 0:
+            for attempt in attempts:
+                shutil.rmtree(folder_of(attempt), ignore_errors=True)
+
+
+def folder_of(attempt: str) -> Path:
+    """Return where each node keeps the copies of an attempt."""
+    return MEMORY / f"crossbatch-{attempt}"
+
+
+def run_of(folder: Path) -> dict[str, str]:
+    """Return "out" and "fingerprint" of the run to which the copies in `folder` belong; {} where nothing says so."""
+    for file in folder.glob("run-by*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(file.read_text())
+    return {}
+
+
+def read_attempts(out: Path) -> list[str]:
+    """Return the attempts at the run `out` that may have copies, the last one at the end."""
+    try:
+        return [str(attempt) for attempt in json.loads((out / ATTEMPTS).read_text(encoding="utf-8"))["attempts"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def write_attempts(out: Path, attempts: list[str]) -> None:
+    """Write what `read_attempts` returns."""
+    write_atomically(out / ATTEMPTS, json.dumps({"attempts": attempts}) + "\n")
+
+
+def _free_bytes() -> int:
+    found = os.statvfs(MEMORY)
+    return found.f_bavail * found.f_frsize

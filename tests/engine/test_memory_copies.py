@@ -1,0 +1,97 @@
+"""Copies of the state in host memory: who keeps them, when they are used, and when there are none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from crossbatch.engine.checkpoint import read
+from crossbatch.engine.checkpoint.memory import buddies, folder_of, read_attempts, run_of
+from tests.jobs import metrics
+from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, name_of, parameters, run, zero
+
+EVERY_STEP = [
+    *VIT,
+    *ADAMW,
+    *zero(1),
+    "crossbatch.checkpoint.memory_every_steps=1",
+    "crossbatch.checkpoint.every_steps=100",
+]
+
+
+@pytest.mark.parametrize(
+    ("leaders", "expected"),
+    [
+        ([0], [None]),
+        ([0, 0, 0], [None, None, None]),
+        ([0, 1, 2], [1, 2, 0]),
+        ([0, 0, 2, 2], [2, 3, 0, 1]),
+        ([0, 0, 0, 3], [3, 3, 3, 0]),
+    ],
+)
+def test_a_second_copy_is_on_the_next_node(leaders, expected):
+    assert buddies(leaders) == expected
+
+
+def forget_nothing():
+    return lambda self: None
+
+
+def recover_with(out: str, fingerprint: str, newer_than: int):
+    """On a rank of a pool."""
+    from crossbatch.engine.checkpoint.recovery import recover
+    from crossbatch.engine.runtime.world import world_from_environment
+
+    found = recover(Path(out), fingerprint, newer_than, world_from_environment(), 60)
+    return found.checkpoint, found.step, found.note
+
+
+def test_a_copy_is_a_checkpoint_and_used_only_by_its_run_if_it_is_newer(two_ranks, tmp_path):
+    out = tmp_path / "run"
+    stays = [("crossbatch.engine.checkpoint.memory.MemoryCopies.forget", forget_nothing)]
+    assert two_ranks.run(run, EVERY_STEP, str(out), 3, "auto", (), stays) == ["", ""]
+    (attempt,) = read_attempts(out)
+    folder = folder_of(attempt)
+    try:
+        fingerprint = run_of(folder)["fingerprint"]
+        for other in ((fingerprint, 3), ("of another run", 0)):
+            assert two_ranks.run(recover_with, str(out), *other) == [(None, 0, "")] * 2
+        found = two_ranks.run(recover_with, str(out), fingerprint, 2)
+        assert found[0] == found[1] and found[0][1] == 3
+        ours, saved = read(found[0][0], "parameters."), parameters(out)
+        assert ours.keys() == saved.keys() and all(ours[name].equal(saved[name]) for name in saved)
+        for file in folder.glob("rank1-*-*.json"):
+            file.unlink()
+        assert (
+            two_ranks.run(recover_with, str(out), fingerprint, 2)
+            == [(None, 0, "warning: step 3 in memory is lost: no node has the slices of rank 1")] * 2
+        )
+        (out / "memory.json").write_text(json.dumps({"attempts": ["another"]}))
+        two_ranks.run(recover_with, str(out), fingerprint, 2)
+        assert not folder.exists()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def nothing():
+    return 0.0
+
+
+def test_a_run_without_room_says_so_once_and_goes_on(two_ranks, tmp_path):
+    out = tmp_path / "run"
+    full = [("crossbatch.engine.checkpoint.memory.SHARE_OF_FREE", nothing)]
+    assert two_ranks.run(run, EVERY_STEP, str(out), 3, "auto", (), full) == ["", ""]
+    told = Path(f"{out}.told").read_text()
+    assert told.count("no copies in host memory, a restart goes on from the last checkpoint: rank 0: /dev/shm has") == 1
+    assert parameters(out) and not (out / "memory.json").exists()
+
+
+@pytest.mark.parametrize("backend", [zero(2), fsdp(3)], ids=name_of)
+def test_copies_change_no_bit(two_ranks, tmp_path, backend):
+    for out, every in (("without", 0), ("with", 1)):
+        settings = [*RESNET, *LARS, *backend, f"crossbatch.checkpoint.memory_every_steps={every}"]
+        assert two_ranks.run(run, settings, str(tmp_path / out), 4) == ["", ""]
+    ours, theirs = parameters(tmp_path / "with"), parameters(tmp_path / "without")
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
