@@ -1,7 +1,8 @@
 """Measures what copies of the state in host memory cost a step: quickstart.json on two CPU ranks that count as two nodes.
 
 Within one run every fourth step is copied. So of four steps the first makes the copy, the second runs while it is sent to the
-other rank, and the other two have nothing to do with it: they are the baseline. Each sample is the mean of two steps.
+other rank, and the other two have nothing to do with it: they are the baseline. Each sample is the mean of two steps, so where
+every step is copied, a step costs twice the difference. On cores that others use, too, noise is larger than that.
 
 Gloo on one machine has no network in it, but both ends of every message take time of the cores that compute.
 """

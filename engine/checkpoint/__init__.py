@@ -18,6 +18,8 @@ ZeRO or FSDP2.
     async_writer  saves in the background while training goes on
     schedule      decides when a run saves, and reports how each save ended
     resume        chooses the checkpoint that a run continues from, and fills the backend from it
+    memory        keeps the last steps in host memory, at home and on another node
+    recovery      finds the newest step that the nodes have in memory, and makes a checkpoint of it
     changes       says which keys of the configuration a resumed run may change
 """
 
