@@ -18,6 +18,7 @@ Where torchrun starts the run again (--max-restarts), every second counts, and t
 collective leaves at once, which breaks the connections of the next one, and less silence is enough.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -101,7 +102,8 @@ class Watchdog:
         if self.world.size == 1:
             return
         if error is None:
-            dist.barrier()  # rank 0 keeps the store, so no rank leaves before all are done
+            with contextlib.suppress(RuntimeError):  # another has been ended by its launcher, when all was saved
+                dist.barrier()  # rank 0 keeps the store, so no rank leaves before all are done
             self._stopping.set()
             self._thread.join(2 * self.beat_s)
             return
