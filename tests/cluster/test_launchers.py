@@ -199,7 +199,9 @@ def test_a_signal_while_no_step_is_computed(request, tmp_path, launcher, phase, 
     codes = [command.wait() for command in commands]
     wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 60)
     said = "\n".join(command.text() for command in commands)
-    assert (out / "stopped.json").exists() and "in run_main" not in said, said  # a traceback of ours; torchrun shows its own
+    assert (out / "stopped.json").exists() and "in run_main" not in said, (
+        said
+    )  # a traceback of ours; torchrun shows its own
     assert codes[0] == CODES[launcher][number], said
 
 

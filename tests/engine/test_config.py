@@ -434,6 +434,7 @@ def test_what_cannot_run_is_refused_with_the_remedy(overrides, world, device, wo
 def test_precision_auto_follows_the_device():
     config = load_config(None)
     assert resolve(config, 1, CPU).precision == "fp32"
+    assert resolve(config, 1, Device("cpu", has_amx=True)).precision == "bf16"
     assert resolve(config, 1, Device("cuda", True)).precision == "bf16"
     assert resolve(config, 1, Device("cuda", False)).precision == "fp16"
 

@@ -42,7 +42,7 @@ def dry_run(monkeypatch, capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-BS4096 = ["--deepspeed_config", "ds_configs/bs4096.json", "--world-size-hint", "16"]
+BS4096 = ["--deepspeed_config", "ds_configs/bs4096.json", "--world-size-hint", "16", "--set=crossbatch.precision=fp32"]
 
 
 def test_dry_run_of_the_main_recipe(monkeypatch, capsys):
