@@ -16,6 +16,7 @@ TINY = [
     "--set=train_batch_size=16",
     "--set=train_micro_batch_size_per_gpu=16",  # at most; "auto" takes each rank longer than these steps
     "--set=crossbatch.data.image_size=16",
+    "--set=crossbatch.precision=fp32",
     "--set=crossbatch.data.workers=0",
     '--set=crossbatch.model.backbone_args={"width": 8}',
     "--set=crossbatch.model.dim=16",
