@@ -120,6 +120,7 @@ def run_rank(shape, memory_format):
     synchronize_norms(norm, collective)
     y = norm(x)
     y.backward(dy)
+    norm.collective = Collective()
     grads = gradient(norm.weight), gradient(norm.bias)
     return y.detach(), gradient(x), norm, grads, collective.gathered, collective.reduced
 
@@ -130,8 +131,8 @@ def run_rank(shape, memory_format):
     + [(SHAPES[1], torch.channels_last, 1e-5)]
     + [((2, C), torch.contiguous_format, 1e-4)],  # one value on each rank: dx is a difference of equals
 )
-def test_two_ranks(threads, shape, memory_format, tolerance):
-    results = threads(2).run(run_rank, shape, memory_format)
+def test_two_ranks(two_ranks, shape, memory_format, tolerance):
+    results = two_ranks.run(run_rank, shape, memory_format)
     xs, dys = zip(*(batch(shape, seed=10 + rank) for rank in range(2)), strict=True)
     half = shape[0] // 2
     views = slice(None, half), slice(half, None)
@@ -161,8 +162,8 @@ def add_and_rectify_on_a_rank(num_views):
 
 
 @pytest.mark.parametrize(("ranks", "num_views"), [(2, 3), (3, 2)])
-def test_a_residual_and_a_relu_on_ranks(threads, ranks, num_views):
-    results = threads(ranks).run(add_and_rectify_on_a_rank, num_views)
+def test_a_residual_and_a_relu_on_ranks(pools, ranks, num_views):
+    results = pools(ranks).run(add_and_rectify_on_a_rank, num_views)
     xs, dys = zip(*(batch((6, C, 3, 7), seed=20 + rank) for rank in range(ranks)), strict=True)
     x, dy = (
         torch.stack(images).unflatten(1, (num_views, -1)).transpose(0, 1).double() for images in (xs, dys)
@@ -194,8 +195,8 @@ def two_norms_on_a_rank(defer):
     return found, collective.gathered, collective.reduced
 
 
-def test_a_norm_and_that_of_its_residual_share_messages(threads):
-    ones, others = (threads(3).run(two_norms_on_a_rank, defer) for defer in (True, False))
+def test_a_norm_and_that_of_its_residual_share_messages(pools):
+    ones, others = (pools(3).run(two_norms_on_a_rank, defer) for defer in (True, False))
     for (found, gathered, reduced), (want, *_) in zip(ones, others, strict=True):
         for value, of_two in zip(found, want, strict=True):
             assert_near(value, of_two)
@@ -470,9 +471,9 @@ def statistics_in_groups(x):
     return [norm.running_mean for norm in norms]
 
 
-def test_norms_of_a_process_group_and_their_copies(threads):
+def test_norms_of_a_process_group_and_their_copies(two_ranks):
     x = torch.randn(16, C)
-    for rank, (alone, everyone, *copies) in enumerate(threads(2).run(statistics_in_groups, x)):
+    for rank, (alone, everyone, *copies) in enumerate(two_ranks.run(statistics_in_groups, x)):
         assert_near(alone, 0.1 * (x.mean(0) + rank))
         assert_near(everyone, 0.1 * (x.mean(0) + 0.5))
         assert copies[0].equal(alone) and copies[1].equal(everyone)
