@@ -32,7 +32,7 @@ COMMANDS = {
 }
 
 # Commands whose processes are ranks, if the environment says so, and the flags that say so instead, or do without.
-RANKED = ("pretrain", "knn", "linear", "finetune", "embed")
+RANKED = ("pretrain", "knn", "linear", "finetune", "embed", "replay")
 OTHERWISE = {"-h", "--help", "--dry-run", "--dist-url", "--multiprocessing-distributed", "--rank", "--world-size"}
 
 

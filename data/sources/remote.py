@@ -358,7 +358,7 @@ def _connection(scheme: str, process: int) -> tuple[Any, asyncio.Semaphore]:
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme.startswith("http"):
         given = conf.get(scheme, {}).get("client_kwargs", {})
-        # aiohttp looks for proxies and into ~/.netrc at every request, in threads: for half of its CPU time.
+        # With `trust_env`, aiohttp looks for proxies and into ~/.netrc at every request, in threads.
         netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         options["client_kwargs"] = {"trust_env": bool(getproxies()) or netrc.exists(), **given}
     try:

@@ -90,7 +90,7 @@ def _input_gradient(x: Tensor, dy: Tensor, channels: Channels, sums_V2C: Tensor,
         _normalise(x_v, mean_C, shifted_var_C, slope_C, shift_C, dx_v)
         if dy_v.dtype == scale_C.dtype:
             dx_v.addcmul_(dy_v, scale_C.view(1, -1, *(1,) * (x.dim() - 2)))
-        else:  # in which torch would make everything fp32 first, in ten times the time
+        else:  # for addcmul_, torch would first make fp32 copies of all three
             scaled_v, zero_C = torch.empty_like(dx_v), torch.zeros_like(scale_C)
             _normalise(dy_v, zero_C, torch.ones_like(scale_C), scale_C, zero_C, scaled_v)
             dx_v += scaled_v

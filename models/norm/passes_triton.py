@@ -157,7 +157,7 @@ def _of_channels(mean, var, weight, bias, stride, i, C, eps):
 
 @triton.jit
 def _over_rows(values):
-    """Return the sums of the columns of a tile [1, BLOCK], in fp64; the numbers of whole strips are too few to cost time."""
+    """Return the sums of the columns of a tile [1, BLOCK], in fp64: a program does so once, at its end."""
     return tl.sum(values.to(tl.float64), 0, keep_dims=True)
 
 
