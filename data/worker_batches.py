@@ -129,7 +129,8 @@ class TrainDataset:
 def _planes(source: Source, index: int, channels: int) -> list[Image.Image]:
     """Return an image in RGB, or as one gray image of each channel where there are not three. Raises OSError."""
     if channels == 3:
-        return [source.open(index)]
+        opened = open_encoded(source, index)
+        return [Image.fromarray(decode_pixels(opened.data) if isinstance(opened, Encoded) else opened)]
     pixels = decode_channels(source.read(index), channels)
     return [Image.fromarray(np.ascontiguousarray(pixels[..., channel])) for channel in range(channels)]
 

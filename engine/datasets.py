@@ -32,6 +32,7 @@ from crossbatch.data import (
     check_workers,
     describe_source,
     has_evaluation_split,
+    moco_v3_augmentations,
     open_source,
     prepare,
 )
@@ -39,7 +40,7 @@ from crossbatch.data.sources.location import REMOTE
 from crossbatch.data.sources.open import SPLITS
 from crossbatch.data.workers import WAIT_S, await_images
 from crossbatch.engine.config import Resolved, user_input
-from crossbatch.engine.config.schema import PATH, PathConfig
+from crossbatch.engine.config.schema import PATH, DataConfig, PathConfig
 from crossbatch.engine.runtime.distributed import on_every_rank, on_main
 from crossbatch.engine.runtime.world import World
 
@@ -131,6 +132,11 @@ def train_loader(
         device=device,
         **more,
     )
+
+
+def view_augmentations(data: DataConfig) -> tuple[ViewAugmentation, ViewAugmentation]:
+    """Return how the two views of pretraining are made."""
+    return moco_v3_augmentations(data.image_size, data.crop_min, data.channels, data.blur_probability)
 
 
 def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> None:

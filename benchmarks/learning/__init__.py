@@ -15,6 +15,6 @@ Batch, temperature, head sizes, augmentations, optimizer, learning rate and mome
     plain        MoCo v3 + BatchFormer in plain torch as the released code goes about it (`benchmarks.stages.plain_step`) with
                  torchvision's loader; AdamW decays biases and norms, too
     lightly      MoCo v2 of lightly's parts in a plain loop, as its documentation puts them together: its transform (both views
-                 alike: blurred with probability 0.5, never solarized), a projection head but no predictor and no BatchFormer,
-                 4096 stored keys as negatives, both orders of the views
+                 alike: blurred as often as the others on the whole, never solarized), a projection head but no predictor and
+                 no BatchFormer, 4096 stored keys as negatives, both orders of the views
 """

@@ -65,11 +65,11 @@ class LightlyStep:
         return self.criterion(self.encoder(query), keys)
 
 
-def lightly_transform(size: int, crop_min: float) -> Callable[[Any], Any]:
+def lightly_transform(size: int, crop_min: float, blur: float) -> Callable[[Any], Any]:
     """Return lightly's transform for MoCo v2 with the crops and the jitter of MoCo v3."""
     from lightly.transforms import MoCoV2Transform  # pyright: ignore[reportMissingImports]
 
-    return MoCoV2Transform(input_size=size, min_scale=crop_min, cj_sat=0.2, cj_hue=0.1)
+    return MoCoV2Transform(input_size=size, min_scale=crop_min, cj_sat=0.2, cj_hue=0.1, gaussian_blur=blur)
 
 
 def main() -> None:
@@ -87,8 +87,8 @@ def main() -> None:
     torch.manual_seed(ours.seed)
     size = ours.data.image_size
     assert isinstance(size, int)
-    lightly = given.peer == "lightly"
-    views = lightly_transform(size, ours.data.crop_min) if lightly else TwoViews(size, ours.data.crop_min)
+    lightly, crop_min, blur = given.peer == "lightly", ours.data.crop_min, ours.data.blur_probability
+    views = lightly_transform(size, crop_min, sum(blur) / 2) if lightly else TwoViews(size, crop_min, blur)
     images = ImageFolder(str(given.images / "train"), views)
     loader = DataLoader(
         images, batch, shuffle=True, num_workers=usable_cores(), drop_last=True, persistent_workers=True

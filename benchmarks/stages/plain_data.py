@@ -25,8 +25,8 @@ SIZES = (468, 401)  # of a generated picture: the mean of ImageNet's
 class TwoViews:
     """Turns a PIL image into its two views, each normalised fp32 [3, size, size]."""
 
-    def __init__(self, size: int, crop_min: float = 0.08):
-        self.views = _transform(size, crop_min, 1.0, 0.0), _transform(size, crop_min, 0.1, 0.2)
+    def __init__(self, size: int, crop_min: float = 0.08, blur: tuple[float, float] = (1.0, 0.1)):
+        self.views = _transform(size, crop_min, blur[0], 0.0), _transform(size, crop_min, blur[1], 0.2)
 
     def __call__(self, image: Any) -> list[Any]:
         return [view(image) for view in self.views]

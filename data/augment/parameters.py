@@ -120,18 +120,24 @@ def check_auto_augment(policy: str) -> None:
 
 
 def moco_v3_augmentations(
-    image_size: ImageSize = 224, crop_min: float = 0.08, channels: int = 3
+    image_size: ImageSize = 224,
+    crop_min: float = 0.08,
+    channels: int = 3,
+    blur_probability: tuple[float, float] = (1.0, 0.1),
 ) -> tuple[ViewAugmentation, ViewAugmentation]:
     """Return the asymmetric pair of MoCo v3 and BYOL: view 1 is always blurred, view 2 seldom blurred and sometimes solarized.
 
-    `image_size` is the side of a view in pixels or (height, width), `crop_min` the smallest area of a crop as a fraction of
-    the image's area.
+    Args:
+        image_size: side of a view in pixels, or (height, width).
+        crop_min: smallest area of a crop, as a fraction of the image's area.
+        channels: of images.
+        blur_probability: of either view. The blur has up to 2 pixels at any `image_size`, which leaves little of 32.
     """
-    scale = (crop_min, 1.0)
-    return (
-        ViewAugmentation(image_size, scale, blur_probability=1.0, solarize_probability=0.0, channels=channels),
-        ViewAugmentation(image_size, scale, blur_probability=0.1, solarize_probability=0.2, channels=channels),
+    first, second = (
+        ViewAugmentation(image_size, (crop_min, 1.0), blur, solarize, channels=channels)
+        for blur, solarize in zip(blur_probability, (0.0, 0.2), strict=True)
     )
+    return first, second
 
 
 def crop_and_flip(

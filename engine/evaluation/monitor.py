@@ -6,10 +6,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from crossbatch.data import Source, moco_v3_augmentations
+from crossbatch.data import Source
 from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.config import ResolvedConfig, user_input
-from crossbatch.engine.datasets import longest_wait_s
+from crossbatch.engine.datasets import longest_wait_s, view_augmentations
 from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered, log_skipped_images
 from crossbatch.engine.evaluation.knn import score
 from crossbatch.engine.evaluation.quality import alignment_and_uniformity, ranks
@@ -23,7 +23,7 @@ PAIRS = 1024  # images whose two views are compared: half a million pairs, and l
 class FeatureMonitor:
     """Scores the features of evenly spread training images, and of the evaluation images if there are any, on all ranks.
 
-    Images are read by PIL, as `launch/knn.py` reads them, so both give a checkpoint the same score. The workers that read them
+    Images are read as `launch/knn.py` reads them, so both give a checkpoint the same score. The workers that read them
     live until `close`.
 
     Attributes:
@@ -49,7 +49,7 @@ class FeatureMonitor:
             device,
             wait_s=longest_wait_s(cfg),
             channels=channels,
-            augmentations=moco_v3_augmentations(data.image_size, data.crop_min, data.channels),
+            augmentations=view_augmentations(data),
             seed=cfg.crossbatch.seed,
         )
         self.train, self.evaluation = train, evaluation

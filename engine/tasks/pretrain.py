@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from crossbatch import InputError
-from crossbatch.data import Batch, has_evaluation_split, moco_v3_augmentations
+from crossbatch.data import Batch, has_evaluation_split
 from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.checkpoint import Resumed, create_run_directory
 from crossbatch.engine.config import ResolvedConfig
@@ -23,6 +23,7 @@ from crossbatch.engine.datasets import (
     remote_options,
     train_data,
     training_images,
+    view_augmentations,
 )
 from crossbatch.engine.evaluation.knn import too_few_neighbours
 from crossbatch.engine.evaluation.monitor import FeatureMonitor
@@ -207,7 +208,7 @@ def pretrain_task(cfg: ResolvedConfig, world: World, device: torch.device, out: 
             if evaluates and settings.path is not None and has_evaluation_split(settings.path):
                 said += "; or set crossbatch.evaluate.knn_every_epochs=0 to train without k-NN"
         raise InputError(said) from None
-    views = moco_v3_augmentations(settings.image_size, settings.crop_min, settings.channels)
+    views = view_augmentations(settings)
     data = train_data(cfg, world, device, source, views, shuffle_window=settings.shuffle_window)
     monitor, notes = None, found_images(settings.path, source, evaluation, evaluates)
     if evaluation is not None or cfg.crossbatch.evaluate.every_epochs:

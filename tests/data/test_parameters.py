@@ -133,6 +133,13 @@ def test_crops_lie_inside_the_image_whatever_its_size(crop_min):
     assert (p.crop_top + p.crop_height <= heights).all() and (p.crop_left + p.crop_width <= widths).all()
 
 
+def test_a_blur_that_is_off_leaves_all_else_as_it_was():
+    for view, sharp in zip((VIEW_1, VIEW_2), moco_v3_augmentations(32, 0.2, blur_probability=(0.0, 0.0)), strict=True):
+        blurred, p = parameters(view, 200), parameters(sharp, 200)
+        assert blurred.blur_sigma.any() and not p.blur_sigma.any()
+        assert_same(replace(blurred, blur_sigma=p.blur_sigma), p)
+
+
 def test_places_reach_both_borders():
     p = parameters(VIEW_1, 2000, 12, 12)
     assert (p.crop_top == 0).any() and (p.crop_top + p.crop_height == 12).any()
