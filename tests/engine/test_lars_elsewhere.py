@@ -197,7 +197,9 @@ def test_half_precision_with_master_weights(pools, precision, stage, accumulate)
     """Against a loop written out: scaled gradients of the network in half precision, LARS on fp32 weights, and back."""
     from deepspeed.accelerator import get_accelerator
 
-    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    if precision == "fp16" and not accelerator.is_fp16_supported():
         pytest.skip("DeepSpeed refuses fp16 on this CPU")
     dtype, scale = (torch.bfloat16, 1.0) if precision == "bf16" else (torch.float16, 16.0)
     model = network().to(dtype)
