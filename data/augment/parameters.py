@@ -131,7 +131,7 @@ def moco_v3_augmentations(
         image_size: side of a view in pixels, or (height, width).
         crop_min: smallest area of a crop, as a fraction of the image's area.
         channels: of images.
-        blur_probability: of either view. The blur has up to 2 pixels at any `image_size`, which leaves little of 32.
+        blur_probability: of either view, by up to 2 pixels at any `image_size`.
     """
     first, second = (
         ViewAugmentation(image_size, (crop_min, 1.0), blur, solarize, channels=channels)

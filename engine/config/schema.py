@@ -149,7 +149,7 @@ class DataConfig(ImageConfig):
         "channels of the images; other than 3: bands of a file or pages of a TIFF, without hue, saturation and grayscale",
     )
     blur_probability: tuple[Fraction, Fraction] = key(
-        (1.0, 0.1), "probability of blurring the first and the second view; [0, 0] for images of 32 pixels"
+        (1.0, 0.1), "probability of blurring the first and the second view, by up to 2 pixels at any image_size"
     )
     mean: Annotated[tuple[float, ...], MinLen(1)] | Auto = key(
         "auto", "mean of each channel, of values from 0 to 1; auto: ImageNet's"

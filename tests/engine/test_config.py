@@ -25,6 +25,7 @@ from crossbatch.engine.config.document import all_tables
 from crossbatch.engine.config.evaluation import KnnConfig, LinearConfig
 from crossbatch.engine.config.resolve import share_cores
 from crossbatch.engine.config.schema import ZeroConfig
+from crossbatch.engine.datasets import view_augmentations
 from crossbatch.engine.nested import flatten, nest
 from crossbatch.engine.tasks.build import deepspeed_config
 
@@ -507,3 +508,8 @@ def test_all_cores_of_a_rank_compute_on_a_cpu_beside_its_loader(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert [share_cores("auto", CPU, ranks) for ranks in (1, 2, 8, 16)] == [(2, 8), (1, 4), (1, 1), (1, 1)]
     assert share_cores("auto", Device("cuda"), 1) == (7, 8)
+
+
+def test_the_recipe_says_how_often_views_are_blurred():
+    config = load_config("ds_configs/quickstart.json", ["crossbatch.data.blur_probability=[0.5, 0]"])
+    assert [view.blur_probability for view in view_augmentations(config.crossbatch.data)] == [0.5, 0.0]
