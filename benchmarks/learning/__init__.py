@@ -17,4 +17,7 @@ Batch, temperature, head sizes, augmentations, optimizer, learning rate and mome
     lightly      MoCo v2 of lightly's parts in a plain loop, as its documentation puts them together: its transform (both views
                  alike: blurred as often as the others on the whole, never solarized), a projection head but no predictor and
                  no BatchFormer, 4096 stored keys as negatives, both orders of the views
+    stable-pretraining
+                 MoCo v3 of stable-pretraining (`pip install stable-pretraining`) in a plain loop with torchvision's loader: no
+                 BatchFormer, AdamW as in plain; for ResNets only, as its module asks the backbone for features of 224 pixels
 """

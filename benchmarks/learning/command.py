@@ -1,6 +1,7 @@
 """Runs the sides of the protocol in `benchmarks.learning` and scores what they saved."""
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import learning
-from benchmarks.learning.peers import PEERS
+from benchmarks.learning.peers import PACKAGES, PEERS, RESNETS_ONLY
 from benchmarks.learning.turns import Runner, take_turns
 from benchmarks.measure import append
 from benchmarks.rows import Row, short, show
@@ -38,11 +39,11 @@ RECIPES = {
 }
 SHARED = ["train_batch_size=128", "crossbatch.batchformer.group_size=64", "optimizer.params.base_lr=2e-3"]
 BANK = "?fraction=0.2,seed=0"  # of the training images, for the k-NN
-K = 20
+SCORE_SETTINGS = {"knn": ["--set=crossbatch.knn.k=[20]"], "linear": ["--set=crossbatch.linear.cache=true"]}
 SOONER = "minutes to the best peer's k-NN"
 
 
-COLUMNS = ("minutes", "images", "images/s", "CPU ms an image", "busy cores", SOONER)
+COLUMNS = ("linear, %", "minutes", "images", "images/s", "CPU ms an image", "busy cores", "J an image", SOONER)
 
 
 @dataclass
@@ -99,11 +100,11 @@ class Side:
         environment = {**os.environ, "PYTHONPATH": paths}
         return Runner(command, log, out / "metrics.jsonl", lambda: (out / folder).glob(pattern), environment)
 
-    def score(self, checkpoint: Path) -> float:
-        """Return the k-NN accuracy of saved weights in percent."""
-        out = checkpoint.with_name(f"{checkpoint.name}-knn")
-        command = [sys.executable, str(ROOT / "launch" / "knn.py"), "--checkpoint", str(checkpoint), "--out", str(out)]
-        command += ["--data", f"{self.images}{BANK}", f"--set=crossbatch.knn.k=[{K}]"]
+    def score(self, checkpoint: Path, by: str = "knn") -> float:
+        """Return the accuracy of saved weights in percent, by k-NN or by a linear probe on features of central views."""
+        out = checkpoint.with_name(f"{checkpoint.name}-{by}")
+        command = [sys.executable, str(ROOT / "launch" / f"{by}.py"), "--checkpoint", str(checkpoint)]
+        command += ["--out", str(out), "--data", f"{self.images}{BANK if by == 'knn' else ''}", *SCORE_SETTINGS[by]]
         if self.name in PEERS:  # whose files do not say which network it is
             ours = self.config.crossbatch
             model = {"arch": ours.model.arch, "stem": ours.model.stem, "backbone_args": dict(ours.model.backbone_args)}
@@ -135,7 +136,7 @@ def main(arguments: list[str]) -> None:
     length.add_argument("--minutes", metavar="M", type=float, default=10, help="that each side trains (default 10)")
     length.add_argument("--epochs", metavar="E", type=float, help="train each side on so many epochs instead")
     add("--seeds", metavar="N", type=int, nargs="+", default=[0], help="one run of each side for each (default 0)")
-    add("--sides", nargs="*", choices=SIDES, default=list(SIDES), help="default: all")
+    add("--sides", nargs="*", choices=SIDES, help="default: all that can train the network")
     what = "one more side: crossbatch with other values of keys (path=value), for an ablation; may be repeated"
     add("--variant", metavar=("NAME", "path=value"), nargs="+", action="append", default=[], help=what)
     add("--network", choices=list(RECIPES), default="resnet", help="a ResNet-18 of width 16 (default), or a small ViT")
@@ -145,10 +146,17 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if not given.images.is_dir():
         raise InputError(f"--images: no such folder: {given.images}; name one that holds train/...")
+    possible = [side for side in SIDES if given.network == "resnet" or side not in RESNETS_ONLY]
+    names = possible if given.sides is None else given.sides
+    for name in names:
+        if name not in possible:
+            raise InputError(f"--sides: {name} cannot train the network {given.network}; allowed: {' '.join(possible)}")
+        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+            raise InputError(f"--sides: {name} is not installed; pip install {name}, or name other sides")
     recipe, overrides = RECIPES[given.network]
     overrides = [*SHARED, *overrides, *given.set]
     common = recipe, overrides, given.images, len(open_source(given.images, "train"))
-    sides = [Side(name, *common) for name in given.sides]
+    sides = [Side(name, *common) for name in names]
     sides += [Side(name, recipe, [*overrides, *changes], *common[2:]) for name, *changes in given.variant]
     if not sides:
         raise InputError("--sides: given none and no --variant; name at least one")
@@ -191,12 +199,14 @@ def _train(sides: list[Side], steps: list[int], folder: Path, seed: int, length:
         curve = [(at_s / 60, side.score(path)) for path, at_s in sorted(runner.marks.items())]
         images = runner.progress[-1][1]
         settings = {
+            "linear, %": side.score(max(runner.marks), "linear"),
             "minutes": runner.active_s / 60,
             "seed": seed,
             "images": images,
             "images/s": images / runner.active_s,
             "CPU ms an image": 1000 * runner.cpu_s / images,
             "busy cores": runner.cpu_s / runner.active_s,
+            "J an image": None if runner.energy_j is None else runner.energy_j / images,
             "curve": curve,
             "recipe": side.recipe,
             "overrides": side.overrides,

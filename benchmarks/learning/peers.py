@@ -23,7 +23,9 @@ from benchmarks.stages.plain_step import PlainStep, plain_backbone
 from crossbatch.engine.config import AdamWConfig, Device, ResolvedConfig, load_config, resolve, usable_cores
 from crossbatch.engine.schedules import encoder_momentum, learning_rate
 
-PEERS = ("plain", "lightly")
+PEERS = ("plain", "lightly", "stable-pretraining")
+PACKAGES = {"lightly": "lightly", "stable-pretraining": "stable_pretraining"}  # that a peer imports
+RESNETS_ONLY = ("stable-pretraining",)
 EVERY_STEPS = 5
 STORED_KEYS = 4096
 
@@ -65,6 +67,33 @@ class LightlyStep:
         return self.criterion(self.encoder(query), keys)
 
 
+class StablePretrainingStep:
+    """MoCo v3 of stable-pretraining, whose module brings the loss, the heads and the moving averages."""
+
+    def __init__(self, cfg: ResolvedConfig):
+        from stable_pretraining.methods.mocov3 import MoCov3  # pyright: ignore[reportMissingImports]
+
+        model, params = cfg.config.crossbatch.model, cfg.config.optimizer.params
+        assert isinstance(params, AdamWConfig)
+        self.backbone = plain_backbone(cfg.config)
+        widths = model.mlp_dim, model.projection_dim
+        self.module = MoCov3(self.backbone, widths, predictor_hidden_dim=model.mlp_dim, temperature=model.temperature)
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, weight_decay=params.weight_decay)
+        self.momentum = 0.99
+
+    def train_on(self, views: list[torch.Tensor]) -> torch.Tensor:
+        """Train on two views, each fp32 [n, 3, H, W]; return the loss."""
+        loss = self.module(*views).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for average in (self.module.backbone, self.module.projector):
+            average.ema_coefficient.fill_(self.momentum)
+            average.update_teacher()
+        return loss.detach()
+
+
 def lightly_transform(size: int, crop_min: float, blur: float) -> Callable[[Any], Any]:
     """Return lightly's transform for MoCo v2 with the crops and the jitter of MoCo v3."""
     from lightly.transforms import MoCoV2Transform  # pyright: ignore[reportMissingImports]
@@ -93,7 +122,8 @@ def main() -> None:
     loader = DataLoader(
         images, batch, shuffle=True, num_workers=usable_cores(), drop_last=True, persistent_workers=True
     )
-    step = LightlyStep(cfg) if lightly else PlainStep(cfg, torch.device("cpu"))
+    steps = {"plain": lambda: PlainStep(cfg, torch.device("cpu")), "lightly": lambda: LightlyStep(cfg)}
+    step = steps.get(given.peer, lambda: StablePretrainingStep(cfg))()
     (given.out / "marks").mkdir(parents=True, exist_ok=True)
     epochs, per_epoch = ours.schedule.epochs, len(loader)
     total = round(epochs * per_epoch)

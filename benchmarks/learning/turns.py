@@ -12,6 +12,7 @@ from pathlib import Path
 from crossbatch.engine.runtime.timing import descendants
 
 POLL_S, COUNT_S = 0.1, 2.0  # looking for all descendants takes milliseconds
+POWERCAP = Path("/sys/class/powercap")
 
 
 class Runner:
@@ -20,6 +21,7 @@ class Runner:
     Attributes:
         active_s: seconds of its turns until now.
         cpu_s: CPU seconds, user and system, of all its processes.
+        energy_j: joules that the CPU packages used in its turns, None where the machine does not tell.
         marks: when each file or folder that `saved` finds was there first, in seconds of its turns.
         progress: the same of the lines of `metrics` (as launch/pretrain.py writes them), with the images that they name.
     """
@@ -34,6 +36,7 @@ class Runner:
     ):
         self.command, self.log, self._metrics, self._saved = list(command), log, metrics, saved
         self.active_s, self.marks, self._cpu_s = 0.0, dict[Path, float](), dict[int, float]()
+        self.energy_j: float | None = None
         self.progress: list[tuple[float, int]] = []
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -43,7 +46,7 @@ class Runner:
 
     def turn(self, seconds: float) -> bool:
         """Run for `seconds`, or until the process ends; return whether it goes on."""
-        before, start = self.active_s, time.monotonic()
+        before, start, energy = self.active_s, time.monotonic(), _energy_uj()
         counted = start
         self._signal(signal.SIGCONT)
         while self.process.poll() is None and self.active_s - before < seconds:
@@ -55,6 +58,8 @@ class Runner:
                 self._count()
         self._count()
         self._signal(signal.SIGSTOP)
+        if energy:
+            self.energy_j = (self.energy_j or 0.0) + _joules_since(energy)
         if self.process.returncode:
             said = self.log.read_text(errors="replace")[-3000:]
             raise RuntimeError(f"{' '.join(self.command)} ended with exit code {self.process.returncode}:\n{said}")
@@ -85,6 +90,19 @@ class Runner:
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
+
+
+def _energy_uj() -> dict[Path, int]:
+    """Return the counter of each CPU package in microjoules; none where Linux has none, or tells only root."""
+    with suppress(OSError):
+        return {zone: int((zone / "energy_uj").read_text()) for zone in POWERCAP.glob("intel-rapl:?")}
+    return {}
+
+
+def _joules_since(before: dict[Path, int]) -> float:
+    now = _energy_uj()
+    wraps = {zone: int((zone / "max_energy_range_uj").read_text()) for zone in before}
+    return sum((now[zone] - before[zone]) % wraps[zone] for zone in before) / 1e6
 
 
 def take_turns(

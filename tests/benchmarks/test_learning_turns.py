@@ -5,8 +5,10 @@ import time
 
 import pytest
 
-from benchmarks.learning.command import _minutes_to
+from benchmarks.learning import turns
+from benchmarks.learning.command import _minutes_to, main
 from benchmarks.learning.turns import Runner, take_turns
+from crossbatch import InputError
 
 BUSY = """
 import pathlib, sys, time
@@ -45,3 +47,30 @@ def test_a_failure_is_told_and_ends_all(tmp_path):
 def test_minutes_to_an_accuracy_lie_between_the_points_of_a_curve():
     curve = [(1.0, 20.0), (2.0, 30.0), (3.0, 28.0)]
     assert [_minutes_to(accuracy, curve) for accuracy in (10.0, 25.0, 30.0, 31.0)] == [1.0, 1.5, 2.0, None]
+
+
+def test_energy_is_what_the_counters_of_all_packages_rose_by(tmp_path, monkeypatch):
+    monkeypatch.setattr(turns, "POWERCAP", tmp_path)
+    assert not turns._energy_uj()
+    for package in (0, 1):
+        zone = tmp_path / f"intel-rapl:{package}"
+        zone.mkdir()
+        (zone / "max_energy_range_uj").write_text("10000000\n")
+        (zone / "energy_uj").write_text("9000000\n")
+    before = turns._energy_uj()
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("9500000\n")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("2000000\n")  # beyond its range, from 0 again
+    assert turns._joules_since(before) == 0.5 + 3.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network", "vit", "--sides", "stable-pretraining"], "cannot train the network vit; allowed: crossbatch"),
+        (["--sides", "plain", "lightly"], "lightly is not installed; pip install lightly"),
+    ],
+)
+def test_a_side_that_cannot_train_is_refused_at_once(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=message):
+        main(["--images", str(tmp_path), *arguments])
