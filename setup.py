@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 package = Path(__file__).with_name("crossbatch").joinpath("__init__.py").read_text(encoding="utf-8")
+# s3://, gs://, https:// through fsspec, which torch brings: the packages that each of them needs.
+REMOTE = ["s3fs>=2024.6", "gcsfs>=2024.6", "aiohttp>=3.9"]
 (version,) = re.findall(r'^__version__ = "(.*)"', package, flags=re.MULTILINE)
 
 setup(
@@ -41,15 +43,15 @@ setup(
         "cuda12": ["torch==2.10.*", "torchvision==0.25.*", "nvidia-dali-cuda120>=2.0"],
         "cuda13": ["torch>=2.11", "torchvision>=0.26", "nvidia-dali-cuda130>=2.0"],
         "hf": ["datasets>=3.0"],  # hf:// and lists in parquet, with its pyarrow
-        # s3://, gs://, https:// through fsspec, which torch brings: the packages that each of them needs.
-        "remote": ["s3fs>=2024.6", "gcsfs>=2024.6", "aiohttp>=3.9"],
+        "remote": REMOTE,
         # Where metrics can go besides TensorBoard, and the format that most inference programs read.
         "trackers": ["wandb>=0.18", "mlflow>=2.15", "trackio>=0.2"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"],
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.7",  # `make test` in two processes
-            "aiohttp>=3.9",  # remote shards, from a web server that the tests start
+            *REMOTE,  # read from servers that the tests start
+            "moto[server,s3]>=5.0",  # an S3 server on this machine, for remote shards
             "scikit-learn>=1.4",  # its k-NN and logistic regression are what ours are tested against
         ],
         "dev": [
