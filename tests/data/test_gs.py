@@ -127,10 +127,10 @@ def test_shards_in_a_bucket_are_those_of_the_disk(shards, bucket, tmp_path):
 
 def test_workers_read_the_same_views(shards, bucket):
     settings = {"batch_size": 12, "image_size": 24, "backend": "opencv", "workers": 2}
-    with TrainLoader(open_source(shards), **settings) as local:
-        with TrainLoader(open_source("gs://bucket/imagenet"), **settings) as there:
-            for expected, batch in zip(local.epoch(0, 3), there.epoch(0, 3), strict=True):
-                assert batch.skipped == [] and (batch.views == expected.views).all()
+    local, there = (TrainLoader(open_source(path), **settings) for path in (shards, "gs://bucket/imagenet"))
+    with local, there:
+        for expected, batch in zip(local.epoch(0, 3), there.epoch(0, 3), strict=True):
+            assert batch.skipped == [] and (batch.views == expected.views).all()
 
 
 def test_no_such_bucket_and_no_access(bucket):
@@ -138,5 +138,5 @@ def test_no_such_bucket_and_no_access(bucket):
         with pytest.raises(ValueError, match=r"no shards there, or no such bucket; expected gs://.*\.tar"):
             open_source(path)
     bucket.allowed = False
-    with pytest.raises(ValueError, match="access denied .*GOOGLE_APPLICATION_CREDENTIALS"):
+    with pytest.raises(ValueError, match=r"access denied .*GOOGLE_APPLICATION_CREDENTIALS"):
         open_source("gs://bucket/imagenet")
