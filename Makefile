@@ -15,7 +15,8 @@ test: install  ## the tests, Triton kernels interpreted; where there is a GPU, t
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	test ! -e /dev/nvidiactl || $(BIN)/python -m pytest -m gpu
 
-test-all: install  ## with every combination of ranks, backend, optimizer and model, and runs killed twenty times (more than an hour on two cores)
+test-all: install  ## with every combination of ranks, backend, optimizer and model, runs killed twenty times, and all optional packages (more than an hour on two cores)
+	$(BIN)/python -m pip install --quiet --editable '.[test-all]'
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m ''
 
 coverage: install  ## the tests, with a floor under the share of lines in engine/ and models/ that they run

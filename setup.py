@@ -54,6 +54,13 @@ setup(
             "moto[server,s3]>=5.0",  # an S3 server on this machine, for remote shards
             "scikit-learn>=1.4",  # its k-NN and logistic regression are what ours are tested against
         ],
+        # What `make test-all` tests besides: all that is optional, and files and folders made for other programs.
+        "test-all": [
+            "crossbatch[hf,trackers,onnx]",
+            "pillow-heif>=0.18",  # photographs of telephones
+            "transformers>=4.48",  # a folder that it loads
+            "webdataset>=0.2.100",  # shards that it writes
+        ],
         "dev": [
             "ruff==0.17.6",  # lint and format
             "pyright==1.1.414",  # types
