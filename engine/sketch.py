@@ -61,7 +61,7 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
     model = without_memory(lambda: build_model(cfg))
     model.cuda_graph = False  # there is nothing to capture
     model.set_collective(_AnyRank(cfg.world_size))  # no shape may travel to other ranks, which torch 2.10 refuses
-    size, backbone = cfg.crossbatch.data.image_size, model.online.backbone
+    backbone = model.online.backbone
     kept, working = _of_backbones(model, cfg)
     with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
         online, momentum = (torch.empty(NUM_VIEWS * cfg.local_batch, backbone.num_features) for _ in range(2))

@@ -32,7 +32,7 @@ from tests.small_runs import (
     zero,
 )
 
-BATCH = 64
+BATCH, STEPS = 64, 6
 LARGE = [
     f"train_batch_size={BATCH}",
     "train_micro_batch_size_per_gpu=auto",
@@ -71,7 +71,7 @@ def in_one(tmp_path_factory, pools):
     def get(group_size: int):
         if group_size not in known:
             out = tmp_path_factory.mktemp("one")
-            pools(1).run(train, [*vit(group_size), *zero(0), *split(1, 1)], str(out), 10)
+            pools(1).run(train, [*vit(group_size), *zero(0), *split(1, 1)], str(out), STEPS)
             known[group_size] = losses(out), parameters(out)
         return known[group_size]
 
@@ -86,8 +86,8 @@ def vit(group_size: int) -> list[str]:
 @pytest.mark.parametrize(("group_size", "ranks", "chunks", "backend"), list(cases()))
 def test_a_split_changes_nothing(tmp_path, in_one, pools, group_size, ranks, chunks, backend):
     want, end = in_one(group_size)
-    pools(ranks).run(train, [*vit(group_size), *backend, *split(ranks, chunks)], str(tmp_path), 10)
-    assert len(want) == 10 and abs(want[0] - want[-1]) > 0.1
+    pools(ranks).run(train, [*vit(group_size), *backend, *split(ranks, chunks)], str(tmp_path), STEPS)
+    assert len(want) == STEPS and abs(want[0] - want[-1]) > 0.1
     assert losses(tmp_path) == pytest.approx(want, rel=1e-5)
     for name, tensor in parameters(tmp_path).items():
         assert (tensor - end[name]).norm() <= 1e-5 * end[name].norm(), name

@@ -19,7 +19,7 @@ FROZEN = [
     "crossbatch.checkpoint.keep=9",
     "gradient_clipping=0.5",
 ]
-OFTEN = [(zero(0), LARS), (zero(1), ADAMW), (zero(3), ADAMW), (fsdp(3), LARS)]
+OFTEN = [(zero(0), LARS), (zero(3), ADAMW), (fsdp(3), LARS)]
 
 
 def cases():

@@ -54,12 +54,12 @@ def computed(arch, size, precision="fp32", checkpointed="none", **options) -> fl
     ("arch", "size", "options"),
     [
         ("resnet50", 64, {}),
-        ("resnet50", 96, {}),
         ("vit_small", 64, {}),
-        ("vit_small", 96, {}),
         ("vit_small", 64, {"stop_grad_conv1": True}),
         ("vit_conv_small", 64, {}),
         ("resnet18", 32, {"stem": "small"}),
+        pytest.param("resnet50", 96, {}, marks=pytest.mark.slow),
+        pytest.param("vit_small", 96, {}, marks=pytest.mark.slow),
     ],
 )
 def test_backbones(arch, size, options):
@@ -96,7 +96,7 @@ def test_checkpointed_blocks(arch, size):
     assert computed(arch, size, checkpointed="blocks") < 0.8 * computed(arch, size)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50"])
 def test_norms_that_are_computed_again(arch):
     backbone, size = build_backbone(arch, 64), 64
     backbone.checkpoint_activations("norms")
@@ -108,10 +108,9 @@ def test_what_an_image_keeps():
     """Of both views, at 224 px under bf16; docs/exactness.md has these figures."""
     mib = {}
     for what in ("none", "norms", "blocks"):
-        overrides = [f"crossbatch.model.checkpoint_activations={what}"]
-        mib[what] = (
-            sketch(resolve(load_config("ds_configs/bs4096.json", overrides), 16, V100)).backbone.per_image / 2**20
-        )
+        backbone = without_memory(lambda: build_backbone("resnet50"))
+        backbone.checkpoint_activations(what)
+        mib[what] = kept_by_backbone(backbone, 224, "bf16", what == "blocks").per_image / 2**20
     assert mib == pytest.approx({"none": 83.5, "norms": 67.9, "blocks": 43.4}, rel=0.005)
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -78,7 +79,9 @@ def train_here(settings: list[str], out: str) -> tuple[str, int]:
     """Train two steps on this rank; return why that stopped, and how many processes it has left."""
     from tests.small_runs import run
 
-    return run(settings, out, 2), len(multiprocessing.active_children())
+    # Not by a fork server of its own, which would import torch again.
+    with mock.patch("crossbatch.data.workers.start_method", lambda: "fork"):
+        return run(settings, out, 2), len(multiprocessing.active_children())
 
 
 def test_a_checkpoint_scores_as_it_did_in_training(monkeypatch, shapes, one_rank, tmp_path):

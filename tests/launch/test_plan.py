@@ -104,7 +104,7 @@ def test_norms_within_a_node_gain_most_where_they_wait_for_fewer_ranks():
 
 
 def test_a_slow_feed_limits():
-    found = answer(Question(BS4096, (), "h100-80g", 8, feed_per_s=1000))
+    found = answer(Question(BS4096, (), "v100-32g", 16, 2, feed_per_s=1000))
     assert found.estimate.limits[0] == "images from the loader"
     assert found.images_per_s[1] == pytest.approx(1000)
 

@@ -43,6 +43,7 @@ def dry_run(monkeypatch, capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+WITHOUT_EVALUATION = ["--set=crossbatch.evaluate.knn_every_epochs=0", "--set=crossbatch.evaluate.every_epochs=0"]
 BS4096 = ["--deepspeed_config", "ds_configs/bs4096.json", "--world-size-hint", "16", "--set=crossbatch.precision=fp32"]
 
 
@@ -80,6 +81,7 @@ def test_dry_run_of_the_main_recipe(monkeypatch, capsys):
             {"parameters_total": 68012160, "parameters_trainable": 35058752, "chance_loss": 33.27, "group_size": None},
         ),
         (["--add_bf", "36"], {"chance_loss": 33.27}),
+        (["--local_rank=1"], {"local_batch": 256}),  # as of DeepSpeed's launcher
         (["--data", "synthetic://10000"], {"steps_per_epoch": 2}),
         (
             ["-b", "512", "--lr", "0.3", "--set", "crossbatch.sharding=fsdp"],
@@ -152,9 +154,7 @@ def start(launcher: list[str], out: Path, *arguments: str) -> list[dict]:
 def alone(tmp_path_factory, nursery):
     """Run directory and metrics of one process that no launcher has started."""
     out, logs = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("logs")
-    job = nursery.start(
-        logs, 1, "--deepspeed_config", "ds_configs/quickstart.json", f"--out={out}", *TINY, ALONE="1"
-    )
+    job = nursery.start(logs, 1, "--deepspeed_config", "ds_configs/quickstart.json", f"--out={out}", *TINY, ALONE="1")
     assert job.wait() == [0], job.output()
     assert f"next:\n  python launch/linear.py --checkpoint {out} " in job.output()
     return out, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -163,15 +163,15 @@ def alone(tmp_path_factory, nursery):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["deepspeed", "--num_gpus=2", "--master_port=29612"],
-        pytest.param(["torchrun", "--nproc_per_node=2", "--master_port=29611"], marks=pytest.mark.slow),
+        ["torchrun", "--nproc_per_node=2", "--master_port=29611"],
+        pytest.param(["deepspeed", "--num_gpus=2", "--master_port=29612"], marks=pytest.mark.slow),
     ],
     ids=lambda launcher: launcher[0],
 )
 def test_launchers_lose_the_same(tmp_path, alone, launcher):
     wanted = [line["loss"] for line in alone[1] if "loss" in line]
     assert len(wanted) == 8
-    lines = start(launcher, tmp_path, "--set=crossbatch.evaluate.knn_every_epochs=0")
+    lines = start(launcher, tmp_path, *WITHOUT_EVALUATION)
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(wanted, rel=1e-5)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["world_size"], config["train_micro_batch_size_per_gpu"]) == (2, 8)
