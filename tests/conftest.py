@@ -109,6 +109,13 @@ def handlers_of_signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Let evaluations draw nothing, which takes longer than all the rest of a small one."""
+    for module in ("evaluation.evaluation", "tasks.finetune"):
+        monkeypatch.setattr(f"crossbatch.engine.{module}.save_figures", lambda *_: None)
+
+
 class RankPool:
     """World-size processes joined by gloo; `run` calls a module-level function on every rank and returns the results."""
 
