@@ -67,8 +67,8 @@ BACKENDS = [zero(0), zero(1), zero(2), zero(3), zero(1, "cpu"), zero(3, "cpu"), 
 OFTEN = {
     (3, "LARS", "vit"): [zero(1), fsdp(1)],
     (2, "LARS", "vit"): [zero(0), zero(3, "cpu"), fsdp(0)],
-    (3, "LARS", "resnet"): [zero(2), fsdp(3)],
-    (3, "AdamW", "vit"): [zero(2), fsdp(3)],
+    (3, "LARS", "resnet"): [zero(2)],
+    (3, "AdamW", "vit"): [fsdp(3)],
     (2, "AdamW", "vit"): [zero(1, "cpu"), zero(3)],
 }
 
@@ -113,9 +113,10 @@ RESUMED += [pytest.param(LARS, *case, marks=pytest.mark.slow) for case in ((VIT,
 
 @pytest.mark.parametrize(("optimizer", "model", "backend"), RESUMED, ids=name_of)
 def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, pools, optimizer, model, backend):
-    """It evaluates before it saves: that leaves FSDP2's parameters gathered, and must not show in the checkpoint."""
+    """With FSDP2 it evaluates before it saves: that leaves parameters gathered, and must not show in the checkpoint."""
     overrides = [*model, *optimizer, *backend, "crossbatch.batchformer.dropout=0.5"]
-    overrides.append("crossbatch.evaluate.knn_every_epochs=1")
+    if "crossbatch.sharding=fsdp" in backend:
+        overrides.append("crossbatch.evaluate.knn_every_epochs=1")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pools(2).run(train, overrides, str(whole), 6)
     pools(2).run(train, overrides, str(cut), 3)

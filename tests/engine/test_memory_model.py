@@ -55,11 +55,11 @@ def computed(arch, size, precision="fp32", checkpointed="none", **options) -> fl
     [
         ("resnet50", 64, {}),
         ("vit_small", 64, {}),
-        ("vit_small", 64, {"stop_grad_conv1": True}),
         ("vit_conv_small", 64, {}),
         ("resnet18", 32, {"stem": "small"}),
         pytest.param("resnet50", 96, {}, marks=pytest.mark.slow),
         pytest.param("vit_small", 96, {}, marks=pytest.mark.slow),
+        pytest.param("vit_small", 64, {"stop_grad_conv1": True}, marks=pytest.mark.slow),
     ],
 )
 def test_backbones(arch, size, options):
