@@ -114,6 +114,31 @@ def test_what_an_image_keeps():
     assert mib == pytest.approx({"none": 83.5, "norms": 67.9, "blocks": 43.4}, rel=0.005)
 
 
+def test_a_backbone_is_traced_once_for_each_of_what_it_depends_on():
+    """The batch is not among that; two sketches of the same backbone share what was traced."""
+    small = ["crossbatch.model.arch=resnet18", "crossbatch.model.stem=small", "crossbatch.batchformer.group_size=4"]
+    found = []
+    for what, size, width, precision, batch in (
+        ("none", 32, 8, "fp32", 16),
+        ("blocks", 32, 8, "fp32", 16),
+        ("norms", 32, 8, "fp32", 16),
+        ("none", 40, 8, "fp32", 16),
+        ("none", 32, 16, "fp32", 16),
+        ("none", 32, 8, "bf16", 16),
+        ("none", 32, 8, "fp32", 32),
+    ):
+        overrides = [f"crossbatch.model.checkpoint_activations={what}", f"crossbatch.data.image_size={size}"]
+        overrides += [f"crossbatch.model.backbone_args={json.dumps({'width': width})}", f"train_batch_size={batch}"]
+        cfg = resolve(load_config(None, [*small, *overrides, f"crossbatch.precision={precision}"]), 1, Device("cpu"))
+        backbone = without_memory(
+            lambda w=width, s=size: build_backbone("resnet18", s, "small", backbone_args={"width": w})
+        )
+        backbone.checkpoint_activations(what)
+        found.append(sketch(cfg).backbone)
+        assert found[-1] == kept_by_backbone(backbone, size, precision, what == "blocks")
+    assert len(set(found[:-1])) == len(found) - 1 and found[-1] is found[0]
+
+
 @pytest.mark.parametrize("add_bf", [0, 1, 37])
 def test_behind_the_backbone(add_bf):
     overrides = [
