@@ -99,9 +99,9 @@ def collectives(overrides: list[str], out: str) -> list[tuple[bool, int, int]]:
         (1, fsdp(3), 1, 0),
         (2, zero(0), 1, 0),
         (2, zero(1), 1, 1),  # DeepSpeed steps group by group; the vectors need no norms
-        (2, zero(2), 1, 1),
+        pytest.param(2, zero(2), 1, 1, marks=pytest.mark.slow),
         (2, [*zero(3), "zero_optimization.sub_group_size=4000"], 3, 1),
-        (2, fsdp(1), 1, 0),
+        pytest.param(2, fsdp(1), 1, 0, marks=pytest.mark.slow),
         (2, fsdp(3), 1, 0),
     ],
 )
