@@ -61,6 +61,7 @@ def test_pretrains_from_the_wheel_with_a_recipe_inside_of_it(installed, tmp_path
             "crossbatch.batchformer.group_size=16",
         ),
         *("--set", "crossbatch.evaluate.knn_every_epochs=0", "--set", "crossbatch.data.workers=0"),
+        *("--set", "crossbatch.sharding=fsdp"),  # DeepSpeed takes 5 s to import
         *("--set", "crossbatch.data.backend=torchvision"),  # numba would compile OpenCV's colours for this folder, 15 s
     )
     assert "crossbatch linear --checkpoint run" in out or (tmp_path / "run" / "metrics.jsonl").exists()
