@@ -28,6 +28,7 @@ def pytest_configure(config):
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    gc.disable()  # until all is imported
     _preload_everything()
     compiled = config.option.markexpr.startswith("gpu")
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")
@@ -95,7 +96,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Leave what is imported out of garbage collections from here on."""
+    """Collect garbage from here on, but for what is imported."""
+    gc.enable()
     gc.freeze()
 
 
