@@ -100,11 +100,11 @@ def test_fp16_in_chunks_is_fp16_in_one(tmp_path, pools, backend):
     """The loss scale passes the cut unchanged: chunks of equal features have bit-equal gradients of the heads."""
     overrides = [*vit(16), *backend, "crossbatch.precision=fp16"]
     pools(2).run(train, [*overrides, *split(2, 1)], str(tmp_path / "one"), 8)
-    pools(2).run(train, [*overrides, *split(2, 4)], str(tmp_path / "four"), 8)
-    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    pools(2).run(train, [*overrides, *split(2, 2)], str(tmp_path / "two"), 8)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
     norms = [
         [json.loads(line)["grad_norm"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "four")
+        for name in ("one", "two")
     ]
     assert [norm is None for norm in norms[1]] == [norm is None for norm in norms[0]]  # skipped until the scale fits
     found = [[norm for norm in some if norm is not None] for some in norms]
