@@ -18,6 +18,7 @@ TINY = [
     "--set=crossbatch.data.image_size=16",
     "--set=crossbatch.precision=fp32",
     "--set=crossbatch.data.workers=0",
+    "--set=crossbatch.data.backend=torchvision",
     '--set=crossbatch.model.backbone_args={"width": 8}',
     "--set=crossbatch.model.dim=16",
     "--set=crossbatch.model.mlp_dim=32",
