@@ -116,25 +116,23 @@ def test_what_an_image_keeps():
 
 def test_a_backbone_is_traced_once_for_each_of_what_it_depends_on():
     """The batch is not among that; two sketches of the same backbone share what was traced."""
-    small = ["crossbatch.model.arch=resnet18", "crossbatch.model.stem=small", "crossbatch.batchformer.group_size=4"]
     found = []
     for what, size, width, precision, batch in (
-        ("none", 32, 8, "fp32", 16),
-        ("blocks", 32, 8, "fp32", 16),
-        ("norms", 32, 8, "fp32", 16),
-        ("none", 40, 8, "fp32", 16),
-        ("none", 32, 16, "fp32", 16),
-        ("none", 32, 8, "bf16", 16),
-        ("none", 32, 8, "fp32", 32),
+        ("none", 16, 24, "fp32", 16),
+        ("blocks", 16, 24, "fp32", 16),
+        ("none", 32, 24, "fp32", 16),
+        ("none", 16, 48, "fp32", 16),
+        ("none", 16, 24, "bf16", 16),
+        ("none", 16, 24, "fp32", 32),
     ):
-        overrides = [f"crossbatch.model.checkpoint_activations={what}", f"crossbatch.data.image_size={size}"]
-        overrides += [f"crossbatch.model.backbone_args={json.dumps({'width': width})}", f"train_batch_size={batch}"]
-        cfg = resolve(load_config(None, [*small, *overrides, f"crossbatch.precision={precision}"]), 1, Device("cpu"))
-        backbone = without_memory(
-            lambda w=width, s=size: build_backbone("resnet18", s, "small", backbone_args={"width": w})
-        )
+        args = {"embed_dim": width, "depth": 2, "num_heads": 2, "patch_size": 4}
+        model = {"arch": "vit_small", "checkpoint_activations": what, "backbone_args": json.dumps(args), "mlp_dim": 16}
+        overrides = [f"crossbatch.model.{key}={value}" for key, value in model.items()]
+        overrides += [f"crossbatch.data.image_size={size}", f"crossbatch.precision={precision}"]
+        overrides += [f"train_batch_size={batch}", "crossbatch.batchformer.group_size=4"]
+        found.append(sketch(resolve(load_config(None, overrides), 1, Device("cpu"))).backbone)
+        backbone = without_memory(lambda size=size, args=args: build_backbone("vit_small", size, backbone_args=args))
         backbone.checkpoint_activations(what)
-        found.append(sketch(cfg).backbone)
         assert found[-1] == kept_by_backbone(backbone, size, precision, what == "blocks")
     assert len(set(found[:-1])) == len(found) - 1 and found[-1] is found[0]
 
