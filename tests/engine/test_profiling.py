@@ -13,7 +13,7 @@ from crossbatch import InputError
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.runtime.profiling import steps_needed, table
 from crossbatch.engine.runtime.world import world_from_environment
-from tests.small_runs import BASE, LARS, VIT, losses, pretrainer, zero
+from tests.small_runs import BASE, LARS, RESNET, losses, pretrainer, zero
 
 SLOW_S = 0.1
 
@@ -24,7 +24,7 @@ def profiled(out: str, steps: int, profile: int, slow: bool = False) -> str:
     from crossbatch.data import TrainLoader
 
     world = world_from_environment()
-    overrides = [*VIT, *LARS, *zero(1), f"train_micro_batch_size_per_gpu={6 // world.size}"]
+    overrides = [*RESNET, *LARS, *zero(1), f"train_micro_batch_size_per_gpu={6 // world.size}"]
     run = resolve(load_config(None, [*BASE, *overrides]), world.size, Device("cpu"))
     prompt = TrainLoader._batch
 
