@@ -61,14 +61,27 @@ def _sketch(cfg: ResolvedConfig) -> Sketch:
     model = without_memory(lambda: build_model(cfg))
     model.cuda_graph = False  # there is nothing to capture
     model.set_collective(_AnyRank(cfg.world_size))  # no shape may travel to other ranks, which torch 2.10 refuses
-    size, backbone = cfg.crossbatch.data.image_size, model.online.backbone
-    repeats = cfg.crossbatch.model.checkpoint_activations == "blocks"
-    kept = kept_by_backbone(backbone, size, cfg.precision, repeats)
-    working = _working(model.momentum.backbone, size, cfg.precision)
+    backbone = model.online.backbone
+    kept, working = _of_backbones(model, cfg)
     with shapes_only(cfg.precision), FlopCounterMode(display=False) as counter:
         online, momentum = (torch.empty(NUM_VIEWS * cfg.local_batch, backbone.num_features) for _ in range(2))
         behind = _saved(lambda: model.contrast(online.requires_grad_(), momentum, 0, 0).loss, model)
     return Sketch(model, kept, working, behind, float(counter.get_total_flops()))
+
+
+_backbones: dict[str, tuple[Kept, float]] = {}
+
+
+def _of_backbones(model: MoCo, cfg: ResolvedConfig) -> tuple[Kept, float]:
+    """Trace what the online backbone keeps and the momentum one works with, an image each; once, for any batch and heads."""
+    ours, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
+    of_backbone = (ours.arch, ours.stem, ours.stop_grad_conv1, ours.backbone_args, ours.checkpoint_activations)
+    key = repr((of_backbone, size, cfg.crossbatch.data.channels, cfg.precision))
+    if key not in _backbones:
+        repeats = ours.checkpoint_activations == "blocks"
+        kept = kept_by_backbone(model.online.backbone, size, cfg.precision, repeats)
+        _backbones[key] = kept, _working(model.momentum.backbone, size, cfg.precision)
+    return _backbones[key]
 
 
 def kept_by_backbone(backbone: nn.Module, image_size: ImageSize, precision: str, checkpointed: bool = False) -> Kept:

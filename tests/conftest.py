@@ -6,12 +6,14 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores; ranks and workers bring their own parallelism
 
 import contextlib
+import gc
 import importlib
 import importlib.metadata
 import multiprocessing
 import signal
 import socket
 import traceback
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ def pytest_configure(config):
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    gc.disable()  # until all is imported
+    _preload_everything()
     compiled = config.option.markexpr.startswith("gpu")
     os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")
     if os.environ["TRITON_INTERPRET"] == "1" and _triton_version().startswith("3.6."):
@@ -34,6 +38,16 @@ def pytest_configure(config):
         # Once and kept on disk, or every process of the tests that makes views would compile them at the same time.
         with contextlib.suppress(ImportError):
             importlib.import_module("crossbatch.data.augment.compiled_colours")
+
+
+def _preload_everything():
+    """Let whatever starts this process's fork server first start one that has imported what ranks need.
+
+    There is one server only. Started by a loader for its workers, it would have imported what these need, and every rank of
+    every pool would take 5 s to import the rest.
+    """
+    preload = forkserver.set_forkserver_preload
+    forkserver.set_forkserver_preload = lambda modules: preload([*IMPORTED_ONCE, *modules])
 
 
 def _triton_version() -> str:
@@ -81,6 +95,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish():
+    """Collect garbage from here on, but for what is imported."""
+    gc.enable()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def handlers_of_signals():
     """Take back what a run in this process leaves when it ends with an error: there, the process ends, too."""
@@ -89,6 +109,13 @@ def handlers_of_signals():
     yield
     for number, handler in before:
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Let evaluations draw nothing, which takes longer than all the rest of a small one."""
+    for module in ("evaluation.evaluation", "tasks.finetune"):
+        monkeypatch.setattr(f"crossbatch.engine.{module}.save_figures", lambda *_: None)
 
 
 class RankPool:
@@ -144,11 +171,13 @@ class RankPool:
 
 
 def _rank_main(pipe, environment: dict):
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a server that loaders have started is deaf to signals
     import torch
 
     from crossbatch.engine.runtime.distributed import process_group
     from crossbatch.engine.runtime.world import world_from_environment
 
+    gc.freeze()  # what is imported stays; DeepSpeed's stage 3 collects garbage for every model
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     with process_group(world_from_environment(), "cpu"):

@@ -6,10 +6,12 @@ launcher's main, as a process started by hand would.
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -20,13 +22,26 @@ DEADLINE_S = 300
 IMPORTED_ONCE = (
     "crossbatch.launch.pretrain",
     "crossbatch.engine.tasks.pretrain",
+    "crossbatch.engine.start",
+    "crossbatch.engine.trainer",
     "crossbatch.engine.sharding.fsdp",
     "crossbatch.engine.sharding.zero",
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch._inductor, 4 s
+    "deepspeed.ops.op_builder.all_ops",
+    "setuptools",  # DeepSpeed asks it for the compiler
     "torch.utils.tensorboard",
 )
+
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # what a launcher sets
 
 
 @dataclass
@@ -38,10 +53,10 @@ class Job:
     logs: list[Path]
     codes: dict[int, int] = field(default_factory=dict)  # by rank; a signal is negative
 
-    def kill(self, signal: int, *ranks: int) -> None:
+    def kill(self, number: int, *ranks: int) -> None:
         for rank in ranks or range(len(self.pids)):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pids[rank], signal)
+                os.kill(self.pids[rank], number)
 
     def wait(self, *ranks: int, within: float = DEADLINE_S) -> list[int]:
         """Exit codes of `ranks` (of all)."""
@@ -72,7 +87,8 @@ class Nursery:
     """Starts ranks. `close` kills what is left of them."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*IMPORTED_ONCE])  # the server of the pools, where it runs already
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_nurse, args=(there,))
         self._process.start()
@@ -82,7 +98,7 @@ class Nursery:
         """`arguments` of launch/pretrain.py, or of that of COMMAND, those of the `last` rank besides; logs go to `folder`.
 
         NETWORKS: names of network namespaces, by rank. STDOUT: a file that takes the place of the log, but for stderr.
-        PRIVATE: a folder that the last rank does not share with the others.
+        PRIVATE: a folder that the last rank does not share with the others. ALONE: no launcher has started this process.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
@@ -126,8 +142,11 @@ class Nursery:
 
 
 def _nurse(pipe) -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a server that loaders have started is deaf to signals
     for module in IMPORTED_ONCE:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # or every rank would walk through a million imported objects again, and so copy them
     codes: dict[int, int] = {}
     while True:
         try:
@@ -158,6 +177,8 @@ def _be_a_rank(arguments: list[str], environment: dict[str, str], log: str) -> N
         os.dup2(os.open(environment["STDOUT"], os.O_WRONLY) if "STDOUT" in environment else output, 1)
         os.dup2(output, 2)
         protect_streams()
+        if "ALONE" in environment:
+            environment = {name: value for name, value in environment.items() if name not in LAUNCHED}
         os.environ.update(environment)
         command = environment.get("COMMAND", "pretrain")
         sys.argv = [f"launch/{command}.py", *arguments]

@@ -150,6 +150,7 @@ def test_predictions_for_this_gpu_name_the_cases_that_follow(monkeypatch):
     monkeypatch.setattr(Device, "detect", staticmethod(lambda: h100))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: h100.name)
+    monkeypatch.setattr("crossbatch.engine.planning.plan._helps", lambda *_: ())  # each is a plan of its own
     network = "ResNet-18, 64 px"
     group = step._beside_plain(network, 16)
     rows = list(step._predictions(group, [(network, 16, 8)]))

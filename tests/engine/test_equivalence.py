@@ -1,4 +1,4 @@
-"""Sharding changes nothing: ten steps of one process against two ranks, for every backend and optimizer that is allowed."""
+"""Sharding changes nothing: six steps of one process against two or three ranks, for every backend and optimizer allowed."""
 
 import itertools
 import math
@@ -29,6 +29,8 @@ from tests.small_runs import (
 )
 from tests.threads import this_rank
 
+STEPS = 6  # four of warm-up, and two at the full rate
+
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory, one_rank):
@@ -41,7 +43,7 @@ def one_process(tmp_path_factory, one_rank):
             start, out = tmp_path_factory.mktemp("start"), tmp_path_factory.mktemp("one")
             run = [*model, *optimizer, *zero(0), *seed(model, optimizer)]
             one_rank.run(train, [*run, "crossbatch.schedule.warmup_epochs=4"], str(start), 1)
-            one_rank.run(train, run, str(out), 10)
+            one_rank.run(train, run, str(out), STEPS)
             known[key] = losses(out), parameters(start), parameters(out)
         return known[key]
 
@@ -65,8 +67,8 @@ BACKENDS = [zero(0), zero(1), zero(2), zero(3), zero(1, "cpu"), zero(3, "cpu"), 
 OFTEN = {
     (3, "LARS", "vit"): [zero(1), fsdp(1)],
     (2, "LARS", "vit"): [zero(0), zero(3, "cpu"), fsdp(0)],
-    (3, "LARS", "resnet"): [zero(2), fsdp(3)],
-    (3, "AdamW", "vit"): [zero(2), fsdp(3)],
+    (3, "LARS", "resnet"): [zero(2)],
+    (3, "AdamW", "vit"): [fsdp(3)],
     (2, "AdamW", "vit"): [zero(1, "cpu"), zero(3)],
 }
 
@@ -82,8 +84,8 @@ def cases():
 @pytest.mark.parametrize(("ranks", "optimizer", "model", "backend"), list(cases()))
 def test_many_ranks_do_what_one_process_does(tmp_path, one_process, pools, ranks, optimizer, model, backend):
     want, start, end = one_process(model, optimizer)
-    pools(ranks).run(train, [*model, *optimizer, *backend, *seed(model, optimizer)], str(tmp_path), 10)
-    assert len(want) == 10
+    pools(ranks).run(train, [*model, *optimizer, *backend, *seed(model, optimizer)], str(tmp_path), STEPS)
+    assert len(want) == STEPS
     assert losses(tmp_path) == pytest.approx(want, rel=1e-5)
     assert abs(want[0] - want[-1]) > 0.1  # something was trained
     assert worst_deviation(parameters(tmp_path), start, end) <= 1e-5
@@ -103,8 +105,7 @@ def worst_deviation(found: dict, start: dict, end: dict) -> float:
 
 
 RESUMED = [
-    pytest.param(ADAMW, VIT, backend, marks=slow_unless(backend in (zero(0), fsdp(1))))
-    for backend in BACKENDS[:4] + BACKENDS[6:]
+    pytest.param(ADAMW, VIT, backend, marks=slow_unless(backend == fsdp(1))) for backend in BACKENDS[:4] + BACKENDS[6:]
 ]
 RESUMED += [(LARS, RESNET, zero(1)), (LARS, VIT, zero(3, "cpu"))]
 RESUMED += [pytest.param(LARS, *case, marks=pytest.mark.slow) for case in ((VIT, zero(2)), (RESNET, fsdp(3)))]
@@ -112,13 +113,14 @@ RESUMED += [pytest.param(LARS, *case, marks=pytest.mark.slow) for case in ((VIT,
 
 @pytest.mark.parametrize(("optimizer", "model", "backend"), RESUMED, ids=name_of)
 def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, pools, optimizer, model, backend):
-    """It evaluates before it saves: that leaves FSDP2's parameters gathered, and must not show in the checkpoint."""
+    """With FSDP2 it evaluates before it saves: that leaves parameters gathered, and must not show in the checkpoint."""
     overrides = [*model, *optimizer, *backend, "crossbatch.batchformer.dropout=0.5"]
-    overrides.append("crossbatch.evaluate.knn_every_epochs=1")
+    if "crossbatch.sharding=fsdp" in backend:
+        overrides.append("crossbatch.evaluate.knn_every_epochs=1")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    pools(2).run(train, overrides, str(whole), 7)
+    pools(2).run(train, overrides, str(whole), 6)
     pools(2).run(train, overrides, str(cut), 3)
-    pools(2).run(train, overrides, str(cut), 7)
+    pools(2).run(train, overrides, str(cut), 6)
     assert losses(cut) == losses(whole)
 
 
@@ -126,11 +128,11 @@ def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, pools, opti
 def test_a_checkpoint_fits_another_world_and_backend(tmp_path, pools, optimizer):
     overrides = [*VIT, *optimizer]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    pools(2).run(train, [*overrides, *zero(1)], str(whole), 8)
+    pools(2).run(train, [*overrides, *zero(1)], str(whole), 5)
     pools(2).run(train, [*overrides, *zero(1)], str(moved), 2)
-    pools(1).run(train, [*overrides, *fsdp(3)], str(moved), 4)
-    pools(3).run(train, [*overrides, *zero(3)], str(moved), 6)
-    pools(2).run(train, [*overrides, *fsdp(0)], str(moved), 8)
+    pools(1).run(train, [*overrides, *fsdp(3)], str(moved), 3)
+    pools(3).run(train, [*overrides, *zero(3)], str(moved), 4)
+    pools(2).run(train, [*overrides, *fsdp(0)], str(moved), 5)
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
 
 

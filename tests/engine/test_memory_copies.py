@@ -9,7 +9,7 @@ import pytest
 from crossbatch.engine.checkpoint import read
 from crossbatch.engine.checkpoint.memory import buddies, folder_of, read_attempts, run_of
 from tests.jobs import metrics
-from tests.small_runs import ADAMW, LARS, RESNET, VIT, fsdp, name_of, parameters, run, zero
+from tests.small_runs import ADAMW, LARS, VIT, fsdp, name_of, parameters, run, zero
 
 EVERY_STEP = [
     *VIT,
@@ -90,7 +90,7 @@ def test_a_run_without_room_says_so_once_and_goes_on(two_ranks, tmp_path):
 @pytest.mark.parametrize("backend", [zero(2), fsdp(3)], ids=name_of)
 def test_copies_change_no_bit(two_ranks, tmp_path, backend):
     for out, every in (("without", 0), ("with", 1)):
-        settings = [*RESNET, *LARS, *backend, f"crossbatch.checkpoint.memory_every_steps={every}"]
+        settings = [*VIT, *LARS, *backend, f"crossbatch.checkpoint.memory_every_steps={every}"]
         assert two_ranks.run(run, settings, str(tmp_path / out), 4) == ["", ""]
     ours, theirs = parameters(tmp_path / "with"), parameters(tmp_path / "without")
     assert all(ours[name].equal(theirs[name]) for name in theirs)

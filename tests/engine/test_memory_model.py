@@ -54,12 +54,12 @@ def computed(arch, size, precision="fp32", checkpointed="none", **options) -> fl
     ("arch", "size", "options"),
     [
         ("resnet50", 64, {}),
-        ("resnet50", 96, {}),
         ("vit_small", 64, {}),
-        ("vit_small", 96, {}),
-        ("vit_small", 64, {"stop_grad_conv1": True}),
         ("vit_conv_small", 64, {}),
         ("resnet18", 32, {"stem": "small"}),
+        pytest.param("resnet50", 96, {}, marks=pytest.mark.slow),
+        pytest.param("vit_small", 96, {}, marks=pytest.mark.slow),
+        pytest.param("vit_small", 64, {"stop_grad_conv1": True}, marks=pytest.mark.slow),
     ],
 )
 def test_backbones(arch, size, options):
@@ -96,7 +96,7 @@ def test_checkpointed_blocks(arch, size):
     assert computed(arch, size, checkpointed="blocks") < 0.8 * computed(arch, size)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50"])
 def test_norms_that_are_computed_again(arch):
     backbone, size = build_backbone(arch, 64), 64
     backbone.checkpoint_activations("norms")
@@ -108,11 +108,33 @@ def test_what_an_image_keeps():
     """Of both views, at 224 px under bf16; docs/exactness.md has these figures."""
     mib = {}
     for what in ("none", "norms", "blocks"):
-        overrides = [f"crossbatch.model.checkpoint_activations={what}"]
-        mib[what] = (
-            sketch(resolve(load_config("ds_configs/bs4096.json", overrides), 16, V100)).backbone.per_image / 2**20
-        )
+        backbone = without_memory(lambda: build_backbone("resnet50"))
+        backbone.checkpoint_activations(what)
+        mib[what] = kept_by_backbone(backbone, 224, "bf16", what == "blocks").per_image / 2**20
     assert mib == pytest.approx({"none": 83.5, "norms": 67.9, "blocks": 43.4}, rel=0.005)
+
+
+def test_a_backbone_is_traced_once_for_each_of_what_it_depends_on():
+    """The batch is not among that; two sketches of the same backbone share what was traced."""
+    found = []
+    for what, size, width, precision, batch in (
+        ("none", 16, 24, "fp32", 16),
+        ("blocks", 16, 24, "fp32", 16),
+        ("none", 32, 24, "fp32", 16),
+        ("none", 16, 48, "fp32", 16),
+        ("none", 16, 24, "bf16", 16),
+        ("none", 16, 24, "fp32", 32),
+    ):
+        args = {"embed_dim": width, "depth": 2, "num_heads": 2, "patch_size": 4}
+        model = {"arch": "vit_small", "checkpoint_activations": what, "backbone_args": json.dumps(args), "mlp_dim": 16}
+        overrides = [f"crossbatch.model.{key}={value}" for key, value in model.items()]
+        overrides += [f"crossbatch.data.image_size={size}", f"crossbatch.precision={precision}"]
+        overrides += [f"train_batch_size={batch}", "crossbatch.batchformer.group_size=4"]
+        found.append(sketch(resolve(load_config(None, overrides), 1, Device("cpu"))).backbone)
+        backbone = without_memory(lambda size=size, args=args: build_backbone("vit_small", size, backbone_args=args))
+        backbone.checkpoint_activations(what)
+        assert found[-1] == kept_by_backbone(backbone, size, precision, what == "blocks")
+    assert len(set(found[:-1])) == len(found) - 1 and found[-1] is found[0]
 
 
 @pytest.mark.parametrize("add_bf", [0, 1, 37])

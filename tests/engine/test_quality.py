@@ -156,7 +156,11 @@ def unlabelled(tmp_path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("model", "sharding"), [(VIT, fsdp(3)), (RESNET, zero(1))], ids=["vit", "resnet"])
+@pytest.mark.parametrize(
+    ("model", "sharding"),
+    [(VIT, fsdp(3)), pytest.param(RESNET, zero(1), marks=pytest.mark.slow)],
+    ids=["vit", "resnet"],
+)
 def test_images_without_labels_are_measured_alike_on_one_and_two_ranks(
     unlabelled, one_rank, two_ranks, tmp_path, model, sharding
 ):

@@ -21,7 +21,8 @@ def test_a_run_without_its_server_stops_and_resumes_as_if_nothing_had_been(tmp_p
     waits = "crossbatch.watch.timeout_s=20"
 
     def run(name: str, data) -> tuple[int, str]:
-        settings = (*BASE, *RESNET, *LARS, *fsdp(1), f"crossbatch.data.path={data}", "crossbatch.data.workers=1", waits)
+        # Read by the trainer; workers that read from a server are in tests/data/test_remote.py.
+        settings = (*BASE, *RESNET, *LARS, *fsdp(1), f"crossbatch.data.path={data}", waits)
         flags = [f"--out={tmp_path / name}", "--steps=8", *(f"--set={setting}" for setting in settings)]
         job = nursery.start(tmp_path / f"logs-{name}", 1, *flags)
         return job.wait()[0], job.output()

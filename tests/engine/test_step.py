@@ -293,17 +293,20 @@ def steps_in_lockstep_and_without(overrides: list[str]) -> list:
     return found
 
 
+DROPOUT = ["crossbatch.batchformer.group_size=6", "crossbatch.batchformer.dropout=0.5"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         [*LARS, *zero(3), "zero_optimization.stage3_param_persistence_threshold=0"],  # takes small parameters away, too
         pytest.param([*LARS, *fsdp(3)], marks=pytest.mark.slow),
         pytest.param([*LARS, *zero(3), "train_micro_batch_size_per_gpu=3"], marks=pytest.mark.slow),
-        [*ADAMW, *fsdp(1), "train_micro_batch_size_per_gpu=3"],
+        [*ADAMW, *fsdp(1), "train_micro_batch_size_per_gpu=3", *DROPOUT],
         [*ADAMW, *zero(1), "crossbatch.model.checkpoint_activations=true", "crossbatch.precision=bf16"],
-        [*LARS, *zero(0), "crossbatch.batchformer.group_size=6", "crossbatch.batchformer.dropout=0.5"],
+        pytest.param([*LARS, *zero(0), *DROPOUT], marks=pytest.mark.slow),
     ],
-    ids=["zero3", "fsdp3", "zero3-chunks", "fsdp1-chunks", "checkpointed-bf16", "dropout"],
+    ids=["zero3", "fsdp3", "zero3-chunks", "fsdp1-chunks-dropout", "checkpointed-bf16", "dropout"],
 )
 def test_lockstep_changes_no_bit(pools, overrides):
     """Submodules of both encoders take turns under the hooks of ZeRO-3 and FSDP2; groups of BatchFormer span both ranks."""

@@ -164,7 +164,9 @@ def test_stage_3_gathers_only_after_the_shards_are_written(tmp_path, pools):
 
 
 @pytest.mark.parametrize(
-    "overrides", [zero(1), [*zero(1), "train_micro_batch_size_per_gpu=2"], zero(2)], ids=["1", "1-chunks", "2"]
+    "overrides",
+    [pytest.param(zero(1), marks=pytest.mark.slow), [*zero(1), "train_micro_batch_size_per_gpu=2"], zero(2)],
+    ids=["1", "1-chunks", "2"],
 )
 def test_gradients_reduced_in_the_backward_pass_are_the_same(tmp_path, pools, overrides):
     """As the recipes of batch 4096 do it, in several buckets."""

@@ -59,20 +59,20 @@ def resumed(text: str) -> list[tuple[str, int]]:
 def test_a_lost_node_costs_no_step_and_comes_back(tmp_path, nursery):
     """First a rank dies, then its node with all that is in its memory; the other goes on alone; then there are two again."""
     out, settings = tmp_path / "cut", zero(0)
-    expected = whole_run(nursery, tmp_path / "whole", 2, 24, *settings)
-    job = start(nursery, out, 2, 24, *settings, **TWO_NODES)
-    job.wait_for("step 6/")
+    expected = whole_run(nursery, tmp_path / "whole", 2, 18, *settings)
+    job = start(nursery, out, 2, 18, *settings, **TWO_NODES)
+    job.wait_for("step 4/")
     job.kill(signal.SIGKILL, 1)
     assert job.wait(0) == [3], job.output()
     done = metrics(out)[-1]["step"]
-    job = start(nursery, out, 1, done + 6, *settings)
-    job.wait_for(f"step {done + 3}/")
+    job = start(nursery, out, 1, done + 4, *settings)
+    job.wait_for(f"step {done + 2}/")
     ((where, step),) = resumed(job.output(0))
     assert where.startswith("/dev/shm/crossbatch-") and step >= done - 1  # its last copy may still have been on its way
     job.kill(signal.SIGKILL)
     job.wait()
     done = metrics(out)[-1]["step"]
-    job = start(nursery, out, 2, 24, *settings, **TWO_NODES)
+    job = start(nursery, out, 2, 18, *settings, **TWO_NODES)
     assert job.wait() == [0, 0], job.output()
     ((where, step),) = resumed(job.output(0))
     assert where.startswith("/dev/shm/crossbatch-") and step >= done

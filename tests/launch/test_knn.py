@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -78,9 +79,12 @@ def train_here(settings: list[str], out: str) -> tuple[str, int]:
     """Train two steps on this rank; return why that stopped, and how many processes it has left."""
     from tests.small_runs import run
 
-    return run(settings, out, 2), len(multiprocessing.active_children())
+    # Not by a fork server of its own, which would import torch again.
+    with mock.patch("crossbatch.data.workers.start_method", lambda: "fork"):
+        return run(settings, out, 2), len(multiprocessing.active_children())
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_checkpoint_scores_as_it_did_in_training(monkeypatch, shapes, one_rank, tmp_path):
     from tests.small_runs import LARS, RESNET
 
@@ -133,6 +137,7 @@ def evaluate_on_this_rank(checkpoint: str, data: str, out: str) -> dict:
     return KnnEvaluation(config, world_from_environment(), torch.device("cpu"), 0, Path(out)).run()
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.slow  # tests/engine/test_knn.py has the votes of two ranks
 def test_two_ranks_find_the_same(monkeypatch, tiny_runs, two_ranks, shapes, tmp_path):
     alone = ["--checkpoint", tiny_runs("vit"), "--data", shapes, "--out", tmp_path / "alone", "-j", 0]
@@ -172,6 +177,7 @@ def shards(root: Path, split: str, *labels: int) -> Path:
     return root
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_broken_images_are_named_and_left_out(monkeypatch, capsys, tiny_runs, tmp_path):
     prepare(f"shapes://{tmp_path / 'images'}?train=16&val=9&size=16")
     for name in ("train/star/00004.jpg", "val/disc/00002.jpg"):

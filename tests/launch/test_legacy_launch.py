@@ -18,6 +18,9 @@ from crossbatch.launch import pretrain
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 TINY = ["-b", "16", "--epochs", "1", "-p", "1", "-j", "0", "--set", "crossbatch.data.image_size=16"]
+ONE_CHUNK = ["--set", "train_micro_batch_size_per_gpu=8", "--set", "crossbatch.evaluate.knn_every_epochs=0"]
+# Ranks of their own take 5 s to import DeepSpeed, and 1 s to import numba for OpenCV's colours.
+ONE_CHUNK += ["--set", "crossbatch.sharding=fsdp", "--set", "crossbatch.data.backend=torchvision"]
 NET = [
     *(
         "--moco-dim",
@@ -64,22 +67,21 @@ def start(*command: str) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> tuple[Path, list[subprocess.Popen], list[str]]:
-    """Two nodes are two commands on this machine. BatchFormer's README has the line, without TINY and --out."""
-    out = tmp_path_factory.mktemp("pretrained")
+def pretrained(tmp_path_factory, nursery) -> tuple[Path, list[int], list[str]]:
+    """Two nodes are two commands on this machine; returns --out, and exit code and output of each.
+
+    BatchFormer's README has the line, without TINY, NET, ONE_CHUNK and --out.
+    """
+    out, logs = tmp_path_factory.mktemp("pretrained"), tmp_path_factory.mktemp("logs")
     line = f"--moco-m-cos --crop-min=.2 --dist-url tcp://localhost:{free_port()} --multiprocessing-distributed --world-size 2"
-    nodes = [
-        start(
-            "launch/pretrain.py", *line.split(), "--rank", rank, "--add_bf", "1", *TINY, *NET, "--out", str(out), DATA
-        )
-        for rank in ("0", "1")
-    ]
-    return out, nodes, [node.communicate(timeout=200)[0] for node in nodes]
+    flags = [*line.split(), "--add_bf", "1", *TINY, *NET, *ONE_CHUNK, "--out", str(out), DATA]
+    nodes = [nursery.start(logs / rank, 1, "--rank", rank, *flags, ALONE="1") for rank in ("0", "1")]
+    return out, [node.wait()[0] for node in nodes], [node.output() for node in nodes]
 
 
 def test_the_pretraining_command_line_on_two_nodes(pretrained):
-    out, nodes, said = pretrained
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    out, codes, said = pretrained
+    assert codes == [0, 0], "\n".join(said)
     config = json.loads((out / "config.json").read_text())
     assert (config["world_size"], config["train_batch_size"]) == (2, 16)
     ours = config["crossbatch"]
@@ -90,21 +92,12 @@ def test_the_pretraining_command_line_on_two_nodes(pretrained):
     assert ["next:" in text for text in said] == [True, False]  # one summary, on the node of rank 0
 
 
-def test_the_linear_command_line(pretrained, tmp_path):
+def test_the_linear_command_line(pretrained, nursery, tmp_path):
     """MoCo v3's README has the line, without TINY and --out."""
     line = f"-a resnet50 --dist-url tcp://localhost:{free_port()} --multiprocessing-distributed --world-size 1 --rank 0"
-    node = start(
-        "launch/linear.py",
-        *line.split(),
-        "--pretrained",
-        str(pretrained[0]),
-        *TINY,
-        "--out",
-        str(tmp_path / "out"),
-        DATA,
-    )
-    said = node.communicate(timeout=200)[0]
-    assert node.returncode == 0, said
+    out, weights = ["--out", str(tmp_path / "out")], ["--pretrained", str(pretrained[0])]
+    node = nursery.start(tmp_path, 1, *line.split(), *weights, *TINY, *out, DATA, COMMAND="linear", ALONE="1")
+    assert node.wait() == [0], node.output()
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["images"]["train"] == 32 and 0 <= results["top1"] <= 100
 

@@ -93,6 +93,7 @@ def test_a_run_is_probed(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     assert "is the folder of a linear probe" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_cached_features_and_several_rates(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     arguments = [
         "--checkpoint",
@@ -128,6 +129,7 @@ def probe_on_this_rank(checkpoint: str, data: str, out: str, *settings: str) -> 
     return LinearEvaluation(run, world_from_environment(), torch.device("cpu"), Path(out), "auto").run()
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("cache", [False, True])
 def test_two_ranks_end_where_one_ends(monkeypatch, tiny_runs, two_ranks, shapes, tmp_path, cache):
     flags = ["--cache"] if cache else []
@@ -145,6 +147,7 @@ def test_two_ranks_end_where_one_ends(monkeypatch, tiny_runs, two_ranks, shapes,
         torch.testing.assert_close(heads[1][name], weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     arguments = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, *SHORT]
     assert call(monkeypatch, *arguments, "--out", tmp_path / "whole") == 0
@@ -176,6 +179,7 @@ def test_an_interrupted_probe_continues_to_the_same_end(monkeypatch, capsys, tin
     assert call(monkeypatch, *arguments, "--seed", "1", "--resume", "none", "--out", tmp_path / "cut") == 0
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("cache", [False, True])
 def test_broken_images_are_named_and_counted(monkeypatch, capsys, tiny_runs, tmp_path, cache):
     prepare(f"shapes://{tmp_path / 'images'}?train=33&val=9&size=16")
@@ -219,6 +223,7 @@ def wrong_file(folder: Path) -> Path:
     return folder / "other.pt"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_rate_that_is_too_high_stops_with_3_or_is_named(monkeypatch, capsys, tiny_runs, shapes, tmp_path):
     arguments = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, *SHORT, "--cache", "--wd", "1e6"]
     assert call(monkeypatch, *arguments, "--lr", "1e6", "--out", tmp_path / "one") == 3

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest import mock
 
 import pytest
 
@@ -26,11 +27,19 @@ def ask(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def v100s():
-    """bs4096 on two nodes of eight, and on four of four."""
-    return {
-        nodes: answer(Question(BS4096, (), "v100-32g", 16, nodes, network))
-        for nodes, network in ((2, "4xedr"), (4, "edr"))
-    }
+    """bs4096 on two nodes of eight, with what would help, and on four of four."""
+    with_help = answer(Question(BS4096, (), "v100-32g", 16, 2, "4xedr"))
+    with mock.patch(HELPS, NO_HELP):
+        return {2: with_help, 4: answer(Question(BS4096, (), "v100-32g", 16, 4, "edr"))}
+
+
+HELPS, NO_HELP = "crossbatch.engine.planning.plan._helps", lambda *_: ()
+
+
+@pytest.fixture(autouse=True)
+def no_help(v100s, monkeypatch):
+    """Answer without what would help, nine plans more; only `v100s` has it."""
+    monkeypatch.setattr(HELPS, NO_HELP)
 
 
 def test_bs4096_on_16_v100(v100s):
@@ -52,6 +61,7 @@ def test_every_number_says_where_it_is_from(v100s):
     facts = json.loads(json.dumps(as_dict(v100s[2])))
     for thing in [*facts["stages"], *facts["memory_gib"]["parts"], *facts["helps"]]:
         assert thing["origin"], thing
+    assert facts["helps"]
     assert facts["images_per_s"]["extrapolated"]
     assert any("no step of this recipe was measured" in note for note in facts["notes"])
     assert sum(stage["ms"] for stage in facts["stages"]) == pytest.approx(facts["step_ms"])
@@ -94,7 +104,7 @@ def test_norms_within_a_node_gain_most_where_they_wait_for_fewer_ranks():
 
 
 def test_a_slow_feed_limits():
-    found = answer(Question(BS4096, (), "h100-80g", 8, feed_per_s=1000))
+    found = answer(Question(BS4096, (), "v100-32g", 16, 2, feed_per_s=1000))
     assert found.estimate.limits[0] == "images from the loader"
     assert found.images_per_s[1] == pytest.approx(1000)
 
@@ -154,7 +164,6 @@ def test_a_measured_row_replaces_the_roofline(tmp_path):
 def test_the_noise_scale_of_a_run_says_what_a_batch_pays(monkeypatch, capsys, tmp_path):
     recipe = ["--deepspeed_config", "ds_configs/quickstart.json", "--set", "train_batch_size=4096"]
     machines = [*recipe, "--gpu", "v100-32g", "--gpus", "1", "--run", str(tmp_path)]
-    monkeypatch.setattr("crossbatch.engine.planning.plan._helps", lambda *_: ())  # each is a plan of its own
     (tmp_path / "config.json").write_text('{"train_batch_size": 1024}')
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 10}\n')

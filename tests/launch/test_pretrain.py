@@ -18,6 +18,7 @@ TINY = [
     "--set=crossbatch.data.image_size=16",
     "--set=crossbatch.precision=fp32",
     "--set=crossbatch.data.workers=0",
+    "--set=crossbatch.data.backend=torchvision",
     '--set=crossbatch.model.backbone_args={"width": 8}',
     "--set=crossbatch.model.dim=16",
     "--set=crossbatch.model.mlp_dim=32",
@@ -43,6 +44,8 @@ def dry_run(monkeypatch, capsys, *arguments) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+FSDP = ["--set=crossbatch.sharding=fsdp"]  # without DeepSpeed, which takes every rank 5 s to import
+WITHOUT_EVALUATION = ["--set=crossbatch.evaluate.knn_every_epochs=0", "--set=crossbatch.evaluate.every_epochs=0"]
 BS4096 = ["--deepspeed_config", "ds_configs/bs4096.json", "--world-size-hint", "16", "--set=crossbatch.precision=fp32"]
 
 
@@ -80,6 +83,7 @@ def test_dry_run_of_the_main_recipe(monkeypatch, capsys):
             {"parameters_total": 68012160, "parameters_trainable": 35058752, "chance_loss": 33.27, "group_size": None},
         ),
         (["--add_bf", "36"], {"chance_loss": 33.27}),
+        (["--local_rank=1"], {"local_batch": 256}),  # as of DeepSpeed's launcher
         (["--data", "synthetic://10000"], {"steps_per_epoch": 2}),
         (
             ["-b", "512", "--lr", "0.3", "--set", "crossbatch.sharding=fsdp"],
@@ -149,24 +153,26 @@ def start(launcher: list[str], out: Path, *arguments: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Run directory and metrics of one process."""
-    out = tmp_path_factory.mktemp("alone")
-    return out, start(["python"], out)
+def alone(tmp_path_factory, nursery):
+    """Run directory and metrics of one process that no launcher has started."""
+    out, logs = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("logs")
+    job = nursery.start(logs, 1, "--deepspeed_config", "ds_configs/quickstart.json", f"--out={out}", *TINY, ALONE="1")
+    assert job.wait() == [0], job.output()
+    assert f"next:\n  python launch/linear.py --checkpoint {out} " in job.output()
+    return out, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "sharding"),
     [
-        ["deepspeed", "--num_gpus=2", "--master_port=29612"],
-        pytest.param(["torchrun", "--nproc_per_node=2", "--master_port=29611"], marks=pytest.mark.slow),
+        pytest.param(["torchrun", "--nproc_per_node=2", "--master_port=29611"], FSDP, id="torchrun"),
+        pytest.param(["deepspeed", "--num_gpus=2", "--master_port=29612"], [], id="deepspeed", marks=pytest.mark.slow),
     ],
-    ids=lambda launcher: launcher[0],
 )
-def test_launchers_lose_the_same(tmp_path, alone, launcher):
+def test_launchers_lose_the_same(tmp_path, alone, launcher, sharding):
     wanted = [line["loss"] for line in alone[1] if "loss" in line]
     assert len(wanted) == 8
-    lines = start(launcher, tmp_path)
+    lines = start(launcher, tmp_path, *sharding, *WITHOUT_EVALUATION)
     assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(wanted, rel=1e-5)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["world_size"], config["train_micro_batch_size_per_gpu"]) == (2, 8)

@@ -54,6 +54,7 @@ def both(monkeypatch, folder, url, tmp_path, command: str, *flags) -> list:
     return outs
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("command", "flags"),
     [

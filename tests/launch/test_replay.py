@@ -183,7 +183,7 @@ def test_a_step_made_again_has_the_same_views_and_losses(tmp_path, pools, settin
     patches = ((TRAIN_ON, keeps_views(str(kept))),)
     assert set(pools(ranks).run(run, settings, str(out), 6, "auto", (), patches)) == {""}
     n = 12 // ranks
-    for rank in range(ranks):
+    for rank in range(ranks) if settings[: len(VIT)] == VIT else (ranks - 1,):  # a ResNet's replay takes longer
         command = f"replay --run {out} --step 6 --window 2 --rank {rank}"
         assert set(pools(replayed_on).run(replay, command)) == {""}
         views, indices = torch.load(kept / f"6-{rank}.pt", weights_only=False)
@@ -208,11 +208,11 @@ def test_a_step_made_again_has_the_same_views_and_losses(tmp_path, pools, settin
 
 def test_replay_from_the_seed_and_what_is_written_of_layers(tmp_path, one_rank):
     """Of a clean run, from its very first step on: nothing jumps, although everything grows in a warm-up."""
-    assert one_rank.run(run, [*RESNET, *LARS, "crossbatch.checkpoint.keep=1"], str(tmp_path), 6) == [""]
-    for step in (1, 4, 6):
+    assert one_rank.run(run, [*RESNET, *LARS, "crossbatch.checkpoint.keep=1"], str(tmp_path), 4) == [""]
+    for step in (1, 4):  # the only checkpoint is that of step 4, so that both start from the seed
         assert one_rank.run(replay, f"replay --run {tmp_path} --step {step}") == [""]
         assert verdict(tmp_path, step)["kind"] == "none", verdict(tmp_path, step)
-    lines = [json.loads(text) for text in (tmp_path / "replay" / "step-6" / "layers.jsonl").read_text().splitlines()]
+    lines = [json.loads(text) for text in (tmp_path / "replay" / "step-4" / "layers.jsonl").read_text().splitlines()]
     layers = {line["name"]: line for line in lines}
     names = [line["name"] for line in lines]
     order = ["input", "online.backbone.conv1", "online.backbone.layer4.1.bn2", "batchformer", "predictor"]
@@ -222,7 +222,7 @@ def test_replay_from_the_seed_and_what_is_written_of_layers(tmp_path, one_rank):
         assert values["min"] < values["mean"] < values["max"] and values["std"] > 0 and values["not_finite"] == 0
     assert layers["momentum.backbone.conv1"]["gradient"] is None
     assert "batchformer (keys)" in layers
-    before = checkpoint.read(tmp_path / "checkpoints" / "step-00000006", "parameters.online.backbone.conv1.weight")[""]
+    before = checkpoint.read(tmp_path / "checkpoints" / "step-00000004", "parameters.online.backbone.conv1.weight")[""]
     after = conv["weights"]["weight"]["before"]["max"] + conv["weights"]["weight"]["update"]["max"]
     assert float(before.max()) <= after
 

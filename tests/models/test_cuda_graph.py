@@ -94,7 +94,8 @@ def run(overrides: list[str], out: str) -> list[int]:
         threads.append(sum(thread.name.startswith("batches") for thread in threading.enumerate()))
         return parts
 
-    with mock.patch("torch.cuda.make_graphed_callables", stand_in):
+    fork = mock.patch("crossbatch.data.workers.start_method", lambda: "fork")  # a fork server would import torch again
+    with mock.patch("torch.cuda.make_graphed_callables", stand_in), fork:
         pretrainer(cfg, out, "none", 3).train()
     return threads
 

@@ -13,6 +13,16 @@ from packaging.requirements import Requirement
 import crossbatch
 
 ROOT = Path(__file__).parents[2]
+# Public names, and packages of a library's interest, with what importing one must not load.
+NEEDS = {
+    "LARS": "cv2 timm torchvision PIL scipy nvidia deepspeed triton matplotlib tensorboard",
+    "BatchFormer": "cv2 timm torchvision PIL scipy nvidia deepspeed matplotlib tensorboard",
+    "convert_norms": "cv2 timm torchvision PIL scipy nvidia deepspeed matplotlib tensorboard",
+    "chunked_backward": "cv2 timm torchvision PIL scipy nvidia deepspeed matplotlib tensorboard",
+    "open_source": "cv2 timm deepspeed nvidia triton matplotlib tensorboard",
+    "crossbatch.models": "cv2 timm torchvision PIL scipy deepspeed triton",
+    "crossbatch.engine.optimizers": "cv2 timm torchvision PIL scipy nvidia deepspeed triton",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +60,43 @@ def test_pretrains_from_the_wheel_with_a_recipe_inside_of_it(installed, tmp_path
             "--set",
             "crossbatch.batchformer.group_size=16",
         ),
-        *("--set", "crossbatch.evaluate.knn_every_epochs=0"),
+        *("--set", "crossbatch.evaluate.knn_every_epochs=0", "--set", "crossbatch.data.workers=0"),
+        *("--set", "crossbatch.sharding=fsdp"),  # DeepSpeed takes 5 s to import
+        *("--set", "crossbatch.data.backend=torchvision"),  # numba would compile OpenCV's colours for this folder, 15 s
     )
     assert "crossbatch linear --checkpoint run" in out or (tmp_path / "run" / "metrics.jsonl").exists()
     assert (tmp_path / "run" / "config.json").exists()
 
 
-def test_wheel_has_types_and_everything_of_the_checkout(installed, tmp_path):
+# Forks for each of the names, as torch takes seconds to import; prints the package's file, and what each name has loaded.
+LOADS = """
+import importlib, os, sys, torch
+names = sys.argv[1:]
+for name in names:
+    if os.fork() == 0:
+        before = set(sys.modules)
+        import crossbatch
+        for one in crossbatch.__all__ if name == "everything" else [name]:
+            getattr(crossbatch, one) if one in crossbatch.__all__ else importlib.import_module(one)
+        print(name, crossbatch.__file__, *set(sys.modules) - before, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, name
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(installed, tmp_path_factory) -> dict[str, list[str]]:
+    """What each name of NEEDS, and all names of the package, load from the wheel: the package's file, then modules."""
+    names = [*NEEDS, "everything"]
+    lines = run(installed, tmp_path_factory.mktemp("loads"), "-c", LOADS, *names).splitlines()
+    found = {name: modules for name, *modules in map(str.split, lines)}
+    assert [*found] == names
+    return found
+
+
+def test_wheel_has_types_and_everything_of_the_checkout(installed, loaded):
     assert (installed / "crossbatch" / "py.typed").exists()
-    code = "import crossbatch; print(crossbatch.__file__); [getattr(crossbatch, name) for name in crossbatch.__all__]"
-    assert run(installed, tmp_path, "-c", code).startswith(str(installed))
+    assert loaded["everything"][0].startswith(str(installed))
 
 
 @pytest.mark.parametrize(
@@ -110,18 +147,7 @@ def test_documentation_lists_every_public_name(page):
     assert [name for name in crossbatch.__all__ if not re.search(rf"\b{name}\b", text)] == []
 
 
-@pytest.mark.parametrize(
-    ("name", "unwanted"),
-    [
-        ("LARS", "cv2 timm torchvision PIL scipy nvidia deepspeed triton matplotlib tensorboard"),
-        ("BatchFormer", "cv2 timm torchvision PIL scipy nvidia deepspeed matplotlib tensorboard"),
-        ("convert_norms", "cv2 timm torchvision PIL scipy nvidia deepspeed matplotlib tensorboard"),
-        ("chunked_backward", "cv2 timm torchvision PIL scipy nvidia deepspeed matplotlib tensorboard"),
-        ("open_source", "cv2 timm deepspeed nvidia triton matplotlib tensorboard"),
-    ],
-)
-def test_importing_a_name_loads_what_it_needs(installed, tmp_path, name, unwanted):
-    code = "import sys, torch; before = set(sys.modules); import crossbatch; "
-    code += f"crossbatch.{name}; print(*set(sys.modules) - before)"
-    loaded = {module.split(".")[0] for module in run(installed, tmp_path, "-c", code).split()}
-    assert loaded & set(unwanted.split()) == set()
+@pytest.mark.parametrize(("name", "unwanted"), NEEDS.items(), ids=NEEDS)
+def test_importing_a_name_loads_what_it_needs(loaded, name, unwanted):
+    packages = {module.split(".")[0] for module in loaded[name][1:]}
+    assert "crossbatch" in packages and packages & set(unwanted.split()) == set()
