@@ -162,10 +162,9 @@ def step_of_resnet(overrides: list[str], out: str, alone: bool) -> tuple[float, 
 
 
 def test_a_resnet_in_chunks_is_ranks_that_keep_their_norms_to_themselves(tmp_path, pools):
-    fours = [*zero(0), "train_batch_size=16", "train_micro_batch_size_per_gpu=4"]
-    chunked = pools(1).run(step_of_resnet, fours, str(tmp_path / "chunked"), False)[0]
-    ranks = pools(4).run(step_of_resnet, fours, str(tmp_path / "ranks"), True)[0]
-    together = pools(4).run(step_of_resnet, fours, str(tmp_path / "together"), False)[0]
+    chunked = pools(1).run(step_of_resnet, [*zero(0), *split(1, 4)], str(tmp_path / "chunked"), False)[0]
+    ranks = pools(4).run(step_of_resnet, [*zero(0), *split(4, 1)], str(tmp_path / "ranks"), True)[0]
+    together = pools(4).run(step_of_resnet, [*zero(0), *split(4, 1)], str(tmp_path / "together"), False)[0]
     assert chunked[0] == pytest.approx(ranks[0], rel=1e-5)
     assert chunked[0] != pytest.approx(together[0], rel=1e-5)
     for name, tensor in ranks[1].items():
