@@ -5,6 +5,7 @@ Decided here is how worker processes start, how they end (also after a failure),
 
 import contextlib
 import ctypes
+import functools
 import io
 import math
 import multiprocessing
@@ -137,7 +138,7 @@ class WorkerPool:
             sampler=self._keys,
             num_workers=workers,
             collate_fn=_in_shared_memory if workers else _unchanged,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             multiprocessing_context=method,
@@ -389,13 +390,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _start_worker(worker_id: int) -> None:
-    """Set up a worker process: one thread, and signals left to the trainer.
+def _start_worker(environment: dict[str, str], worker_id: int) -> None:
+    """Set up a worker process: the trainer's environment, one thread, and signals left to the trainer.
+
+    Under forkserver a worker has the environment of the time at which the server started: credentials that a program has set
+    since then would be missing.
 
     The workers are the parallelism, so each has one thread (OpenCV has its own). Interrupts are left to the trainer, and so
     is a SIGTERM that the trainer did not send: a preempted job gets it in every process at once, and workers that died
     of it would fail the step that the trainer still wants to save.
     """
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
     torch.set_num_threads(1)
     keep_freed_memory()
     if "cv2" in sys.modules:  # if this worker needs it: its dataset names the functions of the backend

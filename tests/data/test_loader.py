@@ -55,6 +55,15 @@ class Deadly(Synthetic):
         return super().open(index)
 
 
+class Private(Synthetic):
+    """Opens its images only for whoever has the password."""
+
+    def open(self, index: int):
+        if os.environ.get("PASSWORD_OF_IMAGES") != "swordfish":
+            raise OSError("who are you?")
+        return super().open(index)
+
+
 def assert_same(a: list[Batch], b: list[Batch]):
     assert len(a) == len(b)
     for one, other in zip(a, b, strict=True):
@@ -327,6 +336,10 @@ def test_workers_of_a_trainer_that_uses_opencv():
 def test_forkserver_workers_give_the_same(two_epochs, monkeypatch):
     monkeypatch.setattr(stream, "start_method", lambda: "forkserver")
     served = make(1)
+    assert_same([next(served.epoch(0))], two_epochs[:1])
+    served.close()
+    monkeypatch.setenv("PASSWORD_OF_IMAGES", "swordfish")  # while the server runs that starts the workers
+    served = make(1, Private(100, 12))
     assert_same([next(served.epoch(0))], two_epochs[:1])
     served.close()
 
