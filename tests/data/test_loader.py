@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -391,7 +392,13 @@ def test_without_workers_the_step_copies(two_epochs, cuda):
 def test_fork_only_where_nothing_communicates(monkeypatch):
     monkeypatch.setattr(stream.sys, "version_info", (3, 11))
     monkeypatch.delitem(stream.sys.modules, "nvidia.dali", raising=False)
+    # Not whatever other tests have read remotely in this process.
+    threads = [thread for thread in threading.enumerate() if thread.name != "fsspecIO"]
+    monkeypatch.setattr(stream.threading, "enumerate", lambda: threads)
     assert stream.start_method() == "fork"
+    threads.append(threading.Thread(name="fsspecIO"))
+    assert stream.start_method() == "forkserver"
+    threads.pop()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert stream.start_method() == "forkserver"
 
