@@ -400,9 +400,8 @@ def _start_worker(environment: dict[str, str], worker_id: int) -> None:
     is a SIGTERM that the trainer did not send: a preempted job gets it in every process at once, and workers that died
     of it would fail the step that the trainer still wants to save.
     """
-    if os.environ != environment:
-        os.environ.clear()
-        os.environ.update(environment)
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     keep_freed_memory()
     if "cv2" in sys.modules:  # if this worker needs it: its dataset names the functions of the backend

@@ -122,8 +122,10 @@ def main() -> None:
     loader = DataLoader(
         images, batch, shuffle=True, num_workers=usable_cores(), drop_last=True, persistent_workers=True
     )
-    steps = {"plain": lambda: PlainStep(cfg, torch.device("cpu")), "lightly": lambda: LightlyStep(cfg)}
-    step = steps.get(given.peer, lambda: StablePretrainingStep(cfg))()
+    if given.peer == "plain":
+        step = PlainStep(cfg, torch.device("cpu"))
+    else:
+        step = LightlyStep(cfg) if lightly else StablePretrainingStep(cfg)
     (given.out / "marks").mkdir(parents=True, exist_ok=True)
     epochs, per_epoch = ours.schedule.epochs, len(loader)
     total = round(epochs * per_epoch)

@@ -361,9 +361,8 @@ def _connection(scheme: str, process: int) -> tuple[Any, asyncio.Semaphore]:
         # With `trust_env`, aiohttp looks for proxies and into ~/.netrc at every request, in threads.
         netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         options["client_kwargs"] = {"trust_env": bool(getproxies()) or netrc.exists(), **given}
-    if (
-        scheme == "gs"
-    ):  # or gcsfs asks by gRPC what kind of bucket it is, and waits a minute where that is not let through
+    if scheme == "gs":
+        # Or gcsfs asks by gRPC what kind of bucket it is, and waits a minute where that is not let through.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         return fsspec.filesystem(scheme, **options), asyncio.Semaphore(_REQUESTS)

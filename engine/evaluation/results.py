@@ -43,7 +43,7 @@ def save_figures(out: Path, figures: dict[str, Callable[[], Figure]], step: int 
     """Draw each figure, and save it as NAME.png and in TensorBoard. What fails is left out with a warning."""
     from torch.utils.tensorboard import SummaryWriter
 
-    drawn: dict[str, np.ndarray] = {}  # once: `savefig` and `add_figure` would each draw it anew, seconds for 65 images
+    drawn: dict[str, np.ndarray] = {}  # `savefig` and `add_figure` would each draw it anew
     for name, draw in figures.items():
         with _warning(f"{name}.png"):
             canvas = FigureCanvasAgg(draw())

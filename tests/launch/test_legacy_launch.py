@@ -19,7 +19,7 @@ from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
 
 TINY = ["-b", "16", "--epochs", "1", "-p", "1", "-j", "0", "--set", "crossbatch.data.image_size=16"]
 ONE_CHUNK = ["--set", "train_micro_batch_size_per_gpu=8", "--set", "crossbatch.evaluate.knn_every_epochs=0"]
-# Ranks of their own take 5 s to import DeepSpeed, and 1 s to import numba for OpenCV's colours.
+# Neither DeepSpeed nor, for OpenCV's colours, numba, which ranks of their own would import anew.
 ONE_CHUNK += ["--set", "crossbatch.sharding=fsdp", "--set", "crossbatch.data.backend=torchvision"]
 NET = [
     *(
