@@ -101,14 +101,18 @@ def decode_pixels(encoded: bytes, reduction: int = 1, by_pil: bool = False) -> n
 
     A `reduction` of 2, 4 or 8, of an ordinary JPEG only, makes each side that much shorter, rounded up. Raises BrokenImage.
     """
-    if not by_pil and jpeg_size(encoded) is not None:
-        import cv2  # not needed to import this package
+    if by_pil or jpeg_size(encoded) is None:
+        return np.array(decode(encoded, reduction))
+    return decode_jpeg(encoded, reduction)
 
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
-        pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), flags)
-        if pixels is not None:
-            return pixels
-    return np.array(decode(encoded, reduction))
+
+def decode_jpeg(encoded: bytes, reduction: int = 1) -> np.ndarray:
+    """Decode, as `decode_pixels`, what is known to be an ordinary JPEG."""
+    import cv2  # not needed to import this package
+
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
+    pixels = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), flags)
+    return np.array(decode(encoded, reduction)) if pixels is None else pixels
 
 
 def decode_channels(encoded: bytes, channels: int) -> np.ndarray:

@@ -19,7 +19,15 @@ from torch.utils.data import get_worker_info
 from crossbatch.data.augment.backends import augment_function, make_views
 from crossbatch.data.augment.parameters import ImageSize, ViewAugmentation
 from crossbatch.data.augment.pil import evaluation_image
-from crossbatch.data.decode import BrokenImage, Encoded, ImagesLost, decode_channels, decode_pixels, jpeg_size
+from crossbatch.data.decode import (
+    BrokenImage,
+    Encoded,
+    ImagesLost,
+    decode_channels,
+    decode_jpeg,
+    decode_pixels,
+    jpeg_size,
+)
 from crossbatch.data.sources import Source
 from crossbatch.data.sources.subset import read_ahead
 
@@ -69,7 +77,7 @@ class TrainDataset:
         self.source, self.augmentations, self.seed, self.scaled_decode = source, augmentations, seed, scaled_decode
         self.augment = augment_function(backend, augmentations[0].channels)
         self._memories: deque[torch.UntypedStorage] = deque(maxlen=turns)  # of this worker process
-        self.decode = functools.partial(decode_pixels, by_pil=backend == "torchvision")
+        self.decode = functools.partial(decode_pixels, by_pil=True) if backend == "torchvision" else decode_jpeg
 
     def describe(self, key: TrainKey) -> str:
         """Return the name of the first image of a key."""
@@ -130,7 +138,7 @@ def _planes(source: Source, index: int, channels: int) -> list[Image.Image]:
     """Return an image in RGB, or as one gray image of each channel where there are not three. Raises OSError."""
     if channels == 3:
         opened = open_encoded(source, index)
-        return [Image.fromarray(decode_pixels(opened.data) if isinstance(opened, Encoded) else opened)]
+        return [Image.fromarray(decode_jpeg(opened.data) if isinstance(opened, Encoded) else opened)]
     pixels = decode_channels(source.read(index), channels)
     return [Image.fromarray(np.ascontiguousarray(pixels[..., channel])) for channel in range(channels)]
 

@@ -16,7 +16,7 @@ from crossbatch.data.augment.parameters import (
     reduced,
     reductions,
 )
-from crossbatch.data.decode import Encoded, decode_pixels
+from crossbatch.data.decode import Encoded, decode_jpeg
 
 BACKENDS = {
     "dali": "DALI decodes, crops and resizes, on the GPU if there is one",
@@ -79,7 +79,7 @@ def make_views(
     seed: int,
     epoch: int,
     indices: np.ndarray,
-    decode: Callable[[bytes, int], np.ndarray] = decode_pixels,
+    decode: Callable[[bytes, int], np.ndarray] = decode_jpeg,
     scaled_decode: bool = True,
     memory: torch.Tensor | None = None,
 ) -> torch.Tensor:
