@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -73,9 +72,7 @@ def train(
                 watchdog,
                 profile_steps,
             )
-            # What `train` restores: a run that is done shall not die of a late signal.
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
+            trainer.signals.ignores_late = True
             trainer.train()
 
 

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from crossbatch import RunStopped
+from crossbatch.engine.runtime.world import has_false_terminal
 
 
 class _Muted(io.FileIO):
@@ -63,4 +64,5 @@ def console(stderr: bool = False) -> Any:
     """Return a rich Console that prints text as it is."""
     from rich.console import Console  # late: the streams are protected before anything large is imported
 
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    is_terminal = False if has_false_terminal() else None  # None: rich finds out
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, force_terminal=is_terminal)

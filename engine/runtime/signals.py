@@ -27,10 +27,14 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers the last signal in `received`, as a context manager; a second Ctrl-C interrupts at once."""
+    """Remembers the last signal in `received`, as a context manager; a second Ctrl-C interrupts at once.
+
+    Set `ignores_late` to let signals that come after the context do nothing: a run that is done shall not die of one.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.ignores_late = False
 
     def __enter__(self) -> "Signals":
         numbers = [number for number in SIGNALS if number != signal.SIGHUP or not _is_under_nohup()]
@@ -43,7 +47,7 @@ class Signals:
         if kind is not None:
             return  # a launcher ends with SIGTERM what is leaving with a message and an exit code of its own
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.ignores_late else handler)
 
     def wait(self, timeout_s: float) -> None:
         """Return when this rank has received a signal itself, or after `timeout_s`."""

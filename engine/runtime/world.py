@@ -123,6 +123,14 @@ def hides_gpus() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
 
 
+def has_false_terminal() -> bool:
+    """Return whether what looks like a terminal may be a file: Open MPI reads the output of each rank through one.
+
+    It stops reading when it ends its ranks: a progress bar has filled the terminal ten seconds later, and whoever writes waits.
+    """
+    return "OMPI_COMM_WORLD_RANK" in os.environ
+
+
 def may_be_restarted() -> bool:
     """Return whether torchrun starts this very command again after a failure (--max-restarts)."""
     return _number("TORCHELASTIC_MAX_RESTARTS", default=0) > 0
