@@ -192,11 +192,15 @@ class RunLog(Log):
         self.bar.update(self.task, completed=step)
 
     def first_views(self, views: torch.Tensor) -> None:
-        """Show 16 images of the uint8 views [v, n, 3, H, W] of the first batch in TensorBoard, an image's views in a column."""
+        """Show 16 images of the uint8 views [v, n, C, H, W] of the first batch in TensorBoard, an image's views in a column.
+
+        Of more channels than three, the first three are the colours; of two, the first is the brightness.
+        """
         from torchvision.utils import make_grid
 
         if not self.has_board:
             return
+        views = views[:, :, : 3 if views.shape[2] >= 3 else 1]
         rows = [row for some in zip(*(view[:16].split(8) for view in views), strict=True) for row in some]
         with self._warning_if_full(BOARD):
             self._open_board().add_image("views", make_grid(torch.cat(rows), nrow=8, pad_value=255), 0)

@@ -101,8 +101,9 @@ def _plain(text: str) -> str:
 def neighbour_grid(rows: Sequence[Sequence[tuple[np.ndarray, str, bool]]], title: str) -> Figure:
     """Draw rows of a query and its nearest training images.
 
-    A cell is (uint8 [H, W, 3], the text above it, whether it is right): for the query, whether the vote was right; for the
-    others, whether they are of its class. The frame is green or red accordingly.
+    A cell is (uint8 [H, W, C], the text above it, whether it is right): for the query, whether the vote was right; for the
+    others, whether they are of its class. The frame is green or red accordingly. Of more channels than three, the first three
+    are the colours; of two, the first is the brightness.
     """
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(1.25 * columns + 0.4, 1.45 * len(rows) + 0.6), dpi=DPI, layout="constrained")
@@ -111,7 +112,8 @@ def neighbour_grid(rows: Sequence[Sequence[tuple[np.ndarray, str, bool]]], title
         axes.set(xticks=[], yticks=[])
     for row, axes_row in zip(rows, grid, strict=True):
         for (pixels, text, right), axes in zip(row, axes_row, strict=False):
-            axes.imshow(pixels, interpolation="nearest")
+            gray = {} if pixels.shape[2] >= 3 else {"cmap": "gray", "vmin": 0, "vmax": 255}
+            axes.imshow(pixels[..., : 1 if gray else 3], interpolation="nearest", **gray)
             axes.set_title(_plain(text), fontsize=7)
             for spine in axes.spines.values():
                 spine.set(color=RIGHT if right else WRONG, linewidth=3)

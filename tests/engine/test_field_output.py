@@ -1,6 +1,7 @@
 """Output, exit codes and pictures: any text to any stream, and what the machine refuses is no traceback."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crossbatch import RunStopped
-from crossbatch.engine.evaluation.results import confusion_matrix, save_figures
-from crossbatch.engine.run_log import print_summary
+from crossbatch.engine.evaluation.results import confusion_matrix, neighbour_grid, save_figures
+from crossbatch.engine.run_log import RunLog, print_summary
 from crossbatch.engine.runtime.exit_codes import run_main
 
 ROOT = Path(__file__).parents[2]
@@ -124,3 +129,23 @@ def test_field_many_classes_need_no_dense_matrix():
     assert peak < 2**28 and drawn is not None and drawn.shape == (1000, 1000)
     assert drawn[0, 999] == 100 and drawn.sum() == 100 * 1000
     assert figure.axes[0].get_xlabel() == "predicted (groups of 10 classes)"
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_field_images_of_any_number_of_channels_are_shown(tmp_path, channels):
+    """The first batch in TensorBoard, and neighbours: three channels are colours, of fewer the first one is gray."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, channels), dtype=np.uint8)
+    want = pixels[..., :3] if channels >= 3 else pixels[..., [0, 0, 0]]
+
+    log = RunLog(tmp_path, 0, 2)
+    log.first_views(torch.from_numpy(pixels).permute(2, 0, 1).expand(2, 1, channels, 6, 8))
+    log.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    shown = np.asarray(Image.open(io.BytesIO(events.Images("views")[0].encoded_image_string)))
+    assert np.array_equal(shown[2:8, 2:10], want)  # in a frame of two pixels
+
+    canvas = FigureCanvasAgg(neighbour_grid([[(pixels, "a", True)]], "title"))
+    canvas.draw()
+    image = canvas.figure.axes[0].images[0]
+    drawn = image.to_rgba(image.get_array(), bytes=True)[..., :3]
+    assert np.allclose(drawn.astype(int), want, atol=1)
