@@ -187,7 +187,7 @@ def _check_heads(weights: Weights, heads: int | None, arch: str, args: Mapping[s
             f"--set crossbatch.model.backbone_args='{{\"num_heads\": {weights.num_heads}}}'"
         )
     known = weights.num_heads is not None or weights.arch is not None or "num_heads" in args
-    if arch == "vit_small" and not known:
+    if arch == "vit_small" and not known and "cls_token" in weights.tensors:
         raise InputError(
             f"{where}: does not say how many heads it has: MoCo v3's ViT-S has 12, DeiT's and timm's has 6, with the same "
             f"shapes; say which: --set crossbatch.model.backbone_args='{{\"num_heads\": 12}}'"

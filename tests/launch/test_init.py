@@ -116,6 +116,11 @@ def empty_run(file: Path) -> None:
 
 WRONG = {
     "another network": (lambda file: torch.save(torchvision.models.resnet34().state_dict(), file), [], "is not a resnet18"),
+    "another family": (
+        lambda file: torch.save(torchvision.models.resnet18().state_dict(), file),
+        ["-a", "vit_small", "--set=crossbatch.model.backbone_args={}"],
+        "is not a vit_small",
+    ),
     "no file": (lambda _: None, [], "no such file or folder"),
     "no backbone": (lambda file: torch.save(torch.nn.Linear(2, 2).state_dict(), file), [], "is not a resnet18"),
     "no weights": (lambda file: file.write_text("hello"), [], "cannot be read"),
