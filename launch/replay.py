@@ -91,7 +91,7 @@ def replay(run: RecordedRun, arguments: argparse.Namespace, world: World, device
     step, ranks = arguments.step, check_step(run, arguments.step)
     if arguments.rank is not None and not 0 <= arguments.rank < ranks:
         raise InputError(f"--rank: given {arguments.rank}; allowed: 0 to {ranks - 1}, the ranks of {run.path}")
-    out = output_folder(arguments.out or run.path / "replay" / f"step-{step}")
+    out = create_folder(arguments.out or run.path / "replay" / f"step-{step}")
     rebuilt = rebuild(
         run, step, arguments.window, arguments.data, world, device, out, arguments.image, say=said_by(world)
     )
@@ -109,7 +109,7 @@ def compare(
 ) -> None:
     """Print where two runs part, and write it to compare.json. Raises InputError."""
     tolerance = arguments.tolerance
-    out = output_folder(arguments.out or run.path / "replay" / f"compare-{other.path.resolve().name}")
+    out = create_folder(arguments.out or run.path / "replay" / f"compare-{other.path.resolve().name}")
     found = on_main(lambda: first_step_apart(run, other, tolerance))
     step = arguments.step or (None if found is None else found.step)
     lines, apart = [f"{run.path} and {other.path}"], []
@@ -155,7 +155,7 @@ def said_by(world: World) -> Callable[[str], object]:
     return print if world.is_main else lambda text: None
 
 
-def output_folder(path: Path) -> Path:
+def create_folder(path: Path) -> Path:
     """Create the folder to write into. Raises InputError on all ranks."""
 
     def create() -> Path:
