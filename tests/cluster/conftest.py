@@ -48,7 +48,7 @@ class Command:
             raise AssertionError(f"still running after {within_s} s: {self.text()}") from None
 
     def text(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text(errors="replace")  # mpirun may write one rank's text into a character of another's
 
 
 def _names(pid: int) -> dict[str, str]:
