@@ -147,5 +147,7 @@ def test_field_images_of_any_number_of_channels_are_shown(tmp_path, channels):
     canvas = FigureCanvasAgg(neighbour_grid([[(pixels, "a", True)]], "title"))
     canvas.draw()
     image = canvas.figure.axes[0].images[0]
-    drawn = image.to_rgba(image.get_array(), bytes=True)[..., :3]
+    array = image.get_array()
+    assert array is not None
+    drawn = image.to_rgba(array, bytes=True)[..., :3]
     assert np.allclose(drawn.astype(int), want, atol=1)

@@ -197,7 +197,7 @@ def test_twice_the_fewest_steps_at_the_noise_scale():
     assert cost_of_batch(100, 1000.0) == (11, 1.1)
 
 
-def noise_by_steps_and_by_images(out: str, batch: int, steps: int, seed: int) -> list[tuple[float, float]]:
+def noise_by_steps_and_by_images(out: str, data: str, batch: int, steps: int, seed: int) -> list[tuple[float, float]]:
     """|G|^2 and tr(Sigma) at fixed weights: as the engine estimates them, and from each image's own gradient."""
     overrides = [
         *BASE,
@@ -207,7 +207,7 @@ def noise_by_steps_and_by_images(out: str, batch: int, steps: int, seed: int) ->
         f"train_micro_batch_size_per_gpu={batch // 4}",
         f"crossbatch.batchformer.group_size={batch}",  # or images of a chunk would have more in common than others
         f"crossbatch.seed={seed}",
-        "crossbatch.data.path=synthetic://2400?size=20&classes=4",
+        f"crossbatch.data.path={data}",
     ]
     trainer = pretrainer(resolve(load_config(None, overrides), 1, Device("cpu")), out, "none", 1)
     step, batches = trainer.state.step, trainer.task.data.batches(0)
@@ -242,13 +242,20 @@ def noise_by_steps_and_by_images(out: str, batch: int, steps: int, seed: int) ->
     ]
 
 
+CIFAR10 = "datasets/cifar10"  # a folder of images, as in docs/evaluation.md
+
+
 @pytest.mark.slow
-def test_the_noise_is_that_of_the_gradients_of_images(one_rank, tmp_path):
+@pytest.mark.parametrize("data", ["synthetic://2400?size=20&classes=4", CIFAR10])
+def test_the_noise_is_that_of_the_gradients_of_images(one_rank, tmp_path, data):
     """Other batches, so 15 % is the noise of both. The batch norms of the heads make |G|^2 negative in so small a batch."""
+    if data == CIFAR10 and not Path(data).is_dir():
+        pytest.skip(f"needs {data}")
     total = torch.zeros(2, 2, dtype=torch.float64)
     for seed in range(5):
-        (found,) = one_rank.run(noise_by_steps_and_by_images, str(tmp_path / f"{seed}"), 24, 60, seed)
+        (found,) = one_rank.run(noise_by_steps_and_by_images, str(tmp_path / f"{seed}"), data, 24, 60, seed)
         total += torch.tensor(found, dtype=torch.float64)
     (square, variance), (want_square, want_variance) = total.tolist()
+    print(f"{data}: noise scale {variance / square:.1f}, of images {want_variance / want_square:.1f}")
     assert variance / square == pytest.approx(want_variance / want_square, rel=0.15)
     assert variance == pytest.approx(want_variance, rel=0.15)
