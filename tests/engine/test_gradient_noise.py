@@ -212,19 +212,19 @@ def noise_by_steps_and_by_images(out: str, data: str, batch: int, steps: int, se
     trainer = pretrainer(resolve(load_config(None, overrides), 1, Device("cpu")), out, "none", 1)
     step, batches = trainer.state.step, trainer.task.data.batches(0)
     assert isinstance(step, TrainStep) and step.noise is not None
+    views_of_steps = [next(batches).views for _ in range(steps)]
     with mock.patch.multiple(step, learning_rate=lambda _: 0.0, momentum=lambda _: 1.0):
-        for _ in range(steps):
-            step(next(batches).views)
+        for views in views_of_steps:
+            step(views)
     found = step.noise.read(float(step.noise.part_square()), Progress())
     model = step.backend.model
     assert isinstance(model, MoCo)
     parameters = [p for p in model.online.backbone.parameters() if p.requires_grad]
     products, own = [], []
-    for number in range(steps):
-        views = next(batches).views
+    for number, views in enumerate(views_of_steps):
         online, momentum = model.features(step._to_device(views), with_grad=False)
         leaf = online.detach().requires_grad_()
-        model.contrast(leaf, momentum, steps + number, step.seed).loss.backward()
+        model.contrast(leaf, momentum, number, step.seed).loss.backward()
         assert leaf.grad is not None
         of_images = batch * leaf.grad.unflatten(0, (2, -1))
         terms = []
@@ -248,7 +248,10 @@ CIFAR10 = "datasets/cifar10"  # a folder of images, as in docs/evaluation.md
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["synthetic://2400?size=20&classes=4", CIFAR10])
 def test_the_noise_is_that_of_the_gradients_of_images(one_rank, tmp_path, data):
-    """Other batches, so 15 % is the noise of both. The batch norms of the heads make |G|^2 negative in so small a batch."""
+    """On the same batches: the engine has the pairs of images in different parts, this all pairs, and 15 % is the difference.
+
+    The batch norms of the heads make |G|^2 negative in so small a batch.
+    """
     if data == CIFAR10 and not Path(data).is_dir():
         pytest.skip(f"needs {data}")
     total = torch.zeros(2, 2, dtype=torch.float64)
