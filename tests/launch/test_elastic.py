@@ -24,12 +24,19 @@ from tests.small_runs import ADAMW, BASE, VIT, fsdp, name_of, zero
 
 # No save but the last one; what a run goes on from is in memory.
 RARE_SAVES = ["crossbatch.checkpoint.every_steps=1000", "crossbatch.schedule.epochs=50"]
+# Three ranks sum in another order than four. Where that decides whether the input of a ReLU is above zero, later losses jump:
+# with seed 0 at step 90, by 2e-4, in 4 of 14 runs. With this seed they stay within 2e-6 for 160 steps when all weights change
+# by 1e-7 at 15 of these. An update that is lost in a head or in BatchFormer changes them by 1e-3 within 20 steps.
+NO_TIES = ["crossbatch.seed=5"]
 TWO_NODES = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "PRIVATE": "/dev/shm"}
 RESTARTS = {"TORCHELASTIC_MAX_RESTARTS": "3"}
 
 
 def flags(out: Path, *settings: str) -> list[str]:
-    return [f"--out={out}", *(f"--set={setting}" for setting in (*BASE, *RARE_SAVES, *VIT, *ADAMW, *settings))]
+    return [
+        f"--out={out}",
+        *(f"--set={setting}" for setting in (*BASE, *RARE_SAVES, *NO_TIES, *VIT, *ADAMW, *settings)),
+    ]
 
 
 def losses(out: Path) -> list[float]:
@@ -207,7 +214,7 @@ LONG = ["crossbatch.schedule.epochs=1000"]
 def test_killed_at_random_steps(tmp_path, nursery, agents, backend, nodes):
     """A rank of four, or its node; then the run grows to four again. Twice for each backend and number of nodes."""
     chance = random.Random(f"{name_of(backend)} {nodes}")
-    run, ranks_each, exact = agents(nodes, 4 // nodes, [*backend, *LONG]), 4 // nodes, 0
+    run, ranks_each = agents(nodes, 4 // nodes, [*backend, *LONG]), 4 // nodes
     run.wait_for_steps(3)
     for with_node in chance.sample([True, False], 2):
         run.wait_for_steps(run.done() + chance.randint(1, 20))
@@ -229,18 +236,14 @@ def test_killed_at_random_steps(tmp_path, nursery, agents, backend, nodes):
         assert run.world_size() == (4 - ranks_each if with_node else 4)
         run.wait_for_steps(done + AFTER)
         if with_node:
-            exact, attempts = done + AFTER, run.attempts()
+            attempts = run.attempts()
             run.start(victim)
             run.wait_until(lambda: run.world_size() == 4, "growing")
             run.wait_for_restart(attempts, run.done())
             run.wait_for_steps(run.done() + AFTER)
     run.stop()
     found = losses(run.out)
-    whole = whole_run(nursery, tmp_path / "whole", 4, len(found), *backend, *LONG)
-    assert found[:exact] == pytest.approx(whole[:exact], rel=1e-5)
-    assert found[exact:] == pytest.approx(
-        whole[exact:], rel=1e-3
-    )  # other sums round differently, and that grows: 2e-4 seen
+    assert found == pytest.approx(whole_run(nursery, tmp_path / "whole", 4, len(found), *backend, *LONG), rel=1e-5)
 
 
 BIG = ["crossbatch.model.mlp_dim=1024"]  # copies and saves that take a while
