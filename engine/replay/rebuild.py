@@ -75,10 +75,13 @@ class RecordedRun:
         """Read a run directory. Raises InputError that names `flag`."""
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             what = "no config.json in it" if path.is_dir() else "no such folder"
+            if isinstance(error, ValueError):
+                what = "its config.json is cut off or damaged"
             raise InputError(f"{flag} {path}: {what}; allowed: the run directory of a run of pretraining") from None
-        if not isinstance(config, dict) or "batchformer" not in config.get("crossbatch", {}):
+        settings = config.get("crossbatch") if isinstance(config, dict) else None
+        if not isinstance(settings, dict) or "batchformer" not in settings:
             raise InputError(f"{flag} {path}: not a run of pretraining; allowed: a run directory of launch/pretrain.py")
         checkpoints = {int(found.name[5:]): found for found in reversed(checkpoint.candidates(path, "auto"))}
         lines: dict[int, dict[str, Any]] = {}

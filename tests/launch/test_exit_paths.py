@@ -134,6 +134,8 @@ FILES = [
     ("linear", ["--out=OUT", DATA, "-a=vit_small"], "--checkpoint"),
     ("finetune", ["--out=OUT", "--steps=1", DATA, "-a=vit_small"], "--checkpoint"),
     ("finetune", ["--out=OUT", "--steps=1", DATA, "-a=vit_small"], "--resume"),
+    ("embed", ["--output=OUT.npy", DATA, "-a=vit_small"], "--checkpoint"),
+    ("replay", ["--out=OUT", "--step=1"], "--run"),
     ("convert", ["export", "--to=timm", "--output=OUT", "-a=vit_small"], "--checkpoint"),
     ("convert", ["shards", "--output=OUT"], "--data"),
     ("convert", ["shards", DATA], "--output"),
