@@ -47,7 +47,8 @@ def read_torch(file: Path) -> Any:
             reason = f"it asks for {asked[1]}, which could run code; nothing of it was run"
         raise InputError(f"{file}: cannot be read: {reason}; allowed: a file of tensors") from None
     except Exception as error:
-        told = str(error) and not isinstance(error, LookupError)  # whose text is a byte that is no instruction of pickle
+        # A LookupError of pickle says only which byte is no instruction of its.
+        told = str(error) and not isinstance(error, LookupError)
         reason = str(error).splitlines()[0] if told else type(error).__name__
         raise InputError(f"{file}: cannot be read, it is cut off, damaged or of another kind: {reason}") from None
 
