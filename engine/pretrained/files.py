@@ -47,7 +47,7 @@ def read_torch(file: Path) -> Any:
             reason = f"it asks for {asked[1]}, which could run code; nothing of it was run"
         raise InputError(f"{file}: cannot be read: {reason}; allowed: a file of tensors") from None
     except Exception as error:
-        # A LookupError of pickle says only which byte is no instruction of its.
+        # The text of a LookupError is the byte that pickle took for an instruction.
         told = str(error) and not isinstance(error, LookupError)
         reason = str(error).splitlines()[0] if told else type(error).__name__
         raise InputError(f"{file}: cannot be read, it is cut off, damaged or of another kind: {reason}") from None

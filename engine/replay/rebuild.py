@@ -76,9 +76,10 @@ class RecordedRun:
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            what = "no config.json in it" if path.is_dir() else "no such folder"
             if isinstance(error, ValueError):
                 what = "its config.json is cut off or damaged"
+            else:
+                what = "no config.json in it" if path.is_dir() else "no such folder"
             raise InputError(f"{flag} {path}: {what}; allowed: the run directory of a run of pretraining") from None
         settings = config.get("crossbatch") if isinstance(config, dict) else None
         if not isinstance(settings, dict) or "batchformer" not in settings:

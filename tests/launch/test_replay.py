@@ -302,6 +302,15 @@ def test_wrong_input_is_refused_in_one_message(tmp_path, one_rank):
         assert message.startswith(wanted)
     (message,) = one_rank.run(replay, f"replay --run {tmp_path / 'nothing'} --step 2")
     assert message.startswith(f"--run {tmp_path / 'nothing'}: no such folder; allowed: the run directory of a run of")
+    other = tmp_path / "other"
+    other.mkdir()
+    for content, wanted in (
+        ('{"crossbatch"', "its config.json is cut off or damaged; allowed: the run directory of a run of"),
+        ('{"crossbatch": 1}', "not a run of pretraining; allowed: a run directory of"),
+    ):
+        (other / "config.json").write_text(content)
+        (message,) = one_rank.run(replay, f"replay --run {other} --step 2")
+        assert message.startswith(f"--run {other}: {wanted}")
 
 
 def test_a_file_that_has_changed_since_is_named(tmp_path, one_rank):
