@@ -304,7 +304,9 @@ def pretrained_under_fsdp2(model: MoCo, batches: list[torch.Tensor], stage: int)
     return losses, norms, shards
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(16, 1), (64, 3), pytest.param(64, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"), [(16, 1), *(pytest.param(64, stage, marks=pytest.mark.slow) for stage in (3, 1))]
+)
 def test_pretraining_under_fsdp2(ranks, stage, threads):
     """Norms, keys, groups, LARS and the moving average at once, over two steps."""
     model, batches = network(), [normal(2, N * ranks, 3, 6, 6, seed=seed) for seed in range(2)]

@@ -37,6 +37,7 @@ def row_on_this_rank():
     return row_of(run, world, given, times, traffic)
 
 
+@pytest.mark.slow
 def test_rows_of_real_ranks(pools, tmp_path, capsys):
     for ranks in (1, 2):
         append(tmp_path / "scaling.jsonl", "scaling", [pools(ranks).run(row_on_this_rank)[0]])
@@ -79,7 +80,10 @@ def written(folder: Path, rates: dict[int, float], gpu: str | None = None, mode:
     return path
 
 
-@pytest.mark.parametrize(("card", "known"), [("Tesla V100-SXM2-32GB", True), ("NVIDIA Unheard-of", False)])
+@pytest.mark.parametrize(
+    ("card", "known"),
+    [pytest.param("Tesla V100-SXM2-32GB", True, marks=pytest.mark.slow), ("NVIDIA Unheard-of", False)],
+)
 def test_gpus_of_the_catalogue_are_predicted_as_a_plan_would(monkeypatch, card, known):
     monkeypatch.setattr("crossbatch.engine.planning.plan._helps", lambda *_: ())  # each is a plan of its own
     overrides = ["train_batch_size=512", "train_micro_batch_size_per_gpu=256"]

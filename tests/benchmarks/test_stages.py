@@ -145,6 +145,7 @@ def test_the_stall_of_a_save_holds_what_the_next_step_waits_for(monkeypatch):
     assert checkpoint.stall_ms(lambda: None, train, [11.0]) == 0  # noise
 
 
+@pytest.mark.slow
 def test_predictions_for_this_gpu_name_the_cases_that_follow(monkeypatch):
     h100 = Device("cuda", True, "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(Device, "detect", staticmethod(lambda: h100))

@@ -40,7 +40,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_field_a_full_shared_memory(tmp_path, method):
     """A worker batch of 64 images takes 1.5 MiB, and 2 MiB are there."""
     if not shutil.which("unshare"):
@@ -199,7 +200,10 @@ def test_field_closing_waits_for_the_batch_that_a_thread_is_at():
     assert not workers.is_stuck()
 
 
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "was killed"), (signal.SIGBUS, "/dev/shm is full")])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [pytest.param(signal.SIGKILL, "was killed", marks=pytest.mark.slow), (signal.SIGBUS, "/dev/shm is full")],
+)
 def test_field_a_worker_that_dies_is_named_and_the_others_end(monkeypatch, number, said):
     monkeypatch.setattr(workers, "start_method", lambda: "fork")
     pool: Any = workers.WorkerPool(Slow(), range(9), 2, 2, wait_s=60)

@@ -25,6 +25,7 @@ from crossbatch.data.sources.subset import read_ahead
 from crossbatch.engine.config import load_config
 from crossbatch.engine.datasets import checksum
 from tests.served import Served
+from tests.small_runs import slow_unless
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed (the extra remote)")
 from crossbatch.data.sources import remote, remote_cache
@@ -129,8 +130,13 @@ def test_shards_without_an_index_are_scanned_once(shards, tmp_path, serve, monke
         assert_same(source, local)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "kept"),
+    [
+        pytest.param(backend, kept, marks=slow_unless(kept == (backend == "opencv")))
+        for backend, kept in itertools.product(BACKENDS, (False, True))
+    ],
+)
 def test_views_and_resuming_are_as_with_local_shards(shards, url, tmp_path, backend, kept):
     if backend == "dali" and not has_dali():
         pytest.skip("DALI is not installed")

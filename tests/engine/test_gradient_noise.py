@@ -12,7 +12,7 @@ from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.gradient_noise import GradientNoise, cost_of_batch, signal_and_noise
 from crossbatch.engine.step import Progress, TrainStep
 from crossbatch.models import MoCo
-from tests.small_runs import ADAMW, BASE, VIT, fsdp, name_of, pretrainer, run, zero
+from tests.small_runs import ADAMW, BASE, VIT, fsdp, name_of, pretrainer, run, slow_unless, zero
 
 CHUNKED = ["train_micro_batch_size_per_gpu=5"]  # 12 images: 4 + 4 + 4; 6: 3 + 3
 
@@ -90,7 +90,7 @@ def lines_of(out) -> list[dict]:
 SPLITS = {"chunks": (1, CHUNKED), "ranks": (2, []), "ranks-in-chunks": (2, ["train_micro_batch_size_per_gpu=3"])}
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [pytest.param(name, marks=slow_unless(name == "ranks-in-chunks")) for name in SPLITS])
 def test_the_estimates_are_those_of_gradients_computed_one_by_one(pools, tmp_path, split):
     ranks, chunks = SPLITS[split]
     overrides = [*VIT, *chunks, "crossbatch.batchformer.dropout=0.5"]

@@ -52,6 +52,7 @@ def train_with(build_optimizer, overrides, out, steps):
         train(overrides, out, steps)
 
 
+@pytest.mark.slow
 def test_the_trap(tmp_path, pools):
     """DeepSpeed steps on flat, 1-D partitions: in a torch-style LARS nothing adapts and nothing decays."""
     lars = [*VIT, *LARS_CONFIG]
@@ -95,9 +96,9 @@ def collectives(overrides: list[str], out: str) -> list[tuple[bool, int, int]]:
 @pytest.mark.parametrize(
     ("ranks", "backend", "adapting", "others"),
     [
-        (1, zero(1), 1, 1),
-        (1, fsdp(3), 1, 0),
-        (2, zero(0), 1, 0),
+        pytest.param(1, zero(1), 1, 1, marks=pytest.mark.slow),
+        pytest.param(1, fsdp(3), 1, 0, marks=pytest.mark.slow),
+        pytest.param(2, zero(0), 1, 0, marks=pytest.mark.slow),
         (2, zero(1), 1, 1),  # DeepSpeed steps group by group; the vectors need no norms
         pytest.param(2, zero(2), 1, 1, marks=pytest.mark.slow),
         (2, [*zero(3), "zero_optimization.sub_group_size=4000"], 3, 1),

@@ -87,7 +87,7 @@ def test_a_run_without_room_says_so_once_and_goes_on(two_ranks, tmp_path):
     assert parameters(out) and not (out / "memory.json").exists()
 
 
-@pytest.mark.parametrize("backend", [zero(2), fsdp(3)], ids=name_of)
+@pytest.mark.parametrize("backend", [pytest.param(zero(2), marks=pytest.mark.slow), fsdp(3)], ids=name_of)
 def test_copies_change_no_bit(two_ranks, tmp_path, backend):
     for out, every in (("without", 0), ("with", 1)):
         settings = [*VIT, *LARS, *backend, f"crossbatch.checkpoint.memory_every_steps={every}"]

@@ -81,7 +81,7 @@ def blocks_of(backbone) -> list[nn.Module]:
     return [block for stage in stages for block in stage]
 
 
-@pytest.mark.parametrize(("arch", "size"), [("resnet18", 64), ("vit_small", 32)])
+@pytest.mark.parametrize(("arch", "size"), [pytest.param("resnet18", 64, marks=pytest.mark.slow), ("vit_small", 32)])
 def test_checkpointed_blocks(arch, size):
     """Their inputs and what is outside of them, and everything of the block that is being repeated."""
     backbone = build_backbone(arch, size)
@@ -96,6 +96,7 @@ def test_checkpointed_blocks(arch, size):
     assert computed(arch, size, checkpointed="blocks") < 0.8 * computed(arch, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50"])
 def test_norms_that_are_computed_again(arch):
     backbone, size = build_backbone(arch, 64), 64
@@ -104,6 +105,7 @@ def test_norms_that_are_computed_again(arch):
     assert computed(arch, size, checkpointed="norms") == pytest.approx(really, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_an_image_keeps():
     """Of both views, at 224 px under bf16; docs/exactness.md has these figures."""
     mib = {}
@@ -137,7 +139,9 @@ def test_a_backbone_is_traced_once_for_each_of_what_it_depends_on():
     assert len(set(found[:-1])) == len(found) - 1 and found[-1] is found[0]
 
 
-@pytest.mark.parametrize("add_bf", [0, 1, 37])
+@pytest.mark.parametrize(
+    "add_bf", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(37, marks=pytest.mark.slow)]
+)
 def test_behind_the_backbone(add_bf):
     overrides = [
         "train_batch_size=12",
@@ -241,6 +245,7 @@ def test_nothing_is_drawn_and_nothing_stays_patched():
     assert type(torch.empty(1)) is torch.Tensor and not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.slow
 def test_no_shape_travels_to_other_ranks(monkeypatch):
     """Where a process group is there, as when the chunk of a run on several ranks is computed."""
     from crossbatch.models import GroupCollective

@@ -16,7 +16,7 @@ from crossbatch.engine.tasks.build import build_model
 from crossbatch.launch import convert
 from tests.engine.originals import EPOCH, original_file
 from tests.engine.test_step import PlainBackend
-from tests.small_runs import ADAMW, BASE, LARS, VIT, run
+from tests.small_runs import ADAMW, BASE, LARS, VIT, run, slow_unless
 
 RESNET18 = ["crossbatch.model.arch=resnet18"]
 CASES = {
@@ -45,7 +45,9 @@ def imported(monkeypatch, folder: Path, case: str) -> tuple[dict, Path]:
     return content, folder / "run"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=slow_unless(case in ("resnet-bf-lars", "vit-adamw"))) for case in CASES]
+)
 def test_an_original_file_comes_back_as_it_was(tmp_path, monkeypatch, capsys, case):
     content, out = imported(monkeypatch, tmp_path, case)
     target = tmp_path / "back" / "checkpoint_0001.pth.tar"

@@ -299,7 +299,10 @@ DROPOUT = ["crossbatch.batchformer.group_size=6", "crossbatch.batchformer.dropou
 @pytest.mark.parametrize(
     "overrides",
     [
-        [*LARS, *zero(3), "zero_optimization.stage3_param_persistence_threshold=0"],  # takes small parameters away, too
+        # It takes small parameters away, too.
+        pytest.param(
+            [*LARS, *zero(3), "zero_optimization.stage3_param_persistence_threshold=0"], marks=pytest.mark.slow
+        ),
         pytest.param([*LARS, *fsdp(3)], marks=pytest.mark.slow),
         pytest.param([*LARS, *zero(3), "train_micro_batch_size_per_gpu=3"], marks=pytest.mark.slow),
         [*ADAMW, *fsdp(1), "train_micro_batch_size_per_gpu=3", *DROPOUT],

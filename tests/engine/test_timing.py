@@ -58,8 +58,10 @@ def profiled(sharding: str, stage: int, chunk: int, steps: int) -> dict:
     ("sharding", "stage", "chunk"),
     [
         ("zero", 1, 16),
-        ("fsdp", 3, 4),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("zero", 1, 4), ("zero", 3, 4), ("fsdp", 1, 16))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("zero", 1, 4), ("zero", 3, 4), ("fsdp", 1, 16), ("fsdp", 3, 4))
+        ),
     ],
 )
 def test_parts_add_up_and_change_nothing(one_rank, sharding, stage, chunk):

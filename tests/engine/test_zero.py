@@ -70,7 +70,16 @@ def norms_both_ways(overrides: list[str], out: str) -> list[tuple[list, list]]:
     return [([float(a)], [float(b)]) if torch.is_tensor(a) else (a, b) for a, b in found]
 
 
-@pytest.mark.parametrize("backend", [zero(1), zero(2), [*zero(3), "zero_optimization.sub_group_size=4000"]])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        zero(1),
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in (zero(2), [*zero(3), "zero_optimization.sub_group_size=4000"])
+        ),
+    ],
+)
 def test_the_norm_has_the_bits_of_deepspeed_s_own(tmp_path, pools, backend):
     for steps in pools(2).run(norms_both_ways, backend, str(tmp_path)):
         assert len(steps) == 2 and all(norm > 0 for ours, _ in steps for norm in ours)
@@ -165,7 +174,11 @@ def test_stage_3_gathers_only_after_the_shards_are_written(tmp_path, pools):
 
 @pytest.mark.parametrize(
     "overrides",
-    [pytest.param(zero(1), marks=pytest.mark.slow), [*zero(1), "train_micro_batch_size_per_gpu=2"], zero(2)],
+    [
+        pytest.param(zero(1), marks=pytest.mark.slow),
+        [*zero(1), "train_micro_batch_size_per_gpu=2"],
+        pytest.param(zero(2), marks=pytest.mark.slow),
+    ],
     ids=["1", "1-chunks", "2"],
 )
 def test_gradients_reduced_in_the_backward_pass_are_the_same(tmp_path, pools, overrides):
@@ -176,6 +189,7 @@ def test_gradients_reduced_in_the_backward_pass_are_the_same(tmp_path, pools, ov
     assert losses(tmp_path / "during") == losses(tmp_path / "behind")
 
 
+@pytest.mark.slow
 def test_field_deepspeed_prints_what_it_is_asked_to(tmp_path, one_rank):
     """Its timers and logs change no loss."""
     asked = ["steps_per_print=1", "memory_breakdown=true", "dump_state=true"]

@@ -70,6 +70,7 @@ def test_field_a_reader_that_leaves_then_ctrl_c_and_a_second_run_meanwhile(tmp_p
     assert not (out / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_field_a_full_stdout_and_a_closed_terminal(tmp_path, nursery):
     out = tmp_path / "run"
     job = nursery.start(tmp_path / "logs", 1, *flags(out), STDOUT="/dev/full")
@@ -108,6 +109,7 @@ def test_field_ctrl_c_during_the_imports_of_every_command(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_field_a_result_that_is_printed_on_a_full_disk(tmp_path):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -149,6 +151,7 @@ def wait_for_reader(pipe: Path) -> int:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_field_sigterm_while_no_images_come(tmp_path, nursery, stuck_data):
     """The batch of 12 out of 13 images: soon the pipe is among them."""
     out = tmp_path / "run"
@@ -164,6 +167,7 @@ def test_field_sigterm_while_no_images_come(tmp_path, nursery, stuck_data):
     os.close(writer)
 
 
+@pytest.mark.slow
 def test_field_no_images_for_longer_than_the_limit(tmp_path, nursery, stuck_data):
     data = [f"crossbatch.data.path={stuck_data}", "crossbatch.watch.timeout_s=6"]
     job = nursery.start(tmp_path / "logs", 1, *flags(tmp_path / "run", *data))
@@ -174,7 +178,7 @@ def test_field_no_images_for_longer_than_the_limit(tmp_path, nursery, stuck_data
     os.close(writer)
 
 
-@pytest.mark.parametrize("command", ["knn", "linear"])
+@pytest.mark.parametrize("command", ["knn", pytest.param("linear", marks=pytest.mark.slow)])
 def test_field_ctrl_c_in_an_evaluation_while_no_images_come(tmp_path, nursery, stuck_data, weights, command):
     size = "--set=crossbatch.data.image_size=16"
     flags = [*weights, f"--data={stuck_data}", f"--out={tmp_path / 'out'}", "-j=0", size, "-b=2"]
@@ -210,7 +214,11 @@ def killed_as_by_the_kernel(dataset, key):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("command", [knn, linear, finetune], ids=lambda command: command.__name__.split(".")[-1])
+@pytest.mark.parametrize(
+    "command",
+    [knn, *(pytest.param(command, marks=pytest.mark.slow) for command in (linear, finetune))],
+    ids=lambda command: command.__name__.split(".")[-1],
+)
 def test_field_a_killed_worker_ends_an_evaluation_with_a_message(monkeypatch, capsys, tmp_path, weights, command):
     monkeypatch.setattr(workers, "start_method", lambda: "fork")
     monkeypatch.setattr(EvaluationDataset, "__getitem__", killed_as_by_the_kernel)
@@ -227,6 +235,7 @@ def test_field_a_killed_worker_ends_an_evaluation_with_a_message(monkeypatch, ca
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_field_names_that_are_no_utf8_no_markup_and_no_formula(tmp_path, nursery, weights):
     """Class names, the name of a broken image, and --out; the process that prints them is a real one."""
     names = ["$100_$50", r"$\frac{", os.fsdecode(b"caf\xe9"), "[/b]"]

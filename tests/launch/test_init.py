@@ -102,7 +102,8 @@ def features_of_both(file: str, library: str, arch: str) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize(
-    ("library", "arch"), [("torchvision", "resnet18"), ("timm", "resnet18"), ("timm", "vit_small")]
+    ("library", "arch"),
+    [("torchvision", "resnet18"), pytest.param("timm", "resnet18", marks=pytest.mark.slow), ("timm", "vit_small")],
 )
 def test_features_are_those_of_the_file_before_the_first_step(one_rank, tmp_path, library, arch):
     ((ours, theirs),) = one_rank.run(features_of_both, str(tmp_path / "weights.pth"), library, arch)
@@ -150,6 +151,7 @@ def test_other_weights_are_refused(monkeypatch, capsys, tmp_path, case):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_runs_that_do_not_fit(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, *RUN, "--out", tmp_path / "narrow", "--steps", 1) == 0
     init = [*RUN, "--init", tmp_path / "narrow", "--steps", 1]

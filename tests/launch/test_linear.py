@@ -130,7 +130,7 @@ def probe_on_this_rank(checkpoint: str, data: str, out: str, *settings: str) -> 
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_ranks_end_where_one_ends(monkeypatch, tiny_runs, two_ranks, shapes, tmp_path, cache):
     flags = ["--cache"] if cache else []
     alone = ["--checkpoint", tiny_runs("resnet"), "--data", shapes, *SHORT, *flags, "--lr", "[1, 0.1]"]

@@ -165,7 +165,9 @@ def alone(tmp_path_factory, nursery):
 @pytest.mark.parametrize(
     ("launcher", "sharding"),
     [
-        pytest.param(["torchrun", "--nproc_per_node=2", "--master_port=29611"], FSDP, id="torchrun"),
+        pytest.param(
+            ["torchrun", "--nproc_per_node=2", "--master_port=29611"], FSDP, id="torchrun", marks=pytest.mark.slow
+        ),
         pytest.param(["deepspeed", "--num_gpus=2", "--master_port=29612"], [], id="deepspeed", marks=pytest.mark.slow),
     ],
 )

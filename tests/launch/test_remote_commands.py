@@ -59,10 +59,11 @@ def both(monkeypatch, folder, url, tmp_path, command: str, *flags) -> list:
     ("command", "flags"),
     [
         ("knn", ["--set=crossbatch.knn.k=[3]"]),
-        ("linear", ["--epochs=2", "-b=8"]),
-        (
+        pytest.param("linear", ["--epochs=2", "-b=8"], marks=pytest.mark.slow),
+        pytest.param(
             "finetune",
             ["-b=8", "--epochs=1", "--warmup-epochs=0", "--drop-path=0", *(f"--set={one}" for one in fsdp(0))],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["knn", "linear", "finetune"],

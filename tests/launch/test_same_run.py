@@ -100,7 +100,7 @@ def missing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed, "rank 1 finds other files or labels than rank 0"),
+        pytest.param(renamed, "rank 1 finds other files or labels than rank 0", marks=pytest.mark.slow),
         (another, "rank 1 finds other file contents than rank 0"),
         (missing, "rank 1 finds 23 images, but rank 0 finds 24"),
     ],

@@ -185,15 +185,16 @@ def compiled_run(overrides: list[str], out: str) -> list[int]:
     return counts
 
 
+@pytest.mark.slow  # every rank compiles all graphs: 10 s
 @pytest.mark.parametrize(
     ("model", "backend", "ranks"),
     [
-        (VIT, zero(3), 1),  # every rank compiles all graphs: 10 s
+        (VIT, zero(3), 1),
         (RESNET, fsdp(1), 2),
-        pytest.param(VIT, zero(3), 2, marks=pytest.mark.slow),
-        pytest.param(VIT, fsdp(3), 2, marks=pytest.mark.slow),
-        pytest.param(VIT, zero(1), 2, marks=pytest.mark.slow),
-        pytest.param(RESNET, zero(3), 2, marks=pytest.mark.slow),
+        (VIT, zero(3), 2),
+        (VIT, fsdp(3), 2),
+        (VIT, zero(1), 2),
+        (RESNET, zero(3), 2),
     ],
     ids=lambda case: f"{case}" if isinstance(case, int) else name_of(case),
 )
@@ -211,6 +212,7 @@ def run_plainly(overrides: list[str], out: str) -> None:
     assert run(overrides, out, 3) == ""
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_compile(tmp_path, one_rank):
     out = str(tmp_path / "run")
     assert one_rank.run(run, [*VIT, *ADAMW, *zero(0)], out, 2) == [""]

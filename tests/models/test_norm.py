@@ -447,7 +447,7 @@ def train_in_ddp(state, images, labels):
     return trained(model, lambda views: ddp(views.flatten(0, 1)), images[:, :, mine], labels[:, mine])
 
 
-@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("num_views", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_torchvision_resnet_in_ddp_on_two_ranks_equals_one_process(two_ranks, num_views):
     torch.manual_seed(0)
     images, labels = torch.randn(2, num_views, 8, 3, 32, 32, dtype=torch.float64), torch.randint(3, (2, 8))
