@@ -75,6 +75,7 @@ def test_resnet50_is_counted_as_everywhere():
     assert work.flops / 3 / 2 == pytest.approx(4.09e9, rel=0.01)  # multiply-adds, without the classifier
 
 
+@pytest.mark.slow
 def test_published_runs_left_out_of_the_fit():
     """The targets of the model: median error at most 5 %, worst at most 25 %, and far better than linear scaling."""
     errors, linear = np.abs(leave_out(*MANY_GPUS)), np.abs(linear_scaling(ROWS))

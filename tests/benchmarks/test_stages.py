@@ -191,6 +191,7 @@ def test_a_gpu_measures_every_size_beside_both_plain_steps_and_4096_images(monke
 SIXTEEN = ["train_batch_size=16", "train_micro_batch_size_per_gpu=16", "crossbatch.batchformer.group_size=16"]
 
 
+@pytest.mark.slow
 def test_bench_gpu_tells_how_each_part_ended_goes_on_and_packs(tmp_path, capfd):
     parts = gpu.Parts(tmp_path, "1", 60)
     python = [sys.executable, "-S", "-c"]

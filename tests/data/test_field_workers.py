@@ -133,6 +133,7 @@ def test_field_a_signal_is_taken_in_while_images_do_not_come(pool):
         next(pool)
 
 
+@pytest.mark.slow
 def test_field_a_prefetched_batch_has_a_limit_too():
     """As with DALI, whose threads read."""
     go = threading.Event()

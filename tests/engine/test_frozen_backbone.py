@@ -20,7 +20,7 @@ FROZEN = [
     "gradient_clipping=0.5",
 ]
 SHALLOW = [*VIT, 'crossbatch.model.backbone_args={"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 4}']
-OFTEN = [(zero(1), LARS), (fsdp(3), ADAMW)]
+OFTEN = [(zero(1), ADAMW), (fsdp(3), ADAMW)]
 
 
 def cases():

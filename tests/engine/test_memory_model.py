@@ -116,6 +116,7 @@ def test_what_an_image_keeps():
     assert mib == pytest.approx({"none": 83.5, "norms": 67.9, "blocks": 43.4}, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_backbone_is_traced_once_for_each_of_what_it_depends_on():
     """The batch is not among that; two sketches of the same backbone share what was traced."""
     found = []

@@ -31,6 +31,7 @@ from tests.small_runs import slow_unless
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 10
+MORE = ("resnet-lars-zero0-1rank", "resnet-lars-fsdp3-2ranks")  # in `make test-all` only
 THREADS = 1  # of a rank; the order of a sum, and so its last bits, depends on it
 NUMBERS = ("loss", "grad_norm", "feature_std")
 
@@ -113,7 +114,7 @@ def compare(name: str, found: list[dict], expected: list[dict], tolerance: float
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=slow_unless("resnet-lars-fsdp3" not in name)) for name in read_golden()["recipes"]]
+    "name", [pytest.param(name, marks=slow_unless(name not in MORE)) for name in read_golden()["recipes"]]
 )
 def test_a_recipe_gives_the_golden_numbers(tmp_path, pools, name):
     golden = read_golden()

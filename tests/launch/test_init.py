@@ -103,7 +103,10 @@ def features_of_both(file: str, library: str, arch: str) -> tuple[torch.Tensor, 
 
 @pytest.mark.parametrize(
     ("library", "arch"),
-    [("torchvision", "resnet18"), pytest.param("timm", "resnet18", marks=pytest.mark.slow), ("timm", "vit_small")],
+    [
+        ("torchvision", "resnet18"),
+        *(pytest.param("timm", arch, marks=pytest.mark.slow) for arch in ("resnet18", "vit_small")),
+    ],
 )
 def test_features_are_those_of_the_file_before_the_first_step(one_rank, tmp_path, library, arch):
     ((ours, theirs),) = one_rank.run(features_of_both, str(tmp_path / "weights.pth"), library, arch)

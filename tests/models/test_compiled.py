@@ -77,6 +77,7 @@ def test_it_computes_what_it_did_before(counter, arch, dtype):
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in want.named_parameters()]
 
 
+@pytest.mark.slow
 def test_equal_blocks_are_compiled_once_and_nothing_after_the_first_step(counter):
     counts = []
     for depth in (2, 5):
@@ -116,6 +117,7 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_parameters(counter):
         assert not blocks(model.online.backbone)[0](x).equal(x)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_draws_the_same_numbers(counter):
     """Only fine-tuning has it, which compiles nothing yet: each rate is a case of its own."""
     found = []
