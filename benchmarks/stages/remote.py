@@ -44,7 +44,7 @@ def run(effort: Effort) -> Iterator[Row]:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """Serve `folder` and give the address."""
+    """Serve `folder` from a core of its own, which this process gives up, and yield the address."""
     command = [sys.executable, "-m", "benchmarks.range_server", str(folder)]
     command += [f"--latency-ms={LATENCY_MS}", f"--mb-per-s={MB_PER_S}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

@@ -5,8 +5,8 @@
     https://host/train-{0000..0099}.tar        the shards of a pattern, as webdataset writes it; also with s3:// and gs://
 
 An image and its label lie side by side, so one request gets both. `read_ahead` starts the requests for images that will be
-asked for next; fsspec's thread waits for all of a process. A request that fails is repeated with back-off until `retry_s` are
-over, which raises ImagesLost: no image is given up because a server was away.
+asked for next; fsspec's thread waits for all of a process. A request that is not answered, or with 408, 429 or 5xx, is repeated
+with back-off until `retry_s` are over, which raises ImagesLost: no image is given up because a server was away.
 
 `fsspec` has caches, which serve for scanning. They do not for single images: `simplecache` and `filecache` fetch whole shards
 before the first byte, `blockcache` keeps its books in a file that processes overwrite for each other, and no size is bounded.
@@ -144,7 +144,7 @@ class RemoteFolder:
         return index if self._names in ([], Names(index, "shards").unpack()) else None
 
     def beside(self) -> Counter[str]:
-        """Return the files in the folder by kind."""
+        """Count the files in the folder by kind, without hidden ones."""
         return Counter(kind_of(name) for name in self.files if not name.startswith("."))
 
     def open(self, name: str) -> BinaryIO:
@@ -154,7 +154,7 @@ class RemoteFolder:
         return cast(BinaryIO, _ScannedFile(self, name, size=size, **options))
 
     def images(self, shards: Sequence[str], ends: np.ndarray, spans: np.ndarray) -> "RemoteImages":
-        """Return what reads images."""
+        """Return a reader of images: those before `ends[i]` lie in `shards[i]` (or earlier), at the bytes `spans` [n, 2]."""
         return RemoteImages(self, shards, ends, spans)
 
     def request(self, name: str, begin: int, end: int, retry_s: float | None = None) -> "Future[bytes]":
@@ -211,7 +211,10 @@ class RemoteImages:
         self._cache = options.cache_dir and ImageCache(options.cache_dir, int(options.cache_gib * 2**30))
 
     def reader(self, index: int) -> Callable[[int, int], bytes]:
-        """Return what reads around an image, after its bytes have come. Raises FileNotFoundError and ImagesLost."""
+        """Wait for the bytes of an image, and return a function that reads (offset, length) of them.
+
+        Raises FileNotFoundError and ImagesLost.
+        """
         begin, end = self._spans[index].tolist()
         kept, number = self._kept(index)
         data = kept and kept.read(number, begin, end)
@@ -283,11 +286,11 @@ class RemoteImages:
 
 
 class _Denied(ImagesLost):
-    """Raised when the server wants other credentials."""
+    """Raised when the server denies access (401 or 403)."""
 
 
 class _Refused(Exception):
-    """Raised when it is in vain to ask again."""
+    """Raised when the same request would fail again, so that it is not repeated."""
 
 
 async def _persist(
@@ -305,7 +308,7 @@ async def _persist(
             fault, status = _fault(error)
         what = f"{type(fault).__name__}: {_without_secrets(str(fault)) or 'no answer'}"
         if isinstance(fault, FileNotFoundError) or status in (404, 410):
-            raise FileNotFoundError(f"{url}: no such file, folder or bucket")
+            raise FileNotFoundError(f"{url}: no such file, folder or bucket; look at the address")
         if isinstance(fault, PermissionError) or status in (401, 403) or "Credential" in type(fault).__name__:
             ways = _CREDENTIALS[url.partition("://")[0]]
             raise _Denied(f"{url}: access denied ({what}); give credentials that may read it: {ways}")
