@@ -41,7 +41,7 @@ def of_step(cfg: ResolvedConfig) -> float:
 
 
 def with_rates(rows: list[Row], flops: float, precision: str) -> list[Row]:
-    """Add to rows in ms of calls that compute `flops`: TFLOP of a call, TFLOP/s and `mfu`, "unknown" where the peak is."""
+    """Add TFLOP of a call, TFLOP/s and `mfu` ("unknown" without a known peak) to rows in ms of calls that compute `flops`."""
     peak = peak_of_card(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
     for row in rows:
         per_s = flops / row.p50 * 1000
@@ -53,7 +53,7 @@ def with_rates(rows: list[Row], flops: float, precision: str) -> list[Row]:
 def peak_of_card(name: str, precision: str) -> float | None:
     """Return the dense FLOP/s of a card by the name that CUDA has for it; None where it is not in CARDS.
 
-    None for fp32, too, on cards with TF32: torch lets convolutions use it, and products not.
+    None for fp32, too, on cards with TF32: torch lets convolutions use it, but not matrix products.
     """
     card = GPUS.get(CARDS.get(name, ""))
     if card is None or (precision == "fp32" and card.tf32):

@@ -101,7 +101,7 @@ class Parts:
         print(f"all of it: {self.archive}")
 
     def command(self, name: str, effort: str) -> list[str]:
-        """Return what runs a part."""
+        """Return the command that runs a part."""
         if name == "machine":
             return [sys.executable, "launch/doctor.py"]
         if name in TESTS:

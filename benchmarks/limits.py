@@ -52,12 +52,12 @@ class Products(NamedTuple):
     backward_ms: float
 
     def of_step(self, chunks: int, passes: float) -> float:
-        """Return the milliseconds in a step of so many chunks, which runs `passes` times forward."""
+        """Return the milliseconds of these layers in a step of `chunks` chunks with `passes` forward passes over each."""
         return chunks * (passes * self.forward_ms + self.backward_ms)
 
 
 def products(cfg: ResolvedConfig, images: int) -> Products:
-    """Measure them for a chunk of `images` with both views, in the precision of `cfg`."""
+    """Measure the layers of the backbone of `cfg`, in its precision, for a chunk of `images` images with both views."""
     model, size = cfg.crossbatch.model, height_width(cfg.crossbatch.data.image_size)
     arguments = (repr(model), size, cfg.precision, NUM_VIEWS * images, cfg.device.type)
     if arguments not in _measured:

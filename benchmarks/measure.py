@@ -184,7 +184,7 @@ def summarise(samples: Mapping[str, Sequence[float]], settings: dict[str, Any], 
 
 
 def compare_peaks(cases: Mapping[str, Callable[[], float]], settings: dict[str, Any]) -> list[Row]:
-    """Return rows of what the functions return, MiB, each called in a process that does nothing else; it is pickled."""
+    """Call each function in a process of its own, for which it is pickled, and return rows of the MiB that they return."""
     peaks = {}
     for case, function in cases.items():
         with ProcessPoolExecutor(1, get_context("spawn"), initializer=as_in_training) as pool:

@@ -1,4 +1,4 @@
-"""A web server for one folder that knows ranges, with the latency and the bandwidth that a network has.
+"""Serves one folder over HTTP, with range requests and with the latency and the bandwidth of a network.
 
     python -m benchmarks.range_server FOLDER --latency-ms 50 --mb-per-s 200
 
@@ -20,7 +20,7 @@ _REASONS = {200: "OK", 206: "Partial Content", 401: "Unauthorized", 404: "Not Fo
 
 
 class Server:
-    """Answers GET and HEAD."""
+    """Answers GET and HEAD requests for the files of a folder."""
 
     def __init__(self, given: argparse.Namespace):
         self.given = given
@@ -79,7 +79,7 @@ class Server:
             return 206, [*more, f"Content-Range: bytes {first}-{last}/{facts.st_size}"], opened.read(last + 1 - first)
 
     async def line(self, num_bytes: int) -> None:
-        """Wait until the line has sent so many bytes."""
+        """Wait until the line, which all connections share, has sent `num_bytes`."""
         if self.given.mb_per_s:
             now = time.monotonic()
             self.free_at = max(self.free_at, now) + num_bytes / (1e6 * self.given.mb_per_s)

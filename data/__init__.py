@@ -9,8 +9,8 @@ Three questions, kept apart:
   `augment/opencv` is the fast one on CPUs, `augment/dali` decodes with DALI and leaves the colours to `augment/triton_colours`
   on a GPU. `loader`, `workers` and `worker_batches` run them ahead of the training.
 
-`sources/` opens images: `open_source` reads a folder of images or tar shards, remote shards, torchvision's data sets, or
-generated images.
+`sources/` opens images: `open_source` reads a folder of images or tar shards, remote shards, a list of files, data sets of
+torchvision or Hugging Face, or generated images.
 `decode` says what an image file means, and is the only place that decodes one with PIL.
 
 docs/extending.md says how to add a source or an augmentation. Importing this package loads torch, numpy and PIL; OpenCV,

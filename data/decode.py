@@ -66,7 +66,7 @@ class BrokenImage(OSError):
 
 
 class ImagesLost(RuntimeError):
-    """Raised when no images come: a worker died, there is no memory to pass them on, or disk or server do not answer."""
+    """Raised when no images come: a worker died, there is no memory to pass them on, or a disk or server does not answer."""
 
 
 def decode(encoded: bytes, reduction: int = 1) -> Image.Image:

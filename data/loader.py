@@ -173,7 +173,7 @@ class TrainLoader:
 
     @property
     def source(self) -> Source:
-        """Return the images."""
+        """Return the source of the images."""
         return self._source
 
     @property
@@ -352,7 +352,7 @@ class EvaluationLoader:
     ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield the images `indices` of one of the sources, in order: (uint8 [m, 3, H, W], int64 [m]).
 
-        Of `augmented` images, the first are the views [v, m, 3, H, W].
+        With `augmented`, the first tensor holds v views of each image: [v, m, 3, H, W].
 
         A broken image is left out: its index does not come back, and name and reason are in `skipped` after the iteration. (A
         replacement would count twice in an accuracy.) An iteration that is abandoned ends the workers, as `close` does.
@@ -381,7 +381,7 @@ class EvaluationLoader:
             if not done:
                 self.close()
         if broken and not some:
-            raise SkipLimitExceeded(_with_names(f"none of the {len(broken)} evaluation images could be read", broken))
+            raise SkipLimitExceeded(_with_names(f"no evaluation image could be read, of {len(broken)}", broken))
 
     def close(self) -> None:
         """End the workers; the next `read` starts new ones."""

@@ -147,6 +147,7 @@ def open_encoded(source: Source, index: int, check: bool = False, channels: int 
     """Return image `index` as a file if that is an ordinary JPEG, else decoded, in RGB. Raises OSError.
 
     With `check`, a JPEG that cannot be decoded raises here, not later. A source without `has_files` opens its images itself.
+    With other than three `channels`, every image comes decoded by PIL: uint8 [h, w, channels].
     """
     if channels != 3:
         return decode_channels(source.read(index), channels)

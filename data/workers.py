@@ -96,8 +96,8 @@ def check_workers(num_bytes: int, who: str) -> None:
     """Raise ValueError if worker processes cannot pass their images on.
 
     Args:
-        num_bytes: of the images that are in shared memory at a time, at most.
-        who: says which workers they are of, for the message.
+        num_bytes: most bytes of images that are in shared memory at a time.
+        who: names the workers at the start of the message.
     """
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > _LONGEST_FOLDER:

@@ -51,7 +51,7 @@ def run(name: str) -> NoReturn:
     """Run the command `name` with the arguments in `sys.argv`, and end this process with its exit code.
 
     Its imports take seconds. A Ctrl-C meanwhile ends the process at once, because a KeyboardInterrupt would show a traceback,
-    or get lost in a library that tries whether it can import another.
+    or get lost in a library that tests whether it can import another.
     """
     end_with_launcher()
     protect_streams()

@@ -41,7 +41,7 @@ CLOCK_S = 1.0  # that clocks may differ without a warning
 
 
 def main() -> None:
-    """Print both tables, or what is wrong with the GPU in place of the second."""
+    """Print what was found and what each stage will use, or why no run can start; with --nodes, compare the ranks instead."""
     parser = ArgumentParser(description=__doc__)
     what = "compare all ranks, under any launcher: host, GPU, versions, code, clock, and one all-reduce"
     parser.add_argument("--nodes", action="store_true", help=what)
@@ -159,12 +159,12 @@ def compare_ranks(world: World, device: Device, timeout_s: float) -> None:
     printer.print(table)
     late = [rank for rank, row in enumerate(rows) if abs(row["clock"] - rows[0]["clock"]) > CLOCK_S]
     if late:
-        printer.print(f"warning: the clock of rank {', '.join(map(str, late))} differs by more than {CLOCK_S:g} s")
+        printer.print(f"warning: more than {CLOCK_S:g} s from the clock of rank 0: rank {', '.join(map(str, late))}")
     printer.print(f"all {world.size} ranks have the same versions and code, and reach each other")
 
 
 def measure_network(device: torch.device) -> dict[str, float]:
-    """Return the time of day at one moment, and the median seconds of an all-reduce; every rank calls it."""
+    """Return this rank's clock just after a barrier, and the median seconds of an all-reduce; every rank calls it."""
     data = torch.zeros(REDUCED_MIB[device.type] * 2**18, device=device)
     seconds = []
     for _ in range(REDUCTIONS + 1):

@@ -81,8 +81,8 @@ FIXED: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def add_deit_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of DeiT's main.py that are no keys, so that its command lines need another script name only."""
-    add = parser.add_argument_group("DeiT's flags that are no keys").add_argument
+    """Add the flags of DeiT's main.py without a key of their own, so that its command lines need only another script name."""
+    add = parser.add_argument_group("DeiT's flags without a key of their own").add_argument
     what = "as -b; with crossbatch.schedule.deit_compat the images of one rank, as in DeiT"
     add("--batch-size", metavar="N", type=positive, dest="deit_batch_size", help=what)
     add("--data-path", metavar="DIR", help="as --data, with --data-set")

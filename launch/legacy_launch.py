@@ -149,7 +149,8 @@ def _asked(given: argparse.Namespace) -> _Asked | None:
         raise InputError(f"--world-size: given {count}; allowed: >= 1, the number of {what}")
     number = asked.get("rank", 0 if count == 1 else None)
     if number is None or not 0 <= number < count:
-        raise InputError(f"--rank: given {number}; allowed: 0 to {count - 1}, as --world-size is {count} ({what})")
+        given_rank = "nothing" if number is None else number
+        raise InputError(f"--rank: given {given_rank}; allowed: 0 to {count - 1}, as --world-size is {count} ({what})")
     meeting = re.fullmatch(r"tcp://(.+:\d+)", given.dist_url or "")
     is_alone = count == 1 and not starts
     if (is_alone and given.dist_url) or (not meeting and (given.dist_url or count > 1)):

@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--images", metavar="N", type=int, default=IMAGENET, help="images in an epoch (default %(default)s)")
     add("--feed", metavar="N", type=float, help="images/s that all loaders deliver together (default: enough)")
-    add("--run", metavar="DIR", type=Path, help="a run of this recipe: up to which batch its gradient noise scale pays")
+    add("--run", metavar="DIR", type=Path, help="a run of this recipe, to say which batch size still pays")
     add("--rows", metavar="PATH", type=Path, help="rows measured by `python -m benchmarks step` or `scaling`")
     add("--json", action="store_true", help="print one JSON object, for scripts")
     return parser.parse_args()

@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def steps_per_epoch(config: Config) -> int | None:
-    """Return the steps of an epoch; None if no data is named, or if it is remote or must be generated first."""
+    """Return the steps of an epoch; None if no data is named, or if it is remote or not yet downloaded or generated."""
     path = config.crossbatch.data.path
     if path is None or path.partition("://")[0] in REMOTE:
         return None

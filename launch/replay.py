@@ -43,13 +43,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--image", metavar="I", type=int, help="write the views of image I of the data set, and what the network saw")
     add("--out", metavar="DIR", type=Path, help="folder to write into; default RUN/replay/step-N")
     add("--data", metavar="DIR", help="where the images are now; default: where they were")
-    what = f"steps before N to watch, where a checkpoint or the seed is so near; default {WINDOW}"
+    what = f"steps before N to watch, if a checkpoint or the start of the run is that near; default {WINDOW}"
     add("--window", metavar="K", type=int, help=what)
-    what = f"a value is wrong if it is so many times its largest one in the steps before; default {JUMP}"
+    what = f"a value is wrong if it exceeds X times its largest one in the steps before; default {JUMP}"
     add("--jump", metavar="X", type=number, help=what)
     what = "another run directory: find step, layer and tensor where they part"
     add("--compare", metavar="OTHER", type=Path, help=what)
-    what = f"with --compare: relative difference from which values differ; default {TOLERANCE:g}"
+    what = f"with --compare: relative difference above which values count as different; default {TOLERANCE:g}"
     add("--tolerance", metavar="X", type=float, help=what)
     arguments = parser.parse_args()
     if arguments.step is None and arguments.compare is None:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def replay(run: RecordedRun, arguments: argparse.Namespace, world: World, device: torch.device) -> None:
-    """Make a step again, write what was seen of it, and print the verdict. Raises InputError."""
+    """Recompute a step, write what was seen of it, and print the verdict. Raises InputError."""
     step, ranks = arguments.step, check_step(run, arguments.step)
     if arguments.rank is not None and not 0 <= arguments.rank < ranks:
         raise InputError(f"--rank: given {arguments.rank}; allowed: 0 to {ranks - 1}, the ranks of {run.path}")
@@ -151,12 +151,12 @@ def compare(
 
 
 def said_by(world: World) -> Callable[[str], object]:
-    """Return what prints a line on rank 0."""
+    """Return a function that prints a line on rank 0 and does nothing on the other ranks."""
     return print if world.is_main else lambda text: None
 
 
 def create_folder(path: Path) -> Path:
-    """Create the folder to write into. Raises InputError on all ranks."""
+    """Create the folder to write into. Raises InputError on all ranks if it cannot be written."""
 
     def create() -> Path:
         try:

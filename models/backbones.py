@@ -69,7 +69,7 @@ def build_backbone(
 
     Args:
         arch: one of ARCHS.
-        image_size: side of the images in pixels, or (height, width).
+        image_size: side of the images in pixels, or (height, width); a ResNet takes any.
         stem: "imagenet" or "small", for ResNets only.
         stop_grad_conv1: freeze the patch projection, for ViTs that have one.
         backbone_args: sizes that differ from the published ones: `width` of a ResNet; `embed_dim`, `depth`, `num_heads`,

@@ -33,8 +33,8 @@ class Classifier(ShardableModel):
     Args:
         backbone: the network with the weights to start from; the classifier trains this very module.
         num_classes: width of the head.
-        drop_path: probability that the last block of a ViT is skipped for an image; it falls linearly to 0 at the first block
-            (Huang et al., 2016).
+        drop_path: probability that a residual branch of a ViT's last block is skipped for an image; it falls linearly to 0 at
+            the first block (Huang et al., 2016).
         averaged: whether there is a moving average.
 
     Raises:

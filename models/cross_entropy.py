@@ -4,8 +4,8 @@ A tile of rows meets all keys at once, its softmax gives the loss and, right awa
 
     d mean(loss) / dq_i = (sum_j softmax_ij k_j - k_own) / (T n)
 
-which is no larger than the queries; the tile is then used again. Two products where autograd takes three, and for
-256 rows and 65,536 keys 8 MiB where it keeps several times 64.
+which is no larger than the queries; the tile is then used again. This takes two products where autograd takes three, and
+for 256 rows and 65,536 keys 8 MiB where autograd keeps several times 64 MiB.
 
 Shapes: n rows, B keys, D width.
 """

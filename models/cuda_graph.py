@@ -1,8 +1,8 @@
-"""Modules as CUDA graphs: their launches, forward and backward, become one each.
+"""Runs modules as CUDA graphs: one launch replays all kernels of a forward or of a backward pass.
 
-For small batches, where launching a kernel takes longer than the kernel. A graph replays what was captured, with the same
-addresses and sizes; so the parameters must stay where they are, nothing may talk to another rank, and what changes from step
-to step (features, dropout seeds) comes in tensors.
+That pays for small batches, where launching a kernel takes longer than the kernel runs. A graph replays what was captured,
+with the same addresses and sizes; so the parameters must stay where they are, nothing may talk to another rank, and what
+changes from step to step (features, dropout seeds) comes in tensors.
 
 While a graph is captured, no other thread may allocate memory of the GPU or pinned memory: older versions of torch (2.11 among
 them) then fail, at random. The engine closes its loader first.

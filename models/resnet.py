@@ -70,7 +70,7 @@ BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
 
 
 def norms_of_shortcuts(network: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return the norms that normalise a shortcut's norm with their own input, and send its messages: {norm: shortcut's}."""
+    """Return {a block's last norm: the norm of its shortcut}; the last norm does both, and shares one message for both."""
     blocks = [m for m in network.modules() if isinstance(m, (BasicBlock, Bottleneck)) and m.downsample is not None]
     return {block.get_submodule(block.last_norm): block.get_submodule("downsample.1") for block in blocks}
 

@@ -92,7 +92,7 @@ class Side:
         return [*launch, "--data", str(self.images), "--out", str(out), *_set(settings)]
 
     def start(self, steps: int, out: Path, seed: int) -> Runner:
-        """Start its process, which waits for its turn."""
+        """Start the process that trains this side; it waits for its first turn."""
         out.mkdir(parents=True)
         folder, pattern = ("marks", "step-*.pth") if self.name in PEERS else ("checkpoints", "step-*")
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -1,7 +1,7 @@
-"""Trains by a peer's parts: python -m benchmarks.learning.peers PEER --recipe F --images DIR --marks N --out DIR
+"""Trains with a peer library's parts: python -m benchmarks.learning.peers PEER --recipe F --images DIR --marks N --out DIR
 
-Writes metrics.jsonl as launch/pretrain.py does (step, images_seen, loss) and marks/<step>.pth, backbones named as torchvision's
-or timm's.
+Writes metrics.jsonl as launch/pretrain.py does (step, images_seen, loss) and marks/step-<N>.pth, backbones named as
+torchvision's or timm's.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STORED_KEYS = 4096
 
 
 class LightlyStep:
-    """MoCo v2 of lightly's parts."""
+    """Trains MoCo v2, put together from lightly's parts."""
 
     def __init__(self, cfg: ResolvedConfig):
         from lightly.loss import NTXentLoss  # pyright: ignore[reportMissingImports]
@@ -68,7 +68,7 @@ class LightlyStep:
 
 
 class StablePretrainingStep:
-    """MoCo v3 of stable-pretraining, whose module brings the loss, the heads and the moving averages."""
+    """Trains MoCo v3 with stable-pretraining's module, which has the loss, the heads and the moving averages."""
 
     def __init__(self, cfg: ResolvedConfig):
         from stable_pretraining.methods.mocov3 import MoCov3  # pyright: ignore[reportMissingImports]
@@ -102,7 +102,7 @@ def lightly_transform(size: int, crop_min: float, blur: float) -> Callable[[Any]
 
 
 def main() -> None:
-    """Train; the rates follow the recipe's schedules over the steps that are asked for."""
+    """Train a peer; learning rate and momentum follow the recipe's schedules over the steps that are asked for."""
     parser = argparse.ArgumentParser("python -m benchmarks.learning.peers", description=__doc__, allow_abbrev=False)
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--recipe", required=True)

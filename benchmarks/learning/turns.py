@@ -66,7 +66,7 @@ class Runner:
         return self.process.returncode is None
 
     def end(self) -> None:
-        """End its processes."""
+        """Kill all processes of the group."""
         self._signal(signal.SIGKILL)
         self.process.wait()
 

@@ -82,11 +82,11 @@ def main() -> None:
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
     """Read what a rank and `python -m benchmarks scaling` both take, and what `parser` takes besides."""
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--weak", action="store_true", help="train_batch_size is that of a rank (default)")
-    mode.add_argument("--strong", action="store_true", help="train_batch_size is shared")
+    mode.add_argument("--weak", action="store_true", help="train_batch_size is the batch of each rank (default)")
+    mode.add_argument("--strong", action="store_true", help="train_batch_size is the batch of all ranks together")
     parser.add_argument("--recipe", metavar="F", default="ds_configs/bs4096.json", help="default %(default)s")
     parser.add_argument("--set", metavar="path=value", action="append", default=[], help="override a key; repeatable")
-    parser.add_argument("--steps", metavar="N", type=int, default=10, help="for the clock (default %(default)s)")
+    parser.add_argument("--steps", metavar="N", type=int, default=10, help="steps that are timed (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/scaling"), help="default %(default)s")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     given = parser.parse_args(arguments)

@@ -64,7 +64,7 @@ def plain_loader(root: Path, size: int, batch: int, workers: int) -> DataLoader:
 
 
 def spdl_loader(root: Path, size: int, batch: int, workers: int) -> Iterator[list[torch.Tensor]]:
-    """Yield such batches, of the same transforms in the threads of SPDL, endlessly. Raises ModuleNotFoundError."""
+    """Yield batches as `plain_loader` does, endlessly, from threads of SPDL. Raises ModuleNotFoundError without SPDL."""
     from spdl.pipeline import PipelineBuilder  # pyright: ignore[reportMissingImports]
 
     images = ImageFolder(str(root / "train"), TwoViews(size))
@@ -81,7 +81,7 @@ def spdl_loader(root: Path, size: int, batch: int, workers: int) -> Iterator[lis
 
 @contextmanager
 def image_folder(given: Path | None, count: int, size: tuple[int, int] = SIZES) -> Iterator[Path]:
-    """Give the folder that was named or, for as long as it is needed, one with `count` generated pictures in train/.
+    """Yield the folder `given` or, if it is None, a temporary folder with `count` generated pictures in train/.
 
     These have the mean size of ImageNet's, unless `size` (width, height) is given, and their mean file size (about 110 kB).
     """

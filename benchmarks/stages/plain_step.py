@@ -107,7 +107,7 @@ class PlainStep:
 def plain_moving_average(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], momentum: float, foreach: bool = False
 ) -> None:
-    """Update one average after the other, through a new tensor each, or all at once; pairs of parameter and average."""
+    """Update the averages in `pairs` (parameter, average) one by one, each through a new tensor, or by one foreach call."""
     if foreach:
         parameters, averages = (list(tensors) for tensors in zip(*pairs, strict=True))
         torch._foreach_lerp_(averages, parameters, 1 - momentum)
@@ -117,7 +117,7 @@ def plain_moving_average(
 
 
 class PlainLars(torch.optim.Optimizer):
-    """Updates by MoCo v3's formula, tensor by tensor or in foreach calls; biases and norms neither adapt nor decay."""
+    """Updates by MoCo v3's formula, tensor by tensor or in foreach calls; biases and norms get no trust ratio or decay."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, foreach: bool):
         super().__init__(groups, {"lr": lr})

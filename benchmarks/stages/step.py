@@ -69,7 +69,7 @@ NETWORKS = {
 
 
 class Setup(NamedTuple):
-    """Names what one measured step is of; `network` is one of NETWORKS."""
+    """Holds the sizes and options of one step to measure; `network` is one of NETWORKS."""
 
     network: str
     images: int
@@ -81,7 +81,7 @@ class Setup(NamedTuple):
 
     @property
     def case(self) -> str:
-        """Return the name of its row."""
+        """Return the name of the row of this step."""
         chunks = -(-self.images // self.chunk)
         ours = self.chunk_name or f"{chunks} chunk{'s' * (chunks > 1)}"
         words = [self.network, f"{self.images} images", *([] if self.precision == "auto" else [self.precision])]
@@ -145,7 +145,7 @@ def run(effort: Effort) -> Iterator[Row]:
                 traceback.print_exc()
                 failed.append(measure.args[0])
     if failed:
-        raise RuntimeError(f"{len(failed)} groups of cases failed: {failed}")
+        raise RuntimeError(f"groups of cases that failed ({len(failed)}): {failed}")
 
 
 def _weighed(effort: Effort, gpu: bool) -> list[tuple[str, int, int]]:

@@ -31,7 +31,7 @@ Augment: TypeAlias = Callable[[np.ndarray, ViewParameters, int, ImageSize, int, 
 def choose_backend(asked: str, device_type: str, channels: int = 3) -> tuple[str, str]:
     """Return the backend for `asked` ("auto" or one of BACKENDS) on "cpu" or "cuda", and why.
 
-    Raises ValueError if `asked` is none of them, or DALI is asked for and not installed, or for other than three channels.
+    Raises ValueError if `asked` is none of them, or if it is "dali" and DALI is absent or images do not have 3 channels.
     """
     if asked not in ("auto", *BACKENDS):
         raise ValueError(f"`backend` (={asked!r}) must be one of auto, {', '.join(BACKENDS)}")

@@ -1,8 +1,8 @@
 """Applies colours, blur, solarize and flip to a crop in one compiled pass, to the bit as PIL does: what the CPU backends use.
 
 Numba compiles `_view` once, for the CPU that it meets, and keeps the result on disk: in `__pycache__` beside this file, else in
-the user's cache folder (NUMBA_CACHE_DIR names another). No compiler is needed. Where numba cannot be imported, `opencv.colour`
-makes the same views by up to eight calls of OpenCV, with its own rounding.
+the user's cache folder (NUMBA_CACHE_DIR names another). No compiler is needed. Where numba cannot be imported,
+`opencv.opencv_colour` takes its place: up to eight calls of OpenCV, which round differently and blur by a true Gaussian.
 
 The arithmetic is that of PIL 13, in the order of its operations and in fp32 where PIL has a float: ImageEnhance's blends
 (Blend.c), HSV in bytes (Convert.c), and its GaussianBlur, three box blurs a direction in 24-bit fixed point (BoxBlur.c). Loops

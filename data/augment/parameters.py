@@ -43,7 +43,7 @@ RGB = Channels()
 def channels_of(
     channels: int = 3, mean: Sequence[float] | str = "auto", std: Sequence[float] | str = "auto"
 ) -> Channels:
-    """Return so many channels with these statistics; "auto" is ImageNet's, and of another number than 3, their average in each.
+    """Return `channels` channels with this mean and std; "auto" is ImageNet's, or for other than 3 channels its average.
 
     Raises ValueError if there are not as many means and deviations as channels.
     """
@@ -97,7 +97,7 @@ class ViewAugmentation:
 
     @property
     def needs_pil(self) -> bool:
-        """Return whether DALI cannot apply it."""
+        """Return whether DALI cannot apply this augmentation: bicubic resizing, auto_augment, or other than 3 channels."""
         return self.interpolation != "bilinear" or self.auto_augment is not None or self.channels != 3
 
     @property
@@ -125,13 +125,13 @@ def moco_v3_augmentations(
     channels: int = 3,
     blur_probability: tuple[float, float] = (1.0, 0.1),
 ) -> tuple[ViewAugmentation, ViewAugmentation]:
-    """Return the asymmetric pair of MoCo v3 and BYOL: view 1 is always blurred, view 2 seldom blurred and sometimes solarized.
+    """Return the two augmentations of MoCo v3 and BYOL: view 1 always blurred, view 2 seldom blurred, sometimes solarized.
 
     Args:
         image_size: side of a view in pixels, or (height, width).
         crop_min: smallest area of a crop, as a fraction of the image's area.
-        channels: of images.
-        blur_probability: of either view, by up to 2 pixels at any `image_size`.
+        channels: number of channels of the images.
+        blur_probability: of view 1 and of view 2; sigma is 0.1 to 2 pixels at any `image_size`.
     """
     first, second = (
         ViewAugmentation(image_size, (crop_min, 1.0), blur, solarize, channels=channels)
@@ -211,7 +211,7 @@ LARGE = 900
 def reductions(
     views: Sequence[ViewParameters], heights: np.ndarray, widths: np.ndarray, image_size: ImageSize
 ) -> np.ndarray:
-    """Return at which part of the resolution each of n images can be decoded: int64 [n], 8, 4, 2 or 1 (all of it).
+    """Return by which factor the sides of each of n images can be reduced while decoding: int64 [n], 8, 4, 2 or 1.
 
     It is the largest reduction that leaves every crop at least twice as large as its view, so that resizing it still averages.
     """

@@ -3,7 +3,7 @@
 A class is a name (of a folder, or from the index that `shard_writer` keeps) or a number (in shards of other tools, which hold
 labels without names). Equal names are the same class, and so are equal numbers. A name can be compared with a number only if
 the name is one, such as the folders 0 to 11: as text they sort as 0, 1, 10, 11, 2, ..., so their positions say nothing. Other
-names and numbers cannot be matched: their order is a convention that each tool has its own of.
+names and numbers cannot be matched, because each tool has its own convention for the order.
 
 Labels of an opened source are positions in `class_names`, always those of the training images.
 """
@@ -29,7 +29,7 @@ class Classes:
     present: np.ndarray  # int64, sorted
 
     def keys(self, by_number: bool) -> dict[str | int, int]:
-        """Return {class: label} of the classes that occur, as numbers where `by_number`. Raises ValueError if one is none."""
+        """Return {class: label} of the classes that occur, as numbers if `by_number`; ValueError if a name is no number."""
         names = {self.names[label]: label for label in self.present.tolist()}
         if not by_number:
             return {**names}
@@ -57,7 +57,8 @@ def number_classes(given: Sequence[str] | None, count: int, where: str) -> tuple
     wrong = [name for name in given if not 0 <= int(name) <= MAX_LABEL]
     if wrong:
         raise ValueError(
-            f"{where}: {len(wrong)} labels out of range, the first {wrong[0]}; allowed: names, or numbers from 0 to {MAX_LABEL}"
+            f"{where}: labels out of range: {len(wrong)}, the first {wrong[0]}; allowed: names, or numbers "
+            f"from 0 to {MAX_LABEL}"
         )
     labels = np.array([int(name) for name in given], dtype=np.int64)
     return labels, [str(label) for label in range(int(labels.max()) + 1)], False
@@ -82,8 +83,8 @@ def training_labels(training: Classes, evaluation: Classes) -> np.ndarray:
         only = {training.folder: wanted.keys() - found.keys(), evaluation.folder: found.keys() - wanted.keys()}
         shown = "; ".join(f"only in {folder}: {_shown(classes)}" for folder, classes in only.items() if classes)
         raise ValueError(
-            f"{training.folder} and {evaluation.folder} have different classes ({shown}), of {len(wanted)} and {len(found)}; "
-            f"each class to evaluate on must be a class of the training images; remove or rename the others"
+            f"{training.folder} and {evaluation.folder} have different classes ({shown}; in all {len(wanted)} and "
+            f"{len(found)}); each class to evaluate on must be a class of the training images; remove or rename the others"
         )
     labels = np.full(len(evaluation.names), -1, dtype=np.int64)
     for name, label in found.items():

@@ -51,12 +51,14 @@ class FileList:
             package for ending, package in missing_plugins().items() for name in names if name.lower().endswith(ending)
         ]
         if unreadable:
-            raise ValueError(f"{file} lists {len(unreadable)} images that need a plugin: pip install '{unreadable[0]}'")
+            raise ValueError(
+                f"{file} lists images that need a plugin ({len(unreadable)}): pip install '{unreadable[0]}'"
+            )
         self.checksum = zlib.crc32(file.read_bytes())
         tried = np.unique(np.linspace(0, len(names) - 1, _TRIED).astype(int)).tolist()
         if not any(Path(self._base, names[index]).exists() for index in tried):
             raise ValueError(
-                f"{file}: no such file: {Path(self._base, names[0])}, nor any other of {len(tried)} that were looked for; "
+                f"{file}: no such file: {Path(self._base, names[0])} (paths looked for: {len(tried)}, found: none); "
                 f"paths must be absolute or relative to {self._base}"
             )
 

@@ -67,7 +67,7 @@ def kind_of(name: str) -> str:
 
 
 def files_beside(folder: str | Path) -> Counter[str]:
-    """Return the files in `folder` itself by kind, without hidden ones."""
+    """Count the files in `folder` itself by kind, without hidden ones."""
     with os.scandir(folder) as entries:
         return Counter(kind_of(one.name) for one in entries if not one.is_dir() and not one.name.startswith("."))
 

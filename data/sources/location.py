@@ -98,7 +98,7 @@ def parse(path: str | Path) -> Location:
         unknown = [name for name in re.findall(r"([^=,&]+)[^,&]*", query) if name not in ("eval", *_SUBSET)]
         if unknown:
             raise ValueError(
-                f"unknown option in {text!r}; allowed: eval, {', '.join(_SUBSET)}; a token does not belong into a path, which "
+                f"unknown option in {text!r}; allowed: eval, {', '.join(_SUBSET)}; a token does not belong in a path, which "
                 f"is written to config.json (docs/data.md, Remote shards)"
             )
     else:  # a folder may have a question mark in its name

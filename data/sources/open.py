@@ -290,7 +290,7 @@ def _classes(source: _Labelled) -> Classes:
     if not source.has_labels:
         raise ValueError(
             f"the images in {source.folder} have no labels (of shards: members <key>.cls), which evaluation needs; add them, "
-            f"or move the images to evaluate on away"
+            f"or move the evaluation images away"
         )
     are_numbers = not getattr(source, "has_class_names", True)
     return Classes(source.folder, source.class_names, are_numbers, np.unique(source.labels[source.labels >= 0]))
@@ -300,5 +300,5 @@ def _folder_classes(folder: Path) -> Classes:
     """Return the classes of class folders without listing their files: each holds images, or training cannot open them."""
     names = list_classes(folder)
     if not names:
-        raise ValueError(f"{folder} has no class folders, which evaluation needs; move the images to evaluate on away")
+        raise ValueError(f"{folder} has no class folders, which evaluation needs; move the evaluation images away")
     return Classes(folder, names, False, np.arange(len(names)))

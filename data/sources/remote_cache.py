@@ -44,7 +44,7 @@ class ImageCache:
 
     @property
     def has_room(self) -> bool:
-        """Return whether it is worth the try to keep more."""
+        """Return whether there may be room for more images: none was found full or unwritable in the last minute."""
         return self._full_at is None or time.monotonic() - self._full_at > _FULL_S
 
     def open(self, digest: str, size: int) -> "CachedShard":

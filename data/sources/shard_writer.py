@@ -26,7 +26,7 @@ _SIGNATURES = {"jpg": (0, b"\xff\xd8\xff"), "png": (0, b"\x89PNG\r\n\x1a\n"), "w
 
 
 class UnreadableImage(OSError):
-    """Raised when an image cannot be read, for which a damaged file is no reason: no permission, or a disk that is gone."""
+    """Raised when an image cannot be read though its file may be intact: no permission, or a disk that is gone."""
 
 
 @dataclass

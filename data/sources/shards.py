@@ -76,7 +76,7 @@ class ShardFolder(Protocol):
         ...
 
     def beside(self) -> Counter[str]:
-        """Return the files in the folder by kind, without hidden ones."""
+        """Count the files in the folder by kind, without hidden ones."""
         ...
 
     def open(self, name: str) -> BinaryIO:
@@ -84,7 +84,7 @@ class ShardFolder(Protocol):
         ...
 
     def images(self, shards: Sequence[str], ends: np.ndarray, spans: np.ndarray) -> "ImageBytes":
-        """Return what reads images: those up to `ends` [s] lie in each of `shards`, at the bytes `spans` [n, 2]."""
+        """Return a reader of n images: those before `ends[i]` lie in `shards[i]` (or earlier), at the bytes `spans` [n, 2]."""
         ...
 
 
@@ -204,7 +204,7 @@ class LocalFolder:
         return load(self._path / INDEX) if (self._path / INDEX).exists() else None
 
     def beside(self) -> Counter[str]:
-        """Return the files in the folder by kind."""
+        """Count the files in the folder by kind."""
         return files_beside(self._path)
 
     def open(self, name: str) -> BinaryIO:
@@ -212,7 +212,7 @@ class LocalFolder:
         return (self._path / name).open("rb")
 
     def images(self, shards: Sequence[str], ends: np.ndarray, spans: np.ndarray) -> "ImageBytes":
-        """Return what reads images by positioned reads."""
+        """Return a reader of the images that uses positioned reads (os.pread)."""
         return _LocalImages(self._path, shards, ends)
 
 
@@ -223,11 +223,11 @@ class _LocalImages:
         self._folder, self._shards, self._ends = folder, shards, ends
 
     def reader(self, index: int) -> Callable[[int, int], bytes]:
-        """Return what reads from the shard of an image."""
+        """Return a function that reads (offset, length) in the shard of image `index`."""
         return self._open(self._shards[int(np.searchsorted(self._ends, index, side="right"))]).read
 
     def read_ahead(self, indices: Sequence[int]) -> None:
-        """Leave it to the operating system."""
+        """Do nothing, because the operating system reads ahead."""
 
     @functools.cached_property
     def _open(self) -> Callable[[str], "_ShardFile"]:
@@ -331,7 +331,7 @@ def _scan_all(folder: ShardFolder, class_names: list[str]) -> tuple[Arrays, int]
     if not len(images):
         held = f" (they hold {counted(passed_over)})" if passed_over else ""
         raise ValueError(
-            f"the {len(shards)} tar files in {folder} hold no images{held}; allowed: members such as 0000.jpg (or "
+            f"the tar files in {folder} ({len(shards)}) hold no images{held}; allowed: members such as 0000.jpg (or "
             f"{', '.join(readable_extensions()[1:])}) and 0000.cls, its label as a number"
         )
     index = {

@@ -1,7 +1,7 @@
 """Takes a reproducible part of the images of a source, as for semi-supervised training with 1 % or 10 % of the labels.
 
 Each image has a random number that its index and the seed determine, and a class gives those with the smallest numbers. So
-the subset is the same on every machine, and those of one seed lie in each other: the 1 % are part of the 10 %.
+the subset is the same on every machine, and subsets of one seed are nested: the 1 % are part of the 10 %.
 """
 
 import zlib
@@ -26,7 +26,7 @@ class Subset:
         source: where the images come from. An image without a label is in no subset.
         fraction: of the images of each class, rounded, at least one. Images without classes are taken as one class.
         per_class: number of images of each class, or all where it has fewer.
-        seed: another one gives other images.
+        seed: another seed chooses other images.
 
     Raises ValueError if `per_class` is given for images without labels.
     """
@@ -72,7 +72,7 @@ class Subset:
 
 
 def read_ahead(source: "Source", indices: Sequence[int] | np.ndarray) -> None:
-    """Tell `source` which images will be read next, if it wants to know."""
+    """Tell `source` which images will be read next, if it has a method `read_ahead`."""
     begin = getattr(source, "read_ahead", None)
     if begin is not None:
         begin(indices)

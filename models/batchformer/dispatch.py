@@ -1,7 +1,7 @@
 """Chooses the kernel that computes what lies between the linear layers, and says why the others cannot run.
 
-    fused      Triton passes on a GPU (from V100 on: no `tl.dot`), torch operators in blocks of a cache on a CPU; scores in
-               tiles
+    fused      Triton passes on a GPU (from V100 on: no `tl.dot`), torch operators on blocks that fit a core's cache on a CPU;
+               scores in tiles
     sdpa       torch's scaled_dot_product_attention, for dropout 0
     reference  a few lines of fp32: runs everywhere
 

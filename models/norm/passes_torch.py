@@ -47,9 +47,10 @@ def backward_sums(
     eps: float,
     relu: bool,
 ) -> list[Tensor]:
-    """Return sum(dy) and sum(dy * xhat) of each view, [V, 2, C], with dy before the ReLU; then dy, unless that is given.
+    """Return sum(dy) and sum(dy * xhat) of each view, [V, 2, C], and dy before the ReLU where that is a new tensor.
 
-    A residual that is normalised, too, adds its sum(dy * xhat): [V, 3, C]. Other residuals are not given.
+    `dys` are one or two gradients of the output, which are added. A residual that is normalised, too, adds its
+    sum(dy * xhat): [V, 3, C]. Other residuals are not passed.
     """
     dy = dys[0] if len(dys) == 1 else dys[0] + dys[1]
     if relu:
@@ -71,7 +72,7 @@ def input_gradients(
     count: int,
     relu: bool,
 ) -> list[Tensor]:
-    """Return dx, and dresidual if that is normalised, given the sums over `count` values."""
+    """Return the gradient of x and, if the residual is normalised, of the residual, given the sums over `count` values."""
     assert not relu  # `backward_sums` has returned dy before the ReLU
     dx = _input_gradient(x, dy, channels[:4], sums[:, :2], eps, count)
     return [dx] if residual is None else [dx, _input_gradient(residual, dy, channels[4:], sums[:, ::2], eps, count)]

@@ -1,4 +1,4 @@
-"""Batch norm that normalises each view by its own statistics, in one call and with one collective.
+"""Defines the batch norm that normalises each view by its own statistics, in one call and with one collective.
 
 MoCo v3 encodes two crops ("views") of every image. The originals pass the views through the network one after the
 other, so a batch norm sees the B images of one view at a time, and its statistics belong to that view. That matters: view 2
@@ -218,7 +218,7 @@ class ViewBatchNorm(_BatchNorm):
 
 
 class Deferred(NamedTuple):
-    """Hold what a norm was given, for another that adds the result to its own: copies of parameters, [C] or None."""
+    """Hold the input and parameters (copies, [C] or None) of a norm, for the norm that normalises it and adds the result."""
 
     norm: ViewBatchNorm
     input: Tensor
@@ -246,8 +246,7 @@ def convert_norms(model: nn.Module, num_views: int = 2, process_group: dist.Proc
     Raises:
         TypeError: if `num_views` is not an integer.
         ValueError: if `num_views` is below 1, and for batch norms that ViewBatchNorm cannot stand for (3-d or lazy ones,
-            subclasses of nn.BatchNorm2d with a forward pass of their own, momentum=None, track_running_stats=False), before
-            anything is changed.
+            other subclasses of these three, momentum=None, track_running_stats=False), before anything is changed.
     """
     check_positive_integer("num_views", num_views)
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}

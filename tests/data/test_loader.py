@@ -512,7 +512,7 @@ def test_evaluation_loader(workers):
 
 def test_evaluation_without_a_readable_image():
     source = Damaged(4, dict.fromkeys(range(4), OSError("gone")))
-    with pytest.raises(SkipLimitExceeded, match="none of the 4 evaluation images"):
+    with pytest.raises(SkipLimitExceeded, match="no evaluation image could be read, of 4"):
         list(EvaluationLoader([source], 16, batch_size=2, workers=0).read(source, np.arange(4)))
 
 

@@ -339,7 +339,7 @@ def test_shards_without_labels_train_but_do_not_evaluate(tree):
     with tarfile.open(tree / "train/x.tar", "w") as tar:
         tar.add(tree / "val/a/v.png", "0.png")
     assert open_source(tree, "train").open(0).mode == "RGB"
-    with pytest.raises(ValueError, match=r"the images in .*train have no labels .*move the images to evaluate on away"):
+    with pytest.raises(ValueError, match=r"the images in .*train have no labels .*move the evaluation images away"):
         open_source(tree, "eval")
 
 

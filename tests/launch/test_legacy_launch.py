@@ -226,7 +226,7 @@ def test_a_dry_run_counts_them(monkeypatch, capsys, flags, gpus, ranks):
 
 
 BAD = [
-    ([*NODES, "--world-size", "2"], 0, "--rank: given None; allowed: 0 to 1"),
+    ([*NODES, "--world-size", "2"], 0, "--rank: given nothing; allowed: 0 to 1"),
     ([*NODES, "--world-size", "2", "--rank", "2"], 0, "--rank: given 2; allowed: 0 to 1"),
     ([*NODES, "--world-size", "0"], 0, "--world-size: given 0; allowed: >= 1, the number of nodes"),
     ([*NODES, "--gpu", "0"], 4, "--gpu: given 0; allowed: the number of one of this machine's 4 GPUs, without"),
