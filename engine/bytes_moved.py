@@ -1,7 +1,7 @@
-"""Counts the bytes that torch's operators read and write: each tensor counts once a pass, and views cost nothing.
+"""Counts the bytes that torch's operators read and write: each tensor counts once per pass, and views cost nothing.
 
-What a kernel of our own moves counts if it is an operator (`crossbatch::...`); LARS on a GPU is none. What the caches of a
-device keep counts all the same.
+The bytes of a kernel of our own count if it is an operator (`crossbatch::...`), which LARS on a GPU is not. Bytes that the
+caches of a device would save count all the same.
 """
 
 import math
@@ -30,7 +30,7 @@ _NORM_BACKWARDS = ("native_batch_norm_backward", "cudnn_batch_norm_backward")
 
 
 class BytesMoved(TorchDispatchMode):
-    """Counts, while it is entered, the bytes of tensors on a type of device.
+    """Counts, as a context manager, the bytes of tensors on `device_type` that operators read and write.
 
     Attributes:
         by_operator: the bytes, by the name of the operator.
@@ -82,14 +82,14 @@ class BytesMoved(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Moved:
-    """Holds what forward and backward of a backbone move for an image with both views: in all, and without its products."""
+    """Holds the bytes that a backbone moves per image (both views): in total, and without convolutions and matrix products."""
 
     total: float
     elementwise: float
 
 
 def of_backbone(build: Callable[[], nn.Module], image_size: int, precision: str, images: int = 256) -> Moved:
-    """Count what a network moves on a GPU, for each of `images` that it sees at once; nothing is allocated or computed."""
+    """Count the bytes per image that a training pass moves on a GPU, with `images` at once; nothing is allocated."""
     network = without_memory(build)
     with shapes_only(precision), as_if_fused():  # the norms take the operators of their kernels
         views = torch.empty(NUM_VIEWS * images, 3, image_size, image_size)

@@ -148,7 +148,7 @@ def backward_in_chunks(
     backward: Callable[[Tensor, bool], None],
     compare: bool = False,
 ) -> Tensor:
-    """Run the cut step through callables, and return the detached loss.
+    """Run forward and backward pass chunk by chunk (the cut step), through callables; return the detached loss.
 
     Args:
         chunks: what `forward` takes, in the order of the batch.
@@ -370,7 +370,7 @@ class _GradientSync:
             self._backward(scalar)
 
     def check(self, parameters_of_loss: Sequence[nn.Parameter], over_ranks: bool) -> None:
-        """Raise where gradients would be silently wrong: scaled ones, and ones that nothing averages."""
+        """Raise ValueError for gradients that keep a loss scale, and RuntimeError for gradients that nothing averages."""
         named = list(self.backbone.named_parameters())
         known = {id(parameter) for _, parameter in named}
         others = [p for p in parameters_of_loss if id(p) not in known]
@@ -422,7 +422,7 @@ def _check_equal(named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup |
     if any(different):
         names = [name for (name, _), differs in zip(named, different, strict=True) if differs]
         raise RuntimeError(
-            f"backbone: gradients of {len(names)} parameters differ between ranks ({', '.join(names[:3])}, ...), so nothing "
+            f"backbone: gradients differ between ranks ({', '.join(names[:3])}{', ...' * (len(names) > 3)}), so nothing "
             f"averages them. Pass the wrapped backbone (DDP, fully_shard or a DeepSpeed engine, not its .module) and wrap "
             f"modules that loss_of_features uses as well; or, if you average gradients after this call, pass check_sync=False."
         )

@@ -135,12 +135,12 @@ def train_loader(
 
 
 def view_augmentations(data: DataConfig) -> tuple[ViewAugmentation, ViewAugmentation]:
-    """Return how the two views of pretraining are made."""
+    """Return the augmentations that make the two views of pretraining."""
     return moco_v3_augmentations(data.image_size, data.crop_min, data.channels, data.blur_probability)
 
 
 def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> None:
-    """Raise InputError, on all ranks, if the workers of a node cannot pass on what `loaders` of its ranks hold at a time."""
+    """Raise InputError, on all ranks, if the workers of a node cannot pass images on, as with too little shared memory."""
     num_bytes = world.local_size * sum(loader.shared_bytes for loader in loaders)
     if num_bytes:
         with user_input("crossbatch.data.workers"):
@@ -150,7 +150,7 @@ def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> Non
 
 
 def longest_wait_s(cfg: Resolved) -> float:
-    """Return how long to wait for images: so long that this rank can still say so before the others give it up."""
+    """Return how many seconds to wait for images: few enough to report the loss before the other ranks stop waiting."""
     return cfg.crossbatch.watch.timeout_s / 2
 
 
@@ -177,8 +177,8 @@ def training_images(
 ) -> tuple[Source, Source | None]:
     """Open the training images of `crossbatch.data.path`; every rank calls it.
 
-    With `evaluate`, open those to evaluate on, too, if there are any. Without, nothing is wrong with a folder that a run does
-    not need, such as the validation images of ImageNet before they are sorted into classes.
+    With `evaluate`, open those to evaluate on, too, if there are any. Without it, their folder is not looked at and may be in
+    any state, as ImageNet's validation images are before they are sorted into classes.
 
     Raises InputError if there are no images, or if the ranks find different ones.
     """
@@ -186,7 +186,7 @@ def training_images(
 
 
 def found_images(path: str | None, train: Source, evaluation: Source | None, evaluates: bool = True) -> list[str]:
-    """Return lines for the log: how many images and classes were found and what was passed over; a missing evaluation, too."""
+    """Return lines for the log: the images and classes found, what was passed over, and why there is no evaluation."""
     lines = [f"training: {describe_source(train)}"]
     if evaluation is not None:
         lines.append(f"evaluation: {describe_source(evaluation)}")
@@ -303,7 +303,7 @@ def _contents(source: Source) -> int:
 
 
 def checksum(source: Source) -> int:
-    """Return a checksum of labels, class names and, of the sources of this package, the names of the images, in their order."""
+    """Return a checksum of labels and class names, in order, and of image names if `source` has a checksum of them."""
     labels = np.ascontiguousarray(source.labels, dtype=np.int64)
     names = "\n".join(source.class_names).encode(errors="surrogateescape")
     return zlib.crc32(names, zlib.crc32(labels.tobytes(), getattr(source, "checksum", 0)))

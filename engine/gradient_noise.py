@@ -1,4 +1,4 @@
-"""Measures the simple noise scale of the gradients while a run trains: up to which batch larger batches pay.
+"""Measures the simple noise scale of the gradients during training: the batch size up to which larger batches pay off.
 
 McCandlish et al. (2018), "An Empirical Model of Large-Batch Training" (arXiv 1812.06162), section 2.2 and appendix A.1. If a
 gradient is the mean of B terms, one per image, then
@@ -61,7 +61,7 @@ class GradientNoise:
 
     @staticmethod
     def of(model: ShardableModel, cfg: ResolvedConfig, chunks: int) -> "GradientNoise | None":
-        """Return a meter for a step in so many chunks; None where none is wanted, or no gradient of a part can be seen.
+        """Return a meter for a step in `chunks` chunks; None if the recipe turns it off, or no gradient of a part can be seen.
 
         The latter is so with one rank and one chunk; under FSDP2 (any stage), which reduces gradients before a hook sees them;
         and with `cuda_graph`, whose gradients no hook sees.
@@ -91,7 +91,7 @@ class GradientNoise:
         parameter.register_hook(see)
 
     def end_step(self, grad_norm: float, loss_scale: float, counts: bool) -> None:
-        """Take the norms of the last step into the sums if it `counts`; `grad_norm` is that of the whole batch."""
+        """Add the norms of the last step to the sums if the step `counts`; `grad_norm` is the norm for the whole batch."""
         if counts and self._parts:
             parts = torch.stack(self._parts).double().square().sum() / loss_scale**2
             if self.over == "chunks":
@@ -106,11 +106,11 @@ class GradientNoise:
         self._parts, self._whole = [], []
 
     def part_square(self) -> Tensor:
-        """Return this rank's squared norm of parts, averaged over the steps since the last reading, for a mean over ranks."""
+        """Return this rank's squared norm of parts, averaged over the steps since the last `read`; ranks average it."""
         return self._part_square / max(self._steps, 1)
 
     def read(self, part_square: float, progress: "Progress") -> dict[str, float]:
-        """Take the steps since the last reading into the averages in `progress`, and return what metrics.jsonl shows of them.
+        """Add the steps since the last call to the averages in `progress`, and return their values for metrics.jsonl.
 
         Args:
             part_square: the mean over ranks of `part_square()`.
@@ -137,7 +137,7 @@ class GradientNoise:
 
 
 def signal_and_noise(whole_square: float, part_square: float, sizes: Sequence[int]) -> tuple[float, float]:
-    """Estimate |G|^2 and tr(Sigma) without bias.
+    """Estimate |G|^2 and tr(Sigma), the signal and the noise of the gradients, without bias.
 
     Args:
         whole_square: |g|^2 of the gradient of a batch.
@@ -150,7 +150,7 @@ def signal_and_noise(whole_square: float, part_square: float, sizes: Sequence[in
 
 
 def cost_of_batch(batch: int, noise_scale: float) -> tuple[float, float]:
-    """Return how many times the fewest steps, and how many times the fewest images, a batch takes to the same loss.
+    """Return the steps and the images that a batch size takes to the same loss, as multiples of the fewest possible.
 
     They are 1 + noise_scale / batch and 1 + batch / noise_scale (McCandlish et al., section 2.3): at a batch as large as the
     noise scale, both are 2.
@@ -161,4 +161,4 @@ def cost_of_batch(batch: int, noise_scale: float) -> tuple[float, float]:
 def describe_batch(batch: int, noise_scale: float) -> str:
     """Say in words what `cost_of_batch` returns."""
     steps, images = cost_of_batch(batch, noise_scale)
-    return f"{batch} a step take {steps:.2f} x the fewest steps and {images:.2f} x the fewest images"
+    return f"batches of {batch} take {steps:.2f} x the fewest steps and {images:.2f} x the fewest images"

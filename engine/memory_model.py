@@ -97,7 +97,7 @@ class StepMemory:
         return Memory((*parts, Part("context", CONTEXT if cfg.device.type == "cuda" else 0.0, "assumed")))
 
     def largest_chunk(self, budget: float) -> int:
-        """Find the largest of even chunks whose step takes `budget` bytes besides the context; 0 if not one image fits."""
+        """Find the largest even chunk whose step takes at most `budget` bytes besides the context; 0 if no image fits."""
         even = (-(-self.cfg.local_batch // chunks) for chunks in range(1, self.cfg.local_batch + 1))
         return next((chunk for chunk in even if self.at(chunk).without_context <= budget), 0)
 

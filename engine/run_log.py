@@ -50,7 +50,7 @@ def command(name: str, model: FrozenModelConfig, data: str | None, *more: str) -
 
 
 def replay_command(out: Path, step: int) -> str:
-    """Return the command line that makes a step of the run in `out` again, and says what went wrong in it first."""
+    """Return the command line that replays a step of the run in `out`, and says what went wrong in it first."""
     return shlex.join([*_start("replay"), "--run", str(out), "--step", str(step)])
 
 
@@ -61,7 +61,7 @@ def _start(name: str) -> list[str]:
 
 
 def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, has_board: bool = True) -> None:
-    """Print a table, and the commands to type next, with TensorBoard on `out` as the last one where that was written."""
+    """Print a table, and the commands to type next; with `has_board`, the last one starts TensorBoard on `out`."""
     printer = console()
     table = Table(show_header=False)
     table.add_column()
@@ -75,7 +75,7 @@ def print_summary(rows: list[tuple[str, str]], commands: list[str], out: Path, h
 
 
 class Log:
-    """Takes the place of `RunLog` on the other ranks, and does nothing."""
+    """Takes the place of `RunLog` on ranks other than 0, and does nothing."""
 
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
@@ -212,13 +212,13 @@ class RunLog(Log):
         print_summary(rows, commands, self.out, self.has_board)
 
     def stopped(self, signal_name: str, step: int) -> None:
-        """Write a file that tells this interrupted run, which can be resumed, from a finished one; tell the trackers, too."""
+        """Write the file that marks the run as interrupted and resumable, and let the trackers know when the log closes."""
         self.outcome = "stopped"
         with self._warning_if_full(STOPPED):
             write_atomically(self.out / STOPPED, json.dumps({"signal": signal_name, "step": step}) + "\n")
 
     def failed(self) -> None:
-        """Let the trackers know, at the end, that the run was not finished."""
+        """Let the trackers know, when the log closes, that the run has failed."""
         self.outcome = "failed"
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ _sketches: dict[str, Sketch] = {}
 
 
 def sketch(cfg: ResolvedConfig) -> Sketch:
-    """Return the sketch of `cfg`; it is the same for any sharding, number of chunks and sharing of statistics."""
+    """Return what a step of `cfg` keeps in memory; it does not depend on sharding, chunks and sharing of statistics."""
     ours, batch = cfg.crossbatch, (cfg.group_size, cfg.local_batch, cfg.world_size)
     model = ours.model.model_copy(update={"norm_ranks": "world"})
     key = repr((model, ours.batchformer, ours.data.image_size, ours.data.channels, cfg.precision, batch))

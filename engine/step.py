@@ -42,7 +42,7 @@ class Progress:
 
     @property
     def noise_scale(self) -> float | None:
-        """Return the noise scale in images; None where it is not measured, or where nothing stands out of the noise yet."""
+        """Return the noise scale in images; None where it is not measured, or while an estimate is not positive."""
         return self.noise_variance / self.noise_square if min(self.noise_variance, self.noise_square) > 0 else None
 
     @staticmethod

@@ -33,11 +33,11 @@ Outcome = Literal["finished", "stopped", "failed"]  # stopped: by a signal, befo
 
 
 class Tracker(ABC):
-    """Sends to one service, in one thread. Every method may raise anything."""
+    """Sends the metrics of a run to one service, from one thread. Every method may raise anything."""
 
     @abstractmethod
     def open(self, out: Path, run: str | None, config: Mapping[str, Any]) -> str:
-        """Create the run, or continue `run`; return the service's name of it."""
+        """Create the run, or continue `run`; return the service's name for it."""
 
     @abstractmethod
     def record(self, values: dict[str, float], step: int) -> None:
@@ -45,7 +45,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def close(self, outcome: Outcome) -> None:
-        """Say that the run has ended, and how."""
+        """Tell the service that the run has ended, and how."""
 
 
 class _Wandb(Tracker):
@@ -113,7 +113,7 @@ TRACKERS: dict[str, type[Tracker]] = {"wandb": _Wandb, "mlflow": _Mlflow, "track
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raise InputError if a tracker's package is absent, or its settings say where nothing can be written."""
+    """Raise InputError if a tracker's package is absent, or its settings name a place that cannot be written."""
     for name in names:
         spec = importlib.util.find_spec(name) if name in TRACKERS else None
         if name in TRACKERS and (spec is None or spec.origin is None):  # the latter is a folder of that name
@@ -173,13 +173,13 @@ class Trackers:
                 thread.start()
 
     def record(self, values: Mapping[str, float], step: int) -> None:
-        """Send the numbers of a step."""
+        """Queue the numbers of a step for every tracker; a tracker that has a full queue does not get them."""
         for _, lines in self._threads.values():
             with contextlib.suppress(queue.Full):
                 lines.put_nowait((dict(values), step))
 
     def close(self, outcome: Outcome) -> None:
-        """End the runs, after what waits was sent; may be called twice."""
+        """Send what waits, for 30 s at most, and end the trackers' runs; may be called twice."""
         end = time.monotonic() + CLOSE_S
         self._closing.set()
         for _, lines in self._threads.values():

@@ -105,7 +105,7 @@ class Trainer:
                 commands = self.task.on_end(self.scores)
             except OSError as error:
                 failure = failure or RunStopped(
-                    f"{error.filename} cannot be written: {error.strerror}; make room, and repeat"
+                    f"{error.filename} cannot be written: {error.strerror}; make room, and repeat the command"
                 )
             if failure is not None:
                 self.log.failed()

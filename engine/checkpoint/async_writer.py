@@ -38,10 +38,10 @@ class Outcome:
     """Tells how a save ended.
 
     Attributes:
-        step: what was saved.
+        step: the step that was saved.
         error: why it failed, the same on all ranks; None if the checkpoint is safely on disk.
-        num_bytes: of all files.
-        seconds: until it was on disk.
+        num_bytes: size of all files but `state.json`; 0 on ranks other than 0.
+        seconds: time until it was on disk.
         stalled_s: seconds for which training waited. That is the host's time until it could go on, and the GPU's time between
             two events around the wait for the copies, which the next update makes if they are not done by then.
     """
@@ -91,7 +91,7 @@ class AsyncCheckpointWriter:
         """Start a save. With `wait`, or if the writer is not `asynchronous`, return only when it has ended.
 
         `optimizer` is what changes `held`: on a GPU, its next step waits until all is copied. `finished` tells how the save
-        ended; it counts from `start` (of time.perf_counter), or from this call.
+        ended; its seconds count from `start` (of time.perf_counter), or from this call.
         """
         start = time.perf_counter() if start is None else start
         self.wait()

@@ -65,23 +65,23 @@ class Slot:
             torch.cuda.check_error(runtime.cudaHostRegister(self.values.data_ptr(), num_bytes, 0))
 
     def invalidate(self) -> None:
-        """Say that the slices are being written."""
+        """Mark the slices as incomplete while they are written."""
         self.counts_file.unlink(missing_ok=True)
 
     def complete(self, counts: dict[str, Any]) -> None:
-        """Say that the slices are those after the step in `counts`."""
+        """Mark the slices as complete; they are those after the step in `counts`."""
         write_atomically(self.counts_file, json.dumps(counts))
 
 
 def allocate(file: Path, num_bytes: int) -> torch.Tensor:
-    """Return a new file of /dev/shm as bytes in memory. Raises OSError if there is not enough room."""
+    """Create a file in /dev/shm and return it as a mapped uint8 tensor. Raises OSError if there is not enough room."""
     with file.open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, num_bytes)  # or a write without room would kill the process
     return torch.from_file(str(file), shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 def place(slices: Slices, file: str) -> tuple[list[SliceInFile], int]:
-    """Return where each slice is in `file`, and the size of that."""
+    """Return where each slice goes in `file`, and the size of the file in bytes."""
     places, offset = [], 0
     for (name, start), values in slices.items():
         places.append(SliceInFile(name, start, values.numel(), values.dtype, file, offset))
@@ -90,9 +90,9 @@ def place(slices: Slices, file: str) -> tuple[list[SliceInFile], int]:
 
 
 def buddies(leaders: list[int]) -> list[int | None]:
-    """Return for each rank the one that keeps its second copy, on the next node; None for all where there is one node.
+    """Return for each rank the rank on the next node that keeps its second copy; None for all if there is only one node.
 
-    `leaders` are the first ranks of the nodes of all ranks.
+    `leaders` holds for each rank the first rank on its node.
     """
     nodes = {leader: [rank for rank, its in enumerate(leaders) if its == leader] for leader in sorted(set(leaders))}
     if len(nodes) == 1:
@@ -198,7 +198,7 @@ class MemoryCopies:
         self.recovered = False
 
     def close(self) -> None:
-        """Leave the group of the threads, on all ranks."""
+        """Wait for the last copy, and leave the process group of the threads; all ranks call it."""
         self._wait()
         dist.destroy_process_group(self._group)
 
@@ -216,7 +216,7 @@ class MemoryCopies:
         return self._slices
 
     def _prepare(self, slices: Slices) -> bool:
-        """Make room for two steps of this rank and of those that send theirs here; return whether all ranks have it."""
+        """Make room for three steps of this rank and two of each rank that sends here; return whether all ranks have room."""
         _, manifest, config, _ = self.state.snapshot()
         places, self.num_bytes = place(slices, "")
         description = {
@@ -240,8 +240,8 @@ class MemoryCopies:
             needed, free = per_rank * self.world.local_size, _free_bytes()
             if needed > SHARE_OF_FREE * free:
                 raise OSError(
-                    f"{MEMORY} has {free / 2**20:.0f} MiB free, and copies would need {needed / 2**20:.0f} MiB, which "
-                    f"may be half of it at most; make it larger (docker: --shm-size)"
+                    f"copies need {needed / 2**20:.0f} MiB in {MEMORY}, and {free / 2**20:.0f} MiB are free; allowed: half of "
+                    f"what is free; make it larger (docker: --shm-size)"
                 )
             self.folder.mkdir(mode=0o700, exist_ok=True)
             run = {"out": str(self.out.resolve()), "fingerprint": self.fingerprint}
@@ -362,7 +362,7 @@ def read_attempts(out: Path) -> list[str]:
 
 
 def write_attempts(out: Path, attempts: list[str]) -> None:
-    """Write what `read_attempts` returns."""
+    """Write the attempts that may have copies to the run directory `out`, for `read_attempts`."""
     write_atomically(out / ATTEMPTS, json.dumps({"attempts": attempts}) + "\n")
 
 

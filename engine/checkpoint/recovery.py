@@ -81,7 +81,10 @@ def recover(out: Path, fingerprint: str, newer_than: int, world: World, timeout_
             return NOTHING
         gone = [str(rank) for rank in range(newest[2]) if rank not in holders[newest]]
         return Recovered(
-            None, 0, f"warning: step {newest[0]} in memory is lost: no node has the slices of rank {', '.join(gone)}"
+            None,
+            0,
+            f"warning: step {newest[0]} in memory is lost: no node has the slices of rank{'s' * (len(gone) > 1)} "
+            + ", ".join(gone),
         )
     newest = max(whole)
     return _assemble(out, newest[0], newest[1], holders[newest], sorted({its for its, _ in everyone}), world, timeout_s)

@@ -58,9 +58,9 @@ class CheckpointSchedule:
         self._due = False
 
     def boundary(self, step: int, any_busy: bool, is_last: bool = False) -> None:
-        """Start a save if one is due after `step`, as it is after the last; it may be called twice for a step.
+        """Start a save if one is due after `step`, which it always is after the last one; calls may be repeated for a step.
 
-        `any_busy` says whether any rank is still writing the last one.
+        `any_busy` says whether any rank is still writing the previous checkpoint.
         """
         self._report()
         if step and (is_last or step % self.every_steps == 0) and self._asked_step != step:

@@ -87,7 +87,7 @@ def write(
     group: dist.ProcessGroup | None = None,
     token: str = "0",
 ) -> None:
-    """Write `directory`/step-N; every rank of `group` calls it. If it fails on one rank, it fails on all and leaves nothing.
+    """Write a checkpoint, `directory`/step-N; every rank of `group` calls it. A failure fails on all and leaves nothing.
 
     Args:
         directory: `checkpoints/` of the run.
@@ -120,7 +120,7 @@ def write(
 
 
 def write_description(folder: Path, slices: list[SliceInFile], manifest: Manifest, config: dict[str, Any]) -> None:
-    """Write what turns the files of slices in `folder` into a checkpoint; `manifest.files` has their sizes and checksums."""
+    """Write .metadata, config.json and state.json beside the files of slices in `folder`, which `manifest.files` describes."""
     with replace_atomically(folder / METADATA) as temporary:
         temporary.write_bytes(pickle.dumps(describe_slices(slices, manifest.shapes)))
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")

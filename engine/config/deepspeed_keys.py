@@ -42,7 +42,7 @@ KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_autocast.lower_precision_safe_modules": ((None,), "set crossbatch.precision"),
     "zero_allow_untested_optimizer": (
         (True,),
-        "leave it out; by itself it turns LARS into SGD, so crossbatch sets it, where LARS stays LARS",
+        "leave it out; crossbatch sets it itself, and tells LARS how ZeRO cuts the parameters",
     ),
     "zero_force_ds_cpu_optimizer": ((False,), "an offloaded optimizer steps with crossbatch's own kernels"),
     "tensorboard": ((), _METRICS),
@@ -134,7 +134,7 @@ def without_deepspeed_keys(recipe: Mapping[str, Any], declared: Mapping[str, Any
 def _is_harmless(path: str, value: Any) -> bool:
     """Return whether DeepSpeed's key at `path` changes nothing here; False also for no key of DeepSpeed.
 
-    Raises InputError for a key of DeepSpeed that would.
+    Raises InputError for a key of DeepSpeed that would change something.
     """
     if path not in KEYS and path not in OTHERS:
         return False

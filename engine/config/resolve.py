@@ -210,9 +210,9 @@ def _check_cuda_graph(config: Config, world_size: int, device: Device) -> None:
     fits = device.type == "cuda" and world_size == 1 and sharding == "zero" and stage < 3
     if config.crossbatch.model.cuda_graph and not fits:
         raise InputError(
-            f"crossbatch.model.cuda_graph: given true on a {device.name} with {world_size} ranks, crossbatch.sharding "
-            f"{sharding} and zero_optimization.stage {stage}; allowed: false, or true on one GPU with sharding zero and stage "
-            f"0 to 2; set it to false"
+            f"crossbatch.model.cuda_graph: given true on {'a CPU' if device.type == 'cpu' else device.name} with {world_size} "
+            f"rank{'s' * (world_size > 1)}, crossbatch.sharding {sharding} and zero_optimization.stage {stage}; "
+            f"allowed: false, or true on one GPU with sharding zero and stage 0 to 2; set it to false"
         )
 
 
@@ -246,7 +246,7 @@ def _group_size(config: Config, local_batch: int) -> int | None:
 
 
 def choose_precision(given: str, device: Device) -> tuple[str, str]:
-    """Return the precision for `crossbatch.precision` on this device, and why. Raises InputError if it has no bf16."""
+    """Return the precision for `crossbatch.precision`, and why. Raises InputError for bf16 on a device without it."""
     if given == "bf16" and not device.has_bf16:
         raise InputError(
             f"crossbatch.precision: given bf16, which {device.name} does not support; allowed: auto, fp16, fp32"

@@ -67,17 +67,17 @@ def embed(
     split: str,
     part: int = PART,
 ) -> None:
-    """Write `output`; every rank of a process group calls it.
+    """Write the features of all images of a split to `output`; every rank of a process group calls it.
 
     Args:
         config, world, device, workers: as of `Evaluation`.
         output: the file, .npy or .parquet.
-        folder: of the parts.
+        folder: where the parts are kept, see `parts_folder`.
         split: "train" or "eval".
         part: number of images of a part.
 
     Raises:
-        InputError: if weights or images cannot be opened, or the folder of parts is that of others.
+        InputError: if weights or images cannot be opened, or `folder` holds parts of other images or weights.
         RunStopped: if images were lost, or the disk is full.
     """
     section, collective = config.crossbatch, GroupCollective()
@@ -148,8 +148,8 @@ def _parts_left(folder: Path, identity: dict[str, Any], starts: range) -> list[i
     differing = [name for name, value in identity.items() if found.get(name) != value]
     if differing:
         raise InputError(
-            f"--output: {folder} holds features of another command ({', '.join(differing)} differ); remove it, or give another "
-            f"name"
+            f"--output: {folder} holds features of another command (different: {', '.join(differing)}); remove it, "
+            f"or give another name"
         )
     return [start for start in starts if not _part(folder, start).exists()]
 

@@ -94,7 +94,7 @@ class EvalLoaderConfig:
     seed: int = 0  # of those
 
     def open(self, *sources: Source) -> EvaluationLoader:
-        """Return a loader of images of `sources`, to be closed."""
+        """Return a loader of images of `sources`; the caller closes it."""
         return EvaluationLoader(
             sources,
             self.image_size,
@@ -119,7 +119,7 @@ def extract(
     loader: EvaluationLoader | None = None,
     augmented: bool = False,
 ) -> FeatureSet:
-    """Return the features of this rank's share of `indices`, from the central views; every rank must call it.
+    """Return the features of this rank's share of `indices`, from central or augmented views; every rank must call it.
 
     Features of `augmented` images are those of their v views side by side, [N, v * C]. All ranks make the same number of
     forward passes: a rank without further images repeats its last ones and drops the result.

@@ -101,6 +101,6 @@ def score(
 
 
 def too_few_neighbours(ks: Sequence[int], images: int, key: str) -> list[str]:
-    """Return a line for the log if fewer than `k` training images can vote, for any k of `ks`, which `key` gives."""
+    """Return a warning if some of `ks`, the value of the key `key`, are larger than the number of training images."""
     larger = ", ".join(str(k) for k in ks if k > images)
     return [f"{key}: {larger}, but there are {images} training images; all of them vote"] if larger else []

@@ -65,7 +65,7 @@ class FeatureMonitor:
         due: Collection[str],
         between_batches: Callable[[int], object] = lambda images: None,
     ) -> dict[str, float]:
-        """Return what is `due`, KNN or QUALITY or both, by names in metrics.jsonl; every rank must call it, and gets the same.
+        """Return the scores that are `due` (KNN, QUALITY) by name in metrics.jsonl, equal on all ranks; all must call it.
 
         `between_batches`: see `extract`.
         """
@@ -95,7 +95,7 @@ class FeatureMonitor:
         return found
 
     def close(self) -> None:
-        """End the workers."""
+        """End the processes that load images."""
         self.loader.close()
 
 

@@ -53,7 +53,7 @@ def _perplexity(weights: torch.Tensor) -> float:
 
 
 def alignment_and_uniformity(views_MC: torch.Tensor, others_MC: torch.Tensor) -> dict[str, float]:
-    """Return both measures of the features of two views of each image; {} if there are not two images with finite features."""
+    """Return alignment and uniformity of two views' features; {} for fewer than two images or if a feature is not finite."""
     views, others = (F.normalize(features.double(), dim=1) for features in (views_MC, others_MC))
     if len(views) < 2 or not (torch.isfinite(views).all() and torch.isfinite(others).all()):
         return {}

@@ -106,7 +106,7 @@ class Flats(NamedTuple):
 
 @dataclass(eq=False)
 class Work:
-    """Lists what this rank holds of some parameters of a group; kept from step to step, because only memory moves.
+    """Lists this rank's segments of some parameters of a group; it is kept, because from step to step only memory moves.
 
     Attributes:
         segments: each with the index of its tensor in `flats`.
@@ -133,7 +133,7 @@ class KeptWork(NamedTuple):
     others: Work
 
     def fits(self, layout: Layout, tensors: list[Tensor]) -> bool:
-        """Return whether nothing has changed but memory; `==` would compare the tensors' elements."""
+        """Return whether it was made for this layout and these tensors; `==` would compare the tensors' elements."""
         return self.layout is layout and [*map(id, self.tensors)] == [*map(id, tensors)]
 
     @staticmethod
@@ -292,10 +292,10 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Do ahead of the next `step` all that needs no values, before the host waits for a norm of the gradients.
+        """Prepare the next `step` as far as that needs no values; call it before the host waits for a norm of the gradients.
 
         Until then, parameters, gradients and velocities may change their values, but not their memory. If `step` finds other
-        gradients or groups, or if `zero_grad` comes first, this was in vain.
+        gradients or groups, or if `zero_grad` comes first, what was prepared is dropped.
         """
         groups = self._groups()
         if groups:
@@ -305,7 +305,7 @@ class LARS(torch.optim.Optimizer):
             self._prepared = _gradients(groups), (passes, work)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, also those of a step that was prepared and is not made."""
+        """Clear the gradients, and drop what `prepare` has done for a step that is not made."""
         for one in itertools.chain(*self._prepared[1][1]) if self._prepared else ():
             one.flats = []
         self._prepared = None

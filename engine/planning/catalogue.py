@@ -105,7 +105,7 @@ class Machines:
         return self.gpus // self.nodes
 
     def part_of(self, gpus: int) -> "Machines":
-        """Return the first `gpus` of these, on as few nodes as hold them; groups that cross nodes count as spread evenly."""
+        """Return the first `gpus` GPUs, on as few nodes as hold them; groups that cross nodes count as spread evenly."""
         nodes = 1 if self.gpus_per_node % gpus == 0 else max(2, -(-gpus // self.gpus_per_node))
         return replace(self, gpus=gpus, nodes=nodes)
 

@@ -50,7 +50,7 @@ def collective_ms(kind: str, size: float, at: Machines) -> float:
 def wait_ms(
     ranks: int, synchronisations: int, step_ms: float, share: float, groups: int = 1, of_all: int | None = None
 ) -> float:
-    """Predict how many milliseconds a step of `step_ms` takes longer because ranks wait for each other; 0 for one rank.
+    """Predict how many milliseconds ranks that wait for each other add to a step of `step_ms`; 0 for one rank.
 
     A rank is interrupted now and then: the operating system, a loader or Python's garbage collector takes its core. Alone it
     loses a `share` of its time. But at every collective all wait for the slowest, which is another one each time, so a step

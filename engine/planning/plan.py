@@ -114,7 +114,7 @@ class Plan:
 
 
 def plan(asked: Question) -> Plan:
-    """Answer a question. Raises InputError if the recipe, the machines, the measured rows or the run are not valid."""
+    """Predict memory, speed and remedies for a question. Raises InputError if recipe, machines, rows or run are not valid."""
     noise = None if asked.run is None else noise_of(asked.run)
     found = replace(_plan(asked), noise=noise)
     helps = sorted(_helps(asked, found), key=lambda tried: -tried.gain)

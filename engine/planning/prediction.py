@@ -144,7 +144,7 @@ def work_of(precision: str, arch: str, image_size: ImageSize, *options: Any, bac
 
 @functools.cache
 def moved_share(precision: str, arch: str) -> float:
-    """Return what our network moves as a share of what torchvision's does; it hardly depends on width and size of images."""
+    """Return the bytes that our network moves over those of torchvision's; width and image size hardly change the ratio."""
     if arch not in RESNETS:
         return 1.0
     networks = (functools.partial(build_backbone, arch), functools.partial(torchvision.models.get_model, arch))

@@ -54,7 +54,7 @@ def read_torch(file: Path) -> Any:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a file. Raises InputError if it cannot be read."""
+    """Return the tensors and the metadata of a safetensors file. Raises InputError if it cannot be read."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118

@@ -2,7 +2,7 @@
 
     huggingface   config.json of a ResNetModel or ViTModel, which timm reads, too; transformers/model.safetensors with its
                   index, in transformers' names; pytorch_model.bin in timm's; README.md, the model card
-    onnx          opset 18, input "images" [n, 3, H, W] normalised, output "features" [n, C]; compared with onnxruntime
+    onnx          opset 18, input "images" [n, C, H, W] normalised, output "features" [n, C]; compared with onnxruntime
     detectron2    {"model", "matching_heuristics"} with the names of its ResNets
 
 transformers and timm both read config.json and would both take model.safetensors, with other names inside. transformers then
@@ -40,7 +40,7 @@ CARD = "README.md"
 
 
 def huggingface(pretrained: Pretrained, folder: Path) -> list[str]:
-    """Write the folder, and return lines for the user. Raises InputError if timm or transformers cannot build the network."""
+    """Write a Hugging Face folder; return lines for the user. Raises InputError if timm or transformers cannot build it."""
     try:
         name, arguments = timm_name(
             pretrained.arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args, len(pretrained.mean)
@@ -195,7 +195,7 @@ def _renamed(state: dict[str, Any], renames: list[tuple[str, str]]) -> dict[str,
 
 
 def onnx(pretrained: Pretrained, file: Path) -> list[str]:
-    """Write the network, and return lines for the user.
+    """Write the network as an ONNX file, and return lines for the user.
 
     Raises InputError if a package is missing, or if onnxruntime computes other features than torch.
     """

@@ -19,7 +19,7 @@ FORMATS = {
     "torchvision": "for torchvision.models",
     "safetensors": "any backbone, without pickle",
     "huggingface": "a folder for transformers' AutoModel.from_pretrained and timm's local-dir:",
-    "onnx": "any backbone, for onnxruntime; images of any number, [n, 3, H, W]",
+    "onnx": "any backbone, for onnxruntime; any number of images",
     "detectron2": "a ResNet as MODEL.WEIGHTS, .pkl",
 }
 
@@ -31,7 +31,7 @@ def timm_name(
     backbone_args: Mapping[str, Any],
     in_channels: int = 3,
 ) -> tuple[str, dict[str, Any]]:
-    """Return timm's name of `arch`, and the arguments in which it differs from what timm has there.
+    """Return timm's name of `arch`, and the arguments in which it differs from timm's network of that name.
 
     Raises ValueError if timm cannot build it.
     """

@@ -153,7 +153,7 @@ def _network(
     for name, value in (backbone_args or {}).items():
         if weights.backbone_args is not None and args.get(name, value) != value:
             raise InputError(
-                f"{where}: has {name} {args[name]}; crossbatch.model.backbone_args.{name}: given {value}; set it to that"
+                f"{where}: has {name} {args[name]}; crossbatch.model.backbone_args.{name}: given {value}; leave it out"
             )
         args[name] = value
     return found, stem or weights.stem or "imagenet", args
@@ -203,7 +203,7 @@ def _check_kinds(weights: Weights, where: str) -> None:
     ]
     if odd:
         raise InputError(
-            f"{where}: {len(odd)} tensors are no plain floating-point numbers ({', '.join(odd[:2])}); allowed: float64, "
+            f"{where}: tensors that are not plain floating-point numbers: {len(odd)} ({', '.join(odd[:2])}); allowed: float64, "
             f"float32, float16, bfloat16; give the weights before they were quantised"
         )
 

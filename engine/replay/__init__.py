@@ -6,5 +6,5 @@ verdict   finds the first value that is not finite or jumps, and the image
 report    writes views, loss terms and statistics, and prints the verdict
 compare   finds where two runs part
 
-Hooks see the step of one process, or of each rank, in full precision of its own; nothing of the step is written a second time.
+Hooks watch the trainer's own step on every rank of the replay; no part of the step is implemented a second time.
 """

@@ -25,7 +25,7 @@ from crossbatch.engine.replay.rebuild import Rebuilt, RecordedRun, same_number
 
 @dataclass(frozen=True)
 class Difference:
-    """Says how two runs differ in one place: `where` is the layer or what else, `tensor` what of it."""
+    """Says how two runs differ in one place: `where` is a layer, batch, input or loss; `tensor` is what differs there."""
 
     where: str
     tensor: str
@@ -36,7 +36,7 @@ class Difference:
 class Parting:
     """Says in which step the records of two runs first differ, and how.
 
-    `in_checkpoints` are the parameters that differ in both checkpoints of the step, if that is where it shows.
+    `in_checkpoints` are the parameters that differ between the runs' checkpoints of the step, if it shows there.
     """
 
     step: int

@@ -48,7 +48,7 @@ class Moments:
         return Moments(len(values), len(values) - len(finite), *numbers)
 
     def add(self, other: "Moments") -> None:
-        """Take in the values of another part of the tensor."""
+        """Add the statistics of another part of the tensor."""
         self.count, self.not_finite = self.count + other.count, self.not_finite + other.not_finite
         self.smallest, self.greatest = min(self.smallest, other.smallest), max(self.greatest, other.greatest)
         self.total, self.squares = self.total + other.total, self.squares + other.squares
@@ -160,7 +160,7 @@ class _Probe:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Stand in for the spans of the step."""
+        """Take the place of the step's `span`: note what the step is doing, and measure gradients before the update."""
         if name == "optimizer":
             for parameter_name, parameter in self.model.named_parameters():
                 if parameter.grad is not None:
@@ -212,7 +212,7 @@ class _Probe:
             output.register_hook(lambda gradient: self.note(layer.gradient, by_row(gradient) / self.scale, positions))
 
     def label(self, name: str) -> str:
-        """Return the name of a layer; one that both encoders share is another one where it makes keys."""
+        """Return the name of a layer, followed by "(keys)" where a layer that both encoders share computes keys."""
         makes_keys = self.part in ("loss", "contrast") and not torch.is_grad_enabled()
         return f"{name} (keys)" if makes_keys and not name.startswith("momentum.") else name
 

@@ -1,9 +1,9 @@
 """Rebuilds a step of a run from the nearest checkpoint before it, with the trainer's own step.
 
 Order, augmentation and dropout are functions of the seed and of positions, and the state before a step is that of a checkpoint
-plus the steps since, so a step follows from two numbers, the run and its own. Replay needs no more ranks than one: the global
-batch does not depend on their number. Views are equal to the bit; numbers are to rounding, on as many ranks and with the same
-kernels to the bit. Where the norms of a ResNet saw chunks, the chunks of a replay hold the same images.
+plus the steps since, so a step follows from the run and the number of the step. Replay needs no more ranks than one: the global
+batch does not depend on their number. Views are equal to the bit; numbers agree up to rounding, and to the bit on as many
+ranks with the same kernels. Where the norms of a ResNet saw chunks, the chunks of a replay hold the same images.
 
     start ──────────── checkpoint ──────────── N - window ───────── N
           steps again   is compared, loaded     steps are watched    is watched, image by image
@@ -56,7 +56,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Names what a run directory holds of a run of pretraining.
+    """Holds what a run directory has recorded of a run of pretraining.
 
     Attributes:
         path: the run directory.
@@ -114,15 +114,15 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class StateFault:
-    """Says where a checkpoint, or a rank that stopped, differs from what the steps give, by more than rounding could make.
+    """Says where the state in a checkpoint, or on a rank that stopped, differs from a replay by more than rounding.
 
     Attributes:
         step: after how many steps.
         name: of the tensor: parameters.NAME, buffers.NAME or optimizer.KEY.NAME.
         element: index into the tensor of the element that differs most.
-        saved, replayed: its value there and after the replay.
+        saved, replayed: its value in the checkpoint or on the rank, and after the replay.
         elements: how many elements of the tensor differ beyond the limit, and how many there are.
-        tensors: how many tensors do.
+        tensors: how many tensors differ beyond the limit.
         rank: the rank that held the element.
         where: "in the checkpoint", or "when the run stopped", of which only the largest value of each tensor is known.
     """
@@ -139,14 +139,14 @@ class StateFault:
 
     @property
     def bits(self) -> list[int]:
-        """Return which bits of the fp32 value differ, from 0."""
+        """Return the numbers of the bits, from 0, in which the two fp32 values differ."""
         saved, replayed = np.array([self.saved, self.replayed], np.float32).view(np.uint32).tolist()
         return [bit for bit in range(32) if (saved ^ replayed) >> bit & 1]
 
 
 @dataclass
 class Rebuilt:
-    """Holds a step that was made again.
+    """Holds a step that was computed again: its images, what the probe saw, and how it agrees with the run.
 
     Attributes:
         run: the run.
@@ -210,7 +210,7 @@ class Rebuilt:
         return divmod(position, len(self.indices) // self.ranks)
 
     def positions(self, rank: int | None, image: int | None) -> list[int]:
-        """Return the positions in the global batch of an image, or of all images of a rank of the run; all if both are None.
+        """Return the positions in the global batch of an image, or of all images of a rank of the run; none if both are None.
 
         Raises InputError if that rank did not have the image.
         """
@@ -260,7 +260,7 @@ class Rebuilt:
             self._pass(readable[later[0]])
 
     def find_order(self, image: int | None) -> None:
-        """Say which images the step has, in order. Raises InputError if `image` is none of them and replaces none."""
+        """Find the images of the step, in order. Raises InputError if `image` is not one of them and cannot replace one."""
         self._sampler = replace(self.task.data.sampler, world_size=1, rank=0)
         self.epoch, at = divmod(self.step - 1, self._sampler.steps_per_epoch)
         self.order, images = self._sampler.batch(self.epoch, at), self._sampler.num_images
@@ -441,14 +441,14 @@ def _tier(name: str) -> int:
 
 
 def same_number(one: float, other: float, tolerance: float) -> bool:
-    """Return whether two losses agree: relatively, or in not being finite."""
+    """Return whether two numbers agree within the relative `tolerance`, or are both not finite."""
     if not (math.isfinite(one) and math.isfinite(other)):
         return math.isfinite(one) == math.isfinite(other)
     return abs(one - other) <= tolerance * max(abs(one), abs(other))
 
 
 def replay_config(saved: dict[str, Any], world: World, data: str | None) -> tuple[ResolvedConfig, int]:
-    """Return the configuration for a replay of a step that was made with `saved`, and how many of its ranks each rank is.
+    """Return the configuration for a replay of a step that was made with `saved`, and how many of its ranks each rank replaces.
 
     The replicas of a replay are whole (ZeRO stage 0), nothing is evaluated, and nothing is compiled or captured, because hooks
     must run. Raises InputError if this number of ranks cannot repeat what the norms saw.
@@ -467,8 +467,8 @@ def replay_config(saved: dict[str, Any], world: World, data: str | None) -> tupl
     if world.size != ranks:
         if norm_ranks not in ("world", ranks):
             raise InputError(
-                f"crossbatch.model.norm_ranks: {norm_ranks} of {ranks} ranks shared statistics in this run, and {world.size} "
-                f"replay it; allowed: {ranks}; start it with torchrun --nproc_per_node {ranks}"
+                f"crossbatch.model.norm_ranks: {norm_ranks} of {ranks} ranks shared statistics in this run, and its replay "
+                f"has {world.size}; allowed: {ranks}; start it with torchrun --nproc_per_node {ranks}"
             )
         section["model"]["norm_ranks"] = "world"
         if chunks == 1:
@@ -486,7 +486,7 @@ def replay_config(saved: dict[str, Any], world: World, data: str | None) -> tupl
 
 
 def check_step(run: RecordedRun, step: int) -> int:
-    """Return how many ranks the run had at `step`. Raises InputError if the run has not come so far."""
+    """Return how many ranks the run had at `step`. Raises InputError if the run did not get that far."""
     every = run.config["crossbatch"]["log"]["every_steps"] if "log" in run.config["crossbatch"] else 1
     last = run.last_step + max(every, 1)  # what a run that died had done is known up to the last line
     if step > last:

@@ -64,7 +64,7 @@ def write_views(rebuilt: Rebuilt, positions: Collection[int], normalised: Collec
 
 
 def write_report(rebuilt: Rebuilt, verdict: Verdict, terms: dict[str, np.ndarray], out: Path) -> None:
-    """Write the files of a replay but for the views; only on one rank."""
+    """Write all files of a replay except the views; only one rank calls it."""
     out.mkdir(parents=True, exist_ok=True)
     result, batch = rebuilt.result, len(rebuilt.indices)
     assert result is not None

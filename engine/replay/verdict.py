@@ -41,7 +41,7 @@ class Event:
     values: Values | None = None
 
     def is_of(self, kind: str) -> bool:
-        """Return whether this is one of GRADIENTS."""
+        """Return whether the tensor is of `kind`, which is one of GRADIENTS."""
         return self.tensor == kind or (kind.endswith(" ") and self.tensor.startswith(kind))
 
 
@@ -69,7 +69,7 @@ class Verdict:
     state: StateFault | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it but for the words as a dict for JSON."""
+        """Return the verdict without its lines of text, as a dict for JSON."""
         found = {name: value for name, value in asdict(self).items() if name != "lines"}
         if self.state is not None:
             found["state"] |= {"bits": self.state.bits, "saved": str(self.state.saved)}
@@ -245,7 +245,8 @@ def of_state(fault: StateFault, rebuilt: Rebuilt) -> Verdict:
     lines = [
         f"first fault: the state after step {fault.step} is not what the steps give: {fault.name}{element} is "
         f"{fault.saved:.6g} {fault.where} and {fault.replayed:.6g} after {came_from}{bit}{who}",
-        f"{count:,} of its {total:,} elements differ by more than rounding can make, in {fault.tensors} tensors of the state",
+        f"{count:,} of its {total:,} elements differ by more than rounding can make; tensors of the state that differ: "
+        f"{fault.tensors}",
         "no image brought it: something other than a step has changed memory or file"
         if fault.name.startswith("parameters.")
         else f"no weight differs: what went wrong in {came_from} has left its traces only there",

@@ -91,7 +91,7 @@ def _leave() -> None:
 
 @contextlib.contextmanager
 def meeting(host: str, port: str) -> Iterator[None]:
-    """Raise what torch says when ranks cannot meet at `host` and `port` as InputError, or as RunStopped if some do not come."""
+    """Turn torch's errors when ranks cannot meet at `host` and `port` into InputError, or RunStopped if some do not come."""
     try:
         yield
     except socket.gaierror as error:

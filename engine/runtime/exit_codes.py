@@ -21,12 +21,12 @@ REFUSED = {
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), (WRONG_INPUT, "give another path")),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), (STOPPED, "make room, and repeat the command")),
     **dict.fromkeys(
-        (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV), (STOPPED, "look after the disk, and repeat it")
+        (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV), (STOPPED, "check the disk, and repeat the command")
     ),
     **dict.fromkeys(
-        (errno.EMFILE, errno.ENFILE), (STOPPED, "raise the limit of open files (ulimit -n), and repeat it")
+        (errno.EMFILE, errno.ENFILE), (STOPPED, "raise the limit of open files (ulimit -n), and repeat the command")
     ),
-    errno.ENOMEM: (STOPPED, "give the job more memory, and repeat it"),
+    errno.ENOMEM: (STOPPED, "give the job more memory, and repeat the command"),
 }
 
 

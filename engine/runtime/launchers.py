@@ -1,4 +1,4 @@
-"""Knows what has started a rank: notices when it is gone, and when it has cut the command line off."""
+"""Watches the launcher that has started a rank: notices when it is gone, or has cut the command line off."""
 
 import os
 import select

@@ -16,7 +16,7 @@ MAX_WINDOW, MIN_WINDOW = 100, 20  # lines of metrics over which the mean of the 
 
 
 class Backup:
-    """Keeps a copy of tensors that are changed in place, made and brought back by one launch for each dtype.
+    """Keeps a copy of tensors that are changed in place, taken and restored by one kernel launch per dtype.
 
     A ResNet-50 has 333 running statistics in its two encoders, and they are copied before every step.
     """

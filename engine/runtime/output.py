@@ -1,4 +1,4 @@
-"""Lets a command print whatever it has to say to whatever stands behind stdout and stderr, and never fail for it.
+"""Lets a command print any text to stdout and stderr, whatever they are connected to, without ever failing because of it.
 
 A reader that goes away (`| head -5`), a full disk and a closed terminal raise OSError where something is printed, deep in a
 step or in rich; a file name that is not UTF-8 raises UnicodeEncodeError there. Text is text: no markup, no emoji codes.
@@ -32,7 +32,7 @@ def protect_streams() -> None:
     """Replace sys.stdout and sys.stderr by streams that take any text and never raise; call it before any file is opened.
 
     Where the process was started with a closed standard stream (`>&-`), the next file it opens would get that number, and what
-    any library prints. So /dev/null takes the place.
+    any library prints. So /dev/null takes its place.
     """
     for number in range(3):
         try:

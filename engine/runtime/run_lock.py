@@ -29,7 +29,7 @@ BEAT_S, WATCH_S = 5.0, 13.0  # a busy NFS server may delay one touch
 
 @contextlib.contextmanager
 def locked_on_main(out: Path) -> Iterator[None]:
-    """Hold the lock of `out` on rank 0; all ranks of a process group call it. Raises InputError on all of them."""
+    """Hold the lock of `out` on rank 0; all ranks call it. Raises InputError on all if another process holds it."""
     with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(locked(out)))
         yield

@@ -70,7 +70,7 @@ class _Start:
 
 
 def check_same_run(facts: Mapping[str, str], store: dist.Store, world: World, timeout_s: float) -> None:
-    """Return if all ranks have the same `facts`; every rank calls it once, with the `store` in which they meet.
+    """Check that all ranks have the same `facts`; every rank calls it once, with the `store` in which they meet.
 
     Raises InputError on all ranks, with the rank and the key, if they have not, or if a rank has called `refuse`. Raises
     RunStopped if a rank does not come within `timeout_s`.
@@ -103,7 +103,7 @@ def _print(message: str) -> None:
 
 
 def check_visible(folder: Path) -> None:
-    """Return if all ranks see what rank 0 writes into `folder`; every rank calls it.
+    """Check that all ranks see what rank 0 writes into `folder`; every rank calls it.
 
     Raises InputError that names the ranks that do not, on all ranks.
     """
@@ -151,7 +151,8 @@ def _exchange(store: dist.Store, world: World, mine: dict[str, Any], timeout_s: 
     missing = [key for key in keys if not store.check([key])]
     if missing:
         numbers = ", ".join(key.removeprefix("start/") for key in missing)
-        verdict = f"rank {numbers} of {world.size} {_MISSING} {timeout_s:.0f} s; look at what its node says"
+        verdict = f"rank{'s' * (len(missing) > 1)} {numbers} of {world.size} {_MISSING} {timeout_s:.0f} s; "
+        verdict += f"look at the output of {'their nodes' if len(missing) > 1 else 'its node'}"
     else:
         verdict = _verdict([json.loads(text) for text in store.multi_get(keys)])
     store.set("start/verdict", verdict)

@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """Raised on all ranks to leave an evaluation, when any rank has `received` a signal."""
+    """Ends an evaluation; it is raised on all ranks when any rank has `received` a signal."""
 
     def __init__(self, received: signal.Signals):
         super().__init__(received.name)

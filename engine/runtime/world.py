@@ -1,4 +1,4 @@
-"""Says which rank a process is, from what its launcher has set. No other file of the engine but `launchers` reads that.
+"""Says which rank a process is, from what its launcher has set; only `launchers` and `distributed` read that, too.
 
 `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; srun and mpirun have names of their own for them; a
 plain `python` sets nothing and becomes a world of one. Nothing here imports torch, which takes seconds: what is wrong is said
@@ -141,6 +141,8 @@ def require_meeting_point(world: World) -> None:
     wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in wanted if name not in os.environ]
     if world.size > 1 and missing:
-        raise InputError(f"WORLD_SIZE is {world.size}, but {' and '.join(missing)} are not set; {_START}")
+        raise InputError(
+            f"WORLD_SIZE is {world.size}, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set; {_START}"
+        )
     if not missing:
         _number("MASTER_PORT", default=0)

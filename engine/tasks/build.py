@@ -56,7 +56,7 @@ def build_model(cfg: ResolvedConfig) -> MoCo:
 
 
 def connect(model: MoCo, cfg: ResolvedConfig) -> None:
-    """Let `model` talk to the other ranks, its norms to those that share statistics; every rank must call it."""
+    """Connect `model` with all ranks, and its norms with those that share statistics; every rank must call it."""
     # The default group fails a minute later with NCCL, for the watchdog's sake, and so must this one.
     timeout_s = cfg.crossbatch.watch.timeout_s + (60 if cfg.device.type == "cuda" else 0)
     model.set_collective(GroupCollective(), norms=GroupCollective(consecutive_ranks(cfg.norm_ranks, timeout_s)))

@@ -104,7 +104,7 @@ class FinetuneTask:
         return TrainResult({"loss": result.output}, result.rates, result.grad_norm, {"loss": result.output})
 
     def evaluations_due(self, num_steps: int, is_last: bool) -> Collection[str]:
-        """Return whether to evaluate: every some epochs, and at the end."""
+        """Return whether to evaluate: every `every_epochs` epochs, and at the end."""
         every_steps = self.cfg.crossbatch.evaluate.every_epochs * self.data.steps_per_epoch
         return ["accuracy"] if is_last or (num_steps > 0 and num_steps % every_steps == 0) else []
 

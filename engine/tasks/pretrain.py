@@ -129,7 +129,7 @@ class PretrainTask:
         return TrainResult(metrics, result.rates, result.grad_norm, suspects, step.noise)
 
     def evaluations_due(self, num_steps: int, is_last: bool) -> Collection[str]:
-        """Return which scores of the features are due: before the first step, every some epochs, and at the end."""
+        """Return which scores of the features are due: before the first step, every `every_epochs` epochs, and at the end."""
         every_epochs, steps = self.monitor.every_epochs if self.monitor else {}, self.data.steps_per_epoch
         return [name for name, every in every_epochs.items() if is_last or num_steps % (every * steps) == 0]
 

@@ -93,7 +93,7 @@ class Task(Protocol[StepT]):
         ...
 
     def evaluations_due(self, num_steps: int, is_last: bool) -> Collection[str]:
-        """Return the task's names of what to evaluate after `num_steps` steps; `is_last` if training ends there."""
+        """Return the names of the evaluations due after `num_steps` steps; `is_last` says that training ends there."""
         ...
 
     def evaluate(self, step: StepT, due: Collection[str], between_batches: Callable[[int], object]) -> dict[str, float]:

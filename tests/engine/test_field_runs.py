@@ -274,7 +274,7 @@ WEIGHT = "blocks.0.attn.proj.weight"
     [
         (
             {WEIGHT: torch.zeros(24, 24).to(torch.float8_e4m3fn)},
-            f"1 tensors are no plain floating-point numbers ({WEIGHT} is float8_e4m3fn)",
+            f"tensors that are not plain floating-point numbers: 1 ({WEIGHT} is float8_e4m3fn)",
         ),
         ({WEIGHT: torch.zeros(24, 24, device="meta")}, f"({WEIGHT} is meta, without values)"),
         (

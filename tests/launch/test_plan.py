@@ -175,7 +175,7 @@ def test_the_noise_scale_of_a_run_says_what_a_batch_pays(monkeypatch, capsys, tm
     metrics.write_text('{"step": 10, "noise_scale": 9}\n{"step": 20, "noise_scale": 2048.0}\n{"step": 30}\n')
     code, output, _ = ask(monkeypatch, capsys, *machines)
     said = " ".join(output.replace("│", " ").split())
-    assert code == 0 and "2,048 images" in said and "4096 a step take 1.50 x the fewest steps" in said
+    assert code == 0 and "2,048 images" in said and "batches of 4096 take 1.50 x the fewest steps" in said
     assert noise_of(tmp_path) == (2048.0, 20, 1024)
 
 
