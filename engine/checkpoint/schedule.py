@@ -83,7 +83,7 @@ class CheckpointSchedule:
         if error is not None:
             raise RunStopped(
                 f"step {step} is done but cannot be saved: {error}; the last good checkpoint is {self._last_good()}; repeat "
-                f"the command when there is room; the run continues from there"
+                f"the command when there is room"
             )
 
     def _save(self, wait: bool = False) -> None:

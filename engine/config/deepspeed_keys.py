@@ -5,6 +5,7 @@ schema like any other. The table here holds all the others: the values with whic
 stay in a recipe, and why another value is refused. `fp16`, `bf16` and `torch_autocast` become `crossbatch.precision`.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -143,8 +144,8 @@ def _is_harmless(path: str, value: Any) -> bool:
     harmless, why = KEYS.get(path, ((), "crossbatch has nothing like it; leave it out"))
     if ANY in harmless or any(type(value) is type(one) and value == one for one in harmless):
         return True
-    allowed = " or ".join(map(repr, harmless)) or "to leave it out"
-    raise InputError(f"{path}: given {value!r}; a DeepSpeed key; allowed here: {allowed}; {why}")
+    allowed = " or ".join(map(json.dumps, harmless)) or "to leave it out"
+    raise InputError(f"{path}: given {json.dumps(value)}; a DeepSpeed key; allowed here: {allowed}; {why}")
 
 
 def _precision(name: str, section: Mapping[str, Any]) -> dict[str, str]:

@@ -40,7 +40,7 @@ CARD = "README.md"
 
 
 def huggingface(pretrained: Pretrained, folder: Path) -> list[str]:
-    """Write a Hugging Face folder; return lines for the user. Raises InputError if timm or transformers cannot build it."""
+    """Write a Hugging Face folder; return lines for the user. Raises InputError if timm cannot build it or `folder` exists."""
     try:
         name, arguments = timm_name(
             pretrained.arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args, len(pretrained.mean)

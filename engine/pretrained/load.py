@@ -153,7 +153,8 @@ def _network(
     for name, value in (backbone_args or {}).items():
         if weights.backbone_args is not None and args.get(name, value) != value:
             raise InputError(
-                f"{where}: has {name} {args[name]}; crossbatch.model.backbone_args.{name}: given {value}; leave it out"
+                f"{where}: has {name} {args[name]}; crossbatch.model.backbone_args.{name}: given {value}; set it to "
+                f"{args[name]}"
             )
         args[name] = value
     return found, stem or weights.stem or "imagenet", args
