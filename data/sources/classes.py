@@ -83,8 +83,8 @@ def training_labels(training: Classes, evaluation: Classes) -> np.ndarray:
         only = {training.folder: wanted.keys() - found.keys(), evaluation.folder: found.keys() - wanted.keys()}
         shown = "; ".join(f"only in {folder}: {_shown(classes)}" for folder, classes in only.items() if classes)
         raise ValueError(
-            f"{training.folder} and {evaluation.folder} have different classes ({shown}), {len(wanted)} and "
-            f"{len(found)} in all; each class to evaluate on must be a class of the training images; remove or rename the others"
+            f"{training.folder} and {evaluation.folder} have different classes ({shown}), {len(wanted)} and {len(found)} in "
+            f"all; each class to evaluate on must be a class of the training images; remove or rename the others"
         )
     labels = np.full(len(evaluation.names), -1, dtype=np.int64)
     for name, label in found.items():
