@@ -1,7 +1,6 @@
 """Files of moco-v3 and BatchFormer continue here and come back unchanged."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, load_config, resolve, to_dict
 from crossbatch.engine.pretrained import moco_v3 as legacy
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.step import Progress, TrainStep
 from crossbatch.engine.tasks.build import build_model
 from crossbatch.launch import convert
+from tests.commands import caller
 from tests.engine.originals import EPOCH, original_file
 from tests.engine.test_step import PlainBackend
 from tests.small_runs import ADAMW, BASE, LARS, VIT, run, slow_unless
@@ -27,13 +26,7 @@ CASES = {
 }
 
 
-def command(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-    try:
-        run_main(convert.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+command = caller(convert)
 
 
 def imported(monkeypatch, folder: Path, case: str) -> tuple[dict, Path]:

@@ -1,7 +1,6 @@
 """launch/convert.py: `shards` writes what `--data` can name, `export` what others can load; both say what they cannot."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +12,11 @@ from PIL import Image
 
 from crossbatch.data.sources import open_source
 from crossbatch.engine.pretrained.load import load_pretrained
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import convert
+from tests.commands import caller
 from tests.engine.originals import original_file
 
-
-def call(monkeypatch, *arguments) -> int:
-    """Runs the launcher in this process and returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-    try:
-        run_main(convert.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+call = caller(convert)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,9 +16,9 @@ from crossbatch.engine.config import load_config
 from crossbatch.engine.config.evaluation import EmbedConfig
 from crossbatch.engine.evaluation import embedding
 from crossbatch.engine.pretrained.load import load_pretrained
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.launch import embed
+from tests.commands import caller
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +28,7 @@ def shapes(tmp_path_factory) -> str:
     return path
 
 
-def call(monkeypatch, *arguments) -> int:
-    """Run the launcher in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["embed.py", *map(str, arguments)])
-    try:
-        run_main(embed.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+call = caller(embed)
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from crossbatch.data.augment import pil
 from crossbatch.data.worker_batches import EvaluationDataset
 from crossbatch.engine import checkpoint
 from crossbatch.engine.config import Device, FinetuneConfig, load_config, resolve_finetune
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.runtime.world import World
 from crossbatch.launch import finetune
 from crossbatch.models import build_backbone
+from tests.commands import caller
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 4}
 SMALL = [
@@ -30,14 +30,7 @@ SMALL = [
 ]
 
 
-def call(monkeypatch, *arguments) -> int:
-    """Runs the launcher in this process and returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
-    try:
-        run_main(finetune.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+call = caller(finetune)
 
 
 @pytest.fixture(scope="module")

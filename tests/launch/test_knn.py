@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import sys
 import tarfile
 from pathlib import Path
 from unittest import mock
@@ -19,9 +18,9 @@ from torch.nn import functional as F
 from crossbatch.data import open_source, prepare
 from crossbatch.engine.config import load_config
 from crossbatch.engine.config.evaluation import KnnConfig
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.launch import knn
+from tests.commands import caller
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +30,7 @@ def shapes(tmp_path_factory) -> str:
     return path
 
 
-def call(monkeypatch, *arguments) -> int:
-    """Run the launcher in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["knn.py", *map(str, arguments)])
-    try:
-        run_main(knn.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+call = caller(knn)
 
 
 def results_of(out: Path) -> dict:

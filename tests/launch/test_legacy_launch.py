@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import pretrain
 from crossbatch.launch.legacy_launch import add_legacy_launch_flags, launched
+from tests.commands import caller
 
 TINY = ["-b", "16", "--epochs", "1", "-p", "1", "-j", "0", "--set", "crossbatch.data.image_size=16"]
 ONE_CHUNK = ["--set", "train_micro_batch_size_per_gpu=8", "--set", "crossbatch.evaluate.knn_every_epochs=0"]
@@ -43,14 +43,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "RANK"})
 
 
-def call(monkeypatch, *arguments) -> int:
-    """Runs the launcher in this process and returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
-    try:
-        run_main(pretrain.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+call = caller(pretrain)
 
 
 def free_port() -> int:

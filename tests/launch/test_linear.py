@@ -21,6 +21,7 @@ from crossbatch.engine.evaluation.linear_evaluation import base_learning_rates
 from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.launch import finetune, linear
+from tests.commands import caller
 
 SHORT = ["-b", "32", "--epochs", "3", "-j", "0", "-p", "1"]
 
@@ -32,14 +33,7 @@ def shapes(tmp_path_factory) -> str:
     return path
 
 
-def call(monkeypatch, *arguments) -> int:
-    """Run the launcher in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["linear.py", *map(str, arguments)])
-    try:
-        run_main(linear.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+call = caller(linear)
 
 
 def results_of(out: Path) -> dict:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from crossbatch.engine.runtime.exit_codes import run_main
 from crossbatch.launch import pretrain
+from tests.commands import caller
 
 TINY = [
     "--data=synthetic://64?size=20&classes=4",
@@ -29,14 +29,7 @@ TINY = [
 ]
 
 
-def call(monkeypatch, *arguments) -> int:
-    """Runs the launcher in this process and returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
-    try:
-        run_main(pretrain.main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+call = caller(pretrain)
 
 
 def dry_run(monkeypatch, capsys, *arguments) -> dict:
