@@ -163,9 +163,14 @@ class RankPool:
             raise AssertionError("\n".join(failed))
         return [value for _, value in results]
 
-    def close(self):
+    def close(self, wait_s: float = 0):
+        """End the ranks; those that do not end by themselves within `wait_s`, as they do to save their coverage, are killed."""
         self.is_open = False
+        for pipe in self._pipes if wait_s else ():
+            with contextlib.suppress(OSError):
+                pipe.send(None)
         for process in self._processes:
+            process.join(wait_s)
             process.kill()
             process.join()
 
@@ -182,8 +187,8 @@ def _rank_main(pipe, environment: dict):
     torch.set_num_threads(1)
     with process_group(world_from_environment(), "cpu"):
         pipe.send((True, None))
-        while True:
-            function, args = pipe.recv()
+        while (question := pipe.recv()) is not None:
+            function, args = question
             try:
                 pipe.send((True, function(*args)))
             except BaseException:
@@ -202,7 +207,7 @@ def pools():
 
     yield get
     for pool in open_pools.values():
-        pool.close()
+        pool.close(wait_s=10)
 
 
 @pytest.fixture(scope="session")

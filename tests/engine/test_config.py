@@ -175,7 +175,7 @@ def test_field_deepspeeds_precision_is_ours(tmp_path, section, precision):
     [
         ("gradient_accumulation_steps", 4, "train_micro_batch_size_per_gpu"),
         ("scheduler", {"type": "WarmupLR"}, "set crossbatch.schedule"),
-        ("zero_allow_untested_optimizer", False, "it turns LARS into SGD"),
+        ("zero_allow_untested_optimizer", False, "would turn LARS into SGD"),
         ("fp16", {"enabled": True, "loss_scale_window": 100}, "fp16.loss_scale_window: given 100; .*GradScaler"),
         ("wandb", {"enabled": True}, "TensorBoard files.*sync_tensorboard"),
         ("flops_profiler", {"enabled": True}, "--profile N"),
@@ -186,7 +186,7 @@ def test_field_deepspeeds_precision_is_ours(tmp_path, section, precision):
         (
             "zero_optimization",
             {"zero_quantized_gradients": True},
-            "zero_optimization.zero_quantized_gradients: given True",
+            "zero_optimization.zero_quantized_gradients: given true",
         ),
         ("zero_optimization", {"offload_param": {"device": "cpu"}}, "parameters stay"),
         ("activation_checkpointing", {"cpu_checkpointing": True}, "crossbatch.model.checkpoint_activations"),

@@ -83,7 +83,7 @@ def test_a_run_without_room_says_so_once_and_goes_on(two_ranks, tmp_path):
     full = [("crossbatch.engine.checkpoint.memory.SHARE_OF_FREE", nothing)]
     assert two_ranks.run(run, EVERY_STEP, str(out), 3, "auto", (), full) == ["", ""]
     told = Path(f"{out}.told").read_text()
-    assert told.count("no copies in host memory, a restart goes on from the last checkpoint: rank 0: /dev/shm has") == 1
+    assert told.count("no copies in host memory, a restart goes on from the last checkpoint: rank 0: copies need ") == 1
     assert parameters(out) and not (out / "memory.json").exists()
 
 

@@ -317,5 +317,5 @@ def test_field_several_networks_are_named(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
 def test_field_weights_that_are_no_floats(tmp_path, dtype):
     torch.save({name: value.to(dtype) for name, value in resnet().items()}, tmp_path / "file")
-    with pytest.raises(InputError, match=f"no plain floating-point numbers .* is {str(dtype)[6:]}.*allowed: float64"):
+    with pytest.raises(InputError, match=f"not plain floating-point numbers: .* is {str(dtype)[6:]}.*allowed: float64"):
         load_pretrained(tmp_path / "file", arch="resnet18")

@@ -105,7 +105,7 @@ def test_rows_are_in_the_order_of_the_images_on_two_ranks(two_ranks, tiny_runs, 
 
 def test_parts_of_other_weights_are_refused(tmp_path):
     embedding._parts_left(tmp_path, {"backbone": "a", "images": 3}, range(0, 3, 2))
-    with pytest.raises(embedding.InputError, match=r"features of another command \(backbone differ\)"):
+    with pytest.raises(embedding.InputError, match=r"features of another command \(different: backbone\)"):
         embedding._parts_left(tmp_path, {"backbone": "b", "images": 3}, range(0, 3, 2))
 
 
