@@ -43,7 +43,7 @@ KEYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_autocast.lower_precision_safe_modules": ((None,), "set crossbatch.precision"),
     "zero_allow_untested_optimizer": (
         (True,),
-        "leave it out; DeepSpeed alone would turn LARS into SGD, so crossbatch sets it and tells LARS how ZeRO cuts them",
+        "leave it out; DeepSpeed alone would turn LARS into SGD, so crossbatch sets it and tells LARS how parameters are cut",
     ),
     "zero_force_ds_cpu_optimizer": ((False,), "an offloaded optimizer steps with crossbatch's own kernels"),
     "tensorboard": ((), _METRICS),
