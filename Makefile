@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # too. Later calls keep what was chosen.
 CUDA ?= $(or $(patsubst $(VENV)/installed-%,%,$(wildcard $(VENV)/installed-cuda1[23])),cuda13)
 
-.PHONY: pretrain test test-learning test-all coverage check docs bench-gpu install
+.PHONY: pretrain test test-long test-all coverage check docs bench-gpu install
 
 pretrain: install  ## the quickstart: generates small images, pretrains on them, shows what was learned
 	$(BIN)/python launch/pretrain.py --deepspeed_config ds_configs/quickstart.json
@@ -15,8 +15,8 @@ test: install  ## the tests, Triton kernels interpreted; where there is a GPU, t
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	test ! -e /dev/nvidiactl || $(BIN)/python -m pytest -m gpu
 
-test-learning: install  ## two minutes of the quickstart have to learn what a run that is not broken learns
-	$(BIN)/python -m pytest tests/launch/test_learning.py -m slow -k short_run
+test-long: install  ## whole launches and other long tests, which run before a change lands; one trains for two minutes and must learn
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'long and not slow'
 
 test-all: install  ## with every combination of ranks, backend, optimizer and model, runs killed twenty times, and all optional packages (more than an hour on two cores)
 	$(BIN)/python -m pip install --quiet --editable '.[test-all]'

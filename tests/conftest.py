@@ -76,7 +76,7 @@ def pytest_report_header():
 
 
 # Long files: whichever process got one of them last would go on alone for a minute or two.
-FIRST = ("test_kernels.py", "test_many_ranks.py", "test_compiled.py", "test_equivalence.py")
+FIRST = ("test_learning.py", "test_kernels.py", "test_many_ranks.py", "test_compiled.py", "test_equivalence.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -44,17 +44,20 @@ def run(effort: Effort) -> Iterator[Row]:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """Serve `folder` from a core of its own, which this process gives up, and yield the address."""
+    """Serve `folder` from a core of its own, which this process does without meanwhile, and yield the address."""
     command = [sys.executable, "-m", "benchmarks.range_server", str(folder)]
     command += [f"--latency-ms={LATENCY_MS}", f"--mb-per-s={MB_PER_S}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
         usable = os.sched_getaffinity(0)
-        if len(usable) > 1:
-            os.sched_setaffinity(server.pid, {max(usable)})
-            os.sched_setaffinity(0, usable - {max(usable)})
-        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        server.kill()
+        try:
+            if len(usable) > 1:
+                os.sched_setaffinity(server.pid, {max(usable)})
+                os.sched_setaffinity(0, usable - {max(usable)})
+            yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        finally:
+            os.sched_setaffinity(0, usable)
+            server.kill()
 
 
 def _speed(folder: Path, url: str, effort: Effort) -> list[Row]:

@@ -329,7 +329,7 @@ async def _within(seconds: float, call: Callable[[], Awaitable[Answer]]) -> Answ
     """Return the answer to a request. Raises TimeoutError where it takes longer."""
     if sys.version_info < (3, 11):
         return await asyncio.wait_for(call(), seconds)
-    async with asyncio.timeout(seconds):  # makes no task of each request, which would be a sixth of what it costs
+    async with asyncio.timeout(seconds):  # unlike `wait_for`, makes no task of each request
         return await call()
 
 

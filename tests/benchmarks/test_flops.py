@@ -28,7 +28,7 @@ def test_attention_over_the_batch_counts_though_it_is_an_operator_of_ours():
     assert flops.count(lambda: layer(x, dropout_seeds=seeds).sum().backward()) == 3 * (linear + attention)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_by_its_shapes_is_a_step_that_was_counted(one_rank):
     counted, by_shapes = one_rank.run(_count_a_step)[0]
     assert by_shapes == pytest.approx(counted, rel=0.03)

@@ -206,7 +206,7 @@ def _read(file: Path) -> bytes:
         return b""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_runs_in_a_process_of_its_own(tmp_path):
     """Start it by the command line of a user."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -75,7 +75,7 @@ def test_resnet50_is_counted_as_everywhere():
     assert work.flops / 3 / 2 == pytest.approx(4.09e9, rel=0.01)  # multiply-adds, without the classifier
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_published_runs_left_out_of_the_fit():
     """The targets of the model: median error at most 5 %, worst at most 25 %, and far better than linear scaling."""
     errors, linear = np.abs(leave_out(*MANY_GPUS)), np.abs(linear_scaling(ROWS))
@@ -87,14 +87,14 @@ def test_published_runs_left_out_of_the_fit():
     assert pytest.approx(worst, abs=0.005) == prediction.ERROR_MANY_GPUS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_gpu_left_out_of_the_fit():
     errors = np.abs(leave_out(*ONE_GPU))
     assert len(errors) == len(SINGLE) == 11 and np.median(errors) < 0.08 and errors.max() < 0.15
     assert pytest.approx(errors.max(), abs=0.005) == prediction.ERROR_ONE_GPU
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plans_are_made_with_what_the_fit_finds():
     """The package ships the constants, this folder the runs that they are fitted to."""
     found = fit(*MANY_GPUS) | fit(*ONE_GPU)

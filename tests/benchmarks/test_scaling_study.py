@@ -37,7 +37,7 @@ def row_on_this_rank():
     return row_of(run, world, given, times, traffic)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_of_real_ranks(pools, tmp_path, capsys):
     for ranks in (1, 2):
         append(tmp_path / "scaling.jsonl", "scaling", [pools(ranks).run(row_on_this_rank)[0]])

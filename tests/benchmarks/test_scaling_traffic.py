@@ -86,11 +86,11 @@ MORE = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [
-        *(pytest.param(ranks, cases, id=f"{ranks}", marks=slow_unless(ranks == 1)) for ranks, cases in CASES.items()),
+        *(pytest.param(ranks, cases, id=f"{ranks}", marks=slow_unless(ranks < 4)) for ranks, cases in CASES.items()),
         *(pytest.param(ranks, cases, id=f"{ranks}-more", marks=pytest.mark.slow) for ranks, cases in MORE.items()),
     ],
 )

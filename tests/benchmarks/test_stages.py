@@ -145,7 +145,7 @@ def test_the_stall_of_a_save_holds_what_the_next_step_waits_for(monkeypatch):
     assert checkpoint.stall_ms(lambda: None, train, [11.0]) == 0  # noise
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_predictions_for_this_gpu_name_the_cases_that_follow(monkeypatch):
     h100 = Device("cuda", True, "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(Device, "detect", staticmethod(lambda: h100))
@@ -191,7 +191,7 @@ def test_a_gpu_measures_every_size_beside_both_plain_steps_and_4096_images(monke
 SIXTEEN = ["train_batch_size=16", "train_micro_batch_size_per_gpu=16", "crossbatch.batchformer.group_size=16"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bench_gpu_tells_how_each_part_ended_goes_on_and_packs(tmp_path, capfd):
     parts = gpu.Parts(tmp_path, "1", 60)
     python = [sys.executable, "-S", "-c"]

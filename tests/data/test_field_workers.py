@@ -40,8 +40,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_field_a_full_shared_memory(tmp_path, method):
     """A worker batch of 64 images takes 1.5 MiB, and 2 MiB are there."""
     if not shutil.which("unshare"):
@@ -133,7 +133,7 @@ def test_field_a_signal_is_taken_in_while_images_do_not_come(pool):
         next(pool)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_field_a_prefetched_batch_has_a_limit_too():
     """As with DALI, whose threads read."""
     go = threading.Event()

@@ -275,7 +275,7 @@ for batch in loader.epoch(0):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trainer_that_fails_without_closing_ends_all_the_same():
     failed = subprocess.run([sys.executable, "-c", UNCLOSED], timeout=40, capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stderr.endswith("ZeroDivisionError\n")
@@ -296,8 +296,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.long
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.slow), "forkserver"])
 def test_no_worker_outlives_a_killed_trainer(tmp_path, method):
     script = tmp_path / "trainer.py"  # forkserver imports the main module again
     script.write_text(KILLED.format(method=method))
@@ -331,7 +331,7 @@ print(cv2.getNumThreads())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_of_a_trainer_that_uses_opencv():
     done = subprocess.run([sys.executable, "-c", AFTER_OPENCV], timeout=60, stdout=subprocess.PIPE, text=True)
     assert (done.returncode, done.stdout) == (0, "2\n")
@@ -601,7 +601,7 @@ input()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_the_process_group_leaves_what_starts_workers():
     process = subprocess.Popen(
         [sys.executable, "-c", SERVERS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -103,7 +103,7 @@ def test_a_prefix_without_an_index_is_listed_and_scanned(shards, user):
     assert [source.read(index) for index in range(60)] == [local.read(index) for index in range(60)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_views_and_resuming_are_as_with_local_shards(shards, user, tmp_path):
     settings = {"batch_size": 12, "image_size": 24, "backend": "opencv", "workers": 2}
     local = TrainLoader(open_source(shards), **settings)

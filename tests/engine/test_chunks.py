@@ -92,8 +92,9 @@ def test_a_split_changes_nothing(tmp_path, in_one, pools, group_size, ranks, chu
         assert (tensor - end[name]).norm() <= 1e-5 * end[name].norm(), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "backend", [pytest.param(backend, marks=pytest.mark.slow) for backend in (zero(1), zero(3), fsdp(1))], ids=name_of
+    "backend", [zero(1), *(pytest.param(b, marks=pytest.mark.slow) for b in (zero(3), fsdp(1)))], ids=name_of
 )
 def test_fp16_in_chunks_is_fp16_in_one(tmp_path, pools, backend):
     """The loss scale passes the cut unchanged: chunks of equal features have bit-equal gradients of the heads."""

@@ -206,7 +206,7 @@ def taken_port():
         yield taken.getsockname()[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_field_a_port_that_is_taken(monkeypatch, capfd, taken_port):
     """By a rank that a launcher has started, and by the released code's flags."""
     for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken_port}.items():

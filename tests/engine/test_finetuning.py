@@ -102,8 +102,8 @@ def test_chunks_change_nothing(tmp_path, pools, pretrained, backend):
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", [zero(1), fsdp(3)], ids=name_of)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", [zero(1), pytest.param(fsdp(3), marks=pytest.mark.slow)], ids=name_of)
 def test_an_interrupted_run_continues_with_the_same_losses(tmp_path, pools, pretrained, backend):
     settings = [pretrained["vit"], *RANDOM, *backend]
     pools(2).run(finetune, settings, str(tmp_path / "whole"), 5)

@@ -52,7 +52,7 @@ def train_with(build_optimizer, overrides, out, steps):
         train(overrides, out, steps)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_trap(tmp_path, pools):
     """DeepSpeed steps on flat, 1-D partitions: in a torch-style LARS nothing adapts and nothing decays."""
     lars = [*VIT, *LARS_CONFIG]

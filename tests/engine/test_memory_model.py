@@ -96,7 +96,7 @@ def test_checkpointed_blocks(arch, size):
     assert computed(arch, size, checkpointed="blocks") < 0.8 * computed(arch, size)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50"])
 def test_norms_that_are_computed_again(arch):
     backbone, size = build_backbone(arch, 64), 64
@@ -105,7 +105,7 @@ def test_norms_that_are_computed_again(arch):
     assert computed(arch, size, checkpointed="norms") == pytest.approx(really, rel=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_an_image_keeps():
     """Of both views, at 224 px under bf16; docs/exactness.md has these figures."""
     mib = {}
@@ -116,7 +116,7 @@ def test_what_an_image_keeps():
     assert mib == pytest.approx({"none": 83.5, "norms": 67.9, "blocks": 43.4}, rel=0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_backbone_is_traced_once_for_each_of_what_it_depends_on():
     """The batch is not among that; two sketches of the same backbone share what was traced."""
     found = []
@@ -246,7 +246,7 @@ def test_nothing_is_drawn_and_nothing_stays_patched():
     assert type(torch.empty(1)) is torch.Tensor and not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_shape_travels_to_other_ranks(monkeypatch):
     """Where a process group is there, as when the chunk of a run on several ranks is computed."""
     from crossbatch.models import GroupCollective

@@ -40,7 +40,7 @@ def profiled(out: str, steps: int, profile: int, slow: bool = False) -> str:
     return ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_profiled_run_trains_the_same_and_leaves_table_and_traces(tmp_path, two_ranks):
     two_ranks.run(profiled, str(tmp_path / "plain"), 8, 0)
     assert two_ranks.run(profiled, str(tmp_path / "run"), steps_needed(2), 2) == ["", ""]
@@ -81,7 +81,7 @@ def test_too_few_steps_asked_for_are_refused_before_anything_is_written(tmp_path
     assert not out.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_waiting_for_data_is_what_the_loader_takes(tmp_path, one_rank):
     """Each batch takes SLOW_S before it is there, and no worker prepares it meanwhile."""
     one_rank.run(profiled, str(tmp_path / "slow"), 8, 2, True)

@@ -179,7 +179,7 @@ def test_images_without_labels_are_measured_alike_on_one_and_two_ranks(
     assert 1 < rankme < 31 and 1 < effective_rank < 31 and 0 < alignment < 4 and -4 < uniformity < 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_knn_and_quality_have_schedules_of_their_own(one_rank, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

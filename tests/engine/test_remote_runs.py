@@ -14,7 +14,7 @@ pytest.importorskip("aiohttp", reason="aiohttp is not installed (the extra remot
 SECRET = "verysecret"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_without_its_server_stops_and_resumes_as_if_nothing_had_been(tmp_path, nursery):
     """The second run loses its server for good in the first epoch: exit code 3, one message, and the same losses at the end."""
     write_shards(open_source("synthetic://48?size=20"), tmp_path / "shards/train", 24)

@@ -189,7 +189,7 @@ def test_gradients_reduced_in_the_backward_pass_are_the_same(tmp_path, pools, ov
     assert losses(tmp_path / "during") == losses(tmp_path / "behind")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_field_deepspeed_prints_what_it_is_asked_to(tmp_path, one_rank):
     """Its timers and logs change no loss."""
     asked = ["steps_per_print=1", "memory_breakdown=true", "dump_state=true"]

@@ -70,7 +70,7 @@ print(doctor.interface("127.0.0.1"))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_doctor_needs_no_optional_package():
     """It is the first command on a machine that has only torch and what belongs to it."""
     environment = {**os.environ, "COLUMNS": "400"}

@@ -271,7 +271,6 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk(nursery, small_disk):
     """The run trains to its end, says so, and stops with 3; what it saved before is good; with room it ends as it should."""
     settings = [*VIT, *LARS, *zero(1), "crossbatch.checkpoint.keep=1"]

@@ -70,7 +70,7 @@ def test_field_a_reader_that_leaves_then_ctrl_c_and_a_second_run_meanwhile(tmp_p
     assert not (out / ".lock").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_field_a_full_stdout_and_a_closed_terminal(tmp_path, nursery):
     out = tmp_path / "run"
     job = nursery.start(tmp_path / "logs", 1, *flags(out), STDOUT="/dev/full")
@@ -109,7 +109,7 @@ def test_field_ctrl_c_during_the_imports_of_every_command(tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_field_a_result_that_is_printed_on_a_full_disk(tmp_path):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -151,7 +151,7 @@ def wait_for_reader(pipe: Path) -> int:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_field_sigterm_while_no_images_come(tmp_path, nursery, stuck_data):
     """The batch of 12 out of 13 images: soon the pipe is among them."""
     out = tmp_path / "run"
@@ -167,7 +167,7 @@ def test_field_sigterm_while_no_images_come(tmp_path, nursery, stuck_data):
     os.close(writer)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_field_no_images_for_longer_than_the_limit(tmp_path, nursery, stuck_data):
     data = [f"crossbatch.data.path={stuck_data}", "crossbatch.watch.timeout_s=6"]
     job = nursery.start(tmp_path / "logs", 1, *flags(tmp_path / "run", *data))
@@ -235,7 +235,7 @@ def test_field_a_killed_worker_ends_an_evaluation_with_a_message(monkeypatch, ca
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_field_names_that_are_no_utf8_no_markup_and_no_formula(tmp_path, nursery, weights):
     """Class names, the name of a broken image, and --out; the process that prints them is a real one."""
     names = ["$100_$50", r"$\frac{", os.fsdecode(b"caf\xe9"), "[/b]"]

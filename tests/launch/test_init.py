@@ -154,7 +154,7 @@ def test_other_weights_are_refused(monkeypatch, capsys, tmp_path, case):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_that_do_not_fit(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, *RUN, "--out", tmp_path / "narrow", "--steps", 1) == 0
     init = [*RUN, "--init", tmp_path / "narrow", "--steps", 1]

@@ -76,7 +76,7 @@ def train_here(settings: list[str], out: str) -> tuple[str, int]:
         return run(settings, out, 2), len(multiprocessing.active_children())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("no_figures")
 def test_a_checkpoint_scores_as_it_did_in_training(monkeypatch, shapes, one_rank, tmp_path):
     from tests.small_runs import LARS, RESNET

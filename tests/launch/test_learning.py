@@ -85,7 +85,7 @@ def has_learned(run: list[dict]) -> bool:
     return LOSS[0] < loss < LOSS[1] and positive - negative > GAP and run[-1]["knn_top1"] > KNN
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_run_learns(tmp_path):
     run = train(tmp_path / "run")
     assert has_learned(run)

@@ -72,7 +72,7 @@ def pretrained(tmp_path_factory, nursery) -> tuple[Path, list[int], list[str]]:
     return out, [node.wait()[0] for node in nodes], [node.output() for node in nodes]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_pretraining_command_line_on_two_nodes(pretrained):
     out, codes, said = pretrained
     assert codes == [0, 0], "\n".join(said)
@@ -86,7 +86,7 @@ def test_the_pretraining_command_line_on_two_nodes(pretrained):
     assert ["next:" in text for text in said] == [True, False]  # one summary, on the node of rank 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_linear_command_line(pretrained, nursery, tmp_path):
     """MoCo v3's README has the line, without TINY and --out."""
     line = f"-a resnet50 --dist-url tcp://localhost:{free_port()} --multiprocessing-distributed --world-size 1 --rank 0"
@@ -150,7 +150,7 @@ LISTENERS = LAUNCHER.replace(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_signals_to_the_command_reach_its_ranks_and_it_waits_for_them(tmp_path):
     (tmp_path / "script.py").write_text(LISTENERS)
     line = ["--multiprocessing-distributed", "--world-size", "1", "--rank", "0", "--nproc-per-node", "2"]
@@ -256,7 +256,7 @@ def test_bad_input_gets_one_message_and_exit_code_2(monkeypatch, capsys, tmp_pat
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resume_with_nothing_starts_anew(monkeypatch, capsys, tmp_path):
     """As `--resume none` does, which does not write over a run."""
     (tmp_path / "metrics.jsonl").touch()

@@ -109,7 +109,7 @@ def test_a_slow_feed_limits():
     assert found.images_per_s[1] == pytest.approx(1000)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_too_short_is_warned_of(monkeypatch, capsys):
     """The recipe for one card fits into it, but few images make a short run."""
     given = ("--deepspeed_config", "ds_configs/r50_1gpu.json", "--gpus", "1", "--gpu", "rtx3090", "--images", "20000")
@@ -136,7 +136,7 @@ def test_what_does_not_fit_says_so(monkeypatch, capsys):
     assert max(map(len, said.splitlines())) <= 100
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_measured_row_replaces_the_roofline(tmp_path):
     from crossbatch.engine.config import Device, load_config, resolve, to_dict
 
@@ -163,7 +163,7 @@ def test_a_measured_row_replaces_the_roofline(tmp_path):
     assert any("has no step of resnet50 in bf16 on one a100-40g" in note for note in notes(other))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_noise_scale_of_a_run_says_what_a_batch_pays(monkeypatch, capsys, tmp_path):
     recipe = ["--deepspeed_config", "ds_configs/quickstart.json", "--set", "train_batch_size=4096"]
     machines = [*recipe, "--gpu", "v100-32g", "--gpus", "1", "--run", str(tmp_path)]

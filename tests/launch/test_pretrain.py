@@ -155,12 +155,11 @@ def alone(tmp_path_factory, nursery):
     return out, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "sharding"),
     [
-        pytest.param(
-            ["torchrun", "--nproc_per_node=2", "--master_port=29611"], FSDP, id="torchrun", marks=pytest.mark.slow
-        ),
+        pytest.param(["torchrun", "--nproc_per_node=2", "--master_port=29611"], FSDP, id="torchrun"),
         pytest.param(["deepspeed", "--num_gpus=2", "--master_port=29612"], [], id="deepspeed", marks=pytest.mark.slow),
     ],
 )

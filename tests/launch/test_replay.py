@@ -206,7 +206,7 @@ def test_a_step_made_again_has_the_same_views_and_losses(tmp_path, pools, settin
     assert found["kind"] == "none" and found["images"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_replay_from_the_seed_and_what_is_written_of_layers(tmp_path, one_rank):
     """Of a clean run, from its very first step on: nothing jumps, although everything grows in a warm-up."""
     assert one_rank.run(run, [*RESNET, *LARS, "crossbatch.checkpoint.keep=1"], str(tmp_path), 4) == [""]
@@ -243,7 +243,7 @@ def test_a_fault_inside_the_network_is_found_where_images_have_not_met(tmp_path,
 # --- two runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_runs_part_where_one_of_them_was_changed(tmp_path, pools):
     one, two, folder = tmp_path / "one", tmp_path / "two", tmp_path / "two" / "checkpoints" / "step-00000004"
     settings = [*VIT, *ADAMW, *zero(1), "crossbatch.checkpoint.keep=9"]

@@ -77,7 +77,7 @@ def test_it_computes_what_it_did_before(counter, arch, dtype):
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in want.named_parameters()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_equal_blocks_are_compiled_once_and_nothing_after_the_first_step(counter):
     counts = []
     for depth in (2, 5):
@@ -117,7 +117,7 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_parameters(counter):
         assert not blocks(model.online.backbone)[0](x).equal(x)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stochastic_depth_draws_the_same_numbers(counter):
     """Only fine-tuning has it, which compiles nothing yet: each rate is a case of its own."""
     found = []
@@ -187,16 +187,16 @@ def compiled_run(overrides: list[str], out: str) -> list[int]:
     return counts
 
 
-@pytest.mark.slow  # every rank compiles all graphs: 10 s
+@pytest.mark.long  # every rank compiles all graphs: 10 s
 @pytest.mark.parametrize(
     ("model", "backend", "ranks"),
     [
         (VIT, zero(3), 1),
         (RESNET, fsdp(1), 2),
-        (VIT, zero(3), 2),
-        (VIT, fsdp(3), 2),
-        (VIT, zero(1), 2),
-        (RESNET, zero(3), 2),
+        pytest.param(VIT, zero(3), 2, marks=pytest.mark.slow),
+        pytest.param(VIT, fsdp(3), 2, marks=pytest.mark.slow),
+        pytest.param(VIT, zero(1), 2, marks=pytest.mark.slow),
+        pytest.param(RESNET, zero(3), 2, marks=pytest.mark.slow),
     ],
     ids=lambda case: f"{case}" if isinstance(case, int) else name_of(case),
 )
@@ -214,7 +214,7 @@ def run_plainly(overrides: list[str], out: str) -> None:
     assert run(overrides, out, 3) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_may_compile(tmp_path, one_rank):
     out = str(tmp_path / "run")
     assert one_rank.run(run, [*VIT, *ADAMW, *zero(0)], out, 2) == [""]

@@ -47,7 +47,7 @@ def run(installed: Path, cwd: Path, *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pretrains_from_the_wheel_with_a_recipe_inside_of_it(installed, tmp_path):
     out = run(
         installed,
