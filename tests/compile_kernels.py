@@ -1,14 +1,20 @@
-"""python compile_kernels.py [--all] [--planted] CAPABILITY...: compiles every Triton kernel as a launch would, without a GPU.
+"""python compile_kernels.py [OPTION] [--planted] CAPABILITY...: compiles every Triton kernel as a launch would, without a GPU.
 
-Prints a line of JSON for each: what it takes of a multiprocessor. A process of its own, since the tests interpret. With --all,
-it compiles every configuration that can be chosen, and without it only the largest; with --planted, a kernel that does not fit.
+Prints a line of JSON for each configuration that can be chosen: what it takes of a multiprocessor. A process of its own, since
+the tests interpret. kernels.json knows what was compiled before; what has another source, configuration or Triton is compiled.
+  --largest  only the largest configurations
+  --anew     compile also what kernels.json knows
+  --record   write kernels.json; the tests expect it of 70 80 90
+  --planted  also a kernel that does not fit
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import re
 import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -40,6 +46,29 @@ TYPES = {
 CHANNELS = (64, 33, 5, 16)  # of an image: a multiple of a tile's columns, odd numbers, a narrower tile
 WIDTHS = (2048, 1024, 768, 512, 384)  # features of a ResNet-50, ViT-L, ViT-B, ResNet-18, ViT-S
 GROUPS = (256, 4096, 512, 64, 8)
+RECORD = Path(__file__).with_name("kernels.json")
+MEASURED = ("registers", "spilled_bytes", "shared_bytes")  # of each configuration in kernels.json
+
+
+def read_record() -> dict[str, list[int]]:
+    """Return what was measured of each configuration, which is nothing if another Triton measured."""
+    record = json.loads(RECORD.read_text())
+    return record["kernels"] if record["triton"] == triton.__version__ else {}
+
+
+def write_record(kernels: dict[str, list[int]]) -> None:
+    lines = ",\n".join(f'"{key}": {measured}' for key, measured in sorted(kernels.items()))
+    RECORD.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+
+
+def sources(kernel: JITFunction) -> str:
+    """Return the source of a kernel and of all that it calls, with the constants of their modules."""
+    names = {name: kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names}
+    called = [sources(value) for name, value in sorted(names.items()) if isinstance(value, JITFunction)]
+    constants = [
+        f"{name} = {value}" for name, value in sorted(names.items()) if isinstance(value, triton.language.constexpr)
+    ]
+    return "\n".join([kernel.src, *constants, *called])
 
 
 def type_of(value) -> str:
@@ -49,10 +78,11 @@ def type_of(value) -> str:
 
 
 class Compiler:
-    """Compiles where `JITFunction.run` would launch, each configuration once, and prints what it takes."""
+    """Compiles where `JITFunction.run` would launch, each configuration once unless `known`, and prints what it takes."""
 
-    def __init__(self, capability: int):
-        self.capability, self.done = capability, set()
+    def __init__(self, capability: int, known: dict[str, list[int]]):
+        self.capability, self.known = capability, known
+        self.done: dict[str, list[int]] = {}
 
     def run(self, kernel, *args, grid, warmup, num_warps=4, maxnreg=None, **constants):
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
@@ -64,29 +94,24 @@ class Compiler:
             if not p.is_constexpr
             if isinstance(values[p.name], torch.Tensor) or (type(values[p.name]) is int and values[p.name] % 16 == 0)
         }
-        configuration = repr((kernel.__name__, signature, constants, divisible, num_warps))
-        if configuration in self.done:
+        configuration = repr((sources(kernel), signature, constants, divisible, num_warps, maxnreg, self.capability))
+        key = hashlib.sha256(configuration.encode()).hexdigest()[:16]
+        if key in self.done:
             return
-        self.done.add(configuration)
+        options = {"num_warps": num_warps, "maxnreg": maxnreg}
+        measured = self.known.get(key) or self.compile(ASTSource(kernel, signature, constants, divisible), options)
+        self.done[key] = measured
+        found = {"kernel": kernel.__name__, "capability": self.capability, "threads": 32 * num_warps}
+        found |= dict(zip(MEASURED, measured, strict=True)) | {"constants": constants, "known": key in self.known}
+        print(json.dumps(found), flush=True)
+
+    def compile(self, source: ASTSource, options: dict) -> list[int]:
         log = io.StringIO()
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(
-                ASTSource(kernel, signature, constants, divisible),
-                target=GPUTarget("cuda", self.capability, 32),
-                options={"num_warps": num_warps, "maxnreg": maxnreg},
-            )
+            compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         (registers,) = re.findall(r"Used (\d+) registers", log.getvalue())
         spilled = re.findall(r"(\d+) bytes spill", log.getvalue())
-        found = {
-            "kernel": kernel.__name__,
-            "capability": self.capability,
-            "threads": 32 * num_warps,
-            "registers": int(registers),
-            "spilled_bytes": sum(map(int, spilled)),
-            "shared_bytes": compiled.metadata.shared,
-            "constants": constants,
-        }
-        print(json.dumps(found), flush=True)
+        return [int(registers), sum(map(int, spilled)), compiled.metadata.shared]
 
 
 def batchformer(dtype: torch.dtype, width: int, group: int, dropout: float) -> None:
@@ -149,9 +174,11 @@ def too_much_shared_memory(out, SIZE: triton.language.constexpr):
 def main(arguments: list[str]) -> None:
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
-    everything, planted = "--all" in arguments, "--planted" in arguments
+    largest, planted, record = ("--" + option in arguments for option in ("largest", "planted", "record"))
+    known = {} if largest or "--anew" in arguments else read_record()
+    done = {}
     for capability in (int(argument) for argument in arguments if argument.isdigit()):
-        compiler = Compiler(capability)
+        compiler = Compiler(capability, known)
         with mock.patch.object(JITFunction, "run", lambda *args, c=compiler, **more: c.run(*args, **more)):
             if planted:
                 too_much_shared_memory[(1,)](torch.zeros(1), SIZE=1 << 17, num_warps=32)  # pyright: ignore[reportCallIssue]
@@ -160,12 +187,15 @@ def main(arguments: list[str]) -> None:
             view_norm(sixteen_bits[-1], CHANNELS[0], options=False)
             optimizer()
             colours()
-            for dtype in (*sixteen_bits, torch.float32) if everything else ():
+            for dtype in () if largest else (*sixteen_bits, torch.float32):
                 for channels in CHANNELS:
                     view_norm(dtype, channels, options=True)
                 for width, group in zip(WIDTHS, GROUPS, strict=True):
                     for dropout in (0.5, 0.0):
                         batchformer(dtype, width, group, dropout)
+        done |= compiler.done
+    if record:
+        write_record(done)
 
 
 if __name__ == "__main__":
