@@ -9,8 +9,11 @@ Gloo on one machine has no network in it, but both ends of every message take ti
 
 import json
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -46,28 +49,51 @@ def run(effort: Effort) -> Iterator[Row]:
         1, 1, RANKS, run_id="memory", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
     with tempfile.TemporaryDirectory() as folder:
-        wait_ms, num_bytes = elastic_launch(launch, _train)(overrides, folder, EVERY * (copies + 1) - 1)[0]
+        measured = elastic_launch(launch, _train)(overrides, folder, EVERY * (copies + 1) - 1)[0]
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     ms = {line["step"]: line["step_ms"] for line in lines}
-    first = range(EVERY * (1 + WARM_UP), max(ms) - 2, EVERY)
-    cases = {
-        "a step without a copy": [(ms[step + 2] + ms[step + 3]) / 2 for step in first],
-        "a step with a copy, and the next one while it is sent": [(ms[step] + ms[step + 1]) / 2 for step in first],
-    }
+    first = range(EVERY * (1 + WARM_UP), max(ms) - 3, EVERY)
     cfg = recipe.load("quickstart", overrides)
-    settings = recipe.settings("quickstart", overrides, cfg, ranks=RANKS, backend="gloo", bytes_a_rank=num_bytes)
-    yield from summarise(cases, settings)
-    yield Row.of_one("training waits for a copy", wait_ms, "ms", settings)
+    size = {"bytes_a_rank": measured.num_bytes, "of_them_sent": measured.sent_bytes}
+    settings = recipe.settings("quickstart", overrides, cfg, ranks=RANKS, backend="gloo", **size)
+    without, with_ = "a step without a copy", "a step with a copy, and the next one while it is sent"
+    for what, samples in (("", ms), (", CPU time of rank 0", measured.cpu_ms)):
+        cases = {
+            without + what: [(samples[step + 2] + samples[step + 3]) / 2 for step in first],
+            with_ + what: [(samples[step] + samples[step + 1]) / 2 for step in first],
+        }
+        yield from summarise(cases, settings)
+    yield Row.of_one("training waits for a copy", measured.wait_ms, "ms", settings)
 
 
-def _train(overrides: list[str], out: str, steps: int) -> tuple[float, int]:
-    """Train on this rank; return the milliseconds that it waited for a copy, and how many bytes it sent."""
+@dataclass
+class Measured:
+    """Holds what a rank found out about its copies."""
+
+    wait_ms: float  # mean time for which training waited for a copy
+    num_bytes: int
+    sent_bytes: int  # to the other node
+    cpu_ms: dict[
+        int, float
+    ]  # of all threads of this rank, by step: from the start of its copy to that of the next step's
+
+
+def _train(overrides: list[str], out: str, steps: int) -> Measured:
+    """Train on this rank."""
     found = world_from_environment()
     world, device = World(found.rank, found.size, 0, 1), torch.device("cpu")  # a node of its own
     cfg = resolve(load_config(recipe.FOLDER / "quickstart.json", overrides), world.size, Device("cpu"), found.size)
+    began: dict[int, float] = {}
     with process_group(world, "cpu", cfg.threads):
         trainer = build_trainer(pretrain_task(cfg, world, device, Path(out)), world, device, Path(out), "auto", steps)
-        trainer.train()
-    copies = trainer.copies
-    assert copies is not None and copies.num_copies
-    return 1000 * copies.seconds / copies.num_copies, copies.num_bytes
+        copies = trainer.copies
+        assert copies is not None
+
+        def after(step: int, copy: Callable[[int], None] = copies.after) -> None:
+            began[step] = 1000 * time.process_time()
+            copy(step)
+
+        with mock.patch.object(copies, "after", after):
+            trainer.train()
+    cpu_ms = {step: began[step + 1] - began[step] for step in began if step + 1 in began}
+    return Measured(1000 * copies.seconds / copies.num_copies, copies.num_bytes, copies.sent_bytes, cpu_ms)

@@ -1,9 +1,10 @@
 """Keeps the last steps in host memory, so that a run which has lost a rank or a node repeats a step instead of an hour.
 
 torchrun ends all ranks when one dies, and starts them again, so what shall survive lies outside of the processes: in files of
-/dev/shm. After every step each rank copies there the slices that it would write into a checkpoint. A thread then sends them to
-a rank of another node, while the next step is computed. A run that starts again takes the newest step of which every slice is
-in the memory of some node, if that is newer than its last checkpoint.
+/dev/shm. After every step each rank copies two parts there: the slices that only it holds, and its share of what every rank
+holds, so that the ranks of a node together have all of that. A thread sends the first part to a rank of another node, while the
+next step is computed; the second needs no sending, as each node has its own. A run that starts again takes the newest step of
+which every slice is in the memory of some node, if that is newer than its last checkpoint.
 
     OUT/memory.json           the attempts at this run that may have copies; the last one writes
     /dev/shm/crossbatch-ID/   of one attempt (one life of all its ranks)
@@ -13,6 +14,7 @@ in the memory of some node, if that is newer than its last checkpoint.
       rank3-by1-0.bin         the slices after some step
       rank3-by1-0.json        counts of that step; it is there if and only if the slices are complete
       rank3-by1-1.bin ...     the slices after another step; rank 3 itself keeps three
+      node1of2-by3.json ...   the same of what every rank holds: the second of two shares, kept by rank 3
       recovered-0/            a checkpoint made of such files, as a later attempt reads it; it is there until that has copies
 
 Nobody writes over a step before the next one is safe on all nodes: at the end of a transfer the threads wait for each other,
@@ -27,8 +29,9 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +58,7 @@ ALIGNMENT = 64  # bytes, between slices
 
 
 class Slot:
-    """Holds the slices of a rank after one step, in a file of /dev/shm that is mapped into this process."""
+    """Holds the slices of a part after one step, in a file of /dev/shm that is mapped into this process."""
 
     def __init__(self, folder: Path, name: str, num_bytes: int, pin: bool = False):
         self.counts_file, file = folder / f"{name}.json", folder / f"{name}.bin"
@@ -71,6 +74,21 @@ class Slot:
     def complete(self, counts: dict[str, Any]) -> None:
         """Mark the slices as complete; they are those after the step in `counts`."""
         write_atomically(self.counts_file, json.dumps(counts))
+
+
+class Part:
+    """Is a part of this rank's state: `slices`, as views of its memory, which are copied to the same place after every step."""
+
+    def __init__(self, name: str, slices: Slices):
+        self.name, self.slices = name, slices
+        self.places, self.num_bytes = place(slices, "")
+        self.slots: list[Slot] = []
+        self.staging: torch.Tensor | None = None  # of a GPU: a launch gathers here what then goes to the host
+
+    def pairs(self, target: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield each slice's place in `target`, a uint8 tensor of `num_bytes`, and the slice."""
+        for found, values in zip(self.places, self.slices.values(), strict=True):
+            yield target[found.offset :][: values.nbytes].view(values.dtype), values
 
 
 def allocate(file: Path, num_bytes: int) -> torch.Tensor:
@@ -137,8 +155,9 @@ class MemoryCopies:
         self.folder = folder_of(self.attempt)
         self._older: list[str] = on_main(lambda: read_attempts(out))
         self._group = cpu_group(timeout_s)
-        self._slices: dict[tuple[str, int], torch.Tensor] = {}
-        self._own: list[Slot] = []
+        self._parts: list[Part] = []  # what is sent, and what each node has
+        self._device: torch.device | None = None  # a GPU that holds the state
+        self._copies: list[list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = []  # of each slot: targets and values
         self._others: list[list[Slot]] = []  # for each rank that sends its slices here
         self._buddy: int | None = None
         self._senders: list[int] = []
@@ -146,40 +165,46 @@ class MemoryCopies:
         self._error = ""
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
-        self._staging: torch.Tensor | None = None  # of a GPU
         self._num_safe = 0
-        self.num_copies, self.seconds, self.num_bytes = 0, 0.0, 0  # seconds for which training waited, all in all
+        self.num_copies, self.seconds = 0, 0.0  # seconds for which training waited, all in all
+        self.num_bytes, self.sent_bytes = 0, 0  # of a copy of this rank, and what of it another node gets
 
     def after(self, step: int) -> None:
         """Copy the state after `step`, if that is due, and let a thread send it to another node."""
         if not self.every_steps or step % self.every_steps:
             return
         start = time.perf_counter()
-        slices = self._current_slices()
-        if not self._own and not self._prepare(slices):
+        if not self._parts and not self._prepare():
             self.every_steps = 0
             return
         start = start if self.num_copies else time.perf_counter()  # without making room, once
-        own = self._own[self.num_copies % OWN_SLOTS]
+        number = self.num_copies % OWN_SLOTS
+        own = [part.slots[number] for part in self._parts]
         counts = {"step": step, "world_size": self.world.size, **self.state.counts()}
-        own.invalidate()
-        copied = self._copy(slices, own.values)
+
+        def complete() -> None:
+            for slot in own:
+                slot.complete(counts)
+
+        for slot in own:
+            slot.invalidate()
+        copied = self._copy(number)
         if copied is None:
-            own.complete(counts)
+            complete()
         self._wait()  # behind the copy: a rank that has died meanwhile shall not cost this step
         if self._error:
             self.log.warn(f"no more copies in host memory, a restart goes on from the last checkpoint: {self._error}")
             self.every_steps = 0
             return
-        number = self.num_copies % 2
+        others = [slots[self.num_copies % 2] for slots in self._others]
 
         def work() -> None:
             try:
                 if copied is not None:
                     torch.cuda.set_device(copied.device)  # a new thread is on GPU 0
                     copied.synchronize()
-                    own.complete(counts)
-                self._exchange(own, [slots[number] for slots in self._others], counts)
+                    complete()
+                self._exchange(own[0], others, counts)
                 self._forget_older()
             except Exception as error:
                 self._error = f"{type(error).__name__}: {error}"
@@ -202,41 +227,45 @@ class MemoryCopies:
         self._wait()
         dist.destroy_process_group(self._group)
 
-    def _current_slices(self) -> Slices:
-        """Return this rank's slices as views of its memory, which stays where it is; to name all of it takes 10 ms."""
-        rank, size = self.world.rank, self.world.size
-        if self.num_copies % CHECK_EVERY == 0:
-            before = {
-                key: values.data_ptr() for key, values in self._slices.items() if not key[0].startswith("random.")
-            }
-            self._slices = shares(local_state(self.state.step.backend), rank, size)
-            now = {key: values.data_ptr() for key, values in self._slices.items()}
-            assert before in ({}, now), "tensors have moved, and copies in memory are out of date"
-        self._slices |= shares(random_state(), rank, size)
-        return self._slices
+    def _current_parts(self) -> list[Part]:
+        """Return the parts of this rank's state, which stays where it is in memory; to name all of it takes 10 ms."""
+        world, held = self.world, local_state(self.state.step.backend) | random_state()
+        only_here = {name: tensor for name, tensor in held.items() if not tensor.replicated}
+        everywhere = {name: tensor for name, tensor in held.items() if tensor.replicated}
+        return [
+            Part(f"rank{world.rank}", shares(only_here, world.rank, world.size)),
+            Part(f"node{world.local_rank}of{world.local_size}", shares(everywhere, world.local_rank, world.local_size)),
+        ]
 
-    def _prepare(self, slices: Slices) -> bool:
+    def _prepare(self) -> bool:
         """Make room for three steps of this rank and two of each rank that sends here; return whether all ranks have room."""
+        parts = self._current_parts()
+        sent = parts[0]
         _, manifest, config, _ = self.state.snapshot()
-        places, self.num_bytes = place(slices, "")
         description = {
             "manifest": {name: value for name, value in asdict(manifest).items() if name not in ("files", "progress")},
             "config": config,
-            "bytes": self.num_bytes,
-            "slices": [[*found[:3], str(found.dtype).removeprefix("torch."), found.offset] for found in places],
         }
-        text = torch.frombuffer(bytearray(json.dumps(description).encode()), dtype=torch.uint8)
+
+        def describe(part: Part) -> torch.Tensor:
+            slices = [[*found[:3], str(found.dtype).removeprefix("torch."), found.offset] for found in part.places]
+            text = json.dumps({**description, "bytes": part.num_bytes, "slices": slices})
+            return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+        text = describe(sent)
         everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, (self.world.rank - self.world.local_rank, self.num_bytes, len(text)))
+        dist.all_gather_object(everyone, (self.world.rank - self.world.local_rank, sent.num_bytes, len(text)))
         keepers = buddies([leader for leader, _, _ in everyone])
         self._buddy = keepers[self.world.rank]
         self._senders = [rank for rank, keeper in enumerate(keepers) if keeper == self.world.rank]
         texts = [text, *(torch.empty(everyone[rank][2], dtype=torch.uint8) for rank in self._senders)]
         self._send_and_receive(texts)
 
+        senders_bytes = [everyone[rank][1] for rank in self._senders]
+        self.num_bytes, self.sent_bytes = sum(part.num_bytes for part in parts), sent.num_bytes
+
         def make_room() -> None:
-            kept = [self.world.rank, *self._senders]
-            per_rank = self.num_bytes + 2 * sum(everyone[rank][1] for rank in kept)
+            per_rank = OWN_SLOTS * self.num_bytes + 2 * sum(senders_bytes)
             needed, free = per_rank * self.world.local_size, _free_bytes()
             if needed > SHARE_OF_FREE * free:
                 raise OSError(
@@ -246,30 +275,49 @@ class MemoryCopies:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             run = {"out": str(self.out.resolve()), "fingerprint": self.fingerprint}
             write_atomically(self.folder / f"run-by{self.world.rank}.json", json.dumps(run))
-            for rank, text in zip(kept, texts, strict=True):
+            slots = partial(Slot, self.folder, pin=self._device is not None)
+            for part in parts:
+                name = f"{part.name}-by{self.world.rank}"
+                part.slots = [slots(f"{name}-{number}", part.num_bytes) for number in range(OWN_SLOTS)]
+                write_atomically(self.folder / f"{name}.json", describe(part).numpy().tobytes().decode())
+            for rank, num_bytes, text in zip(self._senders, senders_bytes, texts[1:], strict=True):
                 name = f"rank{rank}-by{self.world.rank}"
-                numbers = range(OWN_SLOTS if rank == self.world.rank else 2)
-                slots = [Slot(self.folder, f"{name}-{number}", everyone[rank][1], on_gpu) for number in numbers]
-                if rank == self.world.rank:
-                    self._own = slots
-                else:
-                    self._others.append(slots)
-                write_atomically(self.folder / f"{name}.json", bytes(text).decode())
+                self._others.append([slots(f"{name}-{number}", num_bytes) for number in range(2)])
+                write_atomically(self.folder / f"{name}.json", text.numpy().tobytes().decode())
 
-        on_gpu = any(values.is_cuda for values in slices.values())
+        self._device = next(
+            (values.device for part in parts for values in part.slices.values() if values.is_cuda), None
+        )
         _, errors = on_every_rank(make_room, OSError)
         if errors:
             self.log.warn(f"no copies in host memory, a restart goes on from the last checkpoint: {errors[0]}")
             self._delete([self.attempt])
             return False
         on_main(lambda: write_attempts(self.out, [*self._older, self.attempt]))
-        second = (
-            "a second one on another node" if self._buddy is not None else "no second one, as there is one node only"
-        )
+        self._parts = parts
+        self._plan_copies()
+        if self._buddy is None:
+            second = "no second one, as there is one node only"
+        else:
+            second = f"{sent.num_bytes / 1e6:.3g} MB of it are sent to another node, the rest each node has"
         self.log.note(
             f"copies in {self.folder}: {self.num_bytes / 1e6:.3g} MB a rank after every {self.every_steps} steps, {second}"
         )
         return True
+
+    def _plan_copies(self) -> None:
+        """Prepare for each slot what `_copy` copies, by dtype: mixed ones would make _foreach_copy_ copy them one by one."""
+        if self._device is not None:
+            self._stream = torch.cuda.Stream(self._device)
+            for part in self._parts:
+                part.staging = torch.empty_like(part.slots[0].values, device=self._device)
+        for slot in range(OWN_SLOTS):
+            by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
+            for part in self._parts:
+                for target, values in part.pairs(part.slots[slot].values if part.staging is None else part.staging):
+                    by_dtype[values.dtype][0].append(target)
+                    by_dtype[values.dtype][1].append(values)
+            self._copies.append([*by_dtype.values()])
 
     def _wait(self) -> None:
         """Return when the last copy is safe on all nodes, or has failed."""
@@ -277,32 +325,38 @@ class MemoryCopies:
             self._thread.join()
             self._thread = None
 
-    def _copy(self, slices: Slices, target: torch.Tensor) -> torch.cuda.Event | None:
-        """Copy `slices` to where `place` puts them in `target`; return the event of the GPU that tells when that is done.
+    def _copy(self, slot: int) -> torch.cuda.Event | None:
+        """Copy this rank's parts into their slots of this number; return the event of the GPU that tells when that is done.
 
-        On a GPU one launch gathers them in a tensor of its own, so that the next step need not wait for the way to the host.
+        On a GPU one launch gathers them in tensors of their own, so that the next step need not wait for the way to the host.
         """
-        device = next((values.device for values in slices.values() if values.is_cuda), None)
-        if device is not None:
-            if self._staging is None:
-                self._staging, self._stream = torch.empty_like(target, device=device), torch.cuda.Stream(device)
-            elif self._copied is not None:
-                torch.cuda.current_stream(device).wait_event(self._copied)
-        gathered = target if self._staging is None else self._staging
-        by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-        for place_, values in zip(place(slices, "")[0], slices.values(), strict=True):
-            part = gathered[place_.offset :][: values.nbytes].view(values.dtype)
-            by_dtype[values.dtype].append((part, values))
-        for pairs in by_dtype.values():  # mixed dtypes would make _foreach_copy_ copy one tensor after the other
-            torch._foreach_copy_([part for part, _ in pairs], [values for _, values in pairs])
-        if self._staging is None or self._stream is None:
+        if self.num_copies % CHECK_EVERY == CHECK_EVERY - 1:
+            for part, now in zip(self._parts, self._current_parts(), strict=True):
+                for key, values in part.slices.items():
+                    assert key[0].startswith("random.") or values.data_ptr() == now.slices[key].data_ptr(), (
+                        f"{key[0]} has moved, and copies in memory are out of date"
+                    )
+        for key, values in shares(random_state(), self.world.rank, self.world.size).items():
+            self._parts[0].slices[key].copy_(values)  # torch returns another tensor each time
+        if self._device is None or self._stream is None:
+            self._gather(slot)
             return None
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        compute = torch.cuda.current_stream(self._device)
+        if self._copied is not None:
+            compute.wait_event(self._copied)
+        self._gather(slot)
+        self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
-            target.copy_(self._staging, non_blocking=True)
+            for part in self._parts:
+                assert part.staging is not None
+                part.slots[slot].values.copy_(part.staging, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record(self._stream)
         return self._copied
+
+    def _gather(self, slot: int) -> None:
+        for targets, values in self._copies[slot]:
+            torch._foreach_copy_(targets, values)
 
     def _exchange(self, own: Slot, others: list[Slot], counts: dict[str, Any]) -> None:
         """Send this rank's slices to its buddy and keep those that come; return when all ranks have done so."""
@@ -314,7 +368,7 @@ class MemoryCopies:
         self._send_and_receive(texts)
         self._send_and_receive([slot.values for slot in (own, *others)])
         for slot, text in zip(others, texts[1:], strict=True):
-            slot.complete(json.loads(bytes(text).rstrip(b"\0")))
+            slot.complete(json.loads(text.numpy().tobytes().rstrip(b"\0")))
         dist.barrier(self._group)
 
     def _send_and_receive(self, values: list[torch.Tensor]) -> None:

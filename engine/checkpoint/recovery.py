@@ -1,6 +1,6 @@
 """Finds the newest step that the nodes have in memory as a whole, and makes a checkpoint of it on each of them.
 
-Every rank says what its node has (see `memory`); whatever slices a node lacks are sent to it. The checkpoint loads as any other
+Every rank says what its node has (see `memory`); whatever parts a node lacks are sent to it. The checkpoint loads as any other
 does, at another number of ranks, stage or backend.
 """
 
@@ -26,11 +26,11 @@ from crossbatch.engine.tasks.task import STARTED_FROM
 
 
 class Copy(NamedTuple):
-    """Names the slices of a rank after a step, in the memory of a node."""
+    """Names a part of the state after a step, in the memory of a node."""
 
     attempt: str
     step: int
-    rank: int  # among the `world_size` ranks of that attempt
+    part: str  # rank3: what only that rank held; node1of2: the second of two shares of what every rank held
     world_size: int
     files: str  # how their names begin: rank3-by1-0
 
@@ -70,34 +70,47 @@ def recover(out: Path, fingerprint: str, newer_than: int, world: World, timeout_
     mine = list(_kept_here(attempts, fingerprint)) if world.rank == leader else []
     everyone: list[tuple[int, list[Copy]]] = [(leader, mine)] * world.size
     dist.all_gather_object(everyone, (leader, mine))
-    holders: dict[tuple[int, str, int], dict[int, dict[int, Copy]]] = defaultdict(lambda: defaultdict(dict))
+    holders: dict[tuple[int, str, int], dict[str, dict[int, Copy]]] = defaultdict(lambda: defaultdict(dict))
     for its_leader, copies in everyone:
         for copy in map(Copy._make, copies):
-            holders[copy.step, copy.attempt, copy.world_size][copy.rank][its_leader] = copy
-    whole = [key for key, ranks in holders.items() if len(ranks) == key[2] and key[0] > newer_than]
+            holders[copy.step, copy.attempt, copy.world_size][copy.part][its_leader] = copy
+    needed = {key: needed_parts([*parts], key[2]) for key, parts in holders.items()}
+    whole = [key for key, parts in holders.items() if key[0] > newer_than and all(map(parts.get, needed[key]))]
     if not whole:
         newest = max(holders, default=(0, "", 0))
         if newest[0] <= newer_than:
             return NOTHING
-        gone = [str(rank) for rank in range(newest[2]) if rank not in holders[newest]]
-        return Recovered(
-            None,
-            0,
-            f"warning: step {newest[0]} in memory is lost: no node has the slices of rank{'s' * (len(gone) > 1)} "
-            + ", ".join(gone),
-        )
+        gone = [part for part in needed[newest] if part not in holders[newest]]
+        return Recovered(None, 0, f"warning: step {newest[0]} in memory is lost: no node has {_describe(gone)}")
     newest = max(whole)
-    return _assemble(out, newest[0], newest[1], holders[newest], sorted({its for its, _ in everyone}), world, timeout_s)
+    parts = {part: holders[newest][part] for part in needed[newest]}
+    return _assemble(out, newest[0], newest[1], parts, sorted({its for its, _ in everyone}), world, timeout_s)
+
+
+def needed_parts(parts: list[str], world_size: int) -> list[str]:
+    """Return the parts that make up a whole state; nodes of other sizes have other shares of what every rank held."""
+    sizes = sorted({int(part.partition("of")[2]) for part in parts if part.startswith("node")}) or [1]
+    splits = [[f"node{number}of{size}" for number in range(size)] for size in sizes]
+    best = min(splits, key=lambda split: len({*split} - {*parts}))
+    return [*(f"rank{rank}" for rank in range(world_size)), *best]
+
+
+def _describe(parts: list[str]) -> str:
+    """Return for a message what `parts` hold, of the ranks or else of all of them."""
+    ranks = [part.removeprefix("rank") for part in parts if part.startswith("rank")]
+    if ranks:
+        return f"the slices of rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
+    return f"these shares of what every rank held: {', '.join(parts)}"
 
 
 def _kept_here(attempts: list[str], fingerprint: str) -> Iterator[Copy]:
     """Yield the complete copies on this node."""
     for attempt in attempts:
         folder = folder_of(attempt)
-        for file in folder.glob("rank*-by*-*.json") if run_of(folder).get("fingerprint") == fingerprint else ():
+        for file in folder.glob("*-by*-*.json") if run_of(folder).get("fingerprint") == fingerprint else ():
             with contextlib.suppress(OSError, ValueError, LookupError):
-                counts, rank = json.loads(file.read_text()), int(file.name[4:].partition("-")[0])
-                yield Copy(attempt, counts["step"], rank, counts["world_size"], file.stem)
+                counts = json.loads(file.read_text())
+                yield Copy(attempt, counts["step"], file.name.partition("-")[0], counts["world_size"], file.stem)
 
 
 def _delete_forgotten(out: Path, attempts: list[str]) -> None:
@@ -111,44 +124,46 @@ def _assemble(
     out: Path,
     step: int,
     attempt: str,
-    holders: dict[int, dict[int, Copy]],
+    holders: dict[str, dict[int, Copy]],
     leaders: list[int],
     world: World,
     timeout_s: float,
 ) -> Recovered:
-    """Make the checkpoint of `step` on every node; `holders` says which leaders have the slices of each rank."""
+    """Make the checkpoint of `step` on every node; `holders` says which leaders have each part."""
     leader = world.rank - world.local_rank
-    lacking = [(rank, its) for rank in range(len(holders)) for its in leaders if its not in holders[rank]]
-    owners = {rank: min(found) for rank, found in holders.items()}
+    lacking = [(part, its) for part, found in holders.items() for its in leaders if its not in found]
+    owners = {part: min(found) for part, found in holders.items()}
     run = folder_of(attempt) / f"recovered-{leader}"
     folder = run / "checkpoints" / name_of(step)
-    described: list[dict[int, Any]] = [{}] * world.size
-    mine = {rank: holders[rank][leader] for rank, owner in owners.items() if owner == world.rank}
-    dist.all_gather_object(described, {rank: _read(copy) for rank, copy in mine.items()})
-    everything: dict[int, Any] = {rank: found for some in described for rank, found in some.items()}
+    described: list[dict[str, Any]] = [{}] * world.size
+    mine = {part: holders[part][leader] for part, owner in owners.items() if owner == world.rank}
+    dist.all_gather_object(described, {part: _read(copy) for part, copy in mine.items()})
+    everything: dict[str, Any] = {part: found for some in described for part, found in some.items()}
 
-    def make_room() -> dict[int, torch.Tensor]:
+    def make_room() -> dict[str, torch.Tensor]:
         if world.rank != leader:
             return {}
         shutil.rmtree(run, ignore_errors=True)
         folder.mkdir(parents=True)
-        for rank, found in holders.items():
+        for part, found in holders.items():
             if leader in found:
-                os.link(folder_of(attempt) / f"{found[leader].files}.bin", folder / f"{rank}.bin")
+                os.link(folder_of(attempt) / f"{found[leader].files}.bin", folder / f"{part}.bin")
         return {
-            rank: allocate(folder / f"{rank}.bin", everything[rank]["bytes"]) for rank, its in lacking if its == leader
+            part: allocate(folder / f"{part}.bin", everything[part]["bytes"]) for part, its in lacking if its == leader
         }
 
     def describe() -> None:
         if world.rank == leader:
-            base = everything[0]
-            counts = {"progress": base["counts"]["progress"], "skipped_images": 0}
-            counts["skipped_images"] = sum(found["counts"]["skipped_images"] for found in everything.values())
+            base = everything["rank0"]
+            skipped = [
+                found["counts"]["skipped_images"] for part, found in everything.items() if part.startswith("rank")
+            ]
+            counts = {"progress": base["counts"]["progress"], "skipped_images": sum(skipped)}
             manifest = Manifest(**{**base["manifest"], **counts})
-            manifest.files = {f"{rank}.bin": describe_file(folder / f"{rank}.bin") for rank in everything}
+            manifest.files = {f"{part}.bin": describe_file(folder / f"{part}.bin") for part in everything}
             slices = [
-                SliceInFile(name, start, length, getattr(torch, dtype), f"{rank}.bin", offset)
-                for rank, found in everything.items()
+                SliceInFile(name, start, length, getattr(torch, dtype), f"{part}.bin", offset)
+                for part, found in everything.items()
                 for name, start, length, dtype, offset in found["slices"]
             ]
             write_description(folder, slices, manifest, base["config"])
@@ -162,8 +177,8 @@ def _assemble(
         _, errors = on_every_rank(describe, OSError)
     if errors:
         return Recovered(None, 0, f"warning: step {step} is in memory, but cannot be read: {errors[0]}")
-    came = f"{len(lacking)} of them sent by other nodes" if lacking else "all of them on every node"
-    return Recovered(folder, step, f"from memory: the slices of {len(holders)} ranks, {came}")
+    came = f"nodes that lacked some were sent {len(lacking)}" if lacking else "all of them on every node"
+    return Recovered(folder, step, f"from memory: {len(holders)} parts, {came}")
 
 
 def _read(copy: Copy) -> dict[str, Any]:
@@ -172,23 +187,23 @@ def _read(copy: Copy) -> dict[str, Any]:
 
 
 def _send(
-    lacking: list[tuple[int, int]],
-    owners: dict[int, int],
-    holders: dict[int, dict[int, Copy]],
-    received: dict[int, torch.Tensor],
+    lacking: list[tuple[str, int]],
+    owners: dict[str, int],
+    holders: dict[str, dict[int, Copy]],
+    received: dict[str, torch.Tensor],
     world: World,
     timeout_s: float,
 ) -> None:
-    """Send slices from those who have them to the leaders that lack them, in an order that is the same on all ranks."""
+    """Send parts from those who have them to the leaders that lack them, in an order that is the same on all ranks."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, dist.ProcessGroup)
-    for rank, target in lacking:
-        if owners[rank] == world.rank:
-            copy = holders[rank][world.rank]
+    for part, target in lacking:
+        if owners[part] == world.rank:
+            copy = holders[part][world.rank]
             file = folder_of(copy.attempt) / f"{copy.files}.bin"
             size = file.stat().st_size
             dist.send(torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8), target, group)
         elif target == world.rank:
-            dist.recv(received[rank], owners[rank], group)
+            dist.recv(received[part], owners[part], group)
     dist.barrier(group)
     dist.destroy_process_group(group)

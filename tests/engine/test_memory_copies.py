@@ -8,6 +8,7 @@ import pytest
 
 from crossbatch.engine.checkpoint import read
 from crossbatch.engine.checkpoint.memory import buddies, folder_of, read_attempts, run_of
+from crossbatch.engine.checkpoint.recovery import needed_parts
 from tests.jobs import metrics
 from tests.small_runs import ADAMW, LARS, VIT, fsdp, name_of, parameters, run, zero
 
@@ -32,6 +33,20 @@ EVERY_STEP = [
 )
 def test_a_second_copy_is_on_the_next_node(leaders, expected):
     assert buddies(leaders) == expected
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (["rank0", "node0of1"], ["rank0", "rank1", "node0of1"]),
+        (["node0of2", "node1of2", "rank1"], ["rank0", "rank1", "node0of2", "node1of2"]),
+        (["node1of3", "node0of1", "node2of3"], ["rank0", "rank1", "node0of1"]),  # nodes of three ranks and of one
+        (["node1of3", "node0of3", "node0of2"], ["rank0", "rank1", "node0of2", "node1of2"]),
+        ([], ["rank0", "rank1", "node0of1"]),
+    ],
+)
+def test_what_a_whole_state_needs(parts, expected):
+    assert needed_parts(parts, 2) == expected
 
 
 def forget_nothing():
@@ -61,12 +76,14 @@ def test_a_copy_is_a_checkpoint_and_used_only_by_its_run_if_it_is_newer(two_rank
         assert found[0] == found[1] and found[0][1] == 3
         ours, saved = read(found[0][0], "parameters."), parameters(out)
         assert ours.keys() == saved.keys() and all(ours[name].equal(saved[name]) for name in saved)
-        for file in folder.glob("rank1-*-*.json"):
-            file.unlink()
-        assert (
-            two_ranks.run(recover_with, str(out), fingerprint, 2)
-            == [(None, 0, "warning: step 3 in memory is lost: no node has the slices of rank 1")] * 2
-        )
+        for file, lost in (
+            ("node1of2-by*-*.json", "no node has these shares of what every rank held: node1of2"),
+            ("rank1-*-*.json", "no node has the slices of rank 1"),
+        ):
+            for copy in folder.glob(file):
+                copy.unlink()
+            told = f"warning: step 3 in memory is lost: {lost}"
+            assert two_ranks.run(recover_with, str(out), fingerprint, 2) == [(None, 0, told)] * 2
         (out / "memory.json").write_text(json.dumps({"attempts": ["another"]}))
         two_ranks.run(recover_with, str(out), fingerprint, 2)
         assert not folder.exists()
