@@ -6,7 +6,8 @@ the user's cache folder (NUMBA_CACHE_DIR names another). No compiler is needed. 
 
 The arithmetic is that of PIL 13, in the order of its operations and in fp32 where PIL has a float: ImageEnhance's blends
 (Blend.c), HSV in bytes (Convert.c), and its GaussianBlur, three box blurs a direction in 24-bit fixed point (BoxBlur.c). Loops
-run over planes of one colour, so that LLVM vectorises them. `python -m benchmarks data` measures them beside OpenCV's calls.
+run over planes of one colour, so that LLVM vectorises them; a result is cast back to int32 or uint32 at once, because numba
+makes an int64 of a sum or product, and that halves the lanes. `python -m benchmarks data` measures them beside OpenCV's calls.
 """
 
 import math
@@ -14,7 +15,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import float32, int32, uint8, uint32
+from numba import float32, int32, uint8, uint32, uint64
 
 from crossbatch.data.augment.parameters import ViewParameters
 
@@ -51,7 +52,7 @@ def _box(sigma: float) -> tuple[int, int, int]:
     return int(radius), inside, (2**24 - (int(radius) * 2 + 1) * inside) // 2
 
 
-_ONE, _THREE, _FIVE, _SIX = (np.float32(value) for value in (1, 3, 5, 6))
+_ONE, _TWO, _FOUR, _SIX = (np.float32(value) for value in (1, 2, 4, 6))
 _BLACK: Any = np.float32(0)
 _WHITE: Any = np.float32(255)
 _part = numba.njit(nogil=True, error_model="numpy")  # of `_view`, compiled together with it
@@ -87,7 +88,7 @@ def _gray(red, green, blue, gray):
 @_part
 def _over_255(value):
     """Divide an integer below 2^16 by 255 and drop the fraction."""
-    return (value * int32(0x8081)) >> int32(23)
+    return int32(uint32(value * int32(0x8081)) >> uint32(23))
 
 
 @_part
@@ -102,22 +103,20 @@ def _turn(red, green, blue, hue):
         high, low = max(max(r, g), b), min(min(r, g), b)
         chroma = high - low
         beside = (high - (r + g + b - high - low)) / max(chroma, _ONE)  # of the middle one, from the high one down
-        if r == high:
-            sixths = _ONE - beside if b == low else beside - _ONE
-        elif g == high:
-            sixths = _THREE - beside if r == low else _ONE + beside
-        else:
-            sixths = _FIVE - beside if g == low else _THREE + beside
+        whole = _BLACK if r == high else _TWO if g == high else _FOUR
+        before = b if r == high else r if g == high else g
+        sixths = whole + _ONE - beside if before == low else whole - _ONE + beside
         h = sixths / _SIX
         h = h + _ONE if sixths < _BLACK else h
-        turned = ((int32(h * _WHITE) if chroma > _BLACK else int32(0)) + hue) & int32(255)
+        turned = int32(((int32(h * _WHITE) if chroma > _BLACK else int32(0)) + hue) & int32(255))
         v, s = int32(high), int32(chroma / max(high, _ONE) * _WHITE)
         sector = _over_255(int32(6) * turned)
-        part = int32(6) * turned - int32(255) * sector
-        rising = part if sector & int32(1) else int32(255) - part
-        p = v - _over_255(v * s + int32(127))
-        between = v - int32(uint32(v * s * rising + int32(255 * 255 // 2)) // uint32(255 * 255))
-        k = int32(0) if sector == 6 else sector
+        part = int32(int32(6) * turned - int32(255) * sector)
+        rising = int32(part if sector & int32(1) else int32(255) - part)
+        vs = int32(v * s)
+        p = int32(v - _over_255(vs + int32(127)))
+        between = int32(v - int32(uint32(vs * rising + int32(255 * 255 // 2)) // uint32(255 * 255)))
+        k = int32(0) if sector == int32(6) else sector
         red[i] = uint8(v if (k == 0) | (k == 5) else (between if (k == 1) | (k == 4) else p))
         green[i] = uint8(v if (k == 1) | (k == 2) else (between if (k == 0) | (k == 3) else p))
         blue[i] = uint8(v if (k == 3) | (k == 4) else (between if (k == 2) | (k == 5) else p))
@@ -132,9 +131,12 @@ def _box_blur(source, target, step, radius, inside, edge):
     left, right = source[:n], source[2 * reach :]
     half = int32(1 << 23)
     if radius == 0:  # a sigma up to 1.41; the next is up to 2.45
+        odd = int32(-((int32(1 << 24) - inside) & int32(1)))  # inside + 2 * edge is 2^24 or one less: then -1, a mask
         for i in range(n):
-            total = int32(middle[i]) * inside + (int32(left[i]) + int32(right[i])) * edge
-            out[i] = uint8(uint32(total + half) >> uint32(24))
+            pixel = int32(middle[i])
+            change = int32(int32(left[i]) + int32(right[i]) - int32(2) * pixel)
+            total = int32(int32(pixel << int32(24)) + int32(change * edge) + half - int32(pixel & odd))
+            out[i] = uint8(uint32(total) >> uint32(24))
     elif radius == 1:
         before, after = source[step : step + n], source[3 * step : 3 * step + n]
         for i in range(n):
@@ -167,6 +169,15 @@ def _blur(plane, radius, inside, edge):
             _box_blur(now.reshape(-1), then.reshape(-1), step, radius, inside, edge)
             now, then = then, now
     plane[:] = now[reach : reach + height, reach : reach + width]
+
+
+@_part
+def _mirror(lines, mirrored):
+    """Fill `mirrored` with each of `lines`, [n, width], from right to left."""
+    width = lines.shape[1]
+    for y in range(lines.shape[0]):
+        for x in range(width):
+            mirrored[y, x] = lines[y, uint64(width - 1 - x)]  # unsigned: numba need not look for negative ones
 
 
 @_part
@@ -205,13 +216,11 @@ def _view(pixels, out, order, factors, hue, grayscale, radius, inside, edge, thr
         if threshold < 256:
             for i in range(plane.size):
                 plane[i] = plane[i] if plane[i] < threshold else uint8(255) - plane[i]
-    green, blue = flat[channels // 2], flat[channels - 1]
-    for y in range(height):
-        line = slice(y * width, (y + 1) * width)
-        if flip:
-            _pack(red[line][::-1], green[line][::-1], blue[line][::-1], done[3 * y * width : 3 * (y + 1) * width])
-        else:
-            _pack(red[line], green[line], blue[line], done[3 * y * width : 3 * (y + 1) * width])
+    if flip:
+        mirrored = np.empty_like(planes)
+        _mirror(planes.reshape(-1, width)[: channels * height], mirrored.reshape(-1, width))
+        flat = mirrored.reshape(3, -1)
+    _pack(flat[0], flat[channels // 2], flat[channels - 1], done)
 
 
 _PACKED = numba.types.Array(uint8, 3, "C", readonly=True)
