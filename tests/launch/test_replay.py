@@ -44,6 +44,15 @@ def settings_of(number: int) -> tuple[list[str], int]:
     return settings, 2 - (number // 8 % 3 == 2)
 
 
+def sixteen():
+    return 16.0
+
+
+def loss_scale_of(number: int) -> tuple:
+    """What makes a run in fp16 begin with a loss scale that is right: no step is skipped before the faulty one."""
+    return (("crossbatch.engine.step.INITIAL_LOSS_SCALE", sixteen),) if number >= 58 else ()
+
+
 def command_in(message: str, out: Path, step: int) -> str:
     """The command that a stopped run names, or the one to type where it went on."""
     if message:
@@ -64,7 +73,7 @@ def nan_pixel(number, out, pools, chance) -> None:
     step, position, view = int(chance.integers(2, 7)), int(chance.integers(12)), int(chance.integers(2))
     index, target = view_of(DATA, *divmod(step - 1, 4), position, view)
     pixel = (int(chance.integers(3)), int(chance.integers(16)), int(chance.integers(16)))
-    patches = ((NORMALIZE, nan_in_views_of(target, pixel)),)
+    patches = ((NORMALIZE, nan_in_views_of(target, pixel)), *loss_scale_of(number))
     messages = pools(ranks).run(run, settings, str(out), 8, "auto", (), patches)
     assert all("1 steps in a row were skipped: non-finite" in message for message in messages)
     assert pools(1).run(replay, command_in(messages[0], out, step), patches) == [""]
@@ -80,7 +89,8 @@ def poisoned_image(number, out, pools, chance) -> None:
     write_images(out.parent / "images", 48, {index: level})
     order = GlobalBatchSampler(0, 48, 12)
     step = next(step for step in range(4) if index in order.batch(0, step)) + 1
-    patches = ((NORMALIZE, divided_by_contrast(float(chance.choice([0.0, 1e-30, 1e-12])))),)
+    floor = float(chance.choice([0.0, 1e-30, 1e-12]))
+    patches = ((NORMALIZE, divided_by_contrast(floor)), *loss_scale_of(number))
     settings = [*settings, f"crossbatch.data.path={out.parent / 'images'}"]
     messages = pools(ranks).run(run, settings, str(out), 4, "auto", (), patches)
     assert pools(1).run(replay, command_in(messages[0], out, step), patches) == [""]
@@ -100,7 +110,8 @@ def assert_weight(found: dict, name: str, element: int, rank: int, shape: list[i
 def exploding_weight(number, out, pools, chance) -> None:
     """In a checkpoint from which the run is resumed."""
     settings, ranks = settings_of(number)
-    assert set(pools(ranks).run(run, settings, str(out), 4)) == {""}
+    patches = loss_scale_of(number)
+    assert set(pools(ranks).run(run, settings, str(out), 4, "auto", (), patches)) == {""}
     folder = out / "checkpoints" / "step-00000004"
     shapes = checkpoint.read_manifest(folder)[0].shapes
     names = [name for name in shapes if name.startswith(("parameters.online", "parameters.batch", "parameters.pred"))]
@@ -111,8 +122,8 @@ def exploding_weight(number, out, pools, chance) -> None:
         weight[element] = (float(weight[element]) or 0.1) * factor
 
     edit_checkpoint(folder, name, explode)
-    messages = pools(ranks).run(run, settings, str(out), 6)
-    assert pools(1).run(replay, command_in(messages[0], out, 5)) == [""]
+    messages = pools(ranks).run(run, settings, str(out), 6, "auto", (), patches)
+    assert pools(1).run(replay, command_in(messages[0], out, 5), patches) == [""]
     assert_weight(verdict(out, 5), name, element, writer(folder, name, element), shapes[name])
 
 
@@ -121,9 +132,10 @@ def flipped_bit(number, out, pools, chance) -> None:
     settings, ranks = settings_of(number)
     rank, bit = int(chance.integers(ranks)), int(chance.choice([30, 30, 31, 26, 25]))
     flip = flips_a_bit(rank, 4, bit, number, f"{out}.flipped")
-    messages = pools(ranks).run(run, settings, str(out), 6, "auto", (), ((TRAIN_ON, flip),))
+    scale = loss_scale_of(number)
+    messages = pools(ranks).run(run, settings, str(out), 6, "auto", (), ((TRAIN_ON, flip), *scale))
     name, element = json.loads(Path(f"{out}.flipped").read_text())
-    assert pools(1).run(replay, command_in(messages[0], out, 4)) == [""]
+    assert pools(1).run(replay, command_in(messages[0], out, 4), scale) == [""]
     found = verdict(out, 4)
     shape = checkpoint.read_manifest(
         out / "checkpoints" / "step-00000004" if not messages[0] else out / "checkpoints" / "step-00000003"
