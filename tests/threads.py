@@ -13,6 +13,7 @@ import contextvars
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -39,7 +40,14 @@ class _ContextWorld(threaded.ThreadLocalWorld):
             return _outside
 
 
-_outside = threaded.WorldData(None, {}, {}, {}, {}, 0, {}, {}, {}, [])  # pyright: ignore[reportArgumentType]
+def _empty_tables() -> threaded.WorldData:
+    """Return tables without any group; torch 2.11 has one less than 2.14."""
+    names = [field.name for field in fields(threaded.WorldData)]
+    empty: dict[str, Any] = {"default_pg": None, "group_count": 0, "comms": []}
+    return threaded.WorldData(**{name: empty.get(name, {}) for name in names})
+
+
+_outside = _empty_tables()
 
 
 class _Ranks:
@@ -118,7 +126,7 @@ class ThreadRanks:
 
         def be(rank: int) -> None:
             _ranks.set(ranks)
-            _world.set(threaded.WorldData(None, {}, {}, {}, {}, 0, {}, {}, {}, []))  # pyright: ignore
+            _world.set(_empty_tables())
             with ranks.baton:
                 try:
                     if not ranks.failed:
