@@ -40,6 +40,10 @@ class _ContextWorld(threaded.ThreadLocalWorld):
             return _outside
 
 
+if not hasattr(_ContextWorld, "comms"):  # torch 2.11 reads it, but does not give it to threads
+    setattr(_ContextWorld, "comms", [])  # noqa: B010
+
+
 def _empty_tables() -> threaded.WorldData:
     """Return tables without any group; torch 2.11 has one less than 2.14."""
     names = [field.name for field in fields(threaded.WorldData)]
