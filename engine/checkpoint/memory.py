@@ -124,6 +124,15 @@ def buddies(leaders: list[int]) -> list[int | None]:
     return found
 
 
+def share_on_node(leaders: list[int], rank: int) -> tuple[int, int]:
+    """Return which share of what every rank holds `rank` keeps, and how many shares its node has; `leaders` as above.
+
+    LOCAL_RANK and LOCAL_WORLD_SIZE do not say it: a rank that sees one GPU only is number 0 beside others.
+    """
+    ranks = [other for other, leader in enumerate(leaders) if leader == leaders[rank]]
+    return ranks.index(rank), len(ranks)
+
+
 class MemoryCopies:
     """Keeps copies of a run's state in host memory while it trains; all ranks make the same calls.
 
@@ -155,6 +164,8 @@ class MemoryCopies:
         self.folder = folder_of(self.attempt)
         self._older: list[str] = on_main(lambda: read_attempts(out))
         self._group = cpu_group(timeout_s)
+        self._leaders: list[Any] = [None] * world.size  # of each rank: the first rank on its node
+        dist.all_gather_object(self._leaders, world.rank - world.local_rank)
         self._parts: list[Part] = []  # what is sent, and what each node has
         self._device: torch.device | None = None  # a GPU that holds the state
         self._copies: list[list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = []  # of each slot: targets and values
@@ -232,9 +243,10 @@ class MemoryCopies:
         world, held = self.world, local_state(self.state.step.backend) | random_state()
         only_here = {name: tensor for name, tensor in held.items() if not tensor.replicated}
         everywhere = {name: tensor for name, tensor in held.items() if tensor.replicated}
+        number, count = share_on_node(self._leaders, world.rank)
         return [
             Part(f"rank{world.rank}", shares(only_here, world.rank, world.size)),
-            Part(f"node{world.local_rank}of{world.local_size}", shares(everywhere, world.local_rank, world.local_size)),
+            Part(f"node{number}of{count}", shares(everywhere, number, count)),
         ]
 
     def _prepare(self) -> bool:
@@ -254,14 +266,14 @@ class MemoryCopies:
 
         text = describe(sent)
         everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, (self.world.rank - self.world.local_rank, sent.num_bytes, len(text)))
-        keepers = buddies([leader for leader, _, _ in everyone])
+        dist.all_gather_object(everyone, (sent.num_bytes, len(text)))
+        keepers = buddies(self._leaders)
         self._buddy = keepers[self.world.rank]
         self._senders = [rank for rank, keeper in enumerate(keepers) if keeper == self.world.rank]
-        texts = [text, *(torch.empty(everyone[rank][2], dtype=torch.uint8) for rank in self._senders)]
+        texts = [text, *(torch.empty(everyone[rank][1], dtype=torch.uint8) for rank in self._senders)]
         self._send_and_receive(texts)
 
-        senders_bytes = [everyone[rank][1] for rank in self._senders]
+        senders_bytes = [everyone[rank][0] for rank in self._senders]
         self.num_bytes, self.sent_bytes = sum(part.num_bytes for part in parts), sent.num_bytes
 
         def make_room() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crossbatch.engine.checkpoint import read
-from crossbatch.engine.checkpoint.memory import buddies, folder_of, read_attempts, run_of
+from crossbatch.engine.checkpoint.memory import buddies, folder_of, read_attempts, run_of, share_on_node
 from crossbatch.engine.checkpoint.recovery import needed_parts
 from tests.jobs import metrics
 from tests.small_runs import ADAMW, LARS, VIT, fsdp, name_of, parameters, run, zero
@@ -35,6 +35,15 @@ def test_a_second_copy_is_on_the_next_node(leaders, expected):
     assert buddies(leaders) == expected
 
 
+@pytest.mark.parametrize("leaders", [[0, 0, 2, 2], [0, 0, 0, 3], [0, 1, 2, 3]])
+def test_the_ranks_of_a_node_have_all_shares(leaders):
+    """Also where each rank counts as a node, because it sees one GPU only and has LOCAL_RANK 0."""
+    found = [share_on_node(leaders, rank) for rank in range(4)]
+    for leader in set(leaders):
+        of_node = [share for share, its in zip(found, leaders, strict=True) if its == leader]
+        assert of_node == [(number, len(of_node)) for number in range(len(of_node))]
+
+
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
@@ -51,6 +60,31 @@ def test_what_a_whole_state_needs(parts, expected):
 
 def forget_nothing():
     return lambda self: None
+
+
+def seeing_one_gpu():
+    """Two tasks on a node, each with a GPU of its own."""
+    from crossbatch.engine.runtime.world import World, world_from_environment
+
+    found = world_from_environment()
+    return lambda: World(found.rank, found.size, 0, 2)
+
+
+def test_ranks_that_see_one_gpu_each_go_on_from_memory(two_ranks, tmp_path):
+    out = tmp_path / "run"
+    patches = [
+        ("crossbatch.engine.checkpoint.memory.MemoryCopies.forget", forget_nothing),
+        ("tests.small_runs.world_from_environment", seeing_one_gpu),
+    ]
+    assert two_ranks.run(run, EVERY_STEP, str(out), 3, "auto", (), patches) == ["", ""]
+    (attempt,) = read_attempts(out)
+    folder = folder_of(attempt)
+    try:
+        found = two_ranks.run(recover_with, str(out), run_of(folder)["fingerprint"], 2)
+        assert [step for _, step, _ in found] == [3, 3], found
+        assert {file.name.partition("-")[0] for file in folder.glob("node*")} == {"node0of1"}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover_with(out: str, fingerprint: str, newer_than: int):
