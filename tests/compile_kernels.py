@@ -64,6 +64,8 @@ def write_record(kernels: dict[str, list[int]]) -> None:
 def sources(kernel: JITFunction) -> str:
     """Return the source of a kernel and of all that it calls, with the constants of their modules."""
     names = {name: kernel.fn.__globals__.get(name) for name in kernel.fn.__code__.co_names}
+    plain = [name for name, value in names.items() if isinstance(value, int | float)]
+    assert not plain, f"{kernel.__name__} uses {plain}: make them constexpr, so that they are found here"
     called = [sources(value) for name, value in sorted(names.items()) if isinstance(value, JITFunction)]
     constants = [
         f"{name} = {value}" for name, value in sorted(names.items()) if isinstance(value, triton.language.constexpr)
@@ -86,6 +88,7 @@ class Compiler:
 
     def run(self, kernel, *args, grid, warmup, num_warps=4, maxnreg=None, **constants):
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+        assert values.keys() <= {*kernel.arg_names}, "an option of a launch that is not looked at here"
         signature = {p.name: "constexpr" if p.is_constexpr else type_of(values[p.name]) for p in kernel.params}
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
         divisible = {
@@ -175,6 +178,7 @@ def main(arguments: list[str]) -> None:
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
     largest, planted, record = ("--" + option in arguments for option in ("largest", "planted", "record"))
+    assert not (record and (largest or planted)), "--record is of all configurations, and of those that are used"
     known = {} if largest or "--anew" in arguments else read_record()
     done = {}
     for capability in (int(argument) for argument in arguments if argument.isdigit()):

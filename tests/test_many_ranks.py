@@ -245,7 +245,8 @@ def test_lars_on_flat_partitions(ranks, options, threads):
 
 
 in_threads = pytest.mark.skipif(
-    torch.__version__ < TorchVersion("2.14"), reason="FSDP2 of torch 2.10 and 2.11 crashes where ranks are threads"
+    torch.__version__ < TorchVersion("2.14"),
+    reason="FSDP2 crashes where ranks are threads (seen with torch 2.10 and 2.11)",
 )
 
 

@@ -1,5 +1,8 @@
 """Measures what copies of the state in host memory cost a step: quickstart.json on two CPU ranks that count as two nodes.
 
+Under ZeRO-0 both nodes have nearly all of the state, so next to nothing is sent; under ZeRO-1 each sends its half of the
+optimizer's.
+
 Within one run every fourth step is copied. So of four steps the first makes the copy, the second runs while it is sent to the
 other rank, and the other two have nothing to do with it: they are the baseline. Each sample is the mean of two steps, so where
 every step is copied, a step costs twice the difference. On cores that others use, too, noise is larger than that.
@@ -28,14 +31,21 @@ from crossbatch.engine.start import build_trainer
 from crossbatch.engine.tasks.pretrain import pretrain_task
 
 RANKS, EVERY = 2, 4  # ranks, and steps between two copies
+STAGES = (0, 1)  # of ZeRO
 WARM_UP = 2  # copies that do not count: the first one makes room
 
 
 def run(effort: Effort) -> Iterator[Row]:
     """Yield steps without and with a copy, what training waits for a copy, and its size."""
+    for stage in STAGES:
+        yield from _stage(effort, stage)
+
+
+def _stage(effort: Effort, stage: int) -> Iterator[Row]:
     overrides = [
         *effort.pick(['crossbatch.model.backbone_args={"width": 8}', "train_batch_size=16"], [], []),
         *effort.pick(["crossbatch.batchformer.group_size=16"], [], []),
+        f"zero_optimization.stage={stage}",
         "crossbatch.data.path=synthetic://6000?size=64,classes=4",
         "crossbatch.schedule.epochs=100",
         "crossbatch.evaluate.knn_every_epochs=0",
@@ -51,31 +61,31 @@ def run(effort: Effort) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         measured = elastic_launch(launch, _train)(overrides, folder, EVERY * (copies + 1) - 1)[0]
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    assert measured.num_copies == copies, "copies were given up; the run's log says why"
     ms = {line["step"]: line["step_ms"] for line in lines}
     first = range(EVERY * (1 + WARM_UP), max(ms) - 3, EVERY)
     cfg = recipe.load("quickstart", overrides)
     size = {"bytes_a_rank": measured.num_bytes, "of_them_sent": measured.sent_bytes}
     settings = recipe.settings("quickstart", overrides, cfg, ranks=RANKS, backend="gloo", **size)
-    without, with_ = "a step without a copy", "a step with a copy, and the next one while it is sent"
+    without, with_ = f"ZeRO-{stage}: a step without a copy", f"ZeRO-{stage}: a step with a copy, and the next one"
     for what, samples in (("", ms), (", CPU time of rank 0", measured.cpu_ms)):
         cases = {
             without + what: [(samples[step + 2] + samples[step + 3]) / 2 for step in first],
             with_ + what: [(samples[step] + samples[step + 1]) / 2 for step in first],
         }
         yield from summarise(cases, settings)
-    yield Row.of_one("training waits for a copy", measured.wait_ms, "ms", settings)
+    yield Row.of_one(f"ZeRO-{stage}: training waits for a copy", measured.wait_ms, "ms", settings)
 
 
 @dataclass
 class Measured:
     """Holds what a rank found out about its copies."""
 
+    num_copies: int
     wait_ms: float  # mean time for which training waited for a copy
     num_bytes: int
     sent_bytes: int  # to the other node
-    cpu_ms: dict[
-        int, float
-    ]  # of all threads of this rank, by step: from the start of its copy to that of the next step's
+    cpu_ms: dict[int, float]  # of all threads, by step: from the start of its copy to that of the next step's
 
 
 def _train(overrides: list[str], out: str, steps: int) -> Measured:
@@ -96,4 +106,5 @@ def _train(overrides: list[str], out: str, steps: int) -> Measured:
         with mock.patch.object(copies, "after", after):
             trainer.train()
     cpu_ms = {step: began[step + 1] - began[step] for step in began if step + 1 in began}
-    return Measured(1000 * copies.seconds / copies.num_copies, copies.num_bytes, copies.sent_bytes, cpu_ms)
+    wait_ms = 1000 * copies.seconds / max(copies.num_copies, 1)
+    return Measured(copies.num_copies, wait_ms, copies.num_bytes, copies.sent_bytes, cpu_ms)

@@ -77,17 +77,23 @@ class Slot:
 
 
 class Part:
-    """Is a part of this rank's state: `slices`, as views of its memory, which are copied to the same place after every step."""
+    """Is a part of this rank's state: `slices`, as views of its memory, which are copied to the same place after every step.
+
+    What a GPU holds comes first: it is gathered in `staging`, in its memory, and goes from there to the host in one piece.
+    """
 
     def __init__(self, name: str, slices: Slices):
-        self.name, self.slices = name, slices
-        self.places, self.num_bytes = place(slices, "")
+        self.name, self.slices = name, dict(sorted(slices.items(), key=lambda item: not item[1].is_cuda))
+        self.places, self.num_bytes = place(self.slices, "")
+        self.staged_bytes = place({key: values for key, values in self.slices.items() if values.is_cuda}, "")[1]
         self.slots: list[Slot] = []
-        self.staging: torch.Tensor | None = None  # of a GPU: a launch gathers here what then goes to the host
+        self.staging: torch.Tensor | None = None
 
-    def pairs(self, target: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield each slice's place in `target`, a uint8 tensor of `num_bytes`, and the slice."""
+    def pairs(self, slot: Slot) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield where each slice is copied for `slot`, and the slice."""
         for found, values in zip(self.places, self.slices.values(), strict=True):
+            target = self.staging if values.is_cuda else slot.values
+            assert target is not None
             yield target[found.offset :][: values.nbytes].view(values.dtype), values
 
 
@@ -259,13 +265,13 @@ class MemoryCopies:
             "config": config,
         }
 
-        def describe(part: Part) -> torch.Tensor:
+        def describe(part: Part) -> str:
             slices = [[*found[:3], str(found.dtype).removeprefix("torch."), found.offset] for found in part.places]
-            text = json.dumps({**description, "bytes": part.num_bytes, "slices": slices})
-            return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            return json.dumps({**description, "bytes": part.num_bytes, "slices": slices})
 
-        text = describe(sent)
+        text = torch.frombuffer(bytearray(describe(sent).encode()), dtype=torch.uint8)
         everyone: list[Any] = [None] * self.world.size
+        free = _free_bytes()  # before this call has returned on any rank, and a rank takes some of it
         dist.all_gather_object(everyone, (sent.num_bytes, len(text)))
         keepers = buddies(self._leaders)
         self._buddy = keepers[self.world.rank]
@@ -278,7 +284,7 @@ class MemoryCopies:
 
         def make_room() -> None:
             per_rank = OWN_SLOTS * self.num_bytes + 2 * sum(senders_bytes)
-            needed, free = per_rank * self.world.local_size, _free_bytes()
+            needed = per_rank * self.world.local_size
             if needed > SHARE_OF_FREE * free:
                 raise OSError(
                     f"copies need {needed / 2**20:.0f} MiB in {MEMORY}, and {free / 2**20:.0f} MiB are free; allowed: half of "
@@ -291,7 +297,9 @@ class MemoryCopies:
             for part in parts:
                 name = f"{part.name}-by{self.world.rank}"
                 part.slots = [slots(f"{name}-{number}", part.num_bytes) for number in range(OWN_SLOTS)]
-                write_atomically(self.folder / f"{name}.json", describe(part).numpy().tobytes().decode())
+                if self._device is not None:
+                    part.staging = torch.empty(part.staged_bytes, dtype=torch.uint8, device=self._device)
+                write_atomically(self.folder / f"{name}.json", describe(part))
             for rank, num_bytes, text in zip(self._senders, senders_bytes, texts[1:], strict=True):
                 name = f"rank{rank}-by{self.world.rank}"
                 self._others.append([slots(f"{name}-{number}", num_bytes) for number in range(2)])
@@ -300,7 +308,7 @@ class MemoryCopies:
         self._device = next(
             (values.device for part in parts for values in part.slices.values() if values.is_cuda), None
         )
-        _, errors = on_every_rank(make_room, OSError)
+        _, errors = on_every_rank(make_room, (OSError, RuntimeError))  # the latter for want of memory on a GPU
         if errors:
             self.log.warn(f"no copies in host memory, a restart goes on from the last checkpoint: {errors[0]}")
             self._delete([self.attempt])
@@ -318,18 +326,16 @@ class MemoryCopies:
         return True
 
     def _plan_copies(self) -> None:
-        """Prepare for each slot what `_copy` copies, by dtype: mixed ones would make _foreach_copy_ copy them one by one."""
+        """Prepare for each slot what `_copy` copies, by dtype and device: _foreach_copy_ would copy mixed ones one by one."""
         if self._device is not None:
             self._stream = torch.cuda.Stream(self._device)
-            for part in self._parts:
-                part.staging = torch.empty_like(part.slots[0].values, device=self._device)
         for slot in range(OWN_SLOTS):
-            by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
+            alike: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
             for part in self._parts:
-                for target, values in part.pairs(part.slots[slot].values if part.staging is None else part.staging):
-                    by_dtype[values.dtype][0].append(target)
-                    by_dtype[values.dtype][1].append(values)
-            self._copies.append([*by_dtype.values()])
+                for target, values in part.pairs(part.slots[slot]):
+                    alike[values.dtype, values.device][0].append(target)
+                    alike[values.dtype, values.device][1].append(values)
+            self._copies.append([*alike.values()])
 
     def _wait(self) -> None:
         """Return when the last copy is safe on all nodes, or has failed."""
@@ -361,7 +367,7 @@ class MemoryCopies:
         with torch.cuda.stream(self._stream):
             for part in self._parts:
                 assert part.staging is not None
-                part.slots[slot].values.copy_(part.staging, non_blocking=True)
+                part.slots[slot].values[: part.staged_bytes].copy_(part.staging, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record(self._stream)
         return self._copied

@@ -206,7 +206,9 @@ def on_main(function: Callable[[], T]) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
-def on_every_rank(function: Callable[[], T], expected: type[Exception]) -> tuple[T | None, list[str]]:
+def on_every_rank(
+    function: Callable[[], T], expected: type[Exception] | tuple[type[Exception], ...]
+) -> tuple[T | None, list[str]]:
     """Call `function` on every rank; return this rank's result, and the `expected` errors of all ranks as texts."""
     result, error = None, None
     try:

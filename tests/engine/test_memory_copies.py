@@ -87,6 +87,42 @@ def test_ranks_that_see_one_gpu_each_go_on_from_memory(two_ranks, tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def nodes_of_two_and_one():
+    """Three ranks, the last one alone on its node."""
+    from crossbatch.engine.runtime.world import World, world_from_environment
+
+    rank = world_from_environment().rank
+    return lambda: World(rank, 3, rank % 2, 1 if rank == 2 else 2)
+
+
+def test_nodes_of_different_sizes_go_on_from_memory(pools, tmp_path):
+    """Each has other shares of what every rank holds; either node's are enough."""
+    out = tmp_path / "run"
+    patches = [
+        ("crossbatch.engine.checkpoint.memory.MemoryCopies.forget", forget_nothing),
+        ("tests.small_runs.world_from_environment", nodes_of_two_and_one),
+    ]
+    three_ranks = pools(3)
+    assert three_ranks.run(run, [*EVERY_STEP, "train_batch_size=6"], str(out), 3, "auto", (), patches) == [""] * 3
+    (attempt,) = read_attempts(out)
+    folder = folder_of(attempt)
+    try:
+        shares_of = {node: sorted(folder.glob(f"node*of{node}-by*-*.json")) for node in (1, 2)}
+        assert shares_of[1] and shares_of[2]
+        for lost in (1, 2):
+            kept = {file: file.read_text() for file in shares_of[lost]}
+            for file in kept:
+                file.unlink()
+            found = three_ranks.run(recover_with, str(out), run_of(folder)["fingerprint"], 2)
+            assert {step for _, step, _ in found} == {3}, found
+            ours, saved = read(found[0][0], "parameters."), parameters(out)
+            assert ours.keys() == saved.keys() and all(ours[name].equal(saved[name]) for name in saved)
+            for file, text in kept.items():
+                file.write_text(text)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def recover_with(out: str, fingerprint: str, newer_than: int):
     """On a rank of a pool."""
     from crossbatch.engine.checkpoint.recovery import recover
