@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,8 @@ import torch
 from crossbatch.data import TrainLoader, open_source
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import AsyncCheckpointWriter, Keep, async_writer
+from crossbatch.engine.checkpoint.memory import folder_of, read_attempts, run_of
+from crossbatch.engine.checkpoint.recovery import recover
 from crossbatch.engine.checkpoint.store import Manifest
 from crossbatch.engine.config import Device, load_config, resolve
 from crossbatch.engine.memory_model import GIB, StepMemory
@@ -181,6 +184,20 @@ def test_an_asynchronous_save_holds_the_moment_it_was_asked_for(tmp_path, device
     assert now.read_bytes() == late.read_bytes()
     saved = checkpoint.read(late.parent, "buffers.")["b"]
     torch.testing.assert_close(saved + 1.0, buffer.cpu())
+
+
+def test_a_copy_in_memory_is_what_a_checkpoint_holds(tmp_path, device):
+    with mock.patch("crossbatch.engine.checkpoint.memory.MemoryCopies.forget", lambda self: None):
+        train(device, tmp_path, 5, *VIT, *ADAMW, "crossbatch.checkpoint.memory_every_steps=1")
+    (attempt,) = read_attempts(tmp_path)
+    try:
+        found = recover(tmp_path, run_of(folder_of(attempt))["fingerprint"], 4, ALONE, 60)
+        assert found.checkpoint is not None and found.step == 5, found
+        on_disk = max(tmp_path.glob("checkpoints/step-*"))
+        ours, saved = (checkpoint.read(folder, "") for folder in (found.checkpoint, on_disk))
+        assert ours.keys() == saved.keys() and all(ours[name].equal(saved[name]) for name in saved)
+    finally:
+        shutil.rmtree(folder_of(attempt), ignore_errors=True)
 
 
 @pytest.mark.parametrize("backend", ["opencv", "torchvision"])

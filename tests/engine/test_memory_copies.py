@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crossbatch.engine.checkpoint import read
-from crossbatch.engine.checkpoint.memory import buddies, folder_of, read_attempts, run_of, share_on_node
+from crossbatch.engine.checkpoint.memory import Part, buddies, folder_of, read_attempts, run_of, share_on_node
 from crossbatch.engine.checkpoint.recovery import needed_parts
 from tests.jobs import metrics
 from tests.small_runs import ADAMW, LARS, VIT, fsdp, name_of, parameters, run, zero
@@ -42,6 +44,16 @@ def test_the_ranks_of_a_node_have_all_shares(leaders):
     for leader in set(leaders):
         of_node = [share for share, its in zip(found, leaders, strict=True) if its == leader]
         assert of_node == [(number, len(of_node)) for number in range(len(of_node))]
+
+
+def test_what_a_gpu_holds_comes_first_and_is_staged():
+    """So that it goes to the host in one piece; random states and counts are on the host already."""
+    on_cpu = torch.arange(6, dtype=torch.int64)
+    with FakeTensorMode():
+        on_gpu = torch.empty(7, device="cuda")
+    part = Part("rank0", {("random", 0): on_cpu, ("weight", 0): on_gpu})
+    assert [place.name for place in part.places] == ["weight", "random"]
+    assert (part.staged_bytes, part.num_bytes) == (64, 128)
 
 
 @pytest.mark.parametrize(
