@@ -55,6 +55,7 @@ class Side:
     overrides: list[str]
     images: Path
     num_images: int
+    marks: int  # how often it saves
     rate: float = math.nan  # images/s of its own turns, start-up left out
     start_s: float = math.nan
 
@@ -67,7 +68,7 @@ class Side:
         return max(1, int(self.rate * (60 * minutes - self.start_s) / self.config.train_batch_size))
 
     def command(self, steps: int, out: Path, seed: int) -> list[str]:
-        """Return the command that trains `steps` steps and saves MARKS times."""
+        """Return the command that trains `steps` steps and saves."""
         epochs = steps / self.per_epoch
         settings = [
             *self.overrides,
@@ -77,9 +78,10 @@ class Side:
         ]
         recipe = str(ROOT / "ds_configs" / f"{self.recipe}.json")
         if self.name in PEERS:
-            module = [sys.executable, "-m", "benchmarks.learning.peers", self.name, "--recipe", recipe]
-            return [*module, "--images", str(self.images), "--marks", str(MARKS), "--out", str(out), *_set(settings)]
-        every = math.ceil(steps / MARKS)
+            command = [sys.executable, "-m", "benchmarks.learning.peers", self.name, "--recipe", recipe]
+            command += ["--images", str(self.images), "--marks", str(self.marks), "--out", str(out)]
+            return command + _set(settings)
+        every = math.ceil(steps / self.marks)
         settings += [
             "crossbatch.evaluate.knn_every_epochs=0",
             "crossbatch.evaluate.every_epochs=0",
@@ -134,7 +136,8 @@ def main(arguments: list[str]) -> None:
     add("--images", metavar="DIR", type=Path, required=True, help="class folders in DIR/train and DIR/val or DIR/test")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", metavar="M", type=float, default=10, help="that each side trains (default 10)")
-    length.add_argument("--epochs", metavar="E", type=float, help="train each side on so many epochs instead")
+    what = "train each side on so many epochs instead, one after the other"
+    length.add_argument("--epochs", metavar="E", type=float, help=what)
     add("--seeds", metavar="N", type=int, nargs="+", default=[0], help="one run of each side for each (default 0)")
     add("--sides", nargs="*", choices=SIDES, help="default: all that can train the network")
     what = "one more side: crossbatch with other values of keys (path=value), for an ablation; may be repeated"
@@ -155,20 +158,22 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"--sides: {name} is not installed; pip install {name}, or name other sides")
     recipe, overrides = RECIPES[given.network]
     overrides = [*SHARED, *overrides, *given.set]
-    common = recipe, overrides, given.images, len(open_source(given.images, "train"))
-    sides = [Side(name, *common) for name in names]
-    sides += [Side(name, recipe, [*overrides, *changes], *common[2:]) for name, *changes in given.variant]
+    images = given.images, len(open_source(given.images, "train")), MARKS if given.epochs is None else 1
+    sides = [Side(name, recipe, overrides, *images) for name in names]
+    sides += [Side(name, recipe, [*overrides, *changes], *images) for name, *changes in given.variant]
     if not sides:
         raise InputError("--sides: given none and no --variant; name at least one")
     with tempfile.TemporaryDirectory() as folder:
         found = []
         if given.epochs is None:
             _calibrate(sides, Path(folder), given.slice)
-            steps, length = [side.steps(given.minutes) for side in sides], f"{given.minutes:g} minutes"
+            steps, length = {side.name: side.steps(given.minutes) for side in sides}, f"{given.minutes:g} minutes"
         else:
-            steps, length = [round(given.epochs * side.per_epoch) for side in sides], f"{given.epochs:g} epochs"
-        for seed in given.seeds:
-            rows = _train(sides, steps, Path(folder) / str(seed), seed, length, given.slice)
+            steps = {side.name: round(given.epochs * side.per_epoch) for side in sides}
+            length = f"{given.epochs:g} epochs"
+        together = [sides] if given.epochs is None else [[side] for side in sides]
+        for seed, group in itertools.product(given.seeds, together):
+            rows = _train(group, steps, Path(folder) / str(seed), seed, length, given.slice)
             found += rows
             if given.out is not None:
                 append(given.out / "learning.jsonl", "learning", rows)
@@ -190,9 +195,9 @@ def _calibrate(sides: list[Side], folder: Path, slice_s: float) -> None:
         side.start_s = first_s - first / side.rate
 
 
-def _train(sides: list[Side], steps: list[int], folder: Path, seed: int, length: str, slice_s: float) -> list[Row]:
-    """Train all sides and return a row of each."""
-    runners = [side.start(count, folder / side.name, seed) for side, count in zip(sides, steps, strict=True)]
+def _train(sides: list[Side], steps: dict[str, int], folder: Path, seed: int, length: str, slice_s: float) -> list[Row]:
+    """Train sides in turns and return a row of each."""
+    runners = [side.start(steps[side.name], folder / side.name, seed) for side in sides]
     rows = []
     take_turns(runners, slice_s)
     for side, runner in zip(sides, runners, strict=True):
