@@ -12,6 +12,8 @@ What autograd keeps is not modelled: `engine.sketch` asks autograd itself. The r
     keys            normalised, gathered and put in order; a tile of logits
     images          a chunk as bytes and as normalised fp32; two batches of bytes on a GPU, three where DALI decodes there
     working memory  what is alive for a moment: the largest layer of the momentum encoder's forward pass
+    copy            of the state, on its way to host memory (`engine.checkpoint.memory`), where such copies are made: at most
+                    all of it
     context         CUDA, cuDNN and NCCL: assumed
 
 The peak is where the momentum encoder's first layers run, all activations being kept, or where the backward pass begins.
@@ -24,6 +26,7 @@ from torch import nn
 
 from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.config import LarsConfig, ResolvedConfig
+from crossbatch.engine.runtime.world import may_be_restarted
 from crossbatch.engine.sketch import sketch
 from crossbatch.engine.tasks.build import count
 from crossbatch.models import NUM_VIEWS, MoCo
@@ -84,6 +87,7 @@ class StepMemory:
         each = f"computed: {kept.per_image / 2**20:.1f} MiB an image"
         parts = [
             *self._state(),
+            *self._copy(),
             Part("activations", kept.per_image * chunk + kept.fixed, each),
             Part("images", chunk * size * (1 + _FP32) + batches * local * size),
         ]
@@ -115,6 +119,14 @@ class StepMemory:
         gathered = self._total if self._is_zero or self._stage < 3 else self._two_units
         parameters = Part("parameters", _FP32 * self._total / ranks)
         return [parameters, Part("gathered parameters", _FP32 * gathered), optimizer]
+
+    def _copy(self) -> list[Part]:
+        """Return where a GPU gathers its part of the state, if that is copied to host memory."""
+        every = self.cfg.crossbatch.checkpoint.memory_every_steps
+        if self.cfg.device.type != "cuda" or not (may_be_restarted() if every == "auto" else every):
+            return []
+        state = sum(part.bytes for part in self._state() if part.name in ("parameters", "optimizer"))
+        return [Part("copy", state, "computed, as if there were one GPU a node; less with more")]
 
     def _gradients(self) -> list[Part]:
         """Return what there is of gradients while the backward pass runs."""

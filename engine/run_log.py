@@ -80,6 +80,7 @@ class Log:
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
     def record(self, values: dict[str, Any]) -> None: ...
+    def complete(self, line: dict[str, Any] | None) -> None: ...
     def has_scores(self, step: int) -> bool:
         return False
 
@@ -176,6 +177,11 @@ class RunLog(Log):
                 self.note(f"step {values['step']}: {scores}")
         else:
             self.note(f"step {values['step']}/{self.last_step}  epoch {values['epoch']:.2f}  {status}")
+
+    def complete(self, line: dict[str, Any] | None) -> None:
+        """Record the line of a step, if there is one, which the rank that should have written it did not live to write."""
+        if line and self.last.get("step") != line["step"]:
+            self.record(line)
 
     def has_scores(self, step: int) -> bool:
         """Return whether the last line is that of `step`, with the scores of an evaluation."""

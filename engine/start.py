@@ -92,9 +92,11 @@ def build_trainer(
         log.note(f"resumed {resumed.checkpoint} at step {resumed.manifest.step}")
     if recovered.note:
         log.note(recovered.note)
+    is_recovered = resumed is not None and resumed.checkpoint == recovered.checkpoint
+    if is_recovered:
+        log.complete(recovered.line)
     copies = None
     if memory_every_steps:
-        is_recovered = resumed is not None and resumed.checkpoint == recovered.checkpoint
         copies = MemoryCopies(state, world, out, fingerprint, memory_every_steps, timeout_s, log, is_recovered)
     profile = None
     if profile_steps:

@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -164,8 +164,6 @@ class Trainer:
             self._set_phase("training")
             result = self._train_on(batch)
             del batch  # before the loader makes another one of its size
-            if self.copies is not None:
-                self.copies.after(self.num_steps)
             self._after_step(result)
         return None
 
@@ -191,13 +189,19 @@ class Trainer:
         if self.profile is not None and self.task.timer is not None:
             self.step_times += self.task.timer.read()
             self.profile.stepped(self.step_times[-1], self.clock.last_wait_s)
+        is_last = self.num_steps == self.last_step
+        due = self.task.evaluations_due(self.num_steps, is_last)
+        line = None
+        if due or is_last or self.num_steps % self.task.cfg.crossbatch.log.every_steps == 0:
+            line = self._line(self._metrics(result))
+            self.clock.restart()
+        if self.copies is not None:
+            self.copies.after(self.num_steps, line)  # with the line, which a rank 0 that dies now has not written
         if not math.isfinite(result.grad_norm):
             self._on_nonfinite(result)
         self.log.advance(self.num_steps)
-        is_last = self.num_steps == self.last_step
-        due = self.task.evaluations_due(self.num_steps, is_last)
-        if due or is_last or self.num_steps % self.task.cfg.crossbatch.log.every_steps == 0:
-            self._record(self._metrics(result))
+        if line is not None:
+            self._record(line)
         if due:
             self._set_phase("evaluating")
             agreed = self.sync.exchange(self.signals.received, self.saves.writer.busy, False)
@@ -209,7 +213,8 @@ class Trainer:
         self._set_phase("evaluating")
         found = self.task.evaluate(self.state.step, due, self._between_batches)
         self.scores.append((self.num_steps, found))
-        self._record(found)
+        self._record(self._line(found))
+        self.clock.restart()
 
     def _between_batches(self, images: int) -> None:
         """Raise Interrupted if any rank has received a signal; an evaluation calls it for every batch, on all ranks."""
@@ -242,15 +247,18 @@ class Trainer:
             "skipped_images": self.state.skipped_images(skipped_per_rank),
         }
 
+    def _line(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a line of metrics of this step."""
+        epoch, images = self.num_steps / self.task.data.steps_per_epoch, self.num_steps * self.task.cfg.train_batch_size
+        return {"step": self.num_steps, "epoch": epoch, "images_seen": images, **values}
+
     def _record(self, metrics: dict[str, Any]) -> None:
         """Log a line of metrics, and warn of what is odd about it."""
-        epoch, images = self.num_steps / self.task.data.steps_per_epoch, self.num_steps * self.task.cfg.train_batch_size
-        self.log.record({"step": self.num_steps, "epoch": epoch, "images_seen": images, **metrics})
+        self.log.record(metrics)
         rank = metrics.get("effective_rank") if self.num_steps else None  # random weights may have a low one
         for warning in self.loss_monitor.check(metrics.get("loss"), metrics.get("feature_std"), rank):
             look = self._look_into(self.num_steps) if warning.startswith(LOSS_JUMPED) else ""
             self.log.warn(f"step {self.num_steps}: {warning}{look}")
-        self.clock.restart()
 
     def _log_images(self, batch: Batch) -> None:
         """Log each broken image once, with the reason, and show the very first batch of a run in TensorBoard."""

@@ -63,8 +63,8 @@ def _stage(effort: Effort, stage: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         measured = elastic_launch(launch, _train)(overrides, folder, EVERY * (copies + 1) - 1)[0]
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    assert measured.num_copies == copies, "copies were given up; the run's log says why"
-    ms = {line["step"]: line["step_ms"] for line in lines}
+    assert measured.num_copies == copies, "copies were given up; the output above says why"
+    ms = {line["step"] - 1: line["step_ms"] for line in lines}  # by the step before: its copy is in it
     first = range(EVERY * (1 + WARM_UP), max(ms) - 3, EVERY)
     cfg = recipe.load("quickstart", overrides)
     size = {"bytes_a_rank": measured.num_bytes, "of_them_sent": measured.sent_bytes}
@@ -100,18 +100,19 @@ def _train(overrides: list[str], out: str, steps: int) -> Measured:
     found = world_from_environment()
     world, device = World(found.rank, found.size, 0, 1), torch.device("cpu")  # a node of its own
     cfg = resolve(load_config(recipe.FOLDER / "quickstart.json", overrides), world.size, Device("cpu"), found.size)
-    began: dict[int, float] = {}
+    began, waited_s = {}, {}  # by step
     with process_group(world, "cpu", cfg.threads):
         trainer = build_trainer(pretrain_task(cfg, world, device, Path(out)), world, device, Path(out), "auto", steps)
         copies = trainer.copies
         assert copies is not None
 
-        def after(step: int, copy: Callable[[int], None] = copies.after) -> None:
+        def after(step: int, line: dict | None, copy: Callable[[int, dict | None], None] = copies.after) -> None:
             began[step] = 1000 * time.process_time()
-            copy(step)
+            copy(step, line)
+            waited_s[step] = copies.seconds
 
         with mock.patch.object(copies, "after", after):
             trainer.train()
     cpu_ms = {step: began[step + 1] - began[step] for step in began if step + 1 in began}
-    wait_ms = 1000 * copies.seconds / max(copies.num_copies, 1)
+    wait_ms = 1000 * (copies.seconds - waited_s[EVERY * WARM_UP]) / max(copies.num_copies - WARM_UP, 1)
     return Measured(copies.num_copies, wait_ms, copies.num_bytes, copies.sent_bytes, cpu_ms)

@@ -12,14 +12,15 @@ which every slice is in the memory of some node, if that is newer than its last 
       rank3-by1.json          of the slices of rank 3 that rank 1 keeps (3 and 1 differ in what another node has sent): where
                               each slice is, the configuration, and what else does not change
       rank3-by1-0.bin         the slices after some step
-      rank3-by1-0.json        counts of that step; it is there if and only if the slices are complete
+      rank3-by1-0.json        counts of that step, and its line of metrics; it is there if and only if the slices are complete
       rank3-by1-1.bin ...     the slices after another step; rank 3 itself keeps three
       node1of2-by3.json ...   the same of what every rank holds: the second of two shares, kept by rank 3
       recovered-0/            a checkpoint made of such files, as a later attempt reads it; it is there until that has copies
 
 Nobody writes over a step before the next one is safe on all nodes: at the end of a transfer the threads wait for each other,
 and the next transfer begins when its thread has ended. A rank makes its own copy first, in the third of its files, so that a
-rank that dies while a step is on its way to other nodes costs nobody that step.
+rank that dies while a step is on its way to other nodes costs nobody that step. What fails on one rank is told to the others at
+the end of a transfer, and all give up together; files that have been written stay, as the run may still need them.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ import os
 import shutil
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -53,7 +55,7 @@ ATTEMPTS = "memory.json"
 CHECK_EVERY = 100  # copies: then it is checked that the memory is still where it was
 OWN_SLOTS = 3  # the copy that is made, the one that is sent, and the one before, which every node has
 SHARE_OF_FREE = 0.5  # of /dev/shm, which holds the batches of data workers, too
-COUNTS_BYTES = 1024  # of the message with a step's counts
+COUNTS_BYTES = 8192  # of the message with a step's counts and its line of metrics
 ALIGNMENT = 64  # bytes, between slices
 
 
@@ -64,8 +66,8 @@ class Slot:
         self.counts_file, file = folder / f"{name}.json", folder / f"{name}.bin"
         self.values = allocate(file, num_bytes)
         if pin:
-            runtime: Any = torch.cuda.cudart()
-            torch.cuda.check_error(runtime.cudaHostRegister(self.values.data_ptr(), num_bytes, 0))
+            _pin(self.values)
+            weakref.finalize(self, _unpin, self.values.data_ptr()).atexit = False
 
     def invalidate(self) -> None:
         """Mark the slices as incomplete while they are written."""
@@ -85,7 +87,8 @@ class Part:
     def __init__(self, name: str, slices: Slices):
         self.name, self.slices = name, dict(sorted(slices.items(), key=lambda item: not item[1].is_cuda))
         self.places, self.num_bytes = place(self.slices, "")
-        self.staged_bytes = place({key: values for key, values in self.slices.items() if values.is_cuda}, "")[1]
+        on_gpu = {key: values for key, values in self.slices.items() if values.is_cuda}
+        self.staged_bytes = place(on_gpu, "")[1] if on_gpu else 0
         self.slots: list[Slot] = []
         self.staging: torch.Tensor | None = None
 
@@ -95,6 +98,21 @@ class Part:
             target = self.staging if values.is_cuda else slot.values
             assert target is not None
             yield target[found.offset :][: values.nbytes].view(values.dtype), values
+
+
+def _pin(values: torch.Tensor) -> None:
+    """Let GPUs copy to `values` beside other work. Raises OSError."""
+    runtime: Any = torch.cuda.cudart()
+    error = int(runtime.cudaHostRegister(values.data_ptr(), values.nbytes, 0))
+    if error:
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # takes the error along, which would be reported by the next launch
+        raise OSError(f"{values.nbytes / 2**20:.0f} MiB of {MEMORY} cannot be pinned (CUDA error {error})")
+
+
+def _unpin(address: int) -> None:
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)
 
 
 def allocate(file: Path, num_bytes: int) -> torch.Tensor:
@@ -186,8 +204,11 @@ class MemoryCopies:
         self.num_copies, self.seconds = 0, 0.0  # seconds for which training waited, all in all
         self.num_bytes, self.sent_bytes = 0, 0  # of a copy of this rank, and what of it another node gets
 
-    def after(self, step: int) -> None:
-        """Copy the state after `step`, if that is due, and let a thread send it to another node."""
+    def after(self, step: int, line: dict[str, Any] | None) -> None:
+        """Copy the state after `step`, if that is due, and let a thread send it to another node.
+
+        `line` is that step's line of metrics, if it has one: it is kept, in case that rank 0 dies before it is written.
+        """
         if not self.every_steps or step % self.every_steps:
             return
         start = time.perf_counter()
@@ -197,31 +218,28 @@ class MemoryCopies:
         start = start if self.num_copies else time.perf_counter()  # without making room, once
         number = self.num_copies % OWN_SLOTS
         own = [part.slots[number] for part in self._parts]
-        counts = {"step": step, "world_size": self.world.size, **self.state.counts()}
-
-        def complete() -> None:
-            for slot in own:
-                slot.complete(counts)
-
+        counts = {"step": step, "world_size": self.world.size, "line": line, **self.state.counts()}
         for slot in own:
             slot.invalidate()
         copied = self._copy(number)
-        if copied is None:
-            complete()
+        failure = "" if copied is not None else _complete(own, counts)
         self._wait()  # behind the copy: a rank that has died meanwhile shall not cost this step
         if self._error:
-            self.log.warn(f"no more copies in host memory, a restart goes on from the last checkpoint: {self._error}")
-            self.every_steps = 0
+            if copied is not None:
+                copied.synchronize()
+                _complete(own, counts)
+            self._give_up()
             return
         others = [slots[self.num_copies % 2] for slots in self._others]
 
         def work() -> None:
+            failed = failure
             try:
                 if copied is not None:
                     torch.cuda.set_device(copied.device)  # a new thread is on GPU 0
                     copied.synchronize()
-                    complete()
-                self._exchange(own[0], others, counts)
+                    failed = _complete(own, counts)
+                self._exchange(own[0], others, counts, failed)
                 self._forget_older()
             except Exception as error:
                 self._error = f"{type(error).__name__}: {error}"
@@ -230,6 +248,11 @@ class MemoryCopies:
         self._thread.start()
         self.num_copies += 1
         self.seconds += time.perf_counter() - start
+
+    def _give_up(self) -> None:
+        """Make no more copies; those that were made stay, for a restart."""
+        self.log.warn(f"no more copies in host memory, a restart goes on from the last checkpoint: {self._error}")
+        self.every_steps, self._parts, self._others, self._copies = 0, [], [], []
 
     def forget(self) -> None:
         """Delete all copies, also those of earlier attempts, once the run is saved and goes no further."""
@@ -271,7 +294,7 @@ class MemoryCopies:
 
         text = torch.frombuffer(bytearray(describe(sent).encode()), dtype=torch.uint8)
         everyone: list[Any] = [None] * self.world.size
-        free = _free_bytes()  # before this call has returned on any rank, and a rank takes some of it
+        free = _free_bytes()  # measured before the ranks meet here, as after that they take some of it
         dist.all_gather_object(everyone, (sent.num_bytes, len(text)))
         keepers = buddies(self._leaders)
         self._buddy = keepers[self.world.rank]
@@ -297,7 +320,7 @@ class MemoryCopies:
             for part in parts:
                 name = f"{part.name}-by{self.world.rank}"
                 part.slots = [slots(f"{name}-{number}", part.num_bytes) for number in range(OWN_SLOTS)]
-                if self._device is not None:
+                if part.staged_bytes:
                     part.staging = torch.empty(part.staged_bytes, dtype=torch.uint8, device=self._device)
                 write_atomically(self.folder / f"{name}.json", describe(part))
             for rank, num_bytes, text in zip(self._senders, senders_bytes, texts[1:], strict=True):
@@ -308,12 +331,15 @@ class MemoryCopies:
         self._device = next(
             (values.device for part in parts for values in part.slices.values() if values.is_cuda), None
         )
-        _, errors = on_every_rank(make_room, (OSError, RuntimeError))  # the latter for want of memory on a GPU
+        _, errors = on_every_rank(make_room, (OSError, RuntimeError))  # the latter from torch: no memory, no mapping
+        if not errors:
+            names = [*self._older, self.attempt]
+            _, errors = on_every_rank(lambda: write_attempts(self.out, names) if self.world.is_main else None, OSError)
         if errors:
             self.log.warn(f"no copies in host memory, a restart goes on from the last checkpoint: {errors[0]}")
+            self._others.clear()
             self._delete([self.attempt])
             return False
-        on_main(lambda: write_attempts(self.out, [*self._older, self.attempt]))
         self._parts = parts
         self._plan_copies()
         if self._buddy is None:
@@ -366,8 +392,8 @@ class MemoryCopies:
         self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
             for part in self._parts:
-                assert part.staging is not None
-                part.slots[slot].values[: part.staged_bytes].copy_(part.staging, non_blocking=True)
+                if part.staging is not None:
+                    part.slots[slot].values[: part.staged_bytes].copy_(part.staging, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record(self._stream)
         return self._copied
@@ -376,18 +402,26 @@ class MemoryCopies:
         for targets, values in self._copies[slot]:
             torch._foreach_copy_(targets, values)
 
-    def _exchange(self, own: Slot, others: list[Slot], counts: dict[str, Any]) -> None:
-        """Send this rank's slices to its buddy and keep those that come; return when all ranks have done so."""
+    def _exchange(self, own: Slot, others: list[Slot], counts: dict[str, Any], failure: str) -> None:
+        """Send this rank's slices to its buddy and keep those that come; return when all ranks have done so.
+
+        Raises RuntimeError on all ranks where one has a `failure`, or cannot keep what came.
+        """
         for slot in others:
             slot.invalidate()
         texts = [torch.zeros(COUNTS_BYTES, dtype=torch.uint8) for _ in (own, *others)]
         text = json.dumps(counts).encode()
+        if len(text) > COUNTS_BYTES:
+            text = json.dumps({**counts, "line": None}).encode()
         texts[0][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self._send_and_receive(texts)
         self._send_and_receive([slot.values for slot in (own, *others)])
         for slot, text in zip(others, texts[1:], strict=True):
-            slot.complete(json.loads(text.numpy().tobytes().rstrip(b"\0")))
-        dist.barrier(self._group)
+            failure = failure or _complete([slot], json.loads(text.numpy().tobytes().rstrip(b"\0")))
+        failed = torch.tensor(int(bool(failure)))
+        dist.all_reduce(failed, group=self._group)
+        if failed:
+            raise RuntimeError(failure or "another rank could not keep its copy")
 
     def _send_and_receive(self, values: list[torch.Tensor]) -> None:
         """Send the first of `values` to the buddy, and receive the others, one from each sender."""
@@ -401,7 +435,8 @@ class MemoryCopies:
         """Let nobody go on from an earlier attempt any more, once this one has a copy; delete its files a copy later."""
         self._num_safe += 1
         if self._num_safe == 1 and self.world.is_main:
-            write_attempts(self.out, [self.attempt])
+            with contextlib.suppress(OSError):  # a full disk: older attempts stay in the list, and are older
+                write_attempts(self.out, [self.attempt])
         if self._num_safe == 2:
             self._delete(self._older)
             self._older = []
@@ -410,6 +445,16 @@ class MemoryCopies:
         if self.world.local_rank == 0:
             for attempt in attempts:
                 shutil.rmtree(folder_of(attempt), ignore_errors=True)
+
+
+def _complete(slots: list[Slot], counts: dict[str, Any]) -> str:
+    """Mark slots as complete; return what went wrong, "" for nothing."""
+    try:
+        for slot in slots:
+            slot.complete(counts)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def folder_of(attempt: str) -> Path:

@@ -46,6 +46,7 @@ class Recovered(NamedTuple):
     checkpoint: Path | None
     step: int
     note: str  # for the log; "" if there is nothing to say
+    line: dict[str, Any] | None = None  # of metrics, of that step, if it has one
 
 
 NOTHING = Recovered(None, 0, "")
@@ -178,7 +179,8 @@ def _assemble(
     if errors:
         return Recovered(None, 0, f"warning: step {step} is in memory, but cannot be read: {errors[0]}")
     came = f"nodes that lacked some were sent {len(lacking)}" if lacking else "all of them on every node"
-    return Recovered(folder, step, f"from memory: {len(holders)} parts, {came}")
+    line = everything["rank0"]["counts"]["line"]
+    return Recovered(folder, step, f"from memory: {len(holders)} parts, {came}", line)
 
 
 def _read(copy: Copy) -> dict[str, Any]:

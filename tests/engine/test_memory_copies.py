@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crossbatch.engine.checkpoint import read
+from crossbatch.engine.checkpoint import memory, read
 from crossbatch.engine.checkpoint.memory import Part, buddies, folder_of, read_attempts, run_of, share_on_node
 from crossbatch.engine.checkpoint.recovery import needed_parts
 from tests.jobs import metrics
@@ -54,6 +55,7 @@ def test_what_a_gpu_holds_comes_first_and_is_staged():
     part = Part("rank0", {("random", 0): on_cpu, ("weight", 0): on_gpu})
     assert [place.name for place in part.places] == ["weight", "random"]
     assert (part.staged_bytes, part.num_bytes) == (64, 128)
+    assert Part("rank0", {("random", 0): on_cpu}).staged_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,59 @@ def test_a_run_without_room_says_so_once_and_goes_on(two_ranks, tmp_path):
     told = Path(f"{out}.told").read_text()
     assert told.count("no copies in host memory, a restart goes on from the last checkpoint: rank 0: copies need ") == 1
     assert parameters(out) and not (out / "memory.json").exists()
+
+
+def rank_1_without_room():
+    from crossbatch.engine.checkpoint import memory
+    from crossbatch.engine.runtime.world import world_from_environment
+
+    complete = memory._complete
+    full = world_from_environment().rank == 1
+
+    def replacement(slots, counts):
+        return "OSError: No space left on device" if full and counts["step"] == 2 else complete(slots, counts)
+
+    return replacement
+
+
+def test_what_fails_on_one_rank_is_told_to_all_which_go_on_without_copies(two_ranks, tmp_path):
+    """Or the others would wait for that rank in the next transfer."""
+    out = tmp_path / "run"
+    patches = [("crossbatch.engine.checkpoint.memory._complete", rank_1_without_room)]
+    assert two_ranks.run(run, EVERY_STEP, str(out), 5, "auto", (), patches) == ["", ""]
+    told = Path(f"{out}.told").read_text()
+    assert told.count("no more copies in host memory") == 1 and "another rank could not keep its copy" in told
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4, 5]
+
+
+def dying_before_line_3():
+    from crossbatch import RunStopped
+    from crossbatch.engine.run_log import RunLog
+
+    record = RunLog.record
+
+    def replacement(self, values):
+        if values["step"] == 3:
+            raise RunStopped("died")
+        record(self, values)
+
+    return replacement
+
+
+def test_the_line_of_a_copied_step_is_written_after_the_death_of_its_writer(one_rank, tmp_path):
+    patches = [("crossbatch.engine.run_log.RunLog.record", dying_before_line_3)]
+    assert one_rank.run(run, EVERY_STEP, str(tmp_path / "dies"), 5, "auto", (), patches) == ["RunStopped: died"]
+    assert [line["step"] for line in metrics(tmp_path / "dies")] == [1, 2]
+    for out in ("dies", "lives"):
+        assert one_rank.run(run, EVERY_STEP, str(tmp_path / out), 5) == [""]
+    assert "resumed /dev/shm/" in Path(f"{tmp_path / 'dies'}.told").read_text()
+    assert metrics(tmp_path / "dies") == metrics(tmp_path / "lives")
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_with_its_size(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    with pytest.raises(OSError, match=r"4 MiB of /dev/shm cannot be pinned \(CUDA error 2\)"):
+        memory._pin(torch.empty(2**20))
 
 
 @pytest.mark.parametrize("backend", [pytest.param(zero(2), marks=pytest.mark.slow), fsdp(3)], ids=name_of)

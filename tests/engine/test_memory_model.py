@@ -221,6 +221,19 @@ def test_the_bucket_of_deepspeed_counts():
     assert totals["500000000"] - totals["60000000"] == pytest.approx(4 * 440e6, rel=0.2)
 
 
+def test_a_copy_of_the_state_is_counted_where_one_is_made(monkeypatch):
+    def parts(device: Device, *overrides: str) -> dict[str, float]:
+        run = resolve(load_config("ds_configs/bs4096.json", list(overrides)), 16, device)
+        return {part.name: part.bytes for part in StepMemory(run).at(8).parts}
+
+    often = "crossbatch.checkpoint.memory_every_steps=1"
+    assert "copy" not in parts(V100) and "copy" not in parts(Device("cpu"), often)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for found in (parts(V100), parts(V100, often)):
+        assert found["copy"] == found["parameters"] + found["optimizer"]
+    assert "copy" not in parts(V100, "crossbatch.checkpoint.memory_every_steps=0")
+
+
 def test_what_is_sharded_is_less():
     """Of AdamW on 16 ranks: 16 bytes of a trained parameter and 4 of a momentum one, cut as the stage says."""
     totals = {}
