@@ -34,6 +34,7 @@ from crossbatch.data.augment.parameters import draw_parameters
 from crossbatch.data.augment.pil import crop
 from crossbatch.data.decode import decode, decode_pixels
 from crossbatch.data.worker_batches import TrainDataset
+from crossbatch.data.workers import keep_freed_memory
 from crossbatch.engine.config import Device, usable_cores
 from crossbatch.engine.runtime.timing import cpu_s, descendants
 
@@ -56,6 +57,7 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
 
 
 def _speed(root: Path, backends: list[str], effort: Effort, folder: str) -> list[Row]:
+    keep_freed_memory()  # as in training on a CPU; of the baseline, too
     workers, batch, device = usable_cores(), effort.pick(16, 64, 64), torch.device(Device.detect().type)
     count = effort.pick(2, 4, 6)  # of a slice
 
