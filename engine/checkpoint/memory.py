@@ -19,8 +19,8 @@ which every slice is in the memory of some node, if that is newer than its last 
 
 Nobody writes over a step before the next one is safe on all nodes: at the end of a transfer the threads wait for each other,
 and the next transfer begins when its thread has ended. A rank makes its own copy first, in the third of its files, so that a
-rank that dies while a step is on its way to other nodes costs nobody that step. What fails on one rank is told to the others at
-the end of a transfer, and all give up together; files that have been written stay, as the run may still need them.
+rank that dies while a step is on its way to other nodes costs nobody that step. What a rank cannot copy or keep is told to the
+others at the end of a transfer, and all give up together; files that have been written stay, as the run may still need them.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -105,8 +105,8 @@ def _pin(values: torch.Tensor) -> None:
     runtime: Any = torch.cuda.cudart()
     error = int(runtime.cudaHostRegister(values.data_ptr(), values.nbytes, 0))
     if error:
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device="cuda")  # takes the error along, which would be reported by the next launch
+        with contextlib.suppress(RuntimeError, AssertionError):
+            torch.ones(1, device="cuda").add_(1)  # this launch takes the error along, which the next one would report
         raise OSError(f"{values.nbytes / 2**20:.0f} MiB of {MEMORY} cannot be pinned (CUDA error {error})")
 
 
@@ -226,8 +226,7 @@ class MemoryCopies:
         self._wait()  # behind the copy: a rank that has died meanwhile shall not cost this step
         if self._error:
             if copied is not None:
-                copied.synchronize()
-                _complete(own, counts)
+                _complete(own, counts, copied)
             self._give_up()
             return
         others = [slots[self.num_copies % 2] for slots in self._others]
@@ -236,9 +235,7 @@ class MemoryCopies:
             failed = failure
             try:
                 if copied is not None:
-                    torch.cuda.set_device(copied.device)  # a new thread is on GPU 0
-                    copied.synchronize()
-                    failed = _complete(own, counts)
+                    failed = _complete(own, counts, copied)
                 self._exchange(own[0], others, counts, failed)
                 self._forget_older()
             except Exception as error:
@@ -251,7 +248,10 @@ class MemoryCopies:
 
     def _give_up(self) -> None:
         """Make no more copies; those that were made stay, for a restart."""
-        self.log.warn(f"no more copies in host memory, a restart goes on from the last checkpoint: {self._error}")
+        self.log.warn(
+            "no more copies in host memory, a restart goes on from the last one, or from a later checkpoint: "
+            + self._error
+        )
         self.every_steps, self._parts, self._others, self._copies = 0, [], [], []
 
     def forget(self) -> None:
@@ -405,10 +405,11 @@ class MemoryCopies:
     def _exchange(self, own: Slot, others: list[Slot], counts: dict[str, Any], failure: str) -> None:
         """Send this rank's slices to its buddy and keep those that come; return when all ranks have done so.
 
-        Raises RuntimeError on all ranks where one has a `failure`, or cannot keep what came.
+        Raises RuntimeError on all ranks where one has a `failure`, or cannot keep what came. A rank that fails keeps what
+        others sent all the same.
         """
         for slot in others:
-            slot.invalidate()
+            failure = _told(slot.invalidate) or failure
         texts = [torch.zeros(COUNTS_BYTES, dtype=torch.uint8) for _ in (own, *others)]
         text = json.dumps(counts).encode()
         if len(text) > COUNTS_BYTES:
@@ -417,7 +418,7 @@ class MemoryCopies:
         self._send_and_receive(texts)
         self._send_and_receive([slot.values for slot in (own, *others)])
         for slot, text in zip(others, texts[1:], strict=True):
-            failure = failure or _complete([slot], json.loads(text.numpy().tobytes().rstrip(b"\0")))
+            failure = _complete([slot], json.loads(text.numpy().tobytes().rstrip(b"\0"))) or failure
         failed = torch.tensor(int(bool(failure)))
         dist.all_reduce(failed, group=self._group)
         if failed:
@@ -447,12 +448,24 @@ class MemoryCopies:
                 shutil.rmtree(folder_of(attempt), ignore_errors=True)
 
 
-def _complete(slots: list[Slot], counts: dict[str, Any]) -> str:
-    """Mark slots as complete; return what went wrong, "" for nothing."""
-    try:
+def _complete(slots: list[Slot], counts: dict[str, Any], copied: torch.cuda.Event | None = None) -> str:
+    """Mark slots as complete, once a GPU has done what `copied` waits for; return what went wrong, "" for nothing."""
+
+    def work() -> None:
+        if copied is not None:
+            torch.cuda.set_device(copied.device)  # a new thread is on GPU 0
+            copied.synchronize()
         for slot in slots:
             slot.complete(counts)
-    except OSError as error:
+
+    return _told(work)
+
+
+def _told(work: Callable[[], None]) -> str:
+    """Do `work` and return the error of a file or of a GPU as text, "" for none."""
+    try:
+        work()
+    except (OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -123,6 +123,8 @@ def test_nodes_of_different_sizes_go_on_from_memory(pools, tmp_path):
     try:
         shares_of = {node: sorted(folder.glob(f"node*of{node}-by*-*.json")) for node in (1, 2)}
         assert shares_of[1] and shares_of[2]
+        sent = [json.loads(file.read_text()) for file in folder.glob("rank0-by2-*.json")]  # rank 0 writes the lines
+        assert 3 in [counts["line"]["step"] for counts in sent]
         for lost in (1, 2):
             kept = {file: file.read_text() for file in shares_of[lost]}
             for file in kept:
@@ -195,8 +197,8 @@ def rank_1_without_room():
     complete = memory._complete
     full = world_from_environment().rank == 1
 
-    def replacement(slots, counts):
-        return "OSError: No space left on device" if full and counts["step"] == 2 else complete(slots, counts)
+    def replacement(slots, counts, *copied):
+        return "OSError: No space left on device" if full and counts["step"] == 2 else complete(slots, counts, *copied)
 
     return replacement
 

@@ -166,8 +166,12 @@ class Agents:
         self.wait_until(lambda: self.done() >= steps, f"step {steps}")
 
     def wait_for_restart(self, attempts: int, steps: int) -> None:
-        """Until the attempt after so many has done more than so many steps."""
-        self.wait_until(lambda: self.attempts() > attempts and self.done() > steps, f"going on from step {steps}")
+        """Until the attempt after so many has done a step of its own, beyond so many: not only written a lost line."""
+
+        def gone_on() -> bool:
+            return self.attempts() > attempts and self.done() > max(steps, self.last_attempt()[1])
+
+        self.wait_until(gone_on, f"going on from step {steps}")
 
     def stop(self) -> None:
         """Save and end."""
