@@ -281,7 +281,7 @@ class TrainLoader:
                 broken += part.broken
                 if part.views is None:
                     raise SkipLimitExceeded(_with_names("no readable image to replace a broken one", part.broken))
-                views[:, filled : filled + len(part.indices)] = part.views
+                _copy(part.views, views[:, filled : filled + len(part.indices)])
                 read.append(part.indices)
                 filled += len(part.indices)
             indices = np.concatenate(read)
@@ -394,6 +394,14 @@ class EvaluationLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy views with channels last; in host memory by this thread alone, as torch's would take the cores of the training."""
+    if target.is_cuda:
+        target.copy_(source)
+    else:
+        np.copyto(target.permute(0, 1, 3, 4, 2).numpy(), source.permute(0, 1, 3, 4, 2).numpy())
 
 
 def _with_following(keys: Iterator[tuple[int, np.ndarray]], workers: int) -> Iterator[TrainKey]:

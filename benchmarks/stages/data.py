@@ -4,8 +4,9 @@ Both have as many worker processes as there are cores (plain_data.py is the base
 in short slices, from full queues to full queues: so a slice is charged with what it takes, whatever the others prefetch, and
 start-up is left out. Times are ms for a batch while nothing trains; the CPU time is that of this process and all workers.
 
-Then follow the parts of our work on an image in one process, photographs of 12 megapixels, and whether memory stays flat: the
-resident size of this process and its workers, at three points of one long run.
+Then follow the parts of our work on an image in one process, photographs of 12 megapixels, training steps beside DALI's
+threads (in the process of the steps, as `TrainLoader` has them, and in a process of their own), and whether memory stays flat:
+the resident size of this process and its workers, at three points of one long run.
 """
 
 import importlib.util
@@ -15,13 +16,15 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+import torchvision
+from torch import multiprocessing
 
 from benchmarks.measure import Sample, compare, summarise
 from benchmarks.rows import Row
@@ -41,6 +44,7 @@ from crossbatch.engine.runtime.timing import cpu_s, descendants
 SIZE = 224
 SPDL = "SPDL's threads, torchvision's transforms"
 PHOTO = (4000, 3000)  # pixels of a photograph of 12 megapixels
+STEP_SIZE, STEPS = 96, 4  # pixels of the views of training steps, and how many of these a turn has
 _QUIET = 4, 0.03  # a family of processes is idle if it is seen so so often, so many seconds apart
 
 
@@ -50,6 +54,8 @@ def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
     with image_folder(images, effort.pick(32, 256, 256)) as root:
         yield from _speed(root, backends, effort, "given" if images else "generated")
         yield from _parts(root, effort, "given" if images else "generated")
+        if "dali" in backends:
+            yield from _beside_steps(root, effort, "given" if images else "generated")
     with image_folder(None, effort.pick(2, 4, 8), PHOTO) as root:
         yield from _photographs(root, effort)
     if Path("/proc/self/smaps_rollup").exists():
@@ -167,6 +173,66 @@ def _photographs(root: Path, effort: Effort) -> list[Row]:
         "12 megapixels: ours": lambda: scaled[0, indices],
     }
     return _on_one_core(cases, {"images": len(indices), "size": SIZE, "folder": "generated"}, effort)
+
+
+def _beside_steps(root: Path, effort: Effort, folder: str) -> list[Row]:
+    """Measure steps of many small operators, whose launches DALI's threads might delay; on a CPU each side has one core."""
+    device, batch = torch.device(Device.detect().type), effort.pick(8, 32, 32)
+    network = torchvision.models.mobilenet_v3_small(num_classes=128).to(device)
+    arguments = root, batch, usable_cores() - 1 if device.type == "cuda" else 1, device
+    here, alone = _dali(*arguments), torch.randint(256, (2, batch, STEP_SIZE, STEP_SIZE, 3), device=device)
+    with _in_a_process(*arguments) as elsewhere:
+        streams = {
+            "a step with nothing beside it": itertools.repeat(alone.permute(0, 1, 4, 2, 3)),  # channels last, as DALI's
+            "a step beside DALI's threads in its process": here,
+            "a step beside DALI in a process of its own": elsewhere,
+        }
+        waits: dict[str, list[float]] = {name: [] for name in streams}
+
+        def step(name: str) -> Callable[[], None]:
+            def run_step() -> None:
+                start = time.perf_counter()
+                views = next(streams[name])
+                waits[name].append(1000 * (time.perf_counter() - start))
+                network(views.flatten(0, 1).float()).square().mean().backward()
+
+            return run_step
+
+        cases: dict[str, Callable[[], object]] = {name: _repeated(step(name), STEPS) for name in streams}
+        settings = {"images": batch * STEPS, "size": STEP_SIZE, "folder": folder, "threads": arguments[2]}
+        rows = _on_one_core(cases, settings, effort)
+    for row in rows:
+        row.settings = {**row.settings, "data_wait_ms": float(np.median(waits[row.case]))}
+    return rows
+
+
+def _repeated(call: Callable[[], None], times: int) -> Callable[[], None]:
+    return lambda: [call() for _ in range(times)].clear()
+
+
+def _dali(root: Path, batch: int, threads: int, device: torch.device) -> Iterator[torch.Tensor]:
+    loader = TrainLoader(open_source(root, "train"), batch, STEP_SIZE, workers=threads, backend="dali", device=device)
+    return (made.views for made in _endless(loader))
+
+
+@contextmanager
+def _in_a_process(*arguments: Any) -> Iterator[Iterator[torch.Tensor]]:
+    """Yield the views that `_dali` makes in another process, which hands them over in shared memory, two batches ahead."""
+    context = multiprocessing.get_context("spawn")
+    batches = context.Queue(2)
+    process = context.Process(target=_fill, args=(batches, *arguments), daemon=True)
+    process.start()
+    try:
+        yield iter(batches.get, None)
+    finally:
+        process.kill()
+        process.join()
+
+
+def _fill(batches: Any, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    for views in _dali(*arguments):
+        batches.put(views)
 
 
 def _on_one_core(cases: dict[str, Callable[[], object]], settings: dict, effort: Effort) -> list[Row]:
