@@ -270,6 +270,8 @@ class TrainLoader:
     def _collate(self, stream: Iterator[WorkerBatch]) -> Generator[tuple[Batch, list[BrokenFile]], None, None]:
         """Join worker batches into batches of n images, each in one tensor, pinned so that its transfer can overlap."""
         n = self.sampler.local_batch
+        # What the workers write to in turns stays mapped, or the kernel would provide its pages for every worker batch anew.
+        mapped: deque[torch.Tensor] = deque(maxlen=0 if self._backend == "dali" else self._workers * (self._ahead + 1))
         on_gpu = self._backend == "dali" and self._device.type == "cuda"
         where: dict = {"device": self._device} if on_gpu else {"pin_memory": torch.cuda.is_available()}
         while True:
@@ -281,6 +283,7 @@ class TrainLoader:
                 broken += part.broken
                 if part.views is None:
                     raise SkipLimitExceeded(_with_names("no readable image to replace a broken one", part.broken))
+                mapped.append(part.views)
                 _copy(part.views, views[:, filled : filled + len(part.indices)])
                 read.append(part.indices)
                 filled += len(part.indices)
