@@ -9,6 +9,7 @@ import ast
 import base64
 import json
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ LEGEND = (
     "would take at the speed of a large copy, as a share of the time taken. Convolutions: likewise the time of the backbone's "
     "convolutions and linear layers, one by one (benchmarks/limits.py)."
 )
+OVER_SEEDS = ("linear, %", "images/s", "busy cores", "minutes to the best peer's k-NN")  # of the stage "learning"
 OURS, BASELINE = "#1f6f8b", "#b4b4b4"
 
 
@@ -100,6 +102,9 @@ def _paragraphs(stages: dict[str, list[StoredRow]], notes: Sequence[str], outcom
         yield f"## {stage}"
         yield _first_paragraph(stage)
         yield f"![{stage}: bars of the cases]({stage}.png)"
+        if seeds := list(_over_seeds(rows)):
+            yield "Mean and standard deviation over the seeds:"
+            yield _markdown(("case", "seeds", rows[0]["unit"], *OVER_SEEDS), seeds)
         yield _markdown(*table(rows))
         left_out = {case: why for row in rows for case, why in row["settings"].get("left_out", {}).items()}
         yield from (_escaped(f"Left out: {case}: {why}") for case, why in left_out.items())
@@ -124,6 +129,27 @@ def _ratios(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:
             if cases:
                 ends = (choose(cases, key=lambda row: row["ratio"]) for choose in (min, max))
                 yield stage, unit, str(len(cases)), *(f"{row['ratio']:.2f} ({row['case']})" for row in ends)
+
+
+def _over_seeds(rows: list[StoredRow]) -> Iterable[tuple[str, ...]]:
+    """Yield a line for each case that was run with several seeds: how many, and the mean of each figure."""
+    cases: dict[str, list[StoredRow]] = {}
+    for row in rows:
+        seed = row["settings"].get("seed")
+        cases.setdefault(row["case"].replace(f", seed {seed},", ","), []).append(row)
+    for case, runs in cases.items():
+        if len(runs) > 1:
+            found = [
+                [run["p50"] for run in runs],
+                *([run["settings"].get(name) for run in runs] for name in OVER_SEEDS),
+            ]
+            yield case, str(len(runs)), *map(_mean, found)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Return mean and standard deviation as text, "" if one of the values is missing."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.4g} ± {statistics.stdev(known):.2g}" if len(known) == len(values) else ""
 
 
 def _predictions(stages: dict[str, list[StoredRow]]) -> Iterable[tuple[str, ...]]:

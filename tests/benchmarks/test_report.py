@@ -135,3 +135,23 @@ def test_a_picture_draws_each_baseline_and_step_apart_and_predictions_hollow():
     ours, loop = figure.axes[0].patches
     assert ours.get_facecolor() != loop.get_facecolor() and ours.get_facecolor()[3] == 1
     assert figure.axes[2].patches[0].get_facecolor()[3] == 0
+
+
+def test_cases_of_several_seeds_have_a_mean_and_a_standard_deviation(tmp_path):
+    facts = {"images/s": 100.0, "busy cores": 1.5, "minutes to the best peer's k-NN": None}
+    rows = [
+        row(
+            "learning",
+            f"crossbatch, seed {seed}, 2 epochs",
+            knn,
+            unit="% k-NN",
+            settings={"seed": seed, "linear, %": knn + 1, **facts},
+        )
+        for seed, knn in enumerate((40.0, 41.0, 42.0))
+    ]
+    rows.append(row("learning", "plain, seed 0, 2 epochs", 39.0, unit="% k-NN", settings={"seed": 0, **facts}))
+    (tmp_path / "learning.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert benchmarks(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| crossbatch, 2 epochs | 3 | 41 ± 1 | 42 ± 1 | 100 ± 0 | 1.5 ± 0 |  |" in text
+    assert "| plain, 2 epochs |" not in text
