@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from benchmarks.measure import append
 from benchmarks.rows import Row, short, show
 from crossbatch import InputError
 from crossbatch.data import open_source
-from crossbatch.engine.config import load_config
+from crossbatch.engine.config import load_config, usable_cores
 
 ROOT = Path(__file__).parents[2]
 SIDES = ("crossbatch", *PEERS)
@@ -112,7 +113,8 @@ class Side:
             model = {"arch": ours.model.arch, "stem": ours.model.stem, "backbone_args": dict(ours.model.backbone_args)}
             command += [f"--set=crossbatch.model.{name}={json.dumps(value)}" for name, value in model.items()]
             command += [f"--set=crossbatch.data.image_size={ours.data.image_size}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many are scored at once as there are cores
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(
                 f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stdout}{done.stderr}"
@@ -200,11 +202,16 @@ def _train(sides: list[Side], steps: dict[str, int], folder: Path, seed: int, le
     runners = [side.start(steps[side.name], folder / side.name, seed) for side in sides]
     rows = []
     take_turns(runners, slice_s)
-    for side, runner in zip(sides, runners, strict=True):
-        curve = [(at_s / 60, side.score(path)) for path, at_s in sorted(runner.marks.items())]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        pairs = list(zip(sides, runners, strict=True))
+        linear = [pool.submit(side.score, max(runner.marks), "linear") for side, runner in pairs]
+        knn = [[pool.submit(side.score, path) for path in sorted(runner.marks)] for side, runner in pairs]
+    for number, (side, runner) in enumerate(pairs):
+        minutes = [runner.marks[path] / 60 for path in sorted(runner.marks)]
+        curve = [(at, found.result()) for at, found in zip(minutes, knn[number], strict=True)]
         images = runner.progress[-1][1]
         settings = {
-            "linear, %": side.score(max(runner.marks), "linear"),
+            "linear, %": linear[number].result(),
             "minutes": runner.active_s / 60,
             "seed": seed,
             "images": images,
