@@ -75,7 +75,10 @@ FIXED: dict[str, tuple[tuple[str, ...], str]] = {
     "--start_epoch": (("0",), "a resumed run goes on where its checkpoint is"),
     "--world_size": ((), "start the ranks with torchrun --nproc_per_node N or deepspeed"),
     "--dist_url": ((), "start the ranks with torchrun --nproc_per_node N or deepspeed"),
-    "--eval-crop-ratio": (("0.875",), "evaluation resizes to 256 / 224 of crossbatch.data.image_size"),
+    "--eval-crop-ratio": (
+        ("0.875",),
+        "evaluation resizes to 256 / 224 of crossbatch.data.image_size, up to 64 px to image_size itself",
+    ),
     "--teacher-model": ((), "crossbatch has no teacher"),
 }
 
