@@ -135,8 +135,9 @@ def _over_seeds(rows: list[StoredRow]) -> Iterable[tuple[str, ...]]:
     """Yield a line for each case that was run with several seeds: how many, and the mean of each figure."""
     cases: dict[str, list[StoredRow]] = {}
     for row in rows:
-        seed = row["settings"].get("seed")
-        cases.setdefault(row["case"].replace(f", seed {seed},", ","), []).append(row)
+        seed, effort = row["settings"].get("seed"), "" if row["effort"] == "full" else f" ({row['effort']})"
+        if seed is not None:
+            cases.setdefault(row["case"].replace(f", seed {seed},", ",") + effort, []).append(row)
     for case, runs in cases.items():
         if len(runs) > 1:
             found = [

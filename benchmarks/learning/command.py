@@ -20,7 +20,7 @@ from benchmarks.measure import append
 from benchmarks.rows import Row, short, show
 from crossbatch import InputError
 from crossbatch.data import open_source
-from crossbatch.engine.config import load_config, usable_cores
+from crossbatch.engine.config import Device, load_config, usable_cores
 
 ROOT = Path(__file__).parents[2]
 SIDES = ("crossbatch", *PEERS)
@@ -113,7 +113,7 @@ class Side:
             model = {"arch": ours.model.arch, "stem": ours.model.stem, "backbone_args": dict(ours.model.backbone_args)}
             command += [f"--set=crossbatch.model.{name}={json.dumps(value)}" for name, value in model.items()]
             command += [f"--set=crossbatch.data.image_size={ours.data.image_size}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many are scored at once as there are cores
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a CPU, one is scored on each core
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(
@@ -202,7 +202,7 @@ def _train(sides: list[Side], steps: dict[str, int], folder: Path, seed: int, le
     runners = [side.start(steps[side.name], folder / side.name, seed) for side in sides]
     rows = []
     take_turns(runners, slice_s)
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(1 if Device.detect().type == "cuda" else usable_cores()) as pool:
         pairs = list(zip(sides, runners, strict=True))
         linear = [pool.submit(side.score, max(runner.marks), "linear") for side, runner in pairs]
         knn = [[pool.submit(side.score, path) for path in sorted(runner.marks)] for side, runner in pairs]

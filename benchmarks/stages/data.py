@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 import torchvision
 from torch import multiprocessing
 
-from benchmarks.measure import Sample, compare, summarise
+from benchmarks.measure import Sample, call_ms, compare, summarise
 from benchmarks.rows import Row
 from benchmarks.stages import Effort
 from benchmarks.stages.plain_data import TwoViews, image_folder, plain_loader, spdl_loader
@@ -44,12 +45,15 @@ from crossbatch.engine.runtime.timing import cpu_s, descendants
 SIZE = 224
 SPDL = "SPDL's threads, torchvision's transforms"
 PHOTO = (4000, 3000)  # pixels of a photograph of 12 megapixels
-STEP_SIZE, STEPS = 96, 4  # pixels of the views of training steps, and how many of these a turn has
+STEP_SIZE, STEPS = 96, 8  # pixels of the views of training steps, and how many of these a turn has
 _QUIET = 4, 0.03  # a family of processes is idle if it is seen so so often, so many seconds apart
 
 
 def run(effort: Effort, images: Path | None = None) -> Iterator[Row]:
-    """Yield the time of each backend, on the images in `images` or on generated ones, and of its parts, then its memory."""
+    """Yield the time of each backend and of its parts, of steps beside DALI, of large photographs, then what memory is used.
+
+    The images are those in `images`, or generated ones.
+    """
     backends = [name for name in BACKENDS if name != "dali" or has_dali()]
     with image_folder(images, effort.pick(32, 256, 256)) as root:
         yield from _speed(root, backends, effort, "given" if images else "generated")
@@ -180,7 +184,10 @@ def _beside_steps(root: Path, effort: Effort, folder: str) -> list[Row]:
     device, batch = torch.device(Device.detect().type), effort.pick(8, 32, 32)
     network = torchvision.models.mobilenet_v3_small(num_classes=128).to(device)
     arguments = root, batch, usable_cores() - 1 if device.type == "cuda" else 1, device
-    here, alone = _dali(*arguments), torch.randint(256, (2, batch, STEP_SIZE, STEP_SIZE, 3), device=device)
+    here, alone = (
+        _dali(*arguments),
+        torch.randint(256, (2, batch, STEP_SIZE, STEP_SIZE, 3), dtype=torch.uint8, device=device),
+    )
     with _in_a_process(*arguments) as elsewhere:
         streams = {
             "a step with nothing beside it": itertools.repeat(alone.permute(0, 1, 4, 2, 3)),  # channels last, as DALI's
@@ -200,10 +207,16 @@ def _beside_steps(root: Path, effort: Effort, folder: str) -> list[Row]:
 
         cases: dict[str, Callable[[], object]] = {name: _repeated(step(name), STEPS) for name in streams}
         settings = {"images": batch * STEPS, "size": STEP_SIZE, "folder": folder, "threads": arguments[2]}
-        rows = _on_one_core(cases, settings, effort)
+        rows = _on_one_core(cases, settings, effort, _from_idle)
     for row in rows:
         row.settings = {**row.settings, "data_wait_ms": float(np.median(waits[row.case]))}
     return rows
+
+
+def _from_idle(call: Callable[[], object]) -> float:
+    """Return the milliseconds of a call that begins when what the turn before has set in motion is done."""
+    _wait_until_idle(descendants())
+    return call_ms(call)
 
 
 def _repeated(call: Callable[[], None], times: int) -> Callable[[], None]:
@@ -223,7 +236,7 @@ def _in_a_process(*arguments: Any) -> Iterator[Iterator[torch.Tensor]]:
     process = context.Process(target=_fill, args=(batches, *arguments), daemon=True)
     process.start()
     try:
-        yield iter(batches.get, None)
+        yield iter(partial(batches.get, timeout=60), None)
     finally:
         process.kill()
         process.join()
@@ -235,12 +248,17 @@ def _fill(batches: Any, *arguments: Any) -> None:
         batches.put(views)
 
 
-def _on_one_core(cases: dict[str, Callable[[], object]], settings: dict, effort: Effort) -> list[Row]:
+def _on_one_core(
+    cases: dict[str, Callable[[], object]],
+    settings: dict,
+    effort: Effort,
+    sample: Callable[[Callable[[], object]], float] | None = None,
+) -> list[Row]:
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     try:
-        return compare(cases, settings, effort)
+        return compare(cases, settings, effort, sample=sample)
     finally:
         torch.set_num_threads(threads[0])
         cv2.setNumThreads(threads[1])

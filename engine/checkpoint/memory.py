@@ -219,24 +219,27 @@ class MemoryCopies:
         number = self.num_copies % OWN_SLOTS
         own = [part.slots[number] for part in self._parts]
         counts = {"step": step, "world_size": self.world.size, "line": line, **self.state.counts()}
-        for slot in own:
-            slot.invalidate()
-        copied = self._copy(number)
-        failure = "" if copied is not None else _complete(own, counts)
+        failure = _told(lambda: [slot.invalidate() for slot in own])
+        copied = None if failure else self._copy(number)
+        whole = not failure
+        if whole and copied is None:
+            failure = _complete(own, counts)
         self._wait()  # behind the copy: a rank that has died meanwhile shall not cost this step
         if self._error:
-            if copied is not None:
-                _complete(own, counts, copied)
+            if copied is not None and not _told(partial(_wait_for, copied)):
+                _complete(own, counts)
             self._give_up()
             return
         others = [slots[self.num_copies % 2] for slots in self._others]
 
         def work() -> None:
-            failed = failure
+            failed, sent = failure, counts if whole else None
             try:
                 if copied is not None:
-                    failed = _complete(own, counts, copied)
-                self._exchange(own[0], others, counts, failed)
+                    failed = _told(partial(_wait_for, copied))
+                    sent = None if failed else counts
+                    failed = failed or _complete(own, counts)
+                self._exchange(own[0], others, sent, failed)
                 self._forget_older()
             except Exception as error:
                 self._error = f"{type(error).__name__}: {error}"
@@ -402,23 +405,27 @@ class MemoryCopies:
         for targets, values in self._copies[slot]:
             torch._foreach_copy_(targets, values)
 
-    def _exchange(self, own: Slot, others: list[Slot], counts: dict[str, Any], failure: str) -> None:
+    def _exchange(self, own: Slot, others: list[Slot], counts: dict[str, Any] | None, failure: str) -> None:
         """Send this rank's slices to its buddy and keep those that come; return when all ranks have done so.
 
-        Raises RuntimeError on all ranks where one has a `failure`, or cannot keep what came. A rank that fails keeps what
-        others sent all the same.
+        Slices without `counts` are not those of a step; nobody keeps them. Raises RuntimeError on all ranks where one has a
+        `failure`, or cannot keep what came. A rank that fails keeps what others sent all the same.
         """
-        for slot in others:
-            failure = _told(slot.invalidate) or failure
+        refused = [_told(slot.invalidate) for slot in others]
         texts = [torch.zeros(COUNTS_BYTES, dtype=torch.uint8) for _ in (own, *others)]
-        text = json.dumps(counts).encode()
-        if len(text) > COUNTS_BYTES:
-            text = json.dumps({**counts, "line": None}).encode()
-        texts[0][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        if counts is not None:
+            text = json.dumps(counts).encode()
+            if len(text) > COUNTS_BYTES:
+                text = json.dumps({**counts, "line": None}).encode()
+            texts[0][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self._send_and_receive(texts)
-        self._send_and_receive([slot.values for slot in (own, *others)])
-        for slot, text in zip(others, texts[1:], strict=True):
-            failure = _complete([slot], json.loads(text.numpy().tobytes().rstrip(b"\0"))) or failure
+        values = [
+            torch.empty_like(slot.values) if no else slot.values for slot, no in zip(others, refused, strict=True)
+        ]
+        self._send_and_receive([own.values, *values])
+        for slot, text, no in zip(others, texts[1:], refused, strict=True):
+            told = text.numpy().tobytes().rstrip(b"\0")
+            failure = no or (_complete([slot], json.loads(told)) if told else "") or failure
         failed = torch.tensor(int(bool(failure)))
         dist.all_reduce(failed, group=self._group)
         if failed:
@@ -448,20 +455,17 @@ class MemoryCopies:
                 shutil.rmtree(folder_of(attempt), ignore_errors=True)
 
 
-def _complete(slots: list[Slot], counts: dict[str, Any], copied: torch.cuda.Event | None = None) -> str:
-    """Mark slots as complete, once a GPU has done what `copied` waits for; return what went wrong, "" for nothing."""
-
-    def work() -> None:
-        if copied is not None:
-            torch.cuda.set_device(copied.device)  # a new thread is on GPU 0
-            copied.synchronize()
-        for slot in slots:
-            slot.complete(counts)
-
-    return _told(work)
+def _complete(slots: list[Slot], counts: dict[str, Any]) -> str:
+    """Mark slots as complete; return what went wrong, "" for nothing."""
+    return _told(lambda: [slot.complete(counts) for slot in slots])
 
 
-def _told(work: Callable[[], None]) -> str:
+def _wait_for(copied: torch.cuda.Event) -> None:
+    torch.cuda.set_device(copied.device)  # a new thread is on GPU 0
+    copied.synchronize()
+
+
+def _told(work: Callable[[], object]) -> str:
     """Do `work` and return the error of a file or of a GPU as text, "" for none."""
     try:
         work()

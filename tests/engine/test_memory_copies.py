@@ -213,6 +213,60 @@ def test_what_fails_on_one_rank_is_told_to_all_which_go_on_without_copies(two_ra
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4, 5]
 
 
+def nodes_of_one():
+    """Two ranks, each alone on its node."""
+    from crossbatch.engine.runtime.world import World, world_from_environment
+
+    rank = world_from_environment().rank
+    return lambda: World(rank, 2, 0, 1)
+
+
+def with_an_event():
+    """Copies as on a GPU, which tells by an event when a copy is done."""
+    from crossbatch.engine.checkpoint.memory import MemoryCopies
+
+    copy = MemoryCopies._copy
+    return lambda self, slot: copy(self, slot) or object()
+
+
+def failing_on_rank_1():
+    """The GPU of rank 1 fails while its second copy is under way."""
+    from crossbatch.engine.runtime.world import world_from_environment
+
+    waited = [] if world_from_environment().rank == 1 else None
+
+    def replacement(copied):
+        if waited is not None:
+            waited.append(copied)
+            if len(waited) == 2:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    return replacement
+
+
+def test_what_a_failed_gpu_has_copied_is_nobodys_and_the_rest_is_kept(two_ranks, tmp_path):
+    out = tmp_path / "run"
+    patches = [
+        ("tests.small_runs.world_from_environment", nodes_of_one),
+        ("crossbatch.engine.checkpoint.memory.MemoryCopies._copy", with_an_event),
+        ("crossbatch.engine.checkpoint.memory._wait_for", failing_on_rank_1),
+        ("crossbatch.engine.checkpoint.memory.MemoryCopies.forget", forget_nothing),
+    ]
+    assert two_ranks.run(run, EVERY_STEP, str(out), 4, "auto", (), patches) == ["", ""]
+    (attempt,) = read_attempts(out)
+    folder = folder_of(attempt)
+    try:
+        kept = {
+            name: sorted(json.loads(file.read_text())["step"] for file in folder.glob(f"{name}-?.json"))
+            for name in ("rank0-by0", "rank0-by1", "rank1-by0", "rank1-by1")
+        }
+        # Rank 1 has completed its copy of step 3 before it heard of the failure; rank 0's of step 2 was kept.
+        assert kept["rank1-by0"] == [1] and kept["rank0-by1"] == [1, 2], kept
+        assert 2 not in kept["rank1-by1"] and {1, 2} <= set(kept["rank0-by0"]), kept
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def dying_before_line_3():
     from crossbatch import RunStopped
     from crossbatch.engine.run_log import RunLog
