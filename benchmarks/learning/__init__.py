@@ -21,3 +21,5 @@ Batch, temperature, head sizes, augmentations, optimizer, learning rate and mome
                  MoCo v3 of stable-pretraining (`pip install stable-pretraining`) in a plain loop with torchvision's loader: no
                  BatchFormer, AdamW as in plain; for ResNets only, as its module asks the backbone for features of 224 pixels
 """
+
+SOONER = "minutes to the best peer's k-NN"  # the setting of a row that says when its side had reached that

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import learning
+from benchmarks.learning import SOONER
 from benchmarks.learning.peers import PACKAGES, PEERS, RESNETS_ONLY
 from benchmarks.learning.turns import Runner, take_turns
 from benchmarks.measure import append
@@ -41,7 +42,6 @@ RECIPES = {
 SHARED = ["train_batch_size=128", "crossbatch.batchformer.group_size=64", "optimizer.params.base_lr=2e-3"]
 BANK = "?fraction=0.2,seed=0"  # of the training images, for the k-NN
 SCORE_SETTINGS = {"knn": ["--set=crossbatch.knn.k=[20]"], "linear": ["--set=crossbatch.linear.cache=true"]}
-SOONER = "minutes to the best peer's k-NN"
 
 
 COLUMNS = ("linear, %", "minutes", "images", "images/s", "CPU ms an image", "busy cores", "J an image", SOONER)

@@ -184,28 +184,23 @@ def _beside_steps(root: Path, effort: Effort, folder: str) -> list[Row]:
     device, batch = torch.device(Device.detect().type), effort.pick(8, 32, 32)
     network = torchvision.models.mobilenet_v3_small(num_classes=128).to(device)
     arguments = root, batch, usable_cores() - 1 if device.type == "cuda" else 1, device
-    here, alone = (
-        _dali(*arguments),
-        torch.randint(256, (2, batch, STEP_SIZE, STEP_SIZE, 3), dtype=torch.uint8, device=device),
-    )
+    alone = torch.randint(256, (2, batch, STEP_SIZE, STEP_SIZE, 3), dtype=torch.uint8, device=device)
     with _in_a_process(*arguments) as elsewhere:
         streams = {
             "a step with nothing beside it": itertools.repeat(alone.permute(0, 1, 4, 2, 3)),  # channels last, as DALI's
-            "a step beside DALI's threads in its process": here,
+            "a step beside DALI's threads in its process": _dali(*arguments),
             "a step beside DALI in a process of its own": elsewhere,
         }
         waits: dict[str, list[float]] = {name: [] for name in streams}
 
-        def step(name: str) -> Callable[[], None]:
-            def run_step() -> None:
+        def run_steps(name: str) -> None:
+            for _ in range(STEPS):
                 start = time.perf_counter()
                 views = next(streams[name])
                 waits[name].append(1000 * (time.perf_counter() - start))
                 network(views.flatten(0, 1).float()).square().mean().backward()
 
-            return run_step
-
-        cases: dict[str, Callable[[], object]] = {name: _repeated(step(name), STEPS) for name in streams}
+        cases: dict[str, Callable[[], object]] = {name: partial(run_steps, name) for name in streams}
         settings = {"images": batch * STEPS, "size": STEP_SIZE, "folder": folder, "threads": arguments[2]}
         rows = _on_one_core(cases, settings, effort, _from_idle)
     for row in rows:
@@ -217,10 +212,6 @@ def _from_idle(call: Callable[[], object]) -> float:
     """Return the milliseconds of a call that begins when what the turn before has set in motion is done."""
     _wait_until_idle(descendants())
     return call_ms(call)
-
-
-def _repeated(call: Callable[[], None], times: int) -> Callable[[], None]:
-    return lambda: [call() for _ in range(times)].clear()
 
 
 def _dali(root: Path, batch: int, threads: int, device: torch.device) -> Iterator[torch.Tensor]:

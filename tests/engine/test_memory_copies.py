@@ -197,8 +197,8 @@ def rank_1_without_room():
     complete = memory._complete
     full = world_from_environment().rank == 1
 
-    def replacement(slots, counts, *copied):
-        return "OSError: No space left on device" if full and counts["step"] == 2 else complete(slots, counts, *copied)
+    def replacement(slots, counts):
+        return "OSError: No space left on device" if full and counts["step"] == 2 else complete(slots, counts)
 
     return replacement
 
