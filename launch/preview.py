@@ -32,12 +32,18 @@ def main() -> None:
     add("--image-size", metavar="PX", type=positive, default=224, help="side of a view; default %(default)s")
     what = "smallest crop, as a fraction of the image's area; default %(default)s"
     add("--crop-min", metavar="A", type=float, default=0.08, help=what)
+    what = "probabilities of blurring the first and the second view; default 1 0.1"
+    add("--blur-probability", metavar="P", type=float, nargs=2, default=(1.0, 0.1), help=what)
     add("--seed", metavar="N", type=int, default=0, help="seed of the order and the augmentation; default %(default)s")
     arguments = parser.parse_args()
+    with user_input("", crop_min="--crop-min", blur_probability="--blur-probability"):
+        augmentations = moco_v3_augmentations(
+            arguments.image_size, arguments.crop_min, blur_probability=arguments.blur_probability
+        )
     with user_input("--data"):
         source = open_source(arguments.data, download=True)
     names = [name for name in BACKENDS if name != "dali" or has_dali()]
-    views = {name: first_batch(source, name, arguments) for name in names}
+    views = {name: first_batch(source, name, augmentations, arguments) for name in names}
     # [backends, views, n, 3, S, S] -> a row for each image, and in it a pair of columns for each backend
     cells = torch.stack(list(views.values())).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
     try:
@@ -52,12 +58,12 @@ def main() -> None:
         print(f"{name} differs from torchvision by {apart.mean():.2f} % of the range, {apart.max():.2f} % at most")
 
 
-def first_batch(source, backend: str, arguments: argparse.Namespace) -> torch.Tensor:
+def first_batch(source, backend: str, augmentations, arguments: argparse.Namespace) -> torch.Tensor:
     """Return the first batch of both views as float [2, n, 3, S, S], 0 to 1."""
     device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
-    count, views = min(arguments.count, len(source)), moco_v3_augmentations(arguments.image_size, arguments.crop_min)
+    count = min(arguments.count, len(source))
     loader = TrainLoader(
-        source, count, augmentations=views, seed=arguments.seed, workers=0, backend=backend, device=device
+        source, count, augmentations=augmentations, seed=arguments.seed, workers=0, backend=backend, device=device
     )
     with stop_on_lost_images(), loader:
         return next(loader.epoch(0)).views.float().cpu() / 255

@@ -132,7 +132,13 @@ def moco_v3_augmentations(
         crop_min: smallest area of a crop, as a fraction of the image's area.
         channels: number of channels of the images.
         blur_probability: of view 1 and of view 2; sigma is 0.1 to 2 pixels at any `image_size`.
+
+    Raises ValueError if a fraction or a probability is out of range.
     """
+    if not 0 < crop_min <= 1:
+        raise ValueError(f"crop_min is {crop_min}; allowed: more than 0, at most 1")
+    if not all(0 <= probability <= 1 for probability in blur_probability):
+        raise ValueError(f"blur_probability is {tuple(blur_probability)}; allowed: two numbers from 0 to 1")
     first, second = (
         ViewAugmentation(image_size, (crop_min, 1.0), blur, solarize, channels=channels)
         for blur, solarize in zip(blur_probability, (0.0, 0.2), strict=True)

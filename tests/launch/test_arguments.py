@@ -48,6 +48,18 @@ def test_a_shortened_flag_is_refused(monkeypatch, capsys, command, arguments):
     assert "unrecognized arguments: --" in refused(monkeypatch, capsys, command.main, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--crop-min", "1.5"], "--crop-min is 1.5; allowed: more than 0, at most 1"),
+        (["--crop-min", "0"], "--crop-min is 0.0; allowed: more than 0, at most 1"),
+        (["--blur-probability", "0", "-0.1"], "--blur-probability is (0.0, -0.1); allowed: two numbers from 0 to 1"),
+    ],
+)
+def test_a_preview_of_impossible_views_is_refused(monkeypatch, capsys, flags, said):
+    assert refused(monkeypatch, capsys, preview.main, "--data", "x", *flags) == f"error: {said}\n"
+
+
 def test_field_no_parser_takes_the_beginning_of_a_flag():
     """`--drop 0.3` would be --drop-path. The commands' own class refuses it, any other parser has to say so."""
     lacking, found = [], 0
