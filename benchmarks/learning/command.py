@@ -39,7 +39,12 @@ RECIPES = {
         ],
     ),
 }
-SHARED = ["train_batch_size=128", "crossbatch.batchformer.group_size=64", "optimizer.params.base_lr=2e-3"]
+SHARED = [
+    "train_batch_size=128",
+    "crossbatch.batchformer.group_size=64",
+    "optimizer.params.base_lr=2e-3",
+    "crossbatch.momentum.base=0.97",
+]
 BANK = "?fraction=0.2,seed=0"  # of the training images, for the k-NN
 SCORE_SETTINGS = {"knn": ["--set=crossbatch.knn.k=[20]"], "linear": ["--set=crossbatch.linear.cache=true"]}
 
