@@ -15,7 +15,7 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 from crossbatch import InputError
-from crossbatch.data import BACKENDS, TrainLoader, moco_v3_augmentations, open_source
+from crossbatch.data import BACKENDS, Source, TrainLoader, ViewAugmentation, moco_v3_augmentations, open_source
 from crossbatch.data.augment.backends import has_dali
 from crossbatch.engine.config import user_input
 from crossbatch.engine.datasets import stop_on_lost_images
@@ -32,7 +32,7 @@ def main() -> None:
     add("--image-size", metavar="PX", type=positive, default=224, help="side of a view; default %(default)s")
     what = "smallest crop, as a fraction of the image's area; default %(default)s"
     add("--crop-min", metavar="A", type=float, default=0.08, help=what)
-    what = "probabilities of blurring the first and the second view; default 1 0.1"
+    what = "probabilities of blurring the first and the second view; default %(default)s"
     add("--blur-probability", metavar="P", type=float, nargs=2, default=(1.0, 0.1), help=what)
     add("--seed", metavar="N", type=int, default=0, help="seed of the order and the augmentation; default %(default)s")
     arguments = parser.parse_args()
@@ -58,7 +58,12 @@ def main() -> None:
         print(f"{name} differs from torchvision by {apart.mean():.2f} % of the range, {apart.max():.2f} % at most")
 
 
-def first_batch(source, backend: str, augmentations, arguments: argparse.Namespace) -> torch.Tensor:
+def first_batch(
+    source: Source,
+    backend: str,
+    augmentations: tuple[ViewAugmentation, ViewAugmentation],
+    arguments: argparse.Namespace,
+) -> torch.Tensor:
     """Return the first batch of both views as float [2, n, 3, S, S], 0 to 1."""
     device = torch.device("cuda" if backend == "dali" and torch.cuda.is_available() else "cpu")
     count = min(arguments.count, len(source))

@@ -48,7 +48,6 @@ SHARED = [
 BANK = "?fraction=0.2,seed=0"  # of the training images, for the k-NN
 SCORE_SETTINGS = {"knn": ["--set=crossbatch.knn.k=[20]"], "linear": ["--set=crossbatch.linear.cache=true"]}
 
-
 COLUMNS = ("linear, %", "minutes", "images", "images/s", "CPU ms an image", "busy cores", "J an image", SOONER)
 
 
