@@ -12,3 +12,11 @@ instant_failures    prints failures of tests when they happen
 scaling/    how training scales: measured and predicted
 results/    rows that we measured
 """
+
+import argparse
+
+
+def parser_of(command: str | None, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that takes no abbreviations and shows `description` as it is written."""
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(command, description=description, formatter_class=as_it_is, allow_abbrev=False)

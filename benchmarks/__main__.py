@@ -11,13 +11,12 @@ by another stage; if one fails, the others go on. A row for each case is printed
 as soon as it is there; rows.py says what a row holds.
 """
 
-import argparse
 import difflib
 import importlib
 import sys
 from pathlib import Path
 
-from benchmarks import processes
+from benchmarks import parser_of, processes
 from benchmarks.rows import show, table
 from benchmarks.stages import STAGES, WITH_IMAGES, Effort
 from crossbatch import InputError
@@ -44,12 +43,7 @@ def main(arguments: list[str]) -> int:
 
 def measure(arguments: list[str]) -> int:
     """Measure the stages of a command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("python -m benchmarks", __doc__)
     add = parser.add_argument
     add("stages", nargs="+", metavar="STAGE", help=f"all, or some of {', '.join(STAGES)}")
     add("--quick", dest="effort", action="store_const", const="quick", help="small sizes, few repeats: does it run?")

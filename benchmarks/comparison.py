@@ -5,27 +5,23 @@ allow, p20 of one over p80 of the other; a range that holds 1 is no difference. 
 row counts.
 """
 
-import argparse
 import math
 from pathlib import Path
 
+from benchmarks import learning, parser_of
 from benchmarks.rows import Results, StoredRow, machine_of, read, short, show
 from crossbatch import InputError
 
 COLUMNS = ("stage", "case", "before", "after", "unit", "before / after", "range", "")
 # What was counted, or follows from the time, does not make another case.
 _NOT_SETTINGS = ("config", "tflop", "tflop_per_s", "mfu", "share", "gigabytes", "peak_mib", "parameters", "bytes")
-_NOT_SETTINGS += ("bytes_moved", "of_bandwidth", "of_convolutions", "gb_per_s", "left_out")
+_NOT_SETTINGS += ("bytes_moved", "of_bandwidth", "of_convolutions", "gb_per_s", "left_out", "with_products")
+_NOT_SETTINGS += ("data_wait_ms", "standard_error_ms", "step_ms")
 
 
 def main(arguments: list[str]) -> None:
     """Print the comparison of a command line."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("python -m benchmarks compare", __doc__)
     parser.add_argument("before", metavar="BEFORE", type=Path, help="a .jsonl file or a folder of them")
     parser.add_argument("after", metavar="AFTER", type=Path, help="the same")
     parser.add_argument("--machine", metavar="NAME", help="a part of the name of one, if there are several")
@@ -69,8 +65,8 @@ def _line(old: StoredRow, new: StoredRow) -> tuple[str, ...]:
 
 
 def ratio_with_range(old: StoredRow, new: StoredRow) -> tuple[float, float, float]:
-    """Return old / new of the medians (new / old of rates, where more is better), and its limits by p20 and p80."""
-    if old["unit"].endswith("/s"):
+    """Return old / new of the medians, and its limits by p20 and p80; new / old of what is better if it is more."""
+    if old["unit"].endswith("/s") or old["unit"].startswith("%"):
         old, new = new, old
     pairs = ("p50", "p50"), ("p20", "p80"), ("p80", "p20")
     # Nothing over nothing is no difference.
@@ -80,4 +76,5 @@ def ratio_with_range(old: StoredRow, new: StoredRow) -> tuple[float, float, floa
 
 def _settings(row: StoredRow) -> dict:
     """Return the unit, and the sizes and switches that make a case what it is."""
-    return {"unit": row["unit"]} | {name: value for name, value in row["settings"].items() if name not in _NOT_SETTINGS}
+    found = ("curve", *learning.FIGURES) if row["stage"] == "learning" else _NOT_SETTINGS
+    return {"unit": row["unit"]} | {name: value for name, value in row["settings"].items() if name not in found}

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.rows import Row
 from crossbatch.engine.config import ResolvedConfig
 from crossbatch.engine.planning.catalogue import CARDS, GPUS
-from crossbatch.engine.planning.prediction import TRAINING_UNITS, work_of
+from crossbatch.engine.planning.prediction import TRAINING_UNITS, crop_of
 from crossbatch.engine.sketch import sketch
 from crossbatch.models import NUM_VIEWS
 
@@ -33,9 +33,7 @@ def count(call: Callable[[], Any]) -> int:
 
 def of_step(cfg: ResolvedConfig) -> float:
     """Return the FLOPs of a step of `cfg` on one rank, from its shapes: every view once online and once for the keys."""
-    model = cfg.crossbatch.model
-    options, args = (model.stem, model.stop_grad_conv1), tuple(model.backbone_args.items())
-    crop = work_of(cfg.precision, model.arch, cfg.crossbatch.data.image_size, *options, backbone_args=args)
+    crop = crop_of(cfg)
     # Of the heads, the queries' side costs three forward passes and the keys' side one: twice what both cost forward.
     return NUM_VIEWS * cfg.local_batch * crop.flops * (1 + 1 / TRAINING_UNITS) + 2 * sketch(cfg).heads_flops
 

@@ -22,7 +22,6 @@ would need the others are left out. This file itself needs only Python, so that 
 compiled, never interpreted.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -32,7 +31,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks import processes
+from benchmarks import parser_of, processes
 from benchmarks.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +54,7 @@ PARTS["2"] |= {"trainer": 5, "batchformer": 6, "norm": 5, "heads": 4, "checkpoin
 
 def main(arguments: list[str]) -> int:
     """Run all parts and return the exit code: 0 if each of them succeeded, else 1."""
-    name, as_it_is = "python -m benchmarks.gpu", argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=as_it_is, allow_abbrev=False)
+    parser = parser_of("python -m benchmarks.gpu", __doc__)
     out = ROOT / "benchmarks" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
     names = [name for shares in PARTS.values() for name in shares]
     add = parser.add_argument

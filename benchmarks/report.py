@@ -4,7 +4,6 @@ It makes report.md with PNGs beside it, and report.html, one file with the same 
 several times, its last row counts. Rows of several machines are refused until --machine names one.
 """
 
-import argparse
 import ast
 import base64
 import json
@@ -17,6 +16,7 @@ from markdown_it import MarkdownIt  # comes with rich
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import parser_of
 from benchmarks.learning import SOONER
 from benchmarks.rows import Results, StoredRow, cells, machine_of, read, short, table
 from crossbatch import InputError
@@ -37,12 +37,7 @@ OURS, BASELINE = "#1f6f8b", "#b4b4b4"
 
 def main(arguments: list[str]) -> None:
     """Write the report of a command line and print where it is."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("python -m benchmarks report", __doc__)
     parser.add_argument(
         "results", metavar="DIR", type=Path, nargs="?", default=HERE / "results", help="default: %(default)s"
     )

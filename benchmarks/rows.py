@@ -26,23 +26,8 @@ _NEEDED = ("stage", "case", "machine", "p20", "p50", "p80", "n", "unit")
 _DEFAULTS = {"baseline": None, "ratio": None, "settings": {}}
 _DEFAULTS |= {"time": None, "effort": "full", "clocks": None, "peak_mib": None, "commit": None}
 _DEFAULTS |= {"cpu_ms": None, "cpu_ratio": None}
-COLUMNS = (
-    "case",
-    "p20",
-    "p50",
-    "p80",
-    "unit",
-    "n",
-    "ratio",
-    "CPU ms",
-    "CPU ratio",
-    "peak MiB",
-    "images/s",
-    "TFLOP/s",
-    "MFU",
-    "bandwidth",
-)
-COLUMNS += ("convolutions", "effort", "commit")
+COLUMNS = ("case", "p20", "p50", "p80", "unit", "n", "ratio", "CPU ms", "CPU ratio", "peak MiB", "images/s")
+COLUMNS += ("TFLOP/s", "MFU", "bandwidth", "convolutions", "effort", "commit")
 _STAGES_OF_IMAGES = ("decode", "augment", "data", "transfer", "backbone", "step", "trainer")
 
 
@@ -74,9 +59,9 @@ class Row:
         return row
 
     @staticmethod
-    def of_one(case: str, value: float, unit: str, settings: dict[str, Any], **more: Any) -> "Row":
+    def of_one(case: str, value: float, unit: str, settings: dict[str, Any]) -> "Row":
         """Return a row of something that is counted, or measured once."""
-        return Row(case, value, value, value, 1, unit, settings=settings, **more)
+        return Row(case, value, value, value, 1, unit, settings=settings)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

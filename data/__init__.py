@@ -20,7 +20,6 @@ DALI, Triton and torchvision are loaded when they are used.
 from crossbatch.data.augment.backends import BACKENDS, choose_backend
 from crossbatch.data.augment.parameters import (
     ViewAugmentation,
-    ViewParameters,
     draw_parameters,
     moco_v3_augmentations,
     normalize,
@@ -28,7 +27,6 @@ from crossbatch.data.augment.parameters import (
 from crossbatch.data.loader import Batch, EvaluationLoader, SkipLimitExceeded, TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler, evaluation_share
 from crossbatch.data.sources import RemoteOptions, Source, describe_source, has_evaluation_split, open_source, prepare
-from crossbatch.data.sources.shapes import write_shapes
 from crossbatch.data.workers import ImagesLost, WaitInterrupted, asked_to_stop, check_workers
 
 __all__ = [
@@ -42,7 +40,6 @@ __all__ = [
     "Source",
     "TrainLoader",
     "ViewAugmentation",
-    "ViewParameters",
     "WaitInterrupted",
     "asked_to_stop",
     "check_workers",
@@ -55,5 +52,4 @@ __all__ = [
     "normalize",
     "open_source",
     "prepare",
-    "write_shapes",
 ]

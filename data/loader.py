@@ -145,7 +145,7 @@ class TrainLoader:
         self.images_read = 0
         self.images_skipped = 0
         self.broken: dict[str, BrokenFile] = {}  # by name, all so far, with the reason
-        self._source, self._batch_size, self._seed, self._workers = source, batch_size, seed, workers
+        self.source, self._batch_size, self._seed, self._workers = source, batch_size, seed, workers
         self._augmentations = tuple(augmentations)
         self._device = torch.device(device or "cpu")
         needs_pil = any(augmentation.needs_pil for augmentation in augmentations)
@@ -169,12 +169,7 @@ class TrainLoader:
             raise ValueError(
                 f"`batch_size` (={self._batch_size}) must be divisible by the number of ranks (={world_size})"
             )
-        return GlobalBatchSampler(self._seed, len(self._source), self._batch_size, world_size, rank)
-
-    @property
-    def source(self) -> Source:
-        """Return the source of the images."""
-        return self._source
+        return GlobalBatchSampler(self._seed, len(self.source), self._batch_size, world_size, rank)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -239,13 +234,13 @@ class TrainLoader:
             from crossbatch.data.augment.dali import MAX_IMAGES, DaliPipeline
 
             keys = self._keys(epoch, step, 0, MAX_IMAGES)
-            arguments = self._source, self._augmentations, self._seed, keys, self._workers, self._device
+            arguments = self.source, self._augmentations, self._seed, keys, self._workers, self._device
             self._worker_batches = DaliPipeline(*arguments, self._scaled_decode)
         else:
             keys = _with_following(self._keys(epoch, step, self._workers, worker_batches.MAX_IMAGES), self._workers)
             turns = self._ahead + 1  # those ahead, and the one that `_collate` copies
             dataset = TrainDataset(
-                self._source, self._augmentations, self._seed, self._backend, self._scaled_decode, turns
+                self.source, self._augmentations, self._seed, self._backend, self._scaled_decode, turns
             )
             self._worker_batches = WorkerPool(dataset, keys, self._workers, self._ahead, self._wait_s)
         batches = self._collate(self._worker_batches)
@@ -289,7 +284,7 @@ class TrainLoader:
                 read.append(part.indices)
                 filled += len(part.indices)
             indices = np.concatenate(read)
-            labels = torch.from_numpy(self._source.labels[indices]) if self._source.has_labels else None
+            labels = torch.from_numpy(self.source.labels[indices]) if self.source.has_labels else None
             yield Batch(views, labels, indices, [image.name for image in broken]), broken
 
     def _check_skip_limit(self, images: int, broken: list[BrokenFile]) -> None:
@@ -313,36 +308,24 @@ class TrainLoader:
 
 
 class EvaluationLoader:
-    """Loads views of images of `sources` for evaluation, in worker processes that live until `close`.
+    """Loads views for evaluation, in worker processes that live until `close`.
 
-        with EvaluationLoader([train, evaluation], 224, batch_size=64, workers=8) as loader:
+        with EvaluationLoader(EvaluationDataset([train, evaluation], 224), batch_size=64, workers=8) as loader:
             for images, indices in loader.read(evaluation, np.arange(1000)):
 
-    Views are central ones, or augmented by `augmentations` and `seed`, the same in every `read`. Between two `read`s the
-    workers wait, without any images in memory.
+    Views are central ones, or those that `augmentations` and `seed` of the data set make, the same in every `read`. Between
+    two `read`s the workers wait, without any images in memory.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        image_size: ImageSize,
-        batch_size: int,
-        workers: int,
-        interpolation: str = "bilinear",
-        wait_s: float = WAIT_S,
-        channels: int = 3,
-        augmentations: Sequence[ViewAugmentation] = (),
-        seed: int = 0,
-    ):
+    def __init__(self, dataset: EvaluationDataset, batch_size: int, workers: int, wait_s: float = WAIT_S):
         self.skipped: list[str] = []  # in the last `read`: name and reason
-        self._sources, self._batch_size, self._workers, self._wait_s = sources, batch_size, workers, wait_s
-        self._dataset = EvaluationDataset(sources, image_size, interpolation, channels, augmentations, seed)
+        self._dataset, self._batch_size, self._workers, self._wait_s = dataset, batch_size, workers, wait_s
         self._pool: WorkerPool | None = None
 
     @property
     def shared_bytes(self) -> int:
         """Return how many bytes of images the workers hold in shared memory, at most."""
-        images = min(self._workers * AHEAD * self._batch_size, max(len(source) for source in self._sources))
+        images = min(self._workers * AHEAD * self._batch_size, max(len(source) for source in self._dataset.sources))
         return (
             images * self._dataset.channels * math.prod(height_width(self._dataset.image_size)) if self._workers else 0
         )
@@ -365,7 +348,7 @@ class EvaluationLoader:
             SkipLimitExceeded: if not one image could be read.
             ImagesLost: if no images come for `wait_s`, or a worker died.
         """
-        number = next(number for number, candidate in enumerate(self._sources) if candidate is source)
+        number = next(number for number, candidate in enumerate(self._dataset.sources) if candidate is source)
         size = self.images_at_once(augmented)
         keys = [(number, indices[start:][:size], augmented) for start in range(0, len(indices), size)]
         self.skipped, broken, some, done = [], [], False, False

@@ -162,23 +162,19 @@ def open_encoded(source: Source, index: int, check: bool = False, channels: int 
     return Encoded(data, *size)
 
 
+@dataclass
 class EvaluationDataset:
     """Makes central or augmented views, as a map-style dataset. Broken images are left out.
 
     Its "index" is (number of a source, indices, whether to augment). Augmented views are made by PIL, the same each time.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        image_size: ImageSize,
-        interpolation: str = "bilinear",
-        channels: int = 3,
-        augmentations: Sequence[ViewAugmentation] = (),
-        seed: int = 0,
-    ):
-        self.sources, self.image_size, self.interpolation, self.channels = sources, image_size, interpolation, channels
-        self.augmentations, self.seed = augmentations, seed
+    sources: Sequence[Source]
+    image_size: ImageSize
+    interpolation: str = "bilinear"
+    channels: int = 3
+    augmentations: Sequence[ViewAugmentation] = ()
+    seed: int = 0
 
     def describe(self, key: tuple[int, np.ndarray, bool]) -> str:
         """Return the name of the first image of a key."""

@@ -137,7 +137,9 @@ class WorkerPool:
             batch_size=None,
             sampler=self._keys,
             num_workers=workers,
-            collate_fn=_in_shared_memory if workers else _unchanged,
+            collate_fn=_in_shared_memory
+            if workers
+            else lambda batch: batch,  # DataLoader would make tensors of its arrays
             worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
@@ -440,9 +442,4 @@ def _in_shared_memory(batch: Any) -> Any:
         if isinstance(lost, ImagesLost):
             return lost
         raise
-    return batch
-
-
-def _unchanged(batch: Any) -> Any:
-    """Return a worker batch as it is; DataLoader would convert its arrays to tensors."""
     return batch

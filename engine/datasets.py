@@ -7,7 +7,7 @@ never be seen, without any error message.
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,20 +36,21 @@ from crossbatch.data import (
     open_source,
     prepare,
 )
-from crossbatch.data.sources.location import REMOTE
+from crossbatch.data.sources.location import REMOTE, expanded
 from crossbatch.data.sources.open import SPLITS
 from crossbatch.data.workers import WAIT_S, await_images
 from crossbatch.engine.config import Resolved, user_input
 from crossbatch.engine.config.schema import PATH, DataConfig, PathConfig
-from crossbatch.engine.runtime.distributed import on_every_rank, on_main
+from crossbatch.engine.runtime.distributed import on_all_ranks, on_main
 from crossbatch.engine.runtime.world import World
 
 _KEY = "crossbatch.data.path"
 _EVALUATION = ", ".join(f"{name}/" for name in SPLITS["eval"])
 _COMPARED = 64  # files that every rank reads to see whether it has the same ones as the others
 _READ_S = 60.0  # how long reading them may take
+MAX_NAMED = 10  # broken images that a rank names
 
-Evaluation = TypeVar("Evaluation", bound=Source | None)
+Sources = TypeVar("Sources", bound=tuple[Source | None, ...])
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,7 @@ def check_loaders(world: World, *loaders: TrainLoader | EvaluationLoader) -> Non
     num_bytes = world.local_size * sum(loader.shared_bytes for loader in loaders)
     if num_bytes:
         with user_input("crossbatch.data.workers"):
-            _, errors = on_every_rank(lambda: check_workers(num_bytes, "the data workers of this node"), ValueError)
-            if errors:
-                raise ValueError(errors[0])
+            on_all_ranks(lambda: check_workers(num_bytes, "the data workers of this node"), ValueError)
 
 
 def longest_wait_s(cfg: Resolved) -> float:
@@ -163,12 +162,23 @@ def stop_on_lost_images() -> Iterator[None]:
         raise RunStopped(f"crossbatch.data: {error}, and resume") from error
 
 
+def log_skipped_images(
+    images: Iterable[str], named: set[str] | None = None, say: Callable[[str], object] | None = None
+) -> None:
+    """Print or `say` which images of this rank are broken, each once, ten at most; `named` remembers those of earlier calls."""
+    named, say = set() if named is None else named, say or partial(print, flush=True)
+    for image in dict.fromkeys(images):
+        if image not in named and len(named) < MAX_NAMED:
+            named.add(image)
+            say(f"skipped a broken image: {image}")
+
+
 def remote_options(data: PathConfig, wait_s: float = WAIT_S) -> RemoteOptions:
     """Return how remote shards are read, as the section `crossbatch.data` says.
 
     A request is repeated for less than `wait_s`, after which a loader gives up, so that the message says what was wrong.
     """
-    folder = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    folder = None if data.cache_dir is None else expanded(data.cache_dir)
     return RemoteOptions(folder, data.cache_gib, 0.8 * wait_s)
 
 
@@ -182,7 +192,7 @@ def training_images(
 
     Raises InputError if there are no images, or if the ranks find different ones.
     """
-    return _open_on_all_ranks(path, cache, partial(_open, evaluate=evaluate, remote=remote), remote)
+    return open_on_all_ranks(path, cache, partial(_open, evaluate=evaluate, remote=remote), remote)
 
 
 def found_images(path: str | None, train: Source, evaluation: Source | None, evaluates: bool = True) -> list[str]:
@@ -210,7 +220,7 @@ def _lacking(path: str | None) -> str:
 
 def labelled_images(path: str | None, cache: Path, remote: RemoteOptions | None = None) -> tuple[Source, Source]:
     """Open training and evaluation images as `training_images` does; both are needed, with labels: see `labelled_sources`."""
-    return _open_on_all_ranks(path, cache, partial(labelled_sources, remote=remote), remote)
+    return open_on_all_ranks(path, cache, partial(labelled_sources, remote=remote), remote)
 
 
 def labelled_sources(
@@ -257,18 +267,19 @@ def _check_labels(source: Source, num_classes: int, where: str) -> None:
         )
 
 
-def _open_on_all_ranks(
+def open_on_all_ranks(
     path: str | None,
     cache: Path,
-    opened: Callable[[str | None, Path], tuple[Source, Evaluation]],
+    opened: Callable[[str | None, Path], Sources],
     remote: RemoteOptions | None,
-) -> tuple[Source, Evaluation]:
-    """Open images with `opened` on every rank, after rank 0 has prepared them, and check that all ranks found the same."""
+) -> Sources:
+    """Open images with `opened` on every rank, after rank 0 has prepared them, and check that all ranks found the same.
+
+    Raises InputError if they have not, or if `opened` does.
+    """
     if path is not None:
         on_main(user_input(_KEY)(lambda: prepare(path, cache=cache, remote=remote)))
-    sources, errors = on_every_rank(lambda: opened(path, cache), InputError)
-    if sources is None or errors:
-        raise InputError(errors[0])
+    sources = on_all_ranks(lambda: opened(path, cache))
     if dist.get_world_size() == 1:
         return sources
     opened_here = [source for source in sources if source is not None]

@@ -96,10 +96,8 @@ class GradientNoise:
             parts = torch.stack(self._parts).double().square().sum() / loss_scale**2
             if self.over == "chunks":
                 whole = torch.stack(self._whole).double().square().sum() / loss_scale**2
-            else:
-                parts = parts / len(
-                    self.sizes
-                )  # times the mean over ranks: what a rank adds to the mean gradient, squared
+            else:  # times the mean over ranks: what a rank adds to the mean gradient, squared
+                parts = parts / len(self.sizes)
                 whole = torch.full_like(parts, grad_norm**2)
             self._part_square, self._whole_square = self._part_square + parts, self._whole_square + whole
             self._steps += 1

@@ -28,12 +28,8 @@ METRICS = "metrics.jsonl"  # in the run directory
 STOPPED = "stopped.json"  # there, too, if a signal ended the run before its last step: {"signal": ..., "step": ...}
 BOARD = "TensorBoard"
 SCORES = {"knn_top1": "k-NN top-1", "top1": "top-1", "average_top1": "top-1 of the moving average"}  # percentages
-QUALITY = {  # of features, without labels
-    "rankme": "RankMe",
-    "effective_rank": "effective rank",
-    "alignment": "alignment",
-    "uniformity": "uniformity",
-}
+# Of features, without labels.
+QUALITY = {"rankme": "RankMe", "effective_rank": "effective rank", "alignment": "alignment", "uniformity": "uniformity"}
 SCORE_FORMATS = {
     **{name: f"{label} {{:.2f}} %" for name, label in SCORES.items()},
     **{name: f"{label} {{:.3g}}" for name, label in QUALITY.items()},
@@ -278,6 +274,15 @@ def _drop_lines_after(step: int, file: Path) -> tuple[dict[str, Any], int | None
     kept = [line for line in file.read_text(encoding="utf-8").splitlines() if parse(line)["step"] <= step]
     write_atomically(file, "".join(line + "\n" for line in kept))
     return (parse(kept[-1]), file.stat().st_size - len(kept[-1].encode()) - 1) if kept else ({}, None)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of the metrics of a run directory, without one that a crash has cut off. Raises OSError."""
+    lines = []
+    for text in (out / METRICS).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def finite_or_none(value: float) -> float | None:

@@ -92,13 +92,17 @@ class TrainState:
         self.build(self.chunk // 2)
 
     def train_on(self, batch: Batch) -> TrainResult:
-        """Train on a batch; a step whose gradients are not finite leaves the model as it was.
+        """Train on a batch; a step whose gradients are not finite, or that runs out of memory, leaves the model as it was.
 
         Such a step updates no parameter, but its forward pass has changed the running statistics, maybe to NaN.
         """
         progress = replace(self.step.progress)
         self._statistics.take()
-        result = self.task.train_on(self.step, batch)
+        try:
+            result = self.task.train_on(self.step, batch)
+        except torch.OutOfMemoryError:
+            self._statistics.restore()
+            raise
         if math.isfinite(result.grad_norm):
             self.nonfinite_in_a_row = 0
         else:

@@ -18,7 +18,7 @@ from crossbatch.data import Batch, WaitInterrupted
 from crossbatch.engine.checkpoint.memory import MemoryCopies
 from crossbatch.engine.checkpoint.schedule import CheckpointSchedule
 from crossbatch.engine.config import ResolvedConfig, usable_cores
-from crossbatch.engine.datasets import stop_on_lost_images
+from crossbatch.engine.datasets import log_skipped_images, stop_on_lost_images
 from crossbatch.engine.gradient_noise import describe_batch
 from crossbatch.engine.nested import nest
 from crossbatch.engine.run_log import Log, StepClock, finite_or_none, replay_command, score_rows
@@ -35,7 +35,6 @@ from crossbatch.engine.train_state import CHUNK_KEY, TrainState
 
 NONFINITE = "nonfinite.json"  # in the run directory, if steps that were not finite ended the run
 RESTART_S = 10.0  # for torchrun to stop this rank, too, after it has stopped another
-NAMED_IMAGES = 10  # broken images of a rank that the log names
 
 
 @dataclass
@@ -263,10 +262,8 @@ class Trainer:
     def _log_images(self, batch: Batch) -> None:
         """Log each broken image once, with the reason, and show the very first batch of a run in TensorBoard."""
         broken = self.task.data.loader.broken
-        for name in dict.fromkeys(batch.skipped):
-            if name not in self.named and len(self.named) < NAMED_IMAGES:
-                self.named.add(name)
-                self.log.note(f"skipped a broken image: {broken[name]}")
+        say = self.log.note if dist.get_rank() == 0 else None  # the log of other ranks says nothing
+        log_skipped_images((str(broken[name]) for name in batch.skipped), self.named, say)
         if self.num_steps == 0:
             self.log.first_views(batch.views)
 

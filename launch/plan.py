@@ -20,8 +20,9 @@ from rich.table import Table
 from crossbatch import InputError
 from crossbatch.engine.gradient_noise import describe_batch
 from crossbatch.engine.planning.catalogue import GPU_BY_HAND, GPUS, LINKS, NETWORKS
-from crossbatch.engine.planning.plan import IMAGENET, Plan, Question, as_dict, notes, plan, warnings
+from crossbatch.engine.planning.plan import IMAGENET, Plan, Question, as_dict, notes, plan
 from crossbatch.engine.runtime.output import check_printed, console
+from crossbatch.engine.schedules import too_short
 from crossbatch.launch.arguments import ArgumentParser, add_config_flags, overrides
 
 WIDTH = 100
@@ -78,7 +79,7 @@ def main() -> None:
         for line in lines:
             table.add_row(*line)
         printer.print(table)
-    for warning in warnings(found):
+    for warning in too_short(found.cfg.config, found.asked.images):
         printer.print(f"warning: {warning}")
     for note in notes(found):
         printer.print(f"extrapolated: {note}")

@@ -61,17 +61,8 @@ def train(
             distributed.on_main(lambda: create_run_directory(out))
             check_visible(out)
             task = build_task(cfg, world, device, out)
-            trainer = build_trainer(
-                task,
-                world,
-                device,
-                out,
-                arguments.resume,
-                arguments.steps,
-                arguments.allow_change,
-                watchdog,
-                profile_steps,
-            )
+            how = arguments.resume, arguments.steps, arguments.allow_change
+            trainer = build_trainer(task, world, device, out, *how, watchdog, profile_steps)
             trainer.signals.ignores_late = True
             trainer.train()
 

@@ -5,17 +5,16 @@ other ranks hold a `Collective`. A new backbone goes into `backbones` (and a fil
 BatchFormer kernel into `batchformer/`. torchvision, timm and triton are imported when they are needed.
 """
 
-from crossbatch.models.backbones import ARCHS, build_backbone
+from crossbatch.models.backbones import build_backbone
 from crossbatch.models.batchformer import BatchFormer
 from crossbatch.models.collective import Collective, GroupCollective
 from crossbatch.models.cross_entropy import cross_entropy_over_keys
 from crossbatch.models.loss import chance_loss, contrastive_loss, loss_from_add_bf
 from crossbatch.models.moco import NUM_VIEWS, MoCo, MoCoOutput
-from crossbatch.models.norm import Statistics, ViewBatchNorm, convert_norms, reuse_batch_stats, set_num_chunks
+from crossbatch.models.norm import ViewBatchNorm, convert_norms, set_num_chunks
 from crossbatch.models.shardable import ShardableModel, autocast
 
 __all__ = [
-    "ARCHS",
     "NUM_VIEWS",
     "BatchFormer",
     "Collective",
@@ -23,7 +22,6 @@ __all__ = [
     "MoCo",
     "MoCoOutput",
     "ShardableModel",
-    "Statistics",
     "ViewBatchNorm",
     "autocast",
     "build_backbone",
@@ -32,6 +30,5 @@ __all__ = [
     "convert_norms",
     "cross_entropy_over_keys",
     "loss_from_add_bf",
-    "reuse_batch_stats",
     "set_num_chunks",
 ]

@@ -1,5 +1,7 @@
 """Faults for runs on the ranks of a pool, and their replay: what tests of replay share.
 
+A fault is a function that returns what takes the place of another one; `partial` sends it to the ranks.
+
 A fault is put where a cluster has it: into the views on their way to the network, into a file of the data set, into a
 checkpoint, or into a weight in memory between two steps. The run shows it; a replay elsewhere has to find it.
 """
@@ -28,7 +30,7 @@ from crossbatch.engine.runtime.world import world_from_environment
 from crossbatch.engine.train_state import TrainState
 
 NORMALIZE, TRAIN_ON = "crossbatch.engine.step.normalize", "crossbatch.engine.train_state.TrainState.train_on"
-STOP_SOON = "crossbatch.watch.max_nonfinite_steps=2"
+MARK = 7.0  # of a row that `breaks_on` is to find: larger than any pixel, and no jump
 
 
 def replay(command: str, patches: tuple = ()) -> str:
@@ -70,78 +72,53 @@ def verdict(out: Path, step: int) -> dict:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-class nan_in_views_of:
-    """Puts a NaN into one pixel of an image's views in one step, as broken memory on the way to the device would.
+def nan_in_views_of(target: torch.Tensor, pixel: tuple[int, int, int], value: float = float("nan")):
+    """Put a NaN into one pixel of an image's views in one step, as broken memory on the way to the device would.
 
     The image is known by its pixels, so it is met on any rank and in any chunk. `target` is its view, uint8 [3, H, W].
     """
 
-    def __init__(self, target: torch.Tensor, pixel: tuple[int, int, int], value: float = float("nan")):
-        self.target, self.pixel, self.value = target, pixel, value
+    def poisoned(views, *arguments, **more):
+        found = normalize(views, *arguments, **more)
+        rows = (views == target).flatten(1).all(1).nonzero().flatten().tolist()
+        for row in rows:
+            found[(row, *pixel)] = value
+        return found
 
-    def __call__(self):
-        def poisoned(views, *arguments, **more):
-            found = normalize(views, *arguments, **more)
-            rows = (views == self.target).flatten(1).all(1).nonzero().flatten().tolist()
-            for row in rows:
-                found[(row, *self.pixel)] = self.value
-            return found
-
-        return poisoned
+    return poisoned
 
 
-class remembers:
-    """Lets `breaks_on` know which row is the view `target`: normalises as usual, and marks the row with a value of its own."""
+def breaks_on():
+    """Make the second block of a ViT give infinite values for an image whose first pixel is MARK."""
+    from crossbatch.models.vit import ViT
 
-    MARK = 7.0  # larger than any pixel, and no jump
+    forward = ViT.forward
 
-    def __init__(self, target: torch.Tensor):
-        self.target = target
+    def broken(network, images):
+        marked = images[:, 0, 0, 0] == MARK
+        images = images.clone()
+        images[marked, 0, 0, 0] = 0
 
-    def __call__(self):
-        return nan_in_views_of(self.target, (0, 0, 0), self.MARK)()
+        def overflow(module, arguments, output):
+            return torch.where(marked[:, None, None], output * 1e38 * 10, output)
 
+        handle = network.blocks[1].mlp.fc1.register_forward_hook(overflow, prepend=True)
+        try:
+            return forward(network, images)
+        finally:
+            handle.remove()
 
-class breaks_on:
-    """Makes the second block of a ViT give infinite values for an image that `remembers` has marked."""
-
-    def __init__(self, target: torch.Tensor):
-        self.target = target
-
-    def __call__(self):
-        from crossbatch.models.vit import ViT
-
-        forward = ViT.forward
-
-        def broken(network, images):
-            marked = images[:, 0, 0, 0] == remembers.MARK
-            images = images.clone()
-            images[marked, 0, 0, 0] = 0
-
-            def overflow(module, arguments, output):
-                return torch.where(marked[:, None, None], output * 1e38 * 10, output)
-
-            handle = network.blocks[1].mlp.fc1.register_forward_hook(overflow, prepend=True)
-            try:
-                return forward(network, images)
-            finally:
-                handle.remove()
-
-        return broken
+    return broken
 
 
-class divided_by_contrast:
-    """Divides each view by its contrast, too, with an eps that is too small: a black frame becomes huge, or not finite."""
+def divided_by_contrast(eps: float):
+    """Divide each view by its contrast, too, with an eps that is too small: a black frame becomes huge, or not finite."""
 
-    def __init__(self, eps: float):
-        self.eps = eps
+    def normalised(views, *arguments, **more):
+        contrast = (views.amax((2, 3)) - views.amin((2, 3))).float() / 255
+        return normalize(views, *arguments, **more) / (contrast[..., None, None] + eps)
 
-    def __call__(self):
-        def normalised(views, *arguments, **more):
-            contrast = (views.amax((2, 3)) - views.amin((2, 3))).float() / 255
-            return normalize(views, *arguments, **more) / (contrast[..., None, None] + self.eps)
-
-        return normalised
+    return normalised
 
 
 def write_images(folder: Path, count: int, flat: dict[int, int]) -> None:
@@ -230,21 +207,16 @@ class flips_a_bit:
 # --- the batch that a run had ----------------------------------------------------------------------------------------
 
 
-class keeps_views:
-    """Saves the views of every batch of every rank to a folder, by step and rank."""
+def keeps_views(folder: str):
+    """Save the views of every batch of every rank to a folder, by step and rank."""
+    train_on = TrainState.train_on
 
-    def __init__(self, folder: str):
-        self.folder = folder
+    def kept(state, batch):
+        step, rank = state.step.progress.step + 1, world_from_environment().rank
+        torch.save((batch.views.clone(), batch.indices), f"{folder}/{step}-{rank}.pt")
+        return train_on(state, batch)
 
-    def __call__(self):
-        train_on = TrainState.train_on
-
-        def kept(state, batch):
-            step, rank = state.step.progress.step + 1, world_from_environment().rank
-            torch.save((batch.views.clone(), batch.indices), f"{self.folder}/{step}-{rank}.pt")
-            return train_on(state, batch)
-
-        return kept
+    return kept
 
 
 def view_of(path: str, epoch: int, step: int, position: int, view: int) -> tuple[int, torch.Tensor]:

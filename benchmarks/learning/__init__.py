@@ -9,7 +9,8 @@ Only the time of a side's own turns counts, from the start of its process, with 
 times. `launch/knn.py` scores them afterwards: 20 nearest neighbours among a fifth of DIR/train, for all images of DIR/val or
 DIR/test.
 
-Batch, temperature, head sizes, augmentations, optimizer, learning rate and momentum are those of one recipe. What differs:
+Batch, temperature, head sizes, augmentations, optimizer, learning rate and momentum are those of one recipe, all in fp32. What
+differs:
 
     crossbatch   launch/pretrain.py with the recipe
     plain        MoCo v3 + BatchFormer in plain torch as the released code goes about it (`benchmarks.stages.plain_step`) with
@@ -22,4 +23,6 @@ Batch, temperature, head sizes, augmentations, optimizer, learning rate and mome
                  BatchFormer, AdamW as in plain; for ResNets only, as its module asks the backbone for features of 224 pixels
 """
 
-SOONER = "minutes to the best peer's k-NN"  # the setting of a row that says when its side had reached that
+SOONER = "minutes to the best peer's k-NN"  # when a side had reached that
+# The settings of a row that were measured.
+FIGURES = ("linear, %", "minutes", "images", "images/s", "CPU ms an image", "busy cores", "J an image", SOONER)

@@ -1,6 +1,5 @@
 """Runs the sides of the protocol in `benchmarks.learning` and scores what they saved."""
 
-import argparse
 import importlib.util
 import itertools
 import json
@@ -13,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import learning
-from benchmarks.learning import SOONER
+from benchmarks import learning, parser_of
+from benchmarks.learning import FIGURES, SOONER
 from benchmarks.learning.peers import PACKAGES, PEERS, RESNETS_ONLY
 from benchmarks.learning.turns import Runner, take_turns
 from benchmarks.measure import append
@@ -26,21 +25,20 @@ from crossbatch.engine.config import Device, load_config, usable_cores
 ROOT = Path(__file__).parents[2]
 SIDES = ("crossbatch", *PEERS)
 MARKS, WARMUP, CALIBRATION_S = 4, 0.1, 30
-RECIPES = {
-    "resnet": ("cifar10", ['crossbatch.model.backbone_args={"width": 16}', "crossbatch.model.mlp_dim=512"]),
-    "vit": (
-        "cifar10",
-        [
-            "crossbatch.model.arch=vit_small",
-            'crossbatch.model.backbone_args={"embed_dim": 96, "depth": 6, "num_heads": 3, "patch_size": 4}',
-            "crossbatch.model.stem=imagenet",
-            "crossbatch.model.stop_grad_conv1=true",
-            "crossbatch.model.mlp_dim=512",
-        ],
-    ),
+RECIPE = "cifar10"
+NETWORKS = {
+    "resnet": ['crossbatch.model.backbone_args={"width": 16}'],
+    "vit": [
+        "crossbatch.model.arch=vit_small",
+        'crossbatch.model.backbone_args={"embed_dim": 96, "depth": 6, "num_heads": 3, "patch_size": 4}',
+        "crossbatch.model.stem=imagenet",
+        "crossbatch.model.stop_grad_conv1=true",
+    ],
 }
 SHARED = [
     "train_batch_size=128",
+    "crossbatch.precision=fp32",  # two of the peers have no other
+    "crossbatch.model.mlp_dim=512",
     "crossbatch.batchformer.group_size=64",
     "optimizer.params.base_lr=2e-3",
     "crossbatch.momentum.base=0.97",
@@ -48,15 +46,12 @@ SHARED = [
 BANK = "?fraction=0.2,seed=0"  # of the training images, for the k-NN
 SCORE_SETTINGS = {"knn": ["--set=crossbatch.knn.k=[20]"], "linear": ["--set=crossbatch.linear.cache=true"]}
 
-COLUMNS = ("linear, %", "minutes", "images", "images/s", "CPU ms an image", "busy cores", "J an image", SOONER)
-
 
 @dataclass
 class Side:
     """Holds how one side runs, and what was found of it."""
 
     name: str
-    recipe: str
     overrides: list[str]
     images: Path
     num_images: int
@@ -65,7 +60,7 @@ class Side:
     start_s: float = math.nan
 
     def __post_init__(self) -> None:
-        self.config = load_config(ROOT / "ds_configs" / f"{self.recipe}.json", self.overrides)
+        self.config = load_config(ROOT / "ds_configs" / f"{RECIPE}.json", self.overrides)
         self.per_epoch = self.num_images // self.config.train_batch_size
 
     def steps(self, minutes: float) -> int:
@@ -81,7 +76,7 @@ class Side:
             f"crossbatch.schedule.warmup_epochs={WARMUP * epochs}",
             f"crossbatch.schedule.epochs={epochs}",
         ]
-        recipe = str(ROOT / "ds_configs" / f"{self.recipe}.json")
+        recipe = str(ROOT / "ds_configs" / f"{RECIPE}.json")
         if self.name in PEERS:
             command = [sys.executable, "-m", "benchmarks.learning.peers", self.name, "--recipe", recipe]
             command += ["--images", str(self.images), "--marks", str(self.marks), "--out", str(out)]
@@ -102,10 +97,8 @@ class Side:
         """Start the process that trains this side; it waits for its first turn."""
         out.mkdir(parents=True)
         folder, pattern = ("marks", "step-*.pth") if self.name in PEERS else ("checkpoints", "step-*")
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         command, log = self.command(steps, out, seed), out.with_suffix(".log")
-        environment = {**os.environ, "PYTHONPATH": paths}
-        return Runner(command, log, out / "metrics.jsonl", lambda: (out / folder).glob(pattern), environment)
+        return Runner(command, log, out / "metrics.jsonl", lambda: (out / folder).glob(pattern), _environment())
 
     def score(self, checkpoint: Path, by: str = "knn") -> float:
         """Return the accuracy of saved weights in percent, by k-NN or by a linear probe on features of central views."""
@@ -117,7 +110,7 @@ class Side:
             model = {"arch": ours.model.arch, "stem": ours.model.stem, "backbone_args": dict(ours.model.backbone_args)}
             command += [f"--set=crossbatch.model.{name}={json.dumps(value)}" for name, value in model.items()]
             command += [f"--set=crossbatch.data.image_size={ours.data.image_size}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a CPU, one is scored on each core
+        environment = _environment(OMP_NUM_THREADS="1")  # on a CPU, one is scored on each core
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(
@@ -130,14 +123,14 @@ def _set(settings: list[str]) -> list[str]:
     return [f"--set={setting}" for setting in settings]
 
 
+def _environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": paths, **more}
+
+
 def main(arguments: list[str]) -> None:
     """Measure what a command line asks for, and print a table. Raises InputError."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks learning",
-        description=learning.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("python -m benchmarks learning", learning.__doc__)
     add = parser.add_argument
     add("--images", metavar="DIR", type=Path, required=True, help="class folders in DIR/train and DIR/val or DIR/test")
     length = parser.add_mutually_exclusive_group()
@@ -148,7 +141,7 @@ def main(arguments: list[str]) -> None:
     add("--sides", nargs="*", choices=SIDES, help="default: all that can train the network")
     what = "one more side: crossbatch with other values of keys (path=value), for an ablation; may be repeated"
     add("--variant", metavar=("NAME", "path=value"), nargs="+", action="append", default=[], help=what)
-    add("--network", choices=list(RECIPES), default="resnet", help="a ResNet-18 of width 16 (default), or a small ViT")
+    add("--network", choices=list(NETWORKS), default="resnet", help="a ResNet-18 of width 16 (default), or a small ViT")
     add("--set", metavar="path=value", action="append", default=[], help="change a key of the recipe, for all sides")
     add("--slice", metavar="S", type=float, default=10, help="seconds of a turn (default 10)")
     add("--out", metavar="DIR", type=Path, help="append the rows to DIR/learning.jsonl")
@@ -162,11 +155,10 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"--sides: {name} cannot train the network {given.network}; allowed: {' '.join(possible)}")
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             raise InputError(f"--sides: {name} is not installed; pip install {name}, or name other sides")
-    recipe, overrides = RECIPES[given.network]
-    overrides = [*SHARED, *overrides, *given.set]
+    overrides = [*SHARED, *NETWORKS[given.network], *given.set]
     images = given.images, len(open_source(given.images, "train")), MARKS if given.epochs is None else 1
-    sides = [Side(name, recipe, overrides, *images) for name in names]
-    sides += [Side(name, recipe, [*overrides, *changes], *images) for name, *changes in given.variant]
+    sides = [Side(name, overrides, *images) for name in names]
+    sides += [Side(name, [*overrides, *changes], *images) for name, *changes in given.variant]
     if not sides:
         raise InputError("--sides: given none and no --variant; name at least one")
     with tempfile.TemporaryDirectory() as folder:
@@ -183,8 +175,8 @@ def main(arguments: list[str]) -> None:
             found += rows
             if given.out is not None:
                 append(given.out / "learning.jsonl", "learning", rows)
-    lines = [[row.case, short(row.p50), *(_cell(row.settings, name) for name in COLUMNS)] for row in found]
-    show(f"k-NN after {length}", ["case", "k-NN, %", *COLUMNS], lines)
+    lines = [[row.case, short(row.p50), *(_cell(row.settings, name) for name in FIGURES)] for row in found]
+    show(f"k-NN after {length}", ["case", "k-NN, %", *FIGURES], lines)
 
 
 def _calibrate(sides: list[Side], folder: Path, slice_s: float) -> None:
@@ -224,7 +216,7 @@ def _train(sides: list[Side], steps: dict[str, int], folder: Path, seed: int, le
             "busy cores": runner.cpu_s / runner.active_s,
             "J an image": None if runner.energy_j is None else runner.energy_j / images,
             "curve": curve,
-            "recipe": side.recipe,
+            "recipe": RECIPE,
             "overrides": side.overrides,
             "slice_s": slice_s,
         }

@@ -33,7 +33,7 @@ STORED_KEYS = 4096
 class LightlyStep:
     """Trains MoCo v2, put together from lightly's parts."""
 
-    def __init__(self, cfg: ResolvedConfig):
+    def __init__(self, cfg: ResolvedConfig, device: torch.device):
         from lightly.loss import NTXentLoss  # pyright: ignore[reportMissingImports]
         from lightly.models.modules import MoCoProjectionHead  # pyright: ignore[reportMissingImports]
         from lightly.models.utils import deactivate_requires_grad  # pyright: ignore[reportMissingImports]
@@ -42,10 +42,10 @@ class LightlyStep:
         assert isinstance(params, AdamWConfig)
         self.backbone = plain_backbone(cfg.config)
         head = MoCoProjectionHead(self.backbone.num_features, model.mlp_dim, model.projection_dim, batch_norm=True)
-        self.encoder = nn.Sequential(self.backbone, head)
+        self.encoder = nn.Sequential(self.backbone, head).to(device)
         self.average = copy.deepcopy(self.encoder)
         deactivate_requires_grad(self.average)
-        self.criterion = NTXentLoss(model.temperature, memory_bank_size=(STORED_KEYS, model.projection_dim))
+        self.criterion = NTXentLoss(model.temperature, memory_bank_size=(STORED_KEYS, model.projection_dim)).to(device)
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), weight_decay=params.weight_decay)
         self.momentum = 0.99
 
@@ -70,14 +70,15 @@ class LightlyStep:
 class StablePretrainingStep:
     """Trains MoCo v3 with stable-pretraining's module, which has the loss, the heads and the moving averages."""
 
-    def __init__(self, cfg: ResolvedConfig):
+    def __init__(self, cfg: ResolvedConfig, device: torch.device):
         from stable_pretraining.methods.mocov3 import MoCov3  # pyright: ignore[reportMissingImports]
 
         model, params = cfg.config.crossbatch.model, cfg.config.optimizer.params
         assert isinstance(params, AdamWConfig)
         self.backbone = plain_backbone(cfg.config)
         widths = model.mlp_dim, model.projection_dim
-        self.module = MoCov3(self.backbone, widths, predictor_hidden_dim=model.mlp_dim, temperature=model.temperature)
+        module = MoCov3(self.backbone, widths, predictor_hidden_dim=model.mlp_dim, temperature=model.temperature)
+        self.module = module.to(device)
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, weight_decay=params.weight_decay)
         self.momentum = 0.99
@@ -92,6 +93,9 @@ class StablePretrainingStep:
             average.ema_coefficient.fill_(self.momentum)
             average.update_teacher()
         return loss.detach()
+
+
+STEPS = {"plain": PlainStep, "lightly": LightlyStep, "stable-pretraining": StablePretrainingStep}
 
 
 def lightly_transform(size: int, crop_min: float, blur: float) -> Callable[[Any], Any]:
@@ -111,7 +115,8 @@ def main() -> None:
     parser.add_argument("--marks", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    cfg = resolve(load_config(given.recipe, given.set), 1, Device.detect())
+    detected = Device.detect()
+    cfg, device = resolve(load_config(given.recipe, given.set), 1, detected), torch.device(detected.type)
     ours, batch = cfg.config.crossbatch, cfg.train_batch_size
     torch.manual_seed(ours.seed)
     size = ours.data.image_size
@@ -122,10 +127,7 @@ def main() -> None:
     loader = DataLoader(
         images, batch, shuffle=True, num_workers=usable_cores(), drop_last=True, persistent_workers=True
     )
-    if given.peer == "plain":
-        step = PlainStep(cfg, torch.device("cpu"))
-    else:
-        step = LightlyStep(cfg) if lightly else StablePretrainingStep(cfg)
+    step = STEPS[given.peer](cfg, device)
     (given.out / "marks").mkdir(parents=True, exist_ok=True)
     epochs, per_epoch = ours.schedule.epochs, len(loader)
     total = round(epochs * per_epoch)
@@ -138,7 +140,7 @@ def main() -> None:
             for group in step.optimizer.param_groups:
                 group["lr"] = rate
             step.momentum = encoder_momentum(epoch, ours.momentum.base, epochs, ours.momentum.cosine)
-            loss = step.train_on(views)
+            loss = step.train_on([view.to(device) for view in views])
             done = number + 1
             if done % EVERY_STEPS == 0 or done == total:
                 line = {"step": done, "images_seen": done * batch, "loss": loss.item()}

@@ -8,7 +8,6 @@ images, strong scaling shares them out. Efficiency is the rate over that of the 
 which share the cores of a machine, it is at most 1 / ranks in weak scaling when one rank uses all cores.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import parser_of
 from benchmarks.rows import Results, StoredRow, read, show
 from benchmarks.scaling import calibration
 from benchmarks.scaling.rank import parse, resolved
@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> None:
 
 def measure(arguments: list[str]) -> None:
     """Run every size under torchrun, which adds its row to OUT/scaling.jsonl, and show the file."""
-    name, as_it_is = "python -m benchmarks scaling", argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=as_it_is, allow_abbrev=False)
+    parser = parser_of("python -m benchmarks scaling", __doc__)
     parser.add_argument("--ranks", metavar="N", type=int, nargs="+", required=True, help="sizes, such as 1 2 4")
     given = parse(parser, arguments)
     given.set = [*(ON_GPUS if torch.cuda.is_available() else SMALL), *given.set]
@@ -71,7 +70,7 @@ def measure(arguments: list[str]) -> None:
 
 
 def efficiency(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks scaling efficiency", allow_abbrev=False)
+    parser = parser_of("python -m benchmarks scaling efficiency", None)
     parser.add_argument("path", metavar="PATH", type=Path)
     parser.add_argument("--machine", metavar="NAME", help="of several: a part of the name of one")
     given = parser.parse_args(arguments)
@@ -119,7 +118,7 @@ def _calls(kinds: dict[str, dict[str, float]] | None) -> str:
 
 
 def backtest(arguments: list[str]) -> None:
-    argparse.ArgumentParser("python -m benchmarks scaling backtest", allow_abbrev=False).parse_args(arguments)
+    parser_of("python -m benchmarks scaling backtest", None).parse_args(arguments)
     rows, singles = calibration.ROWS, calibration.SINGLE
     errors, one_gpu = calibration.leave_out(*calibration.MANY_GPUS), calibration.leave_out(*calibration.ONE_GPU)
     by_publication = calibration.leave_out(*calibration.MANY_GPUS, by_publication=True)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import parser_of
 from benchmarks.measure import append, clocks
 from benchmarks.rows import Row
 from benchmarks.stages import recipe
@@ -67,8 +68,7 @@ def whole_bytes(args: tuple) -> int:
 
 
 def main() -> None:
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    given = parse(argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is, allow_abbrev=False))
+    given = parse(parser_of(None, __doc__))
     world = world_from_environment()
     cfg = resolved(given, world.size, Device.detect(), world.local_size)
     with process_group(world, cfg.device.type, threads=cfg.threads) as torch_device:

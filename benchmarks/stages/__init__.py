@@ -8,20 +8,8 @@ import enum
 from typing import TypeVar
 
 # What a GPU decides comes first: where time runs out, the rest is left out.
-STAGES = (
-    "step",
-    "backbone",
-    "norm",
-    "batchformer",
-    "heads",
-    "optimizer",
-    "ema",
-    "transfer",
-    "augment",
-    "data",
-    "decode",
-)
-STAGES += ("checkpoint", "memory", "trainer", "collectives", "index", "remote")
+STAGES = ("step", "backbone", "norm", "batchformer", "heads", "optimizer", "ema", "transfer", "augment", "data")
+STAGES += ("decode", "checkpoint", "memory", "trainer", "collectives", "index", "remote")
 WITH_IMAGES = ("decode", "augment", "data")  # their `run` takes a folder of images
 
 T = TypeVar("T")

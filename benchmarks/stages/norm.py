@@ -31,9 +31,6 @@ from crossbatch.models import NUM_VIEWS, ViewBatchNorm, build_backbone
 
 SYNC, CUDNN, OURS = "SyncBatchNorm + add + ReLU", "BatchNorm2d + add + ReLU", "ours"
 COMPILED = {name: f"{name}, compiled" for name in (SYNC, CUDNN)}
-# What the norms before these kernels moved, counted once in the same way: they can no longer run. On a GPU each view was
-# measured and normalised by itself, ReLU and addition followed, and the input's gradient was copied once more.
-BEFORE_MB, BEFORE_COMMIT = 792.3, "b5fc359"
 
 
 class Shape(NamedTuple):
@@ -69,33 +66,27 @@ def run(effort: Effort) -> Iterator[Row]:
         for shape in SHAPES[: effort.pick(1, 4, len(SHAPES))]:
             calls = _calls(shape, images, precision, device.type)
             settings = {"images": images, "precision": precision, **shape._asdict()}
-            names = {name: f"{name}, {shape}" for name in calls}
-            optional = [names[name] for name in calls if name in COMPILED.values()]
-            rows = compare({names[name]: call for name, call in calls.items()}, settings, effort, optional=optional)
+            cases = {f"{name}, {shape}": call for name, call in calls.items()}
+            optional = [f"{name}, {shape}" for name in COMPILED.values()]
+            rows = compare(cases, settings, effort, optional=optional)
             for row in rows:
                 if row.case not in optional:
-                    call = next(call for name, call in calls.items() if names[name] == row.case)
-                    moved = limits.bytes_moved(call, torch.device(device.type))
+                    moved = limits.bytes_moved(cases[row.case], torch.device(device.type))
                     of_bandwidth = moved / (1e6 * copy.settings["gb_per_s"]) / row.p50
                     row.settings = row.settings | {"bytes_moved": moved, "of_bandwidth": of_bandwidth}
             yield from rows
 
 
 def _bytes() -> Iterator[Row]:
-    """Yield the elementwise MB of an image, of torchvision's ResNet-50 and of ours before and now."""
+    """Yield the elementwise MB of an image, of torchvision's ResNet-50 and of ours."""
     networks: dict[str, Callable[[], Any]] = {
-        f"torchvision's ResNet-50 ({CUDNN})": partial(torchvision.models.resnet50, num_classes=1),
-        "our ResNet-50": partial(build_backbone, "resnet50"),
+        f"bytes, torchvision's ResNet-50 ({CUDNN})": partial(torchvision.models.resnet50, num_classes=1),
+        "bytes, our ResNet-50": partial(build_backbone, "resnet50"),
     }
-    moved = {f"bytes, {name}": of_backbone(build, 224, "bf16") for name, build in networks.items()}
-    plain, ours = ((name, [found.elementwise / 1e6]) for name, found in moved.items())
-    megabytes = dict((plain, (f"bytes, our ResNet-50 at {BEFORE_COMMIT}", [BEFORE_MB]), ours))
+    moved = {name: of_backbone(build, 224, "bf16") for name, build in networks.items()}
     settings = {"image_size": 224, "views": NUM_VIEWS, "precision": "bf16"}
-    for row in summarise(megabytes, settings, "MB/image"):
-        if row.case in moved:
-            row.settings = row.settings | {"with_products": moved[row.case].total / 1e6}
-        else:
-            row.settings = row.settings | {"counted_at": BEFORE_COMMIT}
+    for row in summarise({name: [found.elementwise / 1e6] for name, found in moved.items()}, settings, "MB/image"):
+        row.settings = row.settings | {"with_products": moved[row.case].total / 1e6}
         yield row
 
 

@@ -85,7 +85,7 @@ def _pretrain(overrides: list[str], data: Path, out: Path, profiled: int, steps:
         "--out",
         out,
     ]
-    command += ["--profile", profiled, "--steps", steps, *(word for item in overrides for word in ("--set", item))]
+    command += ["--profile", profiled, "--steps", steps, *(f"--set={item}" for item in overrides)]
     paths = os.pathsep.join(filter(None, [str(LAUNCH.parents[1]), os.environ.get("PYTHONPATH")]))
     words = [str(word) for word in command]
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)

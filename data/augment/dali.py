@@ -35,10 +35,10 @@ from crossbatch.data.augment.parameters import (
     reduced,
     reductions,
 )
-from crossbatch.data.decode import BrokenImage, Encoded, decode, decode_pixels, encode_bmp, jpeg_size
+from crossbatch.data.decode import BrokenImage, Encoded, decode_pixels, encode_bmp, jpeg_size
 from crossbatch.data.sources import Source
 from crossbatch.data.sources.subset import read_ahead
-from crossbatch.data.worker_batches import BrokenFile, WorkerBatch, open_or_replace
+from crossbatch.data.worker_batches import BrokenFile, WorkerBatch, open_encoded, open_or_replace
 
 dali: Any = _dali  # its type hints do not know its constants
 
@@ -255,14 +255,12 @@ def encoded(source: Source, index: int, by_pil: bool = False) -> Encoded:
     """Return image `index` for DALI. Raises OSError, as `source.open` does.
 
     The result holds the file itself if it is an ordinary JPEG (which PIL must be able to decode, if `by_pil`), else a BMP of
-    what PIL decodes.
+    what PIL decodes, or of what a source without `has_files` opens.
     """
-    data = source.read(index)
-    size = jpeg_size(data)
-    if size is not None and not by_pil:
-        return Encoded(data, *size)
-    image = decode(data)
-    return Encoded(encode_bmp(image) if size is None else data, image.height, image.width)
+    opened = open_encoded(source, index, check=by_pil)
+    if isinstance(opened, Encoded):
+        return opened
+    return Encoded(encode_bmp(Image.fromarray(opened)), *opened.shape[:2])
 
 
 def _as_bmp(image: Encoded, reduction: int, by_pil: bool) -> bytes:

@@ -102,7 +102,7 @@ def parse(path: str | Path) -> Location:
                 f"is written to config.json (docs/data.md, Remote shards)"
             )
     else:  # a folder may have a question mark in its name
-        target, _, query = (rest, "", "") if Path(rest).expanduser().exists() else rest.partition("?")
+        target, _, query = (rest, "", "") if expanded(rest).exists() else rest.partition("?")
     given = _parse_query(query, {**_OPTIONS[scheme], **_SUBSET}, text)
     options = {name: given.get(name, default) for name, default in _OPTIONS[scheme].items()}
     subset = {name: given[name] for name in _SUBSET if name in given}
@@ -123,7 +123,12 @@ def parse(path: str | Path) -> Location:
         raise ValueError(f"{text!r} needs {what}, as in {example}")
     if scheme in REMOTE:
         return Location(scheme, target.rstrip("/"), options, subset)
-    return Location(scheme, str(Path(target).expanduser()), options, subset)
+    return Location(scheme, str(expanded(target)), options, subset)
+
+
+def expanded(path: str) -> Path:
+    """Return `path` with its home directory, or as it is where nobody has that name (Path.expanduser raises RuntimeError)."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def _parse_query(query: str, defaults: dict[str, Any], text: str) -> dict[str, Any]:

@@ -131,9 +131,14 @@ class RemoteFolder:
             try:
                 content = self._ask_file(INDEX, lambda fs, url: fs._cat_file(url), _OPENING_S, _INDEX_S).result()
                 index = unpack(content)
+                shards = Names(index, "shards").unpack()
             except FileNotFoundError:
                 return None
-            except (_Denied, ValueError) as error:  # what some servers answer where there is no file: 403, or a page
+            except (
+                _Denied,
+                KeyError,
+                ValueError,
+            ) as error:  # what some servers answer where there is no file: 403, or a page
                 if self._names:
                     return None
                 if isinstance(error, ImagesLost):
@@ -141,7 +146,7 @@ class RemoteFolder:
                 raise ValueError(
                     f"{self.url}/{INDEX}: not an index ({error}); write it again, or name the shards"
                 ) from error
-        return index if self._names in ([], Names(index, "shards").unpack()) else None
+        return index if self._names in ([], shards) else None
 
     def beside(self) -> Counter[str]:
         """Count the files in the folder by kind, without hidden ones."""
@@ -222,9 +227,9 @@ class RemoteImages:
         if data is None:
             piece = piece or self._request(index)
             whole = piece.data.result()
-            if kept and len(whole) == self._spans[piece.first : piece.last, 1].max() - piece.begin:
+            if kept and self._cache and len(whole) == self._spans[piece.first : piece.last, 1].max() - piece.begin:
                 first = number - (index - piece.first)
-                kept.write(first, whole, piece.begin, self._spans[piece.first : piece.last])
+                self._cache.write(kept, first, whole, piece.begin, self._spans[piece.first : piece.last])
             data = whole[begin - piece.begin : end - piece.begin]
         return lambda offset, length: data[max(offset - begin, 0) : max(offset - begin, 0) + length]
 

@@ -49,7 +49,7 @@ class ImageCache:
 
     def open(self, digest: str, size: int) -> "CachedShard":
         """Return the kept part of a shard of `size` bytes."""
-        return CachedShard(self, self._folder / digest, size)
+        return CachedShard(self._folder / digest, size)
 
     def write(self, shard: "CachedShard", first: int, data: bytes, begin: int, spans: np.ndarray) -> None:
         """Keep images from number `first` on, which lie at `spans` of the shard; `data` starts at byte `begin` of it."""
@@ -101,8 +101,8 @@ class ImageCache:
 class CachedShard:
     """Reads and writes the images of one shard that are kept. Closes when nobody holds it."""
 
-    def __init__(self, cache: ImageCache, path: Path, size: int):
-        self._cache, self._checksums_at = cache, -(-size // _BLOCK) * _BLOCK
+    def __init__(self, path: Path, size: int):
+        self._checksums_at = -(-size // _BLOCK) * _BLOCK
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         os.utime(self._file)
         self._touched = time.monotonic()
@@ -121,10 +121,6 @@ class CachedShard:
             os.utime(self._file)
         data = os.pread(self._file, end - begin, begin)
         return data if len(data) == end - begin and _nonzero_checksum(data) == expected else None
-
-    def write(self, first: int, data: bytes, begin: int, spans: np.ndarray) -> None:
-        """Keep images from number `first` on, if there is room."""
-        self._cache.write(self, first, data, begin, spans)
 
     def put(self, first: int, data: bytes, begin: int, spans: np.ndarray) -> None:
         """Write images, and then their checksums, which make them count. Raises OSError if the disk is full."""

@@ -24,7 +24,7 @@ ZeRO or FSDP2.
 """
 
 from crossbatch.engine.checkpoint.async_writer import AsyncCheckpointWriter
-from crossbatch.engine.checkpoint.changes import check_allowed
+from crossbatch.engine.checkpoint.changes import check_allowed, is_allowed
 from crossbatch.engine.checkpoint.directory import Keep, candidates, create_run_directory, find
 from crossbatch.engine.checkpoint.resume import Resumed, resume
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable, read, read_manifest, write

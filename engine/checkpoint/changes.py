@@ -26,6 +26,11 @@ def check_allowed(keys: Iterable[str], schema: type = Config) -> None:
             raise InputError(f"--allow-change {key}: no such key; allowed: the path of a key or section in config.json")
 
 
+def is_allowed(path: str, keys: Iterable[str]) -> bool:
+    """Return whether one of the keys and sections of --allow-change covers the key `path`."""
+    return any(covers(current_path(key), path) for key in keys)
+
+
 def fixed_values(config: Mapping[str, Any], schema: type, allowed: Iterable[str] = ()) -> dict[str, Any]:
     """Return {key path: value} of all keys that a resumed run must keep.
 

@@ -5,13 +5,12 @@ checkpoint goes: it is renamed to a dotted name before its files are deleted. So
 somebody else touched it, and a crash between any two operations leaves the newest complete checkpoint in place.
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from crossbatch import InputError
-from crossbatch.engine.runtime.atomic_files import write_atomically
+from crossbatch.engine.runtime.atomic_files import sync, write_atomically
 
 MANIFEST, CONFIG = "state.json", "config.json"
 
@@ -107,11 +106,11 @@ def commit(aside: Path, directory: Path, step: int, keep: Keep) -> None:
     Checkpoints of later steps go, too: they belong to a history that this run was resumed from before.
     """
     target = directory / name_of(step)
-    _sync(aside)
+    sync(aside)
     if target.exists():  # from an earlier attempt that was not resumed from
         _remove(target)
     aside.rename(target)
-    _sync(directory)
+    sync(directory)
     write_atomically(directory / "latest", target.name + "\n")
     everything = _newest_first(directory)
     until_now = [path for path in everything if step_of(path) <= step]
@@ -128,12 +127,3 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)
     checkpoint.rename(away)
     shutil.rmtree(away, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    """Make renames in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -297,7 +297,7 @@ class MemoryCopies:
 
         text = torch.frombuffer(bytearray(describe(sent).encode()), dtype=torch.uint8)
         everyone: list[Any] = [None] * self.world.size
-        free = _free_bytes()  # measured before the ranks meet here, as after that they take some of it
+        free = shutil.disk_usage(MEMORY).free  # measured before the ranks meet here, as after that they take some of it
         dist.all_gather_object(everyone, (sent.num_bytes, len(text)))
         keepers = buddies(self._leaders)
         self._buddy = keepers[self.world.rank]
@@ -498,8 +498,3 @@ def read_attempts(out: Path) -> list[str]:
 def write_attempts(out: Path, attempts: list[str]) -> None:
     """Write the attempts that may have copies to the run directory `out`, for `read_attempts`."""
     write_atomically(out / ATTEMPTS, json.dumps({"attempts": attempts}) + "\n")
-
-
-def _free_bytes() -> int:
-    found = os.statvfs(MEMORY)
-    return found.f_bavail * found.f_frsize

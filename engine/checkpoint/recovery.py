@@ -73,7 +73,7 @@ def recover(out: Path, fingerprint: str, newer_than: int, world: World, timeout_
     dist.all_gather_object(everyone, (leader, mine))
     holders: dict[tuple[int, str, int], dict[str, dict[int, Copy]]] = defaultdict(lambda: defaultdict(dict))
     for its_leader, copies in everyone:
-        for copy in map(Copy._make, copies):
+        for copy in copies:
             holders[copy.step, copy.attempt, copy.world_size][copy.part][its_leader] = copy
     needed = {key: needed_parts([*parts], key[2]) for key, parts in holders.items()}
     whole = [key for key, parts in holders.items() if key[0] > newer_than and all(map(parts.get, needed[key]))]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from crossbatch import InputError
-from crossbatch.engine.checkpoint.changes import differences
+from crossbatch.engine.checkpoint.changes import differences, is_allowed
 from crossbatch.engine.checkpoint.directory import CONFIG
 from crossbatch.engine.checkpoint.slices import local_state, random_state
 from crossbatch.engine.checkpoint.store import Manifest, Unreadable, check_contents, fill, read_manifest
@@ -58,7 +58,7 @@ def resume(
         if opened is not None and not errors:
             manifest, saved = opened
             changed = differences(saved, config, allowed, schema)
-            if "crossbatch.data.path" not in allowed:
+            if not is_allowed("crossbatch.data.path", allowed):
                 changed += _other_images(manifest, images, images_checksum)
             _check_same_run(checkpoint, changed)
             held = local_state(backend)

@@ -251,14 +251,15 @@ def fill(checkpoint: Path, held: Mapping[str, LocalShards]) -> None:
             for name, tensor in held.items():
                 for wanted in tensor.slices:
                     _fill_slice(wanted, name, metadata, open_file)
-    except (OSError, KeyError, AssertionError) as error:
+    except (OSError, KeyError) as error:
         raise Unreadable(f"damaged: {error}") from None
 
 
 def _fill_slice(wanted: FlatSlice, name: str, metadata: Any, open_file: Callable[[str], Any]) -> None:
     """Read from every stored slice of the tensor `name` what overlaps with the wanted one."""
     stored, end = metadata.state_dict_metadata[name], wanted.start + wanted.local.numel()
-    assert wanted.local.dtype == stored.properties.dtype, f"{name} is in {stored.properties.dtype}"
+    if wanted.local.dtype != stored.properties.dtype:
+        raise Unreadable(f"damaged: {name} is in {stored.properties.dtype}")
     for chunk in stored.chunks:
         first, last = max(wanted.start, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
         if first < last:
@@ -267,7 +268,8 @@ def _fill_slice(wanted: FlatSlice, name: str, metadata: Any, open_file: Callable
             values = target if target.is_cpu else torch.empty_like(target, device="cpu")
             file = open_file(file_name)
             file.seek(offset + (first - chunk.offsets[0]) * values.element_size())
-            assert file.readinto(_bytes(values)) == values.nbytes, f"{file_name} is too short"
+            if file.readinto(_bytes(values)) != values.nbytes:
+                raise Unreadable(f"damaged: {file_name} is too short")
             if values is not target:
                 target.copy_(values)
 

@@ -91,7 +91,7 @@ def resolve_finetune(
     Raises:
         InputError: if the configuration cannot run on `world_size` ranks of `device`.
     """
-    check_training(config, world_size)
+    check_training(config)
     cfg = resolve_training(_without_dali(config), world_size, device, local_world_size)
     data, repeats = cfg.crossbatch.data, cfg.crossbatch.data.repeats
     if data.auto_augment is not None and data.color_jitter:

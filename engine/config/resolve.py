@@ -102,7 +102,7 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
     Raises:
         InputError: if the configuration cannot run on `world_size` ranks of `device`.
     """
-    check_training(config, world_size)
+    check_training(config)
     _check_lars(config)
     _check_cuda_graph(config, world_size, device)
     model = config.crossbatch.model.model_copy(update={"norm_ranks": _norm_ranks(config, world_size, local_world_size)})
@@ -112,8 +112,18 @@ def resolve(config: Config, world_size: int, device: Device, local_world_size: i
 
 
 def resolve_training(config: Any, world_size: int, device: Device, local_world_size: int) -> Resolved:
-    """Resolve what pretraining, fine-tuning and the linear probe have in common: batch, cores, precision, data backend."""
-    local_batch, given = config.train_batch_size // world_size, config.train_micro_batch_size_per_gpu
+    """Resolve what pretraining, fine-tuning and the linear probe have in common: batch, cores, precision, data backend.
+
+    Raises InputError if the batch cannot be divided by the ranks, or the backend is not there.
+    """
+    batch, given = config.train_batch_size, config.train_micro_batch_size_per_gpu
+    if batch % world_size:
+        near = max(batch // world_size, 1) * world_size
+        raise InputError(
+            f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple of the number of ranks; "
+            f"set it to {near}"
+        )
+    local_batch = batch // world_size
     chunk = local_batch if given == "auto" else min(given, local_batch)
     workers, threads = share_cores(config.crossbatch.data.workers, device, local_world_size)
     precision, why_precision = choose_precision(config.crossbatch.precision, device)
@@ -154,16 +164,9 @@ def share_cores(workers: int | str, device: Device, local_world_size: int) -> tu
     return workers, max(1, cores)
 
 
-def check_training(config: Any, world_size: int) -> None:
-    """Check batch, ranks, schedule and sharding of pretraining or fine-tuning. Raises InputError."""
+def check_training(config: Any) -> None:
+    """Check schedule and sharding of pretraining or fine-tuning. Raises InputError."""
     schedule, zero = config.crossbatch.schedule, config.zero_optimization
-    batch = config.train_batch_size
-    if batch % world_size:
-        near = max(batch // world_size, 1) * world_size
-        raise InputError(
-            f"train_batch_size: given {batch} for {world_size} ranks; allowed: a multiple of the number of ranks; "
-            f"set it to {near}"
-        )
     for name in ("warmup_epochs", "freeze_backbone_epochs"):  # the second one is of pretraining
         if (value := getattr(schedule, name, 0)) >= schedule.epochs:
             raise InputError(

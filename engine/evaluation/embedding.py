@@ -24,21 +24,15 @@ import torch
 from rich.progress import Progress
 
 from crossbatch import InputError, RunStopped
-from crossbatch.data import Source, describe_source, has_evaluation_split, open_source, prepare
+from crossbatch.data import Source, describe_source, has_evaluation_split, open_source
 from crossbatch.engine.config import user_input
 from crossbatch.engine.config.evaluation import EmbedConfig
 from crossbatch.engine.config.schema import PathConfig
-from crossbatch.engine.datasets import check_loaders, checksum, remote_options
-from crossbatch.engine.evaluation.features import (
-    EvalLoaderConfig,
-    FrozenBackbone,
-    extract,
-    gathered,
-    log_skipped_images,
-)
+from crossbatch.engine.datasets import check_loaders, checksum, log_skipped_images, open_on_all_ranks, remote_options
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FrozenBackbone, extract, gathered
 from crossbatch.engine.pretrained.load import load_configured
 from crossbatch.engine.runtime.atomic_files import replace_atomically, write_atomically
-from crossbatch.engine.runtime.distributed import on_every_rank, on_main
+from crossbatch.engine.runtime.distributed import on_all_ranks, on_main
 from crossbatch.engine.runtime.output import console
 from crossbatch.engine.runtime.world import World
 from crossbatch.models.collective import GroupCollective
@@ -49,12 +43,14 @@ SOURCE = "source.json"  # in the folder of parts: what they are of
 
 def parts_folder(output: Path) -> Path:
     """Return the folder that holds the parts of `output`. Raises InputError if `output` exists, or cannot be written."""
-    if output.exists():
-        raise InputError(f"--output: {output} exists already; remove it or give another name")
+    parts = output.with_name(f".{output.name}.parts")
+    for file in (output, *([output.with_suffix(".csv")] if output.suffix == ".npy" and not parts.exists() else [])):
+        if file.exists():
+            raise InputError(f"--output: {file} exists already; remove it or give another name")
     existing = next(folder for folder in output.absolute().parents if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--output {output}: {existing} is not a writable folder; choose another place")
-    return output.with_name(f".{output.name}.parts")
+    return parts
 
 
 def embed(
@@ -81,7 +77,7 @@ def embed(
         RunStopped: if images were lost, or the disk is full.
     """
     section, collective = config.crossbatch, GroupCollective()
-    pretrained = load_configured(section.model, section.data.image_size)
+    pretrained = on_all_ranks(lambda: load_configured(section.model, section.data.image_size))
     source = _open(section.data, split, folder)
     frozen = FrozenBackbone(pretrained.backbone, device, section.precision)
     images, channels = config.train_micro_batch_size_per_gpu, pretrained.channels
@@ -121,22 +117,17 @@ def embed(
 
 def _open(data: PathConfig, split: str, cache: Path) -> Source:
     """Open the images on every rank, after rank 0 has prepared them; labels are not needed."""
-    path, remote = data.path, remote_options(data)
-    if path is None:
-        raise InputError("crossbatch.data.path: not given; give it with --data DIR")
-    key = "crossbatch.data.path"
+    remote = remote_options(data)
 
-    def opened() -> Source:
-        with user_input(key):
+    def opened(path: str | None, cache: Path) -> tuple[Source]:
+        if path is None:
+            raise InputError("crossbatch.data.path: not given; give it with --data DIR")
+        with user_input("crossbatch.data.path"):
             if split == "eval" and not has_evaluation_split(path):
-                raise InputError(f"{key}: {path} has no evaluation images; leave out --split eval")
-            return open_source(path, split, cache=cache, remote=remote)
+                raise InputError(f"crossbatch.data.path: {path} has no evaluation images; leave out --split eval")
+            return (open_source(path, split, cache=cache, remote=remote),)
 
-    on_main(user_input(key)(lambda: prepare(path, cache=cache, remote=remote)))
-    source, errors = on_every_rank(opened, InputError)
-    if source is None or errors:
-        raise InputError(errors[0])
-    return source
+    return open_on_all_ranks(data.path, cache, opened, remote)[0]
 
 
 def _parts_left(folder: Path, identity: dict[str, Any], starts: range) -> list[int]:

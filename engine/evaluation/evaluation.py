@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, 
 from crossbatch.engine.evaluation.results import RESULTS, create_output_dir, save_figures, write_results
 from crossbatch.engine.pretrained.load import load_configured
 from crossbatch.engine.run_log import print_summary
-from crossbatch.engine.runtime.distributed import GroupCollective, on_main
+from crossbatch.engine.runtime.distributed import GroupCollective, on_all_ranks, on_main
 from crossbatch.engine.runtime.output import console
 from crossbatch.engine.runtime.world import World
 
@@ -55,7 +56,7 @@ class Evaluation(ABC):
         self.config, self.world, self.device, self.out = config, world, device, out
         section = config.crossbatch
         self.collective = GroupCollective()
-        self.pretrained = load_configured(section.model, section.data.image_size)
+        self.pretrained = on_all_ranks(lambda: load_configured(section.model, section.data.image_size))
         on_main(lambda: create_output_dir(out, self.name))
         remote = remote_options(section.data)
         self.train, self.evaluation = labelled_images(section.data.path, out / "data_index", remote)
@@ -106,14 +107,8 @@ class Evaluation(ABC):
         hidden = not (self.world.is_main and terminal.is_terminal)
         with Progress(console=terminal, disable=hidden) as bar:
             task = bar.add_task(f"features: {what}", total=-(-len(source) // self.world.size))
-            return extract(
-                self.frozen,
-                source,
-                np.arange(len(source)),
-                self.reading,
-                self.collective,
-                lambda images: bar.advance(task, images),
-            )
+            advance = partial(bar.advance, task)
+            return extract(self.frozen, source, np.arange(len(source)), self.reading, self.collective, advance)
 
     def _sum_over_ranks(self, **counts: int) -> dict[str, int]:
         """Return the sums of the counts of all ranks, under the same names."""

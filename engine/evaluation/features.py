@@ -9,7 +9,7 @@ Shapes: N images, C features, W ranks.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from crossbatch.data import (
     normalize,
 )
 from crossbatch.data.augment.parameters import RGB, Channels, ImageSize, height_width
+from crossbatch.data.worker_batches import EvaluationDataset
 from crossbatch.data.workers import WAIT_S
 from crossbatch.engine.config import autocast_dtype
 from crossbatch.engine.datasets import stop_on_lost_images
@@ -33,7 +34,6 @@ from crossbatch.models import autocast
 from crossbatch.models.backbones import Backbone
 from crossbatch.models.collective import Collective
 
-MAX_NAMED = 10  # broken images that a rank names
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -95,17 +95,9 @@ class EvalLoaderConfig:
 
     def open(self, *sources: Source) -> EvaluationLoader:
         """Return a loader of images of `sources`; the caller closes it."""
-        return EvaluationLoader(
-            sources,
-            self.image_size,
-            self.batch_size,
-            self.workers,
-            self.interpolation,
-            self.wait_s,
-            len(self.channels.mean),
-            self.augmentations,
-            self.seed,
-        )
+        channels = len(self.channels.mean)
+        views = EvaluationDataset(sources, self.image_size, self.interpolation, channels, self.augmentations, self.seed)
+        return EvaluationLoader(views, self.batch_size, self.workers, self.wait_s)
 
 
 @torch.no_grad()
@@ -153,15 +145,6 @@ def extract(
     numbers = np.concatenate(read)
     labels, numbers = (torch.as_tensor(array, device=reading.device) for array in (source.labels[numbers], numbers))
     return FeatureSet(torch.cat(features), labels, numbers, ours.skipped)
-
-
-def log_skipped_images(images: Iterable[str], named: set[str] | None = None) -> None:
-    """Print the broken images of this rank, each once, ten at most; `named` remembers those of earlier calls."""
-    named = set() if named is None else named
-    for image in dict.fromkeys(images):
-        if image not in named and len(named) < MAX_NAMED:
-            named.add(image)
-            print(f"skipped a broken image: {image}", flush=True)
 
 
 def prepared(images: torch.Tensor, reading: EvalLoaderConfig) -> torch.Tensor:

@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from crossbatch.data import Source
-from crossbatch.data.augment.pil import evaluation_image
+from crossbatch.data.worker_batches import EvaluationDataset, WorkerBatch
 from crossbatch.engine.config.evaluation import KnnConfig
+from crossbatch.engine.datasets import log_skipped_images
 from crossbatch.engine.evaluation.evaluation import Evaluation, Report
-from crossbatch.engine.evaluation.features import log_skipped_images
 from crossbatch.engine.evaluation.knn import KnnResult, score, too_few_neighbours
 from crossbatch.engine.evaluation.results import confusion_matrix, neighbour_grid
 from crossbatch.engine.run_log import command
@@ -59,10 +59,13 @@ class KnnEvaluation(Evaluation):
 
     def _neighbours(self, result: KnnResult, k: int, title: str) -> Figure:
         """Draw evenly spread evaluation images, each beside the training images nearest to it."""
-        names, size, rows = self.class_names, self.reading.image_size, []
+        names, rows, sources = self.class_names, [], (self.train, self.evaluation)
+        images = EvaluationDataset(sources, self.reading.image_size, channels=len(self.pretrained.channels.mean))
 
         def pixels(source: Source, index: int) -> np.ndarray:
-            return evaluation_image(source.open(index), size).permute(1, 2, 0).numpy()
+            found = images[sources.index(source), np.array([index]), False]
+            assert isinstance(found, WorkerBatch) and found.views is not None, "it was read before"
+            return found.views[0].permute(1, 2, 0).numpy()
 
         for m in np.unique(np.linspace(0, len(result.queries) - 1, SHOWN_QUERIES).round().astype(int)):
             true, guess = int(result.queries.labels_N[m]), int(result.predictions[k][m])

@@ -16,9 +16,10 @@ from crossbatch.data import GlobalBatchSampler
 from crossbatch.engine.config import Resolved, to_dict, user_input
 from crossbatch.engine.config.evaluation import LinearConfig, TrainImagesConfig
 from crossbatch.engine.config.finetune import FinetuneDataConfig
+from crossbatch.engine.datasets import log_skipped_images
 from crossbatch.engine.evaluation.batches import AugmentedFeatures, Batches, CachedFeatures
 from crossbatch.engine.evaluation.evaluation import Evaluation, Report
-from crossbatch.engine.evaluation.features import FeatureSet, fingerprint, gathered, log_skipped_images
+from crossbatch.engine.evaluation.features import FeatureSet, fingerprint, gathered
 from crossbatch.engine.evaluation.linear_probe import LinearProbe
 from crossbatch.engine.evaluation.probe_file import identity, read_probe, save_probe
 from crossbatch.engine.evaluation.results import confusion_matrix, curves
@@ -73,7 +74,7 @@ class LinearEvaluation(Evaluation):
         self.clock = StepClock()
         self.history: list[dict[str, list[float]]] = []
         self.identity = identity(self.config, self.train)
-        saved = read_probe(resume, out, self.identity, self.frozen.fingerprint)
+        saved = on_main(lambda: read_probe(resume, out, self.identity, self.frozen.fingerprint))
         if saved is not None:
             self.probe.load(saved)
             self.history = saved["history"]

@@ -9,8 +9,8 @@ import torch
 from crossbatch.data import Source
 from crossbatch.data.augment.parameters import channels_of
 from crossbatch.engine.config import ResolvedConfig, user_input
-from crossbatch.engine.datasets import longest_wait_s, view_augmentations
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered, log_skipped_images
+from crossbatch.engine.datasets import log_skipped_images, longest_wait_s, view_augmentations
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, FeatureSet, extract, gathered
 from crossbatch.engine.evaluation.knn import score
 from crossbatch.engine.evaluation.quality import alignment_and_uniformity, ranks
 from crossbatch.engine.runtime.distributed import GroupCollective

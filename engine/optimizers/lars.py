@@ -34,13 +34,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Variant = Literal["moco-v3", "larc", "mlperf"]
-GROUP_KEYS = (
-    "params",
-    "param_names",
-    "name",
-    "lr_scale",
-    "initial_lr",
-)  # beside the arguments; schedulers read the last two
+# Beside the arguments; schedulers read the last two.
+GROUP_KEYS = ("params", "param_names", "name", "lr_scale", "initial_lr")
 
 
 class Segment(NamedTuple):

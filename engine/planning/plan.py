@@ -27,7 +27,7 @@ from crossbatch.engine.planning.prediction import (
     estimate,
 )
 from crossbatch.engine.planning.traffic import totals
-from crossbatch.engine.run_log import METRICS
+from crossbatch.engine.run_log import METRICS, read_metrics
 from crossbatch.engine.runtime.chunk_size import MARGIN
 from crossbatch.engine.schedules import too_short
 
@@ -198,7 +198,7 @@ def noise_of(run: Path) -> Noise:
     """Read the last noise scale of a run directory. Raises InputError if there is none."""
     allowed = "allowed: the directory of a pretraining run"
     try:
-        lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+        lines = read_metrics(run)
         batch = int(json.loads((run / "config.json").read_text())["train_batch_size"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--run: given {run}; {allowed} ({error}); give its --out") from None
@@ -219,11 +219,6 @@ def _rows_in(path: Path) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
         raise ValueError("lines without stage, case, p50, ..." if rows else "there are none")
     return rows
-
-
-def warnings(found: Plan) -> list[str]:
-    """Return what is doubtful about the recipe itself, wherever it runs."""
-    return too_short(found.cfg.config, found.asked.images)
 
 
 def notes(found: Plan) -> Iterator[str]:
@@ -251,14 +246,13 @@ def notes(found: Plan) -> Iterator[str]:
     yield "memory: computed from shapes and checked on CPUs; not yet measured on this GPU"
 
 
-def _noise_as_dict(noise: Noise, batch: int) -> dict[str, float]:
-    steps, images = cost_of_batch(batch, noise.scale)
-    return {**noise._asdict(), "steps_over_fewest": steps, "images_over_fewest": images}
-
-
 def as_dict(found: Plan) -> dict[str, Any]:
     """Convert the whole answer to JSON types, for scripts."""
     cfg, at = found.cfg, found.at
+    noise = None
+    if found.noise is not None:
+        steps, images = cost_of_batch(cfg.train_batch_size, found.noise.scale)
+        noise = {**found.noise._asdict(), "steps_over_fewest": steps, "images_over_fewest": images}
     network = {"gb_per_s": at.network.bandwidth * at.adapters, "origin": at.network.source} if at.nodes > 1 else None
     names = ("low", "expected", "high")
     rate, hours = (dict(zip(names, three, strict=True)) for three in (found.images_per_s, found.hours))
@@ -278,13 +272,13 @@ def as_dict(found: Plan) -> dict[str, Any]:
         "fits": found.fits,
         "memory_gib": {"total": found.memory.total / GIB, "parts": parts},
         "images_per_s": {**rate, "extrapolated": True},
-        "noise": None if found.noise is None else _noise_as_dict(found.noise, cfg.train_batch_size),
+        "noise": noise,
         "hours": {**hours, "epochs": cfg.crossbatch.schedule.epochs, "images": found.asked.images},
         "step_ms": found.estimate.step_ms,
         "stages": [vars(stage) for stage in found.estimate.stages],
         "limited_by": list(found.estimate.limits),
         "collectives": totals(found.estimate.traffic),
         "helps": [tried._asdict() for tried in found.helps],
-        "warnings": warnings(found),
+        "warnings": too_short(cfg.config, found.asked.images),
         "notes": list(notes(found)),
     }

@@ -131,15 +131,25 @@ class Work:
 
 
 @functools.cache
-def work_of(precision: str, arch: str, image_size: ImageSize, *options: Any, backbone_args: tuple = ()) -> Work:
+def work_of(
+    precision: str, arch: str, image_size: ImageSize, *options: Any, backbone_args: tuple = (), in_channels: int = 3
+) -> Work:
     """Count what one crop through a backbone takes; arguments as of `build_backbone`, with the items of `backbone_args`."""
-    backbone = without_memory(lambda: build_backbone(arch, image_size, *options, backbone_args=dict(backbone_args)))
+    more: dict[str, Any] = {"backbone_args": dict(backbone_args), "in_channels": in_channels}
+    backbone = without_memory(lambda: build_backbone(arch, image_size, *options, **more))
     kept = kept_by_backbone(backbone, image_size, precision).per_image / NUM_VIEWS
     counter = FlopCounterMode(display=False)
     # The plain kernel of attention is the one whose products are counted on every device.
     with shapes_only(precision), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        backbone(torch.empty(2 * NUM_VIEWS, 3, *height_width(image_size)))
+        backbone(torch.empty(2 * NUM_VIEWS, in_channels, *height_width(image_size)))
     return Work(float(TRAINING_UNITS * counter.get_total_flops() // (2 * NUM_VIEWS)), kept)
+
+
+def crop_of(cfg: ResolvedConfig) -> Work:
+    """Count what one crop through the backbone of a configuration takes."""
+    model, data, args = cfg.crossbatch.model, cfg.crossbatch.data, tuple(cfg.crossbatch.model.backbone_args.items())
+    options = model.arch, data.image_size, model.stem, model.stop_grad_conv1
+    return work_of(cfg.precision, *options, backbone_args=args, in_channels=data.channels)
 
 
 @functools.cache
@@ -204,9 +214,7 @@ def estimate(
 
 
 def _computed(cfg: ResolvedConfig, at: Machines, constants: Constants) -> list[Stage]:
-    model, size = cfg.crossbatch.model, cfg.crossbatch.data.image_size
-    args = tuple(model.backbone_args.items())
-    crop = work_of(cfg.precision, model.arch, size, model.stem, model.stop_grad_conv1, backbone_args=args)
+    model, crop = cfg.crossbatch.model, crop_of(cfg)
     repeated = (1 - 1 / cfg.chunks) + REPEATED[model.checkpoint_activations]
     units = TRAINING_UNITS + repeated + 1  # the last: momentum encoder
     crops = NUM_VIEWS * cfg.local_batch * units / TRAINING_UNITS

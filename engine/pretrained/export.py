@@ -50,8 +50,7 @@ def _advice(pretrained: Pretrained, to: str, file: Path) -> list[str]:
     """Return how to build the network elsewhere, and what goes wrong silently; InputError if the format is not for it."""
     arch = pretrained.arch
     try:
-        network = pretrained.image_size, pretrained.stem, pretrained.backbone_args, len(pretrained.mean)
-        built = constructor(to, arch, *network)
+        built = constructor(to, pretrained)
     except ValueError as error:
         if to != "safetensors":
             raise InputError(f"--to {to}: {error}; --to safetensors takes any network") from None

@@ -16,7 +16,6 @@ import json
 import pickle
 import platform
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from crossbatch.data.augment.parameters import height_width
 from crossbatch.engine.pretrained.files import write_file
 from crossbatch.engine.pretrained.formats import timm_name
 from crossbatch.engine.pretrained.load import Pretrained
+from crossbatch.engine.run_log import METRICS, read_metrics
 from crossbatch.models.backbones import LAYOUTS, family
 from crossbatch.models.resnet import BLOCKS, Bottleneck
 
@@ -42,9 +42,7 @@ CARD = "README.md"
 def huggingface(pretrained: Pretrained, folder: Path) -> list[str]:
     """Write a Hugging Face folder; return lines for the user. Raises InputError if timm cannot build it or `folder` exists."""
     try:
-        name, arguments = timm_name(
-            pretrained.arch, pretrained.image_size, pretrained.stem, pretrained.backbone_args, len(pretrained.mean)
-        )
+        name, arguments = timm_name("timm", pretrained)
     except ValueError as error:
         raise InputError(f"--to huggingface: {error}; --to safetensors and --to onnx take any network") from None
     if folder.exists():
@@ -81,26 +79,17 @@ def huggingface(pretrained: Pretrained, folder: Path) -> list[str]:
     }
 
     def save(temporary: Path) -> None:
-        (temporary / FOR_TRANSFORMERS).parent.mkdir(parents=True)
-        try:
-            save_file(renamed, temporary / FOR_TRANSFORMERS, {"format": "pt"})
-            torch.save(state, temporary / FOR_TIMM)
-            for file, content in {
-                "config.json": config,
-                "preprocessor_config.json": processor,
-                "model.safetensors.index.json": index,
-            }.items():
-                (temporary / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        (temporary / FOR_TRANSFORMERS).parent.mkdir(parents=True, exist_ok=True)  # a killed command leaves them
+        save_file(renamed, temporary / FOR_TRANSFORMERS, {"format": "pt"})
+        torch.save(state, temporary / FOR_TIMM)
+        for file, content in {
+            "config.json": config,
+            "preprocessor_config.json": processor,
+            "model.safetensors.index.json": index,
+        }.items():
+            (temporary / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        save(folder.with_name(f".{folder.name}.tmp"))
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written: {error.strerror}; choose another place") from None
+    write_file(folder, save)
     return [
         f"{folder}: {len(renamed)} tensors written",
         f'transformers: AutoModel.from_pretrained("{folder}")(images).pooler_output is the feature',
@@ -313,8 +302,8 @@ def write_card(checkpoint: Path, to: str, output: Path, notes: list[str]) -> str
     if has_recipe:
         recipe = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         data = recipe.get("crossbatch", {}).get("data", {})
-        run = checkpoint if (checkpoint / "metrics.jsonl").is_file() else checkpoint.absolute().parent.parent
-        lines += ["", "## Data", "", f"`{data.get('path')}`", *_metrics(run / "metrics.jsonl")]
+        run = checkpoint if (checkpoint / METRICS).is_file() else checkpoint.absolute().parent.parent
+        lines += ["", "## Data", "", f"`{data.get('path')}`", *_metrics(run)]
         lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```"]
     versions = {"crossbatch": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
     versions["python"] = platform.python_version()
@@ -323,11 +312,10 @@ def write_card(checkpoint: Path, to: str, output: Path, notes: list[str]) -> str
     return f"{file}: the model card, with {'the recipe, data and metrics of the run' if has_recipe else 'versions'}"
 
 
-def _metrics(file: Path) -> list[str]:
+def _metrics(run: Path) -> list[str]:
     """Return the last value of every number that a run has logged, as lines of Markdown."""
     last: dict[str, float] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            last |= {name: value for name, value in json.loads(line).items() if isinstance(value, (int, float))}
+    for line in read_metrics(run) if (run / METRICS).is_file() else ():
+        last |= {name: value for name, value in line.items() if isinstance(value, (int, float))}
     rows = [f"| {name} | {value:g} |" for name, value in last.items()]
     return ["", "## Metrics", "", "| at the end | value |", "| --- | --- |", *rows] if rows else []

@@ -3,10 +3,12 @@
 No tensor has to be renamed: the ViTs have the names of timm, the ResNets those of torchvision, which timm's ResNets have, too.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crossbatch.models.backbones import LAYOUTS, family
+
+if TYPE_CHECKING:  # launch/convert.py imports FORMATS at its start
+    from crossbatch.engine.pretrained.load import Pretrained
 
 # What the constructors of timm and DeiT set for these names; their ViT-S has 6 heads.
 _TIMM_VITS: dict[str, dict[str, Any]] = {
@@ -24,57 +26,38 @@ FORMATS = {
 }
 
 
-def timm_name(
-    arch: str,
-    image_size: int | tuple[int, int],
-    stem: str,
-    backbone_args: Mapping[str, Any],
-    in_channels: int = 3,
-) -> tuple[str, dict[str, Any]]:
-    """Return timm's name of `arch`, and the arguments in which it differs from timm's network of that name.
+def timm_name(to: str, network: "Pretrained") -> tuple[str, dict[str, Any]]:
+    """Return the name of a network in the library of format `to`, and the arguments in which it differs from that of the name.
 
-    Raises ValueError if timm cannot build it.
+    That library is timm, but for torchvision and deit. Raises ValueError if it cannot build the network.
     """
-    constructor("timm", arch, image_size, stem, backbone_args, in_channels)
-    channels = {"in_chans": in_channels} if in_channels != 3 else {}
-    if family(arch) == "resnet":
-        return arch, channels
-    settings = {**vars(LAYOUTS[arch]), **backbone_args, "img_size": image_size}
-    differing = {name: settings[name] for name, value in _TIMM_VITS[arch].items() if settings[name] != value}
-    return f"vit_{arch.removeprefix('vit_')}_patch16_224", differing | channels
-
-
-def constructor(
-    to: str,
-    arch: str,
-    image_size: int | tuple[int, int],
-    stem: str,
-    backbone_args: Mapping[str, Any],
-    in_channels: int = 3,
-) -> str:
-    """Return the call that builds `arch` in the library of format `to`, which is timm for safetensors.
-
-    Raises ValueError if that library cannot build it.
-    """
+    arch, in_channels = network.arch, len(network.mean)
     if in_channels != 3 and to in ("torchvision", "deit"):
         raise ValueError(f"{to} builds networks for three channels, and this one has {in_channels}; allowed: timm")
-    channels = f", in_chans={in_channels}" if in_channels != 3 else ""
+    channels = {"in_chans": in_channels} if in_channels != 3 else {}
     if family(arch) == "resnet":
         if to == "deit":
             raise ValueError(f"DeiT trains only ViTs, and {arch} is not one; allowed: vit_small, vit_base")
-        width = backbone_args.get("width", 64)
+        stem, width = network.stem, network.backbone_args.get("width", 64)
         if stem != "imagenet" or width != 64:
             raise ValueError(
                 f"{to} builds {arch} with the imagenet stem and width 64; this one has stem {stem}, width {width}"
             )
-        return f"torchvision.models.{arch}()" if to == "torchvision" else f'timm.create_model("{arch}"{channels})'
+        return arch, channels
     if to == "torchvision":
         raise ValueError(f"torchvision's ViTs differ from timm's, and {arch} is one of timm's; allowed: a ResNet")
     if arch not in _TIMM_VITS:
         raise ValueError(
             f"{to} cannot build {arch}, because its stem is a stack of convolutions; allowed: vit_small, vit_base"
         )
-    settings = {**vars(LAYOUTS[arch]), **backbone_args, "img_size": image_size}
-    arguments = [f", {name}={settings[name]}" for name, value in _TIMM_VITS[arch].items() if settings[name] != value]
-    name = f"{'deit' if to == 'deit' else 'vit'}_{arch.removeprefix('vit_')}_patch16_224"
-    return f'timm.create_model("{name}"{"".join(arguments)}{channels})'
+    settings = {**vars(LAYOUTS[arch]), **network.backbone_args, "img_size": network.image_size}
+    differing = {name: settings[name] for name, value in _TIMM_VITS[arch].items() if settings[name] != value}
+    return f"{'deit' if to == 'deit' else 'vit'}_{arch.removeprefix('vit_')}_patch16_224", differing | channels
+
+
+def constructor(to: str, network: "Pretrained") -> str:
+    """Return the call that builds a network in the library of format `to`; raises ValueError as `timm_name` does."""
+    name, arguments = timm_name(to, network)
+    if to == "torchvision":
+        return f"torchvision.models.{name}()"
+    return f'timm.create_model("{name}"{"".join(f", {key}={value}" for key, value in arguments.items())})'

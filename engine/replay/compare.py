@@ -138,7 +138,6 @@ def differences(one: Rebuilt, two: Rebuilt, tolerance: float) -> Iterator[Differ
             ):
                 yield Difference(name, f"weight {weight.removeprefix(f'{name}.')}", f"before the step, {text}")
         yield from _of_values(one, name, "output", ours.output, theirs.output, tolerance)
-    assert one.result is not None and two.result is not None
     for term, value in one.result.suspects.items():
         if term in two.result.suspects:
             pair = float(value), float(two.result.suspects[term])

@@ -30,13 +30,13 @@ from crossbatch.data import Batch
 from crossbatch.data.worker_batches import MAX_TRIES
 from crossbatch.engine import checkpoint
 from crossbatch.engine.checkpoint import Unreadable, read_manifest
-from crossbatch.engine.checkpoint.directory import MANIFEST
+from crossbatch.engine.checkpoint.directory import MANIFEST, step_of
 from crossbatch.engine.checkpoint.slices import local_state
 from crossbatch.engine.checkpoint.store import check_contents, writer_of
 from crossbatch.engine.config import Config, Device, ResolvedConfig, parse_config, resolve
 from crossbatch.engine.datasets import stop_on_lost_images
 from crossbatch.engine.replay.probe import StepRecord, over_ranks, watched
-from crossbatch.engine.run_log import METRICS
+from crossbatch.engine.run_log import METRICS, read_metrics
 from crossbatch.engine.runtime.distributed import mean_over_ranks, on_main
 from crossbatch.engine.runtime.world import World
 from crossbatch.engine.sharding import LocalShards
@@ -47,11 +47,8 @@ from crossbatch.engine.train_state import CHUNK_KEY, TrainState
 from crossbatch.engine.trainer import NONFINITE
 from crossbatch.models.backbones import family
 
-TOLERANCES = {
-    "fp32": 1e-4,
-    "bf16": 2e-2,
-    "fp16": 2e-2,
-}  # relative, of a loss: rounding between ranks, kernels, machines
+# Relative, of a loss: rounding between ranks, kernels, machines.
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -84,14 +81,11 @@ class RecordedRun:
         settings = config.get("crossbatch") if isinstance(config, dict) else None
         if not isinstance(settings, dict) or "batchformer" not in settings:
             raise InputError(f"{flag} {path}: not a run of pretraining; allowed: a run directory of launch/pretrain.py")
-        checkpoints = {int(found.name[5:]): found for found in reversed(checkpoint.candidates(path, "auto"))}
-        lines: dict[int, dict[str, Any]] = {}
+        checkpoints = {step_of(found): found for found in reversed(checkpoint.candidates(path, "auto"))}
+        metrics: dict[int, dict[str, Any]] = {}
         with contextlib.suppress(OSError):
-            for text in (path / METRICS).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # the last one, of a run that was killed
-                    line = json.loads(text)
-                    lines[line["step"]] = line
-        return RecordedRun(path, config, checkpoints, lines)
+            metrics = {line["step"]: line for line in read_metrics(path)}
+        return RecordedRun(path, config, checkpoints, metrics)
 
     @property
     def last_step(self) -> int:
@@ -183,7 +177,7 @@ class Rebuilt:
     views: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     record: StepRecord = field(default_factory=StepRecord)
     before: dict[int, StepRecord] = field(default_factory=dict)
-    result: TrainResult | None = None
+    result: TrainResult = field(init=False)
     losses: dict[int, float] = field(default_factory=dict)
     state_faults: list[StateFault] = field(default_factory=list)
     compared: list[int] = field(default_factory=list)
@@ -228,7 +222,7 @@ class Rebuilt:
 
     def make(self, window: int, ranks_in_one: int, keep_state: bool, say: Callable[[str], object]) -> None:
         """Make the step, and the steps between a checkpoint and it; see `rebuild`."""
-        readable = on_main(lambda: self._readable_checkpoints())
+        readable = on_main(self._readable_checkpoints)
         starts = [0, *(step for step in readable if step < self.step)]
         self.start = min([max(starts), *(step for step in starts if step >= self.step - 1 - window)])
         self._check_images(readable)
@@ -313,13 +307,17 @@ class Rebuilt:
     def _find_changed_files(self) -> None:
         """Find images of the step, and of the first one with another loss, whose files are newer than the run's record."""
         source: Any = self.task.data.loader.source
+        if getattr(source, "folder", None) is None:
+            return
+        folder = Path(source.folder)
+        folder = folder if folder.is_dir() else folder.parent  # of list://, whose names begin where the list is
         for step in sorted({self.step, self.parted_at or self.step}):
             recorded_at = self._recorded_at(step)
-            if not hasattr(source, "folder") or recorded_at is None:
+            if recorded_at is None:
                 return
             for index in self._sampler.batch(*divmod(step - 1, self._sampler.steps_per_epoch)).tolist():
                 with contextlib.suppress(OSError):
-                    if Path(source.folder, source.name(index)).stat().st_mtime > recorded_at:
+                    if (folder / source.name(index)).stat().st_mtime > recorded_at:
                         self.changed_files.append(source.name(index))
 
     def _recorded_at(self, step: int) -> float | None:

@@ -67,7 +67,6 @@ def write_report(rebuilt: Rebuilt, verdict: Verdict, terms: dict[str, np.ndarray
     """Write all files of a replay except the views; only one rank calls it."""
     out.mkdir(parents=True, exist_ok=True)
     result, batch = rebuilt.result, len(rebuilt.indices)
-    assert result is not None
     by_rank = [
         {
             "rank": rank,
@@ -150,12 +149,11 @@ def _layer(rebuilt: Rebuilt, name: str, order: int) -> dict[str, Any]:
 def describe(rebuilt: Rebuilt) -> list[str]:
     """Return lines that say what was replayed, from where, and how it agrees with what the run recorded."""
     step, run, cfg, result = rebuilt.step, rebuilt.run, rebuilt.task.cfg, rebuilt.result
-    assert result is not None
     recorded = run.loss(step)
     said = "not recorded" if recorded is None else f"recorded {recorded:.6g}"
     lines = [
         f"{run.path}, step {step} (epoch {rebuilt.epoch}): made again from {rebuilt.origin}, on "
-        f"{_ranks(cfg.world_size)}; the run had {rebuilt.ranks}",
+        f"{cfg.world_size} rank{'s' * (cfg.world_size > 1)}; the run had {rebuilt.ranks}",
         f"loss {rebuilt.losses[step]:.6g}, {said}; gradient norm {result.grad_norm:.6g}",
     ]
     if rebuilt.compared:
@@ -172,10 +170,6 @@ def describe(rebuilt: Rebuilt) -> list[str]:
             f"only names, order and labels of images are compared"
         )
     return lines
-
-
-def _ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _number(value: Any) -> float | None:

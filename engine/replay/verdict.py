@@ -84,7 +84,9 @@ def judge(rebuilt: Rebuilt, jump: float) -> Verdict:
         return of_state(rebuilt.state_faults[0], rebuilt)
     events = sorted(_events(rebuilt), key=lambda event: event.at)
     floors = {
-        kind: _median([event.before for event in events if event.is_of(kind) and event.before is not None])
+        kind: statistics.median(
+            [event.before for event in events if event.is_of(kind) and event.before is not None] or [0.0]
+        )
         for kind in GRADIENTS
     }
     for number, event in enumerate(events):
@@ -135,15 +137,10 @@ def _events(rebuilt: Rebuilt) -> Iterator[Event]:
             if values.at >= 0:
                 before = largest([getattr(one, tensor).moments for one in seen])
                 yield Event(values.at, name, tensor, values.moments, before, values)
-    assert rebuilt.result is not None
     after_layers = max(layer.output.at for layer in record.layers.values()) + 0.5
     for name, term in rebuilt.result.suspects.items():
         if name.startswith("loss"):
             yield Event(after_layers, "loss", name, Moments.of(term), None)
-
-
-def _median(values: list[float]) -> float:
-    return statistics.median(values) if values else 0.0
 
 
 def _kind(event: Event, jump: float, floor: float) -> Literal["not finite", "jump"] | None:

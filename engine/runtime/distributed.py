@@ -220,6 +220,14 @@ def on_every_rank(
     return result, [f"rank {rank}: {error}" if len(errors) > 1 else error for rank, error in enumerate(errors) if error]
 
 
+def on_all_ranks(function: Callable[[], T], expected: type[Exception] = InputError) -> T:
+    """Call `function` on every rank; return this rank's result, or raise the first `expected` error of any rank on all."""
+    result, errors = on_every_rank(function, expected)
+    if errors:
+        raise expected(errors[0])
+    return result  # pyright: ignore[reportReturnType]
+
+
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return the mean over ranks of a small tensor of statistics."""
     return GroupCollective().all_reduce(values) / dist.get_world_size()

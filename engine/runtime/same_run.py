@@ -13,7 +13,6 @@ import platform
 import socket
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.distributed as dist
 import crossbatch
 from crossbatch import InputError, RunStopped
 from crossbatch.engine.nested import flatten
-from crossbatch.engine.runtime.distributed import meet, on_every_rank, on_main, tries_to_meet
+from crossbatch.engine.runtime.distributed import meet, on_every_rank, on_main, shared_token, tries_to_meet
 from crossbatch.engine.runtime.world import World
 
 _PACKAGES = (
@@ -35,6 +34,7 @@ _PACKAGES = (
     "numpy",
     "triton",
     "opencv-python-headless",
+    "nvidia-dali-cuda120",
     "nvidia-dali-cuda130",
 )
 _MAY_DIFFER = ("crossbatch.data.path", "crossbatch.data.workers")  # the images are compared by themselves
@@ -42,6 +42,7 @@ _MISSING = "did not come within"
 _SHOWN = 3  # differences in a message
 REFUSAL_S = 10.0  # how long a rank with wrong input waits for others to tell them
 VISIBLE_S = 5.0  # for what one node has created to appear on another
+_compared: list[World] = []  # one for each comparison: from then on, all ranks raise the same InputErrors
 
 
 def facts_of(config: Mapping[str, Any], **flags: Any) -> dict[str, str]:
@@ -63,12 +64,6 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-class _Start:
-    """Remembers whether this process has compared with the others: from then on, all ranks raise the same InputErrors."""
-
-    compared = False
-
-
 def check_same_run(facts: Mapping[str, str], store: dist.Store, world: World, timeout_s: float) -> None:
     """Check that all ranks have the same `facts`; every rank calls it once, with the `store` in which they meet.
 
@@ -86,10 +81,10 @@ def refuse(world: World, message: str) -> None:
 
     If that fails, because rank 0 is not there, the first rank of each node prints.
     """
-    alone = bool(tries_to_meet) and not _Start.compared  # it has found no store where others could read it
+    alone = bool(tries_to_meet) and not _compared  # it has found no store where others could read it
     if world.is_main or (alone and world.local_rank == 0):
         _print(message)
-    if world.size == 1 or alone or _Start.compared:
+    if world.size == 1 or alone or _compared:
         return
     try:
         _exchange(meet(world, timedelta(seconds=REFUSAL_S)), world, {"error": message}, REFUSAL_S)
@@ -107,7 +102,8 @@ def check_visible(folder: Path) -> None:
 
     Raises InputError that names the ranks that do not, on all ranks.
     """
-    token = on_main(lambda: _leave_token(folder))
+    token = folder / f".seen-{shared_token()}"
+    on_main(token.touch)
 
     def look() -> None:
         end = time.monotonic() + VISIBLE_S
@@ -125,15 +121,9 @@ def check_visible(folder: Path) -> None:
         raise InputError("; ".join(errors[:_SHOWN]))
 
 
-def _leave_token(folder: Path) -> Path:
-    token = folder / f".seen-{uuid.uuid4().hex}"
-    token.touch()
-    return token
-
-
 def _exchange(store: dist.Store, world: World, mine: dict[str, Any], timeout_s: float) -> str:
     """Return rank 0's verdict on what all ranks have written: "" if they may go on."""
-    _Start.compared = True
+    _compared.append(world)
     timeout = timedelta(seconds=timeout_s)
     taken = store.add(f"start/taken/{world.rank}", 1) > 1
     store.set(

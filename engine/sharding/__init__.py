@@ -7,5 +7,3 @@ the engine does not know how the state is sharded. `zero_layout` reads the same 
 
 from crossbatch.engine.sharding.backend import Backend, FlatSlice, LocalShards
 from crossbatch.engine.sharding.zero_layout import lars_for_zero
-
-__all__ = ["Backend", "FlatSlice", "LocalShards", "lars_for_zero"]

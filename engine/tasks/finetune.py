@@ -13,23 +13,24 @@ import torch
 from crossbatch import InputError
 from crossbatch.data import Batch, Source
 from crossbatch.data.augment.parameters import crop_and_flip
-from crossbatch.engine.checkpoint import Resumed
+from crossbatch.engine.checkpoint import Resumed, is_allowed
 from crossbatch.engine.config import ResolvedFinetune, user_input
 from crossbatch.engine.datasets import (
     TrainData,
     check_loaders,
     found_images,
     labelled_images,
+    log_skipped_images,
     longest_wait_s,
     remote_options,
     train_data,
 )
-from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered, log_skipped_images
+from crossbatch.engine.evaluation.features import EvalLoaderConfig, extract, fingerprint, gathered
 from crossbatch.engine.evaluation.results import confusion_matrix, curves, save_figures, write_results
 from crossbatch.engine.pretrained.load import Pretrained, load_configured
-from crossbatch.engine.run_log import METRICS, SCORES
+from crossbatch.engine.run_log import SCORES, read_metrics
 from crossbatch.engine.runtime.atomic_files import write_atomically
-from crossbatch.engine.runtime.distributed import GroupCollective
+from crossbatch.engine.runtime.distributed import GroupCollective, on_all_ranks
 from crossbatch.engine.runtime.world import World
 from crossbatch.engine.tasks.build import build_backend
 from crossbatch.engine.tasks.finetune_step import FinetuneStep
@@ -87,7 +88,7 @@ class FinetuneTask:
         ours = self.origin["fingerprint"]
         if resumed and (resumed.checkpoint.parents[1] / STARTED_FROM).exists():
             self.origin = json.loads((resumed.checkpoint.parents[1] / STARTED_FROM).read_text(encoding="utf-8"))
-            if self.origin["fingerprint"] != ours and "crossbatch.model.checkpoint" not in allow_change:
+            if self.origin["fingerprint"] != ours and not is_allowed("crossbatch.model.checkpoint", allow_change):
                 raise InputError(
                     f"--resume {resumed.checkpoint}: started from other weights, {self.origin['loaded']}; give the "
                     f"--checkpoint of that start, choose another --out, or accept it with --allow-change "
@@ -156,7 +157,7 @@ class FinetuneTask:
         (last_step, last), names = scores[-1], self.source.class_names
         scored = [{"step": step, "epoch": step / self.data.steps_per_epoch, **found} for step, found in scores]
         with contextlib.suppress(OSError):  # on a full disk, those of this process are left
-            lines = [json.loads(line) for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines()]
+            lines = read_metrics(self.out)
             scored = [line for line in lines if "top1" in line] or scored  # before an interruption, too
         best = max(scored, key=lambda line: line["top1"])
         results = {"command": "finetune", **last, "step": last_step}
@@ -191,7 +192,7 @@ def finetune_task(cfg: ResolvedFinetune, world: World, device: torch.device, out
     """
     remote = remote_options(cfg.crossbatch.data, longest_wait_s(cfg))
     source, evaluation = labelled_images(cfg.crossbatch.data.path, out / "data_index", remote)
-    pretrained = load_configured(cfg.crossbatch.model, cfg.crossbatch.data.image_size)
+    pretrained = on_all_ranks(lambda: load_configured(cfg.crossbatch.model, cfg.crossbatch.data.image_size))
     cfg = _with_network(cfg, pretrained)
     origin = {"fingerprint": fingerprint(pretrained.backbone), "loaded": pretrained.summary()}
     settings = cfg.crossbatch.data

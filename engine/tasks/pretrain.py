@@ -32,7 +32,7 @@ from crossbatch.engine.pretrained.weights import mismatch
 from crossbatch.engine.run_log import command
 from crossbatch.engine.runtime.atomic_files import write_atomically
 from crossbatch.engine.runtime.chunk_size import automatic_chunk, remember
-from crossbatch.engine.runtime.distributed import on_every_rank, on_main
+from crossbatch.engine.runtime.distributed import on_all_ranks, on_main
 from crossbatch.engine.runtime.timing import StepTimer
 from crossbatch.engine.runtime.world import World
 from crossbatch.engine.schedules import too_short
@@ -178,9 +178,7 @@ def start_from(model: MoCo, cfg: ResolvedConfig) -> Pretrained:
             )
         return found
 
-    pretrained, errors = on_every_rank(load, InputError)
-    if pretrained is None or errors:
-        raise InputError(errors[0])
+    pretrained = on_all_ranks(load)
     for encoder in (model.online, model.momentum):
         encoder.backbone.load_state_dict(pretrained.backbone.state_dict())
     return pretrained

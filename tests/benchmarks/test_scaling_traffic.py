@@ -8,13 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.scaling.rank import Counting
-from crossbatch.data.augment.parameters import height_width
+from benchmarks.scaling.rank import measure
 from crossbatch.engine.config import Device, ResolvedConfig, load_config, resolve
 from crossbatch.engine.planning.traffic import OURS, Message, of_parts, step_traffic, totals
 from crossbatch.engine.runtime.world import world_from_environment
-from crossbatch.engine.step import TrainStep
-from crossbatch.engine.tasks.build import build_backend, build_model, connect
+from crossbatch.engine.tasks.build import build_model
 from tests.small_runs import ADAMW, BASE, LARS, RESNET, VIT, fsdp, slow_unless, zero
 
 BATCH = ["train_batch_size=24", "crossbatch.batchformer.group_size=12"]  # 6 images a rank of four: groups span two
@@ -34,21 +32,8 @@ def predicted(overrides: list[str], ranks: int):
 
 def counted(cases: list[list[str]]) -> list[Counter]:
     """On this rank: what a step of each case sends, after three others."""
-    ranks, device, found = world_from_environment().size, torch.device("cpu"), []
-    for overrides in cases:
-        run = resolved(overrides, ranks)
-        torch.manual_seed(0)
-        model = build_model(run)
-        connect(model, run)
-        step = TrainStep(build_backend(model, run), run, device, steps_per_epoch=100, chunk=run.chunk)
-        size = height_width(run.config.crossbatch.data.image_size)
-        views = torch.randint(0, 256, (2, run.local_batch, 3, *size), dtype=torch.uint8)
-        for _ in range(3):
-            step(views)
-        with Counting() as counting:
-            step(views)
-        found.append(counting.traffic)
-    return found
+    ranks = world_from_environment().size
+    return [measure(resolved(overrides, ranks), torch.device("cpu"), 0)[1] for overrides in cases]
 
 
 CASES = {

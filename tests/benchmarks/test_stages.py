@@ -22,16 +22,12 @@ from crossbatch.engine.config import Device
 from crossbatch.engine.planning.plan import Question, plan
 from crossbatch.engine.tasks.build import build_model
 
-WANTED = {
-    *("decode", "augment", "data", "transfer", "index", "backbone", "batchformer", "heads", "collectives", "optimizer"),
-    *("ema", "checkpoint", "memory", "step", "trainer", "norm", "remote"),
-}
-
 
 def test_every_stage_is_a_module_with_run_and_says_what_it_is():
-    assert set(STAGES) == WANTED
+    files = {file.stem: file.read_text() for file in (Path(gpu.__file__).parent / "stages").glob("*.py")}
+    assert sorted(STAGES) == sorted(stage for stage, text in files.items() if "def run(" in text)
     for stage in STAGES:
-        tree = ast.parse((Path(gpu.__file__).parent / "stages" / f"{stage}.py").read_text())
+        tree = ast.parse(files[stage])
         assert ast.get_docstring(tree)
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run"]
         assert len(functions) == 1 and functions[0].args.args[0].arg == "effort", stage

@@ -217,6 +217,14 @@ def wait_until(condition, what: str, within_s: float = DEADLINE_S) -> None:
         time.sleep(0.2)
 
 
+def wait_for_end(box: Box, out: Path, within_s: float = 120) -> None:
+    """Wait until no process of the run in `out` is left in a box."""
+    end = time.monotonic() + within_s
+    while left := box.running(out):
+        assert time.monotonic() < end, f"orphans: {left}"
+        time.sleep(0.2)
+
+
 def assert_prefix(out: Path, whole: Path, steps: int | None = None) -> int:
     """Check that a run's metrics so far (the first `steps` of them) are those of the whole run; return its steps."""
     ours, theirs = metrics(out)[:steps], metrics(whole)

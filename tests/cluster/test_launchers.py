@@ -20,6 +20,7 @@ from tests.cluster.conftest import (
     send,
     two_commands,
     wait_for_checkpoint,
+    wait_for_end,
     wait_for_step,
     wait_until,
 )
@@ -118,7 +119,7 @@ def test_a_signal_to_the_launcher(request, whole, tmp_path, launcher, number):
     assert box.running(out)
     send(commands[0], number)
     codes = [command.wait() for command in commands]
-    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 60)
+    wait_for_end(box, out, 60)
     assert (out / "stopped.json").exists(), "\n".join(command.text() for command in commands)
     assert codes[0] == CODES[launcher][number], commands[0].text()
     steps = assert_prefix(out, whole)
@@ -136,7 +137,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank(box, tmp_path, launcher):
     wait_for_step(out, 3, *commands)
     for command in commands:
         send(command, signal.SIGKILL)
-    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
+    wait_for_end(box, out)
     assert (out / "stopped.json").exists()
 
 
@@ -148,7 +149,7 @@ def test_deepspeed_on_one_node_dies_of_a_signal_and_its_ranks_save(box, tmp_path
     wait_for_step(out, 3, command)
     send(command, number)
     command.wait()
-    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
+    wait_for_end(box, out)
     assert (out / "stopped.json").exists(), command.text()
 
 
@@ -197,7 +198,7 @@ def test_a_signal_while_no_step_is_computed(request, tmp_path, launcher, phase, 
     wait_for_phase(box, out, phase, 4 if launcher == "two commands" else 2, *commands)
     send(commands[0], number)
     codes = [command.wait() for command in commands]
-    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 60)
+    wait_for_end(box, out, 60)
     said = "\n".join(command.text() for command in commands)
     assert (out / "stopped.json").exists() and "in run_main" not in said, (
         said
@@ -219,7 +220,7 @@ def test_a_signal_to_a_launcher_and_to_its_tee(request, tmp_path, launcher, numb
     os.killpg(commands[0].process.pid, number)
     for command in commands:
         command.wait()
-    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
+    wait_for_end(box, out)
     said = (tmp_path / "tee").read_text() + "".join(command.text() for command in commands)
     assert (out / "stopped.json").exists() and "in run_main" not in said, said
 
@@ -243,7 +244,7 @@ def test_a_signal_to_the_whole_group(box, tmp_path, phase, number):
     wait_for_phase(box, out, phase, 3, command)
     os.killpg(command.process.pid, number)
     command.wait()
-    wait_until(lambda: not box.running(out), f"orphans: {box.running(out)}", 120)
+    wait_for_end(box, out)
     assert (out / "stopped.json").exists(), command.text()
     assert "Traceback" not in command.text()
 
@@ -255,7 +256,7 @@ def test_a_closed_terminal_ends_deepspeed_on_other_nodes(sshd, whole, tmp_path):
     wait_for_step(out, 3, *commands)
     os.killpg(commands[0].process.pid, signal.SIGHUP)
     commands[0].wait()
-    wait_until(lambda: not sshd.running(out), f"orphans: {sshd.running(out)}", 120)
+    wait_for_end(sshd, out)
     assert (out / "stopped.json").exists() and assert_prefix(out, whole)
 
 
@@ -392,5 +393,5 @@ def test_srun_kills_its_ranks_at_sigterm(slurm, tmp_path):
     wait_for_checkpoint(out, *commands)
     send(commands[0], signal.SIGTERM)
     assert commands[0].wait() != 0
-    wait_until(lambda: not slurm.running(out), f"orphans: {slurm.running(out)}", 120)
+    wait_for_end(slurm, out)
     assert checkpoint.read(checkpoint.candidates(out, "auto")[0], "parameters.")

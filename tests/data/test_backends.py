@@ -23,7 +23,7 @@ from crossbatch.data.augment.parameters import (
     reduced,
     reductions,
 )
-from crossbatch.data.decode import decode_pixels, jpeg_size
+from crossbatch.data.decode import decode, decode_pixels, jpeg_size
 from crossbatch.data.loader import TrainLoader
 from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import open_source
@@ -300,7 +300,7 @@ def test_dali_reads_a_file_once(tmp_path):
     dali_backend = pytest.importorskip("crossbatch.data.augment.dali")
 
     class Counted:
-        reads = 0
+        reads, has_files = 0, True
 
         def read(self, index: int) -> bytes:
             self.reads += 1
@@ -309,6 +309,22 @@ def test_dali_reads_a_file_once(tmp_path):
     source = Counted()
     image = dali_backend.encoded(source, 0)
     assert (source.reads, image.height, image.width, image.data[:2]) == (1, 30, 40, b"BM")
+
+
+def test_dali_takes_what_a_source_without_files_opens():
+    """Its `open` may do more than to decode what `read` returns."""
+    dali_backend = pytest.importorskip("crossbatch.data.augment.dali")
+
+    class Turned:
+        def read(self, index: int) -> bytes:
+            return encoded(photo(index, 40, 30), "JPEG")
+
+        def open(self, index: int) -> Image.Image:
+            return decode(self.read(index)).transpose(Image.Transpose.ROTATE_90)
+
+    image = dali_backend.encoded(Turned(), 0)
+    assert (image.height, image.width) == (40, 30)
+    assert np.array_equal(np.array(decode(image.data)), np.array(Turned().open(0)))
 
 
 def test_dali_works_on_the_gpu_of_this_rank(monkeypatch):

@@ -15,6 +15,7 @@ from crossbatch.data.augment.backends import has_dali
 from crossbatch.data.augment.parameters import channels_of, draw_parameters
 from crossbatch.data.augment.pil import augment_channels, evaluation_image
 from crossbatch.data.decode import BrokenImage, decode, decode_channels
+from crossbatch.data.worker_batches import EvaluationDataset
 
 RNG = np.random.default_rng(0)
 
@@ -139,7 +140,7 @@ def test_dali_has_three_channels(stacks):
 
 def test_evaluation_images_of_five_channels(stacks):
     source = open_source(stacks)
-    loader = EvaluationLoader([source], 16, 13, workers=0, channels=5)
+    loader = EvaluationLoader(EvaluationDataset([source], 16, channels=5), 13, workers=0)
     ((images, indices),) = loader.read(source, np.arange(13))
     loader.close()
     assert images.shape == (12, 5, 16, 16) and 5 not in indices and "4 channels, not 5" in loader.skipped[0]

@@ -28,7 +28,7 @@ from crossbatch.data.sampler import GlobalBatchSampler
 from crossbatch.data.sources import open_source
 from crossbatch.data.sources.shard_writer import write_shards
 from crossbatch.data.sources.synthetic import Synthetic
-from crossbatch.data.worker_batches import WorkerBatch, split_for_workers
+from crossbatch.data.worker_batches import EvaluationDataset, WorkerBatch, split_for_workers
 from tests.fake_cuda import FakeCuda, OnGpu
 
 AUGMENTATIONS = moco_v3_augmentations(8, 0.2)
@@ -215,7 +215,7 @@ def test_a_programming_error_is_not_a_broken_image(error):
         next(make(0, Damaged(24, {3: error})).epoch(0))
     with pytest.raises(type(error)):
         source = Damaged(4, {3: error})
-        list(EvaluationLoader([source], 16, batch_size=2, workers=0).read(source, np.arange(4)))
+        list(EvaluationLoader(EvaluationDataset([source], 16), batch_size=2, workers=0).read(source, np.arange(4)))
 
 
 def test_a_dying_worker_is_an_error_not_a_hang():
@@ -492,7 +492,7 @@ def test_evaluation_loader(workers):
     """The second source is another one, and the same workers read both, time after time."""
     source, other = Damaged(30, {4: OSError("cut")}, size=20), Synthetic(9, 18, split=1)
     indices, pids = np.array([9, 4, 2, 25, 11]), []
-    with EvaluationLoader([source, other], 16, batch_size=2, workers=workers) as evaluation:
+    with EvaluationLoader(EvaluationDataset([source, other], 16), batch_size=2, workers=workers) as evaluation:
         for _ in range(2):
             got = list(evaluation.read(source, indices))
             assert [kept.tolist() for _, kept in got] == [[9], [2, 25], [11]]
@@ -513,7 +513,7 @@ def test_evaluation_loader(workers):
 def test_evaluation_without_a_readable_image():
     source = Damaged(4, dict.fromkeys(range(4), OSError("gone")))
     with pytest.raises(SkipLimitExceeded, match="no evaluation image could be read, of 4"):
-        list(EvaluationLoader([source], 16, batch_size=2, workers=0).read(source, np.arange(4)))
+        list(EvaluationLoader(EvaluationDataset([source], 16), batch_size=2, workers=0).read(source, np.arange(4)))
 
 
 class Noted:

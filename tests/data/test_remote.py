@@ -370,3 +370,7 @@ def test_a_page_where_an_index_was_asked_for(shards, serve, tmp_path):
     assert len(open_source(f"{served.url}/train-{{000000..000001}}.tar")) == IMAGES
     with pytest.raises(ValueError, match=r"index\.npz: not an index \(BadZipFile"):
         open_source(served.url)
+    np.savez(tmp_path / "www/index.npz", other=np.arange(3))
+    assert len(open_source(f"{served.url}/train-{{000000..000001}}.tar")) == IMAGES
+    with pytest.raises(ValueError, match=r"index\.npz: not an index \(.*write it again, or name the shards"):
+        open_source(served.url)

@@ -188,6 +188,7 @@ def rejected(path: Path, split: str = "train") -> str:
 def test_missing_path(tmp_path):
     message = rejected(tmp_path / "absent")
     assert "does not exist" in message and "absent/train/<class>/<image>.jpg" in message
+    assert "does not exist" in rejected(Path("~nobody-has-this-name/images"))
 
 
 def test_path_is_a_file(tmp_path):

@@ -8,7 +8,6 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.stages.norm import BEFORE_MB
 from crossbatch.engine.bytes_moved import BytesMoved, of_backbone
 from crossbatch.engine.sketch import shapes_only, without_memory
 from crossbatch.models import ViewBatchNorm, build_backbone
@@ -86,4 +85,4 @@ def test_our_resnet50_moves_far_less_than_before():
     """
     ours = of_backbone(partial(build_backbone, "resnet50"), 224, "bf16")
     assert ours.elementwise == pytest.approx(438.5e6, rel=0.01)
-    assert ours.elementwise <= 1e6 * BEFORE_MB / 1.8
+    assert ours.elementwise <= 792.3e6 / 1.8  # counted in the same way before the kernels of norms, at commit b5fc359

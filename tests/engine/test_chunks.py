@@ -170,24 +170,26 @@ def test_a_resnet_in_chunks_is_ranks_that_keep_their_norms_to_themselves(tmp_pat
         torch.testing.assert_close(chunked[1][name], tensor, rtol=1e-4, atol=2e-6, msg=name)
 
 
-def run_with_little_memory(out: str, chunk: int, rows: int, until_call: int) -> str:
+def run_with_little_memory(
+    out: str, chunk: int, rows: int, until_call: int, network: list[str] = VIT, steps: int = 3
+) -> str:
     """Train with a backbone that runs out of memory above `rows` rows and from call `until_call` on; return why it stopped."""
     from crossbatch.models import MoCo
 
-    run = resolve(
-        load_config(None, [*BASE, *LARGE, *VIT, *ADAMW, f"train_micro_batch_size_per_gpu={chunk}"]), 1, Device("cpu")
-    )
+    overrides = [*BASE, *LARGE, *network, *ADAMW, f"train_micro_batch_size_per_gpu={chunk}"]
+    run = resolve(load_config(None, overrides), 1, Device("cpu"))
     embed, calls = MoCo.embed, []
 
     def greedy(self, images):
         calls.append(len(images))
+        features = embed(self, images)
         if len(images) > rows or len(calls) >= until_call:
             raise torch.OutOfMemoryError("no more")
-        return embed(self, images)
+        return features
 
     with mock.patch.object(MoCo, "embed", greedy):
         try:
-            pretrainer(run, out, "auto", 3).train()
+            pretrainer(run, out, "auto", steps).train()
         except RunStopped as stopped:
             return str(stopped)
     return ""
@@ -209,6 +211,15 @@ def test_out_of_memory_later_saves_and_stops(tmp_path, pools):
         and "train_micro_batch_size_per_gpu to 32" in message
     )
     assert checkpoint.read_manifest(tmp_path / "checkpoints/step-00000002")[0].step == 2
+
+
+def test_out_of_memory_leaves_running_statistics_as_they_were(tmp_path, pools):
+    assert pools(1).run(run_with_little_memory, str(tmp_path / "want"), 64, 10**9, 10**9, RESNET, 2) == [""]
+    (message,) = pools(1).run(run_with_little_memory, str(tmp_path / "got"), 64, 10**9, 3, RESNET)
+    assert "out of memory in step 3" in message
+    want, got = (checkpoint.read(tmp_path / name / "checkpoints/step-00000002", "") for name in ("want", "got"))
+    assert any("running_mean" in name for name in want) and want.keys() == got.keys()
+    assert [name for name in want if not want[name].equal(got[name])] == []
 
 
 def automatic(out: str, free: float, overrides: list[str]) -> int:

@@ -90,11 +90,16 @@ def test_labels_must_have_a_class(monkeypatch, tmp_path):
 
 def images_here(paths: list[str], cache: str) -> str:
     """Open the path that belongs to this rank, and return why that is refused."""
+    from crossbatch.engine.config.schema import PathConfig
     from crossbatch.engine.datasets import labelled_images, training_images
+    from crossbatch.engine.evaluation import embedding
     from crossbatch.engine.runtime.world import world_from_environment
 
+    def to_embed(path: str, cache: Path) -> object:
+        return embedding._open(PathConfig(path=path), "train", cache)
+
     path, said = paths[world_from_environment().rank], []
-    for images in (labelled_images, training_images):
+    for images in (labelled_images, training_images, to_embed):
         try:
             images(path, Path(cache))
         except InputError as error:
@@ -120,6 +125,7 @@ def test_all_ranks_must_find_the_same_images(tmp_path, two_ranks):
     assert found["copy"] == ["", ""]
     for said in found["less"]:  # also the rank whose own images are as they should be
         assert "rank 1 finds 15 + 8 images, but rank 0 finds 16 + 8; give every node the same files" in said
+        assert "rank 1 finds 15 images, but rank 0 finds 16; give every node the same files" in said
     assert all("rank 1 finds other files or labels than rank 0" in said for said in found["other"])
     assert all("rank 1: crossbatch.data.path" in said for said in found["none"])
 

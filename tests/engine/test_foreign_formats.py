@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import timm
@@ -60,6 +61,20 @@ def test_timm_loads_the_folder(networks, tmp_path, arch):
     assert weights == ["pytorch_model.bin"]
     with pytest.raises(InputError, match="exists already"):
         export(networks[arch], "huggingface", tmp_path / "out")
+
+
+def test_a_folder_is_whole_or_absent(networks, tmp_path, monkeypatch):
+    pretrained, full = next(iter(networks.values())), RuntimeError("PytorchStreamWriter failed writing file data/0")
+    (tmp_path / ".out.tmp/transformers").mkdir(parents=True)  # of a command that was killed
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(InputError, match=r"--output .*out: cannot be written: Pytorch"),
+    ):
+        patched.setattr(torch, "save", mock.Mock(side_effect=full))
+        export(pretrained, "huggingface", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    export(pretrained, "huggingface", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("arch", NETWORKS)
@@ -144,7 +159,7 @@ def test_the_card_holds_recipe_data_metrics_and_versions(tmp_path):
     (run / "config.json").write_text(
         json.dumps({"train_batch_size": 4096, "crossbatch": {"data": {"path": "/images"}}})
     )
-    (run / "metrics.jsonl").write_text('{"step": 1, "knn_top1": 3.5}\n{"step": 2, "knn_top1": 71.25}\n')
+    (run / "metrics.jsonl").write_text('{"step": 1, "knn_top1": 3.5}\n{"step": 2, "knn_top1": 71.25}\n{"step": 3, "kn')
     said = foreign.write_card(run, "onnx", tmp_path / "x.onnx", ["loaded something"])
     card = (tmp_path / "x.onnx.md").read_text()
     assert "x.onnx.md: the model card" in said

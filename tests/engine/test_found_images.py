@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from crossbatch import InputError
-from crossbatch.engine.datasets import labelled_sources
-from crossbatch.engine.evaluation.features import log_skipped_images
+from crossbatch.engine.datasets import labelled_sources, log_skipped_images
 from crossbatch.engine.evaluation.probe_file import read_probe
 from crossbatch.engine.pretrained.weights import PROBE, PROBE_FILE
 from tests.small_runs import RESNET, run
@@ -155,6 +154,8 @@ def test_field_a_run_does_not_go_on_with_other_images(images, tmp_path, one_rank
     assert "crossbatch.data.path: holds as many images, 24, but others, or in another order or other classes" in refused
     assert "accept it with --allow-change crossbatch.data.path" in refused
     assert one_rank.run(run, settings(images), out, 6, "auto", ("crossbatch.data.path",)) == [""]
+    (images / "train/a/04.png").rename(images / "train/a/another.png")
+    assert one_rank.run(run, settings(images), out, 8, "auto", ("crossbatch.data",)) == [""]  # its section
 
 
 def test_field_a_probe_does_not_go_on_with_other_images(tmp_path):

@@ -41,7 +41,12 @@ def _run(script: str, folder: str, *streams: str) -> None:
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
 def test_example_runs(script, tmp_path):
-    assert run(script, tmp_path).strip(), "an example prints what it shows"
+    printed = run(script, tmp_path)
+    assert printed.strip(), "an example prints what it shows"
+    differences = re.findall(r"differ.*(?:by|:) (\S+)$", printed, flags=re.MULTILINE)
+    assert bool(differences) == ("difference" in script.read_text())
+    assert all(float(difference) < 1e-4 for difference in differences), printed
+    assert "other pixels" not in printed
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)

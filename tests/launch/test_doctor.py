@@ -110,7 +110,7 @@ def compare_here(folder: str, differ: str) -> tuple[str, str]:
         mock.patch.object(doctor, "facts_of", lambda config: facts),
         mock.patch.object(doctor, "process_group", joined),
         mock.patch.object(doctor, "REDUCED_MIB", {"cpu": 1}),
-        mock.patch.object(same_run._Start, "compared", False),
+        mock.patch.object(same_run, "_compared", []),
         mock.patch.dict("os.environ", COLUMNS="200"),
     ):
         try:

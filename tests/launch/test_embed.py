@@ -50,6 +50,9 @@ def test_every_image_has_its_row(monkeypatch, capsys, tiny_runs, shapes, tmp_pat
     assert sorted(path.name for path in output.parent.iterdir()) == ["features.csv", "features.npy"]
     assert call(monkeypatch, *arguments) == 2
     assert "exists already" in capsys.readouterr().err
+    output.unlink()  # the list of another table, maybe
+    assert call(monkeypatch, *arguments) == 2
+    assert f"--output: {output.with_suffix('.csv')} exists already" in capsys.readouterr().err
 
 
 def every_nth(size: int, world_size: int, rank: int) -> np.ndarray:
@@ -74,7 +77,7 @@ def embed_here(checkpoint: str, data: str, output: str, parts: int | None, share
     try:
         with mock.patch("crossbatch.engine.evaluation.features.evaluation_share", share):
             embedding.embed(config, world_from_environment(), torch.device("cpu"), 0, Path(output), folder, "train", 8)
-    except embedding.RunStopped as error:
+    except (embedding.RunStopped, embedding.InputError) as error:
         return str(error)
     finally:
         embedding._write_part = write
@@ -101,6 +104,16 @@ def test_rows_are_in_the_order_of_the_images_on_two_ranks(two_ranks, tiny_runs, 
         str(i) for i in range(30)
     ]
     np.testing.assert_allclose(np.load(output), by_hand(tiny_runs("resnet"), shapes), atol=1e-5)
+
+
+def embed_from(checkpoints: list[str], *arguments) -> str:
+    return embed_here(checkpoints[world_from_environment().rank], *arguments)
+
+
+def test_weights_that_one_rank_does_not_find_end_all(two_ranks, tiny_runs, shapes, tmp_path):
+    checkpoints = [str(tiny_runs("resnet")), str(tmp_path / "absent")]
+    said = two_ranks.run(embed_from, checkpoints, shapes, str(tmp_path / "features.npy"), None)
+    assert len({*said}) == 1 and said[0].startswith("rank 1: ") and "absent" in said[0]
 
 
 def test_parts_of_other_weights_are_refused(tmp_path):

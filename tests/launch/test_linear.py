@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crossbatch import InputError
 from crossbatch.data import prepare
 from crossbatch.data.augment.parameters import crop_and_flip
 from crossbatch.engine.config import Device, load_config
@@ -114,6 +115,13 @@ def resolved(checkpoint, data: str, *settings: str):
     settings = (f"crossbatch.model.checkpoint={checkpoint}", f"crossbatch.data.path={data}", *settings)
     short = ["train_batch_size=32", "crossbatch.schedule.epochs=3", "crossbatch.data.workers=0"]
     return resolve_training(load_config(None, [*short, *settings], LinearConfig), 2, Device("cpu"), 2)
+
+
+def test_a_batch_that_the_ranks_cannot_share():
+    for batch in (4, 12):
+        config = load_config(None, [f"train_batch_size={batch}"], LinearConfig)
+        with pytest.raises(InputError, match=f"train_batch_size: given {batch} for 8 ranks; .*; set it to 8$"):
+            resolve_training(config, 8, Device("cpu"), 8)
 
 
 def probe_on_this_rank(checkpoint: str, data: str, out: str, *settings: str) -> dict:

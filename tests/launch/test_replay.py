@@ -1,6 +1,7 @@
 """Replay: faults are traced to rank, image and layer; a step made again is the step that was made; wrong input."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from crossbatch.data import GlobalBatchSampler
 from crossbatch.engine import checkpoint
 from tests.replays import (
+    MARK,
     NORMALIZE,
     TRAIN_ON,
     breaks_on,
@@ -19,7 +21,6 @@ from tests.replays import (
     flips_a_bit,
     keeps_views,
     nan_in_views_of,
-    remembers,
     replay,
     replay_printing,
     verdict,
@@ -73,7 +74,7 @@ def nan_pixel(number, out, pools, chance) -> None:
     step, position, view = int(chance.integers(2, 7)), int(chance.integers(12)), int(chance.integers(2))
     index, target = view_of(DATA, *divmod(step - 1, 4), position, view)
     pixel = (int(chance.integers(3)), int(chance.integers(16)), int(chance.integers(16)))
-    patches = ((NORMALIZE, nan_in_views_of(target, pixel)), *loss_scale_of(number))
+    patches = ((NORMALIZE, partial(nan_in_views_of, target, pixel)), *loss_scale_of(number))
     messages = pools(ranks).run(run, settings, str(out), 8, "auto", (), patches)
     assert all("1 steps in a row were skipped: non-finite" in message for message in messages)
     assert pools(1).run(replay, command_in(messages[0], out, step), patches) == [""]
@@ -90,7 +91,7 @@ def poisoned_image(number, out, pools, chance) -> None:
     order = GlobalBatchSampler(0, 48, 12)
     step = next(step for step in range(4) if index in order.batch(0, step)) + 1
     floor = float(chance.choice([0.0, 1e-30, 1e-12]))
-    patches = ((NORMALIZE, divided_by_contrast(floor)), *loss_scale_of(number))
+    patches = ((NORMALIZE, partial(divided_by_contrast, floor)), *loss_scale_of(number))
     settings = [*settings, f"crossbatch.data.path={out.parent / 'images'}"]
     messages = pools(ranks).run(run, settings, str(out), 4, "auto", (), patches)
     assert pools(1).run(replay, command_in(messages[0], out, step), patches) == [""]
@@ -196,7 +197,7 @@ def views_in(folder: Path, rank: int, position: int) -> np.ndarray:
 def test_a_step_made_again_has_the_same_views_and_losses(tmp_path, pools, settings, ranks, replayed_on):
     out, kept = tmp_path / "run", tmp_path / "kept"
     kept.mkdir()
-    patches = ((TRAIN_ON, keeps_views(str(kept))),)
+    patches = ((TRAIN_ON, partial(keeps_views, str(kept))),)
     assert set(pools(ranks).run(run, settings, str(out), 6, "auto", (), patches)) == {""}
     n = 12 // ranks
     for rank in range(ranks) if settings[: len(VIT)] == VIT else (ranks - 1,):  # a ResNet's replay takes longer
@@ -249,7 +250,7 @@ def test_a_fault_inside_the_network_is_found_where_images_have_not_met(tmp_path,
     """An image breaks a layer: the rows of that layer tell which."""
     settings = [*VIT, *ADAMW, *STOP]
     _, target = view_of(DATA, 0, 2, 5, 1)
-    patches = ((BLOCK, breaks_on(target)), (NORMALIZE, remembers(target)))
+    patches = ((BLOCK, breaks_on), (NORMALIZE, partial(nan_in_views_of, target, (0, 0, 0), MARK)))
     (message,) = one_rank.run(run, settings, str(tmp_path), 6, "auto", (), patches)
     assert one_rank.run(replay, command_in(message, tmp_path, 3), patches) == [""]
     found = verdict(tmp_path, 3)
