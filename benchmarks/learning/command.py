@@ -24,7 +24,8 @@ from crossbatch.engine.config import Device, load_config, usable_cores
 
 ROOT = Path(__file__).parents[2]
 SIDES = ("crossbatch", *PEERS)
-MARKS, WARMUP, CALIBRATION_S = 4, 0.1, 30
+MARKS, WARMUP = 4, 0.1
+SETTLING_S, CALIBRATION_S = 15, 60  # of a side's turns, before its rate is measured, and measuring it
 RECIPE = "cifar10"
 NETWORKS = {
     "resnet": ['crossbatch.model.backbone_args={"width": 16}'],
@@ -184,11 +185,14 @@ def _calibrate(sides: list[Side], folder: Path, slice_s: float) -> None:
     runners = [side.start(side.per_epoch, folder / f"{side.name}-rate", 0) for side in sides]
 
     def enough(runner: Runner) -> bool:
-        return len(runner.progress) > 2 and runner.active_s - runner.progress[0][0] > CALIBRATION_S
+        return len(settled(runner)) > 2 and runner.progress[-1][0] - settled(runner)[0][0] > CALIBRATION_S
+
+    def settled(runner: Runner) -> list[tuple[float, int]]:
+        return [(at, images) for at, images in runner.progress if at > runner.progress[0][0] + SETTLING_S]
 
     take_turns(runners, slice_s, enough)
     for side, runner in zip(sides, runners, strict=True):
-        (first_s, first), *_, (last_s, last) = runner.progress
+        (first_s, first), *_, (last_s, last) = settled(runner)
         side.rate = (last - first) / (last_s - first_s)
         side.start_s = first_s - first / side.rate
 
