@@ -134,12 +134,8 @@ class RemoteFolder:
                 shards = Names(index, "shards").unpack()
             except FileNotFoundError:
                 return None
-            except (
-                _Denied,
-                KeyError,
-                ValueError,
-            ) as error:  # what some servers answer where there is no file: 403, or a page
-                if self._names:
+            except (_Denied, KeyError, ValueError) as error:
+                if self._names:  # some servers answer 403, or with a page, where there is no file
                     return None
                 if isinstance(error, ImagesLost):
                     raise
