@@ -118,7 +118,7 @@ def main() -> None:
     detected = Device.detect()
     cfg, device = resolve(load_config(given.recipe, given.set), 1, detected), torch.device(detected.type)
     ours, batch = cfg.config.crossbatch, cfg.train_batch_size
-    torch.manual_seed(ours.seed)
+    torch.manual_seed(ours.seed)  # of the weights and, as workers and order follow it, of the images
     size = ours.data.image_size
     assert isinstance(size, int)
     lightly, crop_min, blur = given.peer == "lightly", ours.data.crop_min, ours.data.blur_probability

@@ -35,8 +35,8 @@ class PlainStep:
     """Trains on uint8 views [2, n, 3, H, W] when it is called, and returns the loss."""
 
     def __init__(self, cfg: ResolvedConfig, device: torch.device, tuned: bool = False, compiled: bool = False):
-        torch.manual_seed(0)
         ours = cfg.config.crossbatch
+        torch.manual_seed(ours.seed)
         self.cfg, self.device, self.temperature, self.tuned = cfg, device, ours.model.temperature, tuned
         self.momentum = 0.99
         self.layout = torch.channels_last if tuned else torch.contiguous_format

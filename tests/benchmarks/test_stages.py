@@ -82,6 +82,18 @@ def test_the_plain_step_starts_at_chance_and_moves_everything(name, overrides, t
     assert any(not average.equal(p) for average, p in pairs)
 
 
+def test_the_plain_step_follows_the_seed():
+    sizes = [
+        "crossbatch.model.arch=resnet18",
+        'crossbatch.model.backbone_args={"width": 4}',
+        "crossbatch.model.mlp_dim=32",
+    ]
+    sizes += ["crossbatch.batchformer.group_size=8", "train_batch_size=16"]
+    steps = [PlainStep(recipe.load("bs4096", [*sizes, f"crossbatch.seed={n}"]), torch.device("cpu")) for n in (0, 1, 1)]
+    first, other, same = (next(step.encoder.parameters()) for step in steps)
+    assert other.equal(same) and not other.equal(first)
+
+
 def test_plain_lars_in_foreach_calls_is_the_loop():
     torch.manual_seed(0)
     shapes = [(4, 3), (5,), (2, 3, 2, 2), (3,), (6, 2)]
