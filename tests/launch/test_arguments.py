@@ -66,11 +66,14 @@ def test_field_no_parser_takes_the_beginning_of_a_flag():
     for file in (
         path for folder in ("launch", "benchmarks", "engine", "data") for path in ROOT.glob(f"{folder}/**/*.py")
     ):
-        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("argparse.ArgumentParser"):
-                found += 1
-                if not any(ast.unparse(keyword) == "allow_abbrev=False" for keyword in call.keywords):
-                    lacking.append(f"{file.relative_to(ROOT)}:{call.lineno}")
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for call in (node for node in nodes if isinstance(node, ast.Call)):
+            name, words = ast.unparse(call.func), [ast.unparse(keyword) for keyword in call.keywords]
+            found += name.endswith(
+                ("argparse.ArgumentParser", "parser_of")
+            )  # the benchmarks' function, which is checked, too
+            if name.endswith("argparse.ArgumentParser") and "allow_abbrev=False" not in words:
+                lacking.append(f"{file.relative_to(ROOT)}:{call.lineno}")
     assert not lacking and found > 5
     assert not ArgumentParser().allow_abbrev
     assert not ArgumentParser().add_subparsers().add_parser("x").allow_abbrev
