@@ -9,18 +9,19 @@ Only the time of a side's own turns counts, from the start of its process, with 
 times. `launch/knn.py` scores them afterwards: 20 nearest neighbours among a fifth of DIR/train, for all images of DIR/val or
 DIR/test.
 
-Batch, temperature, head sizes, augmentations, optimizer, learning rate and momentum are those of one recipe, all in fp32. What
-differs:
+Network, batch, temperature, head sizes, augmentations, optimizer, learning rate and momentum are those of one recipe, all in
+fp32 and without BatchFormer (an ablation adds it by a key). A ResNet's random weights are drawn alike, a ViT's outside
+crossbatch as timm draws them. What differs:
 
     crossbatch   launch/pretrain.py with the recipe
-    plain        MoCo v3 + BatchFormer in plain torch as the released code goes about it (`benchmarks.stages.plain_step`) with
-                 torchvision's loader; AdamW decays biases and norms, too
+    plain        MoCo v3 in plain torch as the released code goes about it (`benchmarks.stages.plain_step`) with torchvision's
+                 loader; AdamW decays biases and norms, too
     lightly      MoCo v2 of lightly's parts in a plain loop, as its documentation puts them together: its transform (both views
-                 alike: blurred as often as the others on the whole, never solarized), a projection head but no predictor and
-                 no BatchFormer, 4096 stored keys as negatives, both orders of the views
+                 alike: blurred as often as the others on the whole, never solarized), a projection head but no predictor,
+                 4096 stored keys as negatives, both orders of the views
     stable-pretraining
-                 MoCo v3 of stable-pretraining (`pip install stable-pretraining`) in a plain loop with torchvision's loader: no
-                 BatchFormer, AdamW as in plain; for ResNets only, as its module asks the backbone for features of 224 pixels
+                 MoCo v3 of stable-pretraining (`pip install stable-pretraining`) in a plain loop with torchvision's loader;
+                 AdamW as in plain; for ResNets only, as its module asks the backbone for features of 224 pixels
 """
 
 SOONER = "minutes to the best peer's k-NN"  # when a side had reached that

@@ -40,6 +40,7 @@ SHARED = [
     "train_batch_size=128",
     "crossbatch.precision=fp32",  # two of the peers have no other
     "crossbatch.model.mlp_dim=512",
+    "crossbatch.batchformer.loss=none",  # nor BatchFormer, which an ablation adds; its groups then:
     "crossbatch.batchformer.group_size=64",
     "optimizer.params.base_lr=2e-3",
     "crossbatch.momentum.base=0.97",

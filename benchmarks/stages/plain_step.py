@@ -21,6 +21,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
 from crossbatch.engine.config import Config, LarsConfig, ResolvedConfig, autocast_dtype
@@ -198,8 +199,10 @@ def plain_backbone(config: Config) -> Any:
         network.fc = nn.Linear(network.inplanes, 1)
     if model.stem == "small":
         network.conv1, network.maxpool = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.Identity()
-    for layer in network.modules():
+    for layer in network.modules():  # as by torchvision's zero_init_residual, which the originals set
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(layer, (BasicBlock, Bottleneck)):
+            nn.init.zeros_((layer.bn3 if isinstance(layer, Bottleneck) else layer.bn2).weight)
     network.num_features, network.fc = network.fc.in_features, nn.Identity()
     return network

@@ -53,6 +53,18 @@ def test_the_plain_backbone_has_our_parameters(name, overrides):
     assert plain.num_features == ours.num_features
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_the_plain_backbone_draws_its_weights_as_ours(arch):
+    cfg = recipe.load("cifar10", [f"crossbatch.model.arch={arch}"])
+
+    def spread(network: torch.nn.Module) -> dict[str, float]:
+        return {name: float(p.detach().square().mean().sqrt()) for name, p in network.named_parameters()}
+
+    ours, plain = spread(build_model(cfg).online.backbone), spread(plain_backbone(cfg.config))
+    assert ours == pytest.approx(plain, rel=0.1)
+    assert any(size == 0 for size in plain.values())
+
+
 @pytest.mark.parametrize("tuned", [False, True])
 @pytest.mark.parametrize(
     ("name", "overrides"),
