@@ -333,15 +333,19 @@ def test_wrong_input_is_refused_in_one_message(tmp_path, one_rank):
         assert message.startswith(f"--run {other}: {wanted}")
 
 
-def test_a_file_that_has_changed_since_is_named(tmp_path, one_rank):
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_file_that_has_changed_since_is_named(tmp_path, one_rank, listed):
     """Its name is the same, so nothing else tells but the time, and the loss."""
     out, images = tmp_path / "run", tmp_path / "images"
     write_images(images, 48, {})
-    assert one_rank.run(run, [*VIT, *ADAMW, f"crossbatch.data.path={images}"], str(out), 2) == [""]
-    index = int(GlobalBatchSampler(0, 48, 12).batch(0, 1)[4])
-    write_images(tmp_path / "others", 48, {index: 9})
-    name = f"train/class{index * 2 // 48}/{index:04d}.png"
+    names = sorted(str(path.relative_to(images)) for path in images.rglob("*.png"))
+    (images / "list.txt").write_text("\n".join(names))
+    path = f"list://{images}/list.txt?eval={images}/list.txt" if listed else str(images)
+    assert one_rank.run(run, [*VIT, *ADAMW, f"crossbatch.data.path={path}"], str(out), 2) == [""]
+    name = names[int(GlobalBatchSampler(0, 48, 12).batch(0, 1)[4])]
+    write_images(tmp_path / "others", 48, {int(Path(name).stem): 9})
     (images / name).write_bytes((tmp_path / "others" / name).read_bytes())
     (printed,) = one_rank.run(replay_printing, f"replay --run {out} --step 2")
-    assert f"files of 1 images are newer than the run's record of their step: {name.removeprefix('train/')};" in printed
+    shown = name if listed else name.removeprefix("train/")
+    assert f"files of 1 images are newer than the run's record of their step: {shown};" in printed
     assert verdict(out, 2)["kind"] == "other images"
