@@ -203,6 +203,6 @@ def plain_backbone(config: Config) -> Any:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(layer, (BasicBlock, Bottleneck)):
-            nn.init.zeros_((layer.bn3 if isinstance(layer, Bottleneck) else layer.bn2).weight)
+            nn.init.zeros_(layer.get_parameter("bn3.weight" if isinstance(layer, Bottleneck) else "bn2.weight"))
     network.num_features, network.fc = network.fc.in_features, nn.Identity()
     return network
