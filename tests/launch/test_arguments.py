@@ -69,9 +69,7 @@ def test_field_no_parser_takes_the_beginning_of_a_flag():
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         for call in (node for node in nodes if isinstance(node, ast.Call)):
             name, words = ast.unparse(call.func), [ast.unparse(keyword) for keyword in call.keywords]
-            found += name.endswith(
-                ("argparse.ArgumentParser", "parser_of")
-            )  # the benchmarks' function, which is checked, too
+            found += name.endswith(("argparse.ArgumentParser", "parser_of"))  # of the benchmarks; it is checked, too
             if name.endswith("argparse.ArgumentParser") and "allow_abbrev=False" not in words:
                 lacking.append(f"{file.relative_to(ROOT)}:{call.lineno}")
     assert not lacking and found > 5
