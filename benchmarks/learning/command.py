@@ -25,7 +25,8 @@ from crossbatch.engine.config import Device, load_config, usable_cores
 ROOT = Path(__file__).parents[2]
 SIDES = ("crossbatch", *PEERS)
 MARKS, WARMUP = 4, 0.1
-SETTLING_S, CALIBRATION_S = 15, 60  # of a side's turns, before its rate is measured, and measuring it
+SETTLING_S, CALIBRATION_S = 20, 150  # of a side's turns, before its rate is measured, and measuring it
+ENDLESS = 1000  # epochs that a side is given for that; it is ended before
 RECIPE = "cifar10"
 NETWORKS = {
     "resnet": ['crossbatch.model.backbone_args={"width": 16}'],
@@ -183,7 +184,7 @@ def main(arguments: list[str]) -> None:
 
 def _calibrate(sides: list[Side], folder: Path, slice_s: float) -> None:
     """Find each side's images per second, and the seconds until it trains."""
-    runners = [side.start(side.per_epoch, folder / f"{side.name}-rate", 0) for side in sides]
+    runners = [side.start(ENDLESS * side.per_epoch, folder / f"{side.name}-rate", 0) for side in sides]
 
     def enough(runner: Runner) -> bool:
         return len(settled(runner)) > 2 and runner.progress[-1][0] - settled(runner)[0][0] > CALIBRATION_S
