@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from benchmarks.learning import turns
-from benchmarks.learning.command import _minutes_to, main
+from benchmarks.learning import command, turns
+from benchmarks.learning.command import Side, _calibrate, _minutes_to, main
 from benchmarks.learning.turns import Runner, take_turns
 from crossbatch import InputError
 
@@ -42,6 +42,39 @@ def test_a_failure_is_told_and_ends_all(tmp_path):
     with pytest.raises(RuntimeError, match="exit code 3"):
         take_turns(sides, 0.3)
     assert all(runner.process.returncode is not None for runner in sides)
+
+
+class Metronome:
+    """Trains, in an endless run, from its fourth second on: 50 images a second until the tenth, then 100."""
+
+    def __init__(self):
+        self.active_s, self.ended, self.progress = 0.0, False, list[tuple[float, int]]()
+
+    def turn(self, seconds: float) -> bool:
+        for _ in range(round(seconds)):
+            self.active_s += 1
+            images = 50 * min(self.active_s - 4, 6) + 100 * max(self.active_s - 10, 0)
+            self.progress += [(self.active_s, round(images))] if images > 0 else []
+        return True
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_rate_is_measured_once_it_is_steady_for_as_long_as_it_takes(tmp_path, monkeypatch):
+    sides = [Side(name, [], tmp_path, 1280, marks=4) for name in ("crossbatch", "plain")]
+    started: list[Metronome] = []
+
+    def start(self, steps: int, out, seed: int) -> Metronome:
+        assert steps > command.CALIBRATION_S * 100 / self.config.train_batch_size  # else it would end before
+        started.append(Metronome())
+        return started[-1]
+
+    monkeypatch.setattr(Side, "start", start)
+    _calibrate(sides, tmp_path, slice_s=10)
+    assert [(side.rate, side.start_s) for side in sides] == [(100, 7)] * 2  # 7 s: four of start-up, three lost until it is fast
+    longest = command.SETTLING_S + command.CALIBRATION_S + 2 * 10
+    assert all(runner.ended and command.CALIBRATION_S <= runner.active_s <= longest for runner in started)
 
 
 def test_minutes_to_an_accuracy_lie_between_the_points_of_a_curve():
