@@ -72,7 +72,8 @@ def test_a_rate_is_measured_once_it_is_steady_for_as_long_as_it_takes(tmp_path, 
 
     monkeypatch.setattr(Side, "start", start)
     _calibrate(sides, tmp_path, slice_s=10)
-    assert [(side.rate, side.start_s) for side in sides] == [(100, 7)] * 2  # 7 s: four of start-up, three lost until it is fast
+    lost_s = 4 + 3  # of start-up, and until it is fast
+    assert [(side.rate, side.start_s) for side in sides] == [(100, lost_s)] * 2
     longest = command.SETTLING_S + command.CALIBRATION_S + 2 * 10
     assert all(runner.ended and command.CALIBRATION_S <= runner.active_s <= longest for runner in started)
 
