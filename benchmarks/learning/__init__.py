@@ -10,8 +10,8 @@ times. `launch/knn.py` scores them afterwards: 20 nearest neighbours among a fif
 DIR/test.
 
 Network, batch, temperature, head sizes, augmentations, optimizer, learning rate and momentum are those of one recipe, all in
-fp32 and without BatchFormer (an ablation adds it by a key). A ResNet's random weights are drawn alike, a ViT's outside
-crossbatch as timm draws them. What differs:
+fp32 and without BatchFormer (an ablation adds it by a key). Random weights are drawn alike; all ViTs have MoCo v3's fixed
+positions and frozen patch projection. What differs:
 
     crossbatch   launch/pretrain.py with the recipe
     plain        MoCo v3 in plain torch as the released code goes about it (`benchmarks.stages.plain_step`) with torchvision's

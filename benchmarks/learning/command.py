@@ -172,6 +172,7 @@ def main(arguments: list[str]) -> None:
         else:
             steps = {side.name: round(given.epochs * side.per_epoch) for side in sides}
             length = f"{given.epochs:g} epochs"
+        length += ", ViT" if given.network == "vit" else ""
         together = [sides] if given.epochs is None else [[side] for side in sides]
         for seed, group in itertools.product(given.seeds, together):
             rows = _train(group, steps, Path(folder) / str(seed), seed, length, given.slice)

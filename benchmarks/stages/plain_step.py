@@ -25,7 +25,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from crossbatch.data.augment.parameters import IMAGENET_MEAN, IMAGENET_STD
 from crossbatch.engine.config import Config, LarsConfig, ResolvedConfig, autocast_dtype
-from crossbatch.models import autocast
+from crossbatch.models import autocast, build_backbone
 from crossbatch.models.backbones import LAYOUTS
 
 FOUND_SCALE = 256.0  # of the loss in fp16, as a run finds it: a step that overflows skips its optimizer
@@ -177,13 +177,16 @@ def plain_head(widths: list[int], last_norm: bool) -> nn.Sequential:
 def plain_backbone(config: Config) -> Any:
     """Return torchvision's or timm's network of the sizes in `config`, [n, 3, H, W] -> [n, its attribute num_features].
 
-    torchvision's ResNets have one width and one stem; others are put together of its blocks.
+    torchvision's ResNets have one width and one stem; others are put together of its blocks. timm's ViT starts from MoCo v3's
+    positions and weights: frozen, its own random positions would say nothing.
     """
     model, size = config.crossbatch.model, config.crossbatch.data.image_size
     if model.arch in LAYOUTS:
         layout = replace(LAYOUTS[model.arch], **model.backbone_args)
         sizes = {name: value for name, value in vars(layout).items() if name != "conv_stem"}
         transformer: Any = timm.models.VisionTransformer(img_size=size, num_classes=0, global_pool="token", **sizes)
+        start = build_backbone(model.arch, size, backbone_args=model.backbone_args)
+        transformer.load_state_dict(start.state_dict())
         transformer.pos_embed.requires_grad_(False)
         transformer.patch_embed.requires_grad_(not model.stop_grad_conv1)
         return transformer
