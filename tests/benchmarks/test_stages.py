@@ -53,7 +53,9 @@ def test_the_plain_backbone_has_our_parameters(name, overrides):
     assert plain.num_features == ours.num_features
 
 
-@pytest.mark.parametrize(("name", "arch"), [("cifar10", "resnet18"), ("cifar10", "resnet50"), ("vits_bs4096", "vit_small")])
+@pytest.mark.parametrize(
+    ("name", "arch"), [("cifar10", "resnet18"), ("cifar10", "resnet50"), ("vits_bs4096", "vit_small")]
+)
 def test_the_plain_backbone_draws_its_weights_as_ours(name, arch):
     cfg = recipe.load(name, [f"crossbatch.model.arch={arch}"])
 
